@@ -1,0 +1,119 @@
+"""The data set `shapes` as a TFDS builder: drawn on demand, stored as ArrayRecord, without TensorFlow.
+
+builder = Shapes(data_dir="data", train_examples=24000, test_examples=1000)
+builder.download_and_prepare()
+source = builder.as_data_source("train")
+"""
+
+import functools
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from data_pipelines.shapes.edits import Edit, Novelty, random_edit
+from data_pipelines.shapes.scene import SIZE, Scene, render
+from varedit_jax.errors import UserError
+
+SPLITS = ("train", "test")
+TRAIN_EXAMPLES = 24_000
+TEST_EXAMPLES = 1_000
+_CACHED_PICTURES = 4096  # encoded pictures kept while preparing; many scenes come up more than once
+
+
+def example_novelty(split: str, index: int) -> Novelty:
+    """In `test`, even indices edit held-out scenes and odd ones ask for held-out combinations."""
+    if split == "train":
+        return "train"
+    return "combination" if index % 2 else "scene"
+
+
+def example_edit(seed: int, split: str, index: int) -> Edit:
+    """Edit `index` of a split; depends on the arguments alone, not on the size of the split."""
+    rng = np.random.default_rng([seed, SPLITS.index(split), index])
+    return random_edit(rng, example_novelty(split, index))
+
+
+@functools.lru_cache(maxsize=_CACHED_PICTURES)
+def _png(scene: Scene) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(render(scene)).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+class Shapes(tfds.core.GeneratorBasedBuilder):
+    """Instruction-guided edits of pictures of coloured shapes, every target known exactly.
+
+    The name of the builder's config holds the sizes and the seed, so data sets of different sizes or seeds lie in
+    different folders.
+    """
+
+    name = "shapes"
+    VERSION = tfds.core.Version("1.0.0")
+    url_infos = None  # no download, no checksums; TFDS would look for them with a package it does not install
+
+    def __init__(
+        self,
+        *,
+        train_examples: int = TRAIN_EXAMPLES,
+        test_examples: int = TEST_EXAMPLES,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        """Further arguments are those of every TFDS builder. Raises UserError for a split without examples."""
+        if min(train_examples, test_examples) < 1 or seed < 0:
+            raise UserError(
+                f"shapes of {train_examples} training and {test_examples} test examples with seed {seed} cannot be "
+                f"made; each split needs at least 1 example, and the seed is at least 0"
+            )
+        self.sizes = {"train": train_examples, "test": test_examples}
+        self.seed = seed
+        config = tfds.core.BuilderConfig(
+            name=f"train{train_examples}_test{test_examples}_seed{seed}",
+            description=f"{train_examples} training and {test_examples} test examples, seed {seed}.",
+        )
+        kwargs.setdefault("file_format", "array_record")
+        super().__init__(config=config, **kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        picture = tfds.features.Image(shape=(SIZE, SIZE, 3), dtype=np.uint8, encoding_format="png")
+        return self.dataset_info_from_configs(
+            description="Edits of coloured shapes with exact targets: see data_pipelines/shapes.",
+            features=tfds.features.FeaturesDict(
+                {
+                    "source": picture,
+                    "target": picture,
+                    "instruction": tfds.features.Text(),
+                    "kind": tfds.features.Text(),
+                    "source_scene": tfds.features.Text(),
+                    "target_scene": tfds.features.Text(),
+                    "novelty": tfds.features.Text(),
+                    "example_id": tfds.features.Text(),
+                }
+            ),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+        del dl_manager  # nothing is downloaded
+        return {split: self._generate_examples(split) for split in SPLITS}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        for index in range(self.sizes[split]):
+            edit = example_edit(self.seed, split, index)
+            yield (
+                index,
+                {
+                    "source": io.BytesIO(_png(edit.source)),
+                    "target": io.BytesIO(_png(edit.target)),
+                    "instruction": edit.instruction,
+                    "kind": edit.kind,
+                    "source_scene": edit.source.encode(),
+                    "target_scene": edit.target.encode(),
+                    "novelty": example_novelty(split, index),
+                    "example_id": f"{split}-{self.seed}-{index}",
+                },
+            )

@@ -1,0 +1,277 @@
+"""Command lines: what they set, and the one sentence that answers a wrong one."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from varedit_jax.config import DataConfig, EditorConfig, RunConfig, from_dict, preset, to_dict
+
+# A program as they all are. Its command lines come as JSON, and each runs in a child that forks off after the imports.
+PROGRAM = """
+import json, os, sys, tempfile, traceback
+import jax
+from experiments import program
+from varedit_jax.config import RunConfig, to_dict
+from varedit_jax.errors import UserError
+
+def run(arguments):
+    sys.argv = ["program", *arguments]
+    config = program.config_flag(RunConfig)
+
+    def main(argv):
+        value = config.value
+        if value.name == "mistaken":
+            raise UserError("no such picture: x.png")
+        if value.name == "interrupted":
+            raise KeyboardInterrupt
+        if value.name == "broken":
+            raise ZeroDivisionError
+        print(json.dumps({"config": to_dict(value), "cache": jax.config.jax_compilation_cache_dir}))
+
+    program.run(main)
+
+answers = []
+for arguments in json.load(sys.stdin):
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        child = os.fork()
+        if not child:
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            code = 1
+            try:
+                run(arguments)
+            except SystemExit as end:
+                code = end.code or 0
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)  # without taking the imports down one by one
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        out.seek(0), err.seek(0)
+        answers.append((code, out.read(), err.read()))
+print(json.dumps(answers))
+"""
+
+CARDS = {
+    "tiny.py": """
+from varedit_jax.config import DataConfig, RunConfig, preset
+
+VARIANTS = ("small", "large")
+
+def get_config(variant=""):
+    return RunConfig(name=variant or "plain", model=preset("tiny"), data=DataConfig(text_tokens=16))
+""",
+    "fixed.py": """
+from varedit_jax.config import DataConfig, RunConfig, preset
+
+def get_config():
+    return RunConfig(name="fixed", model=preset("tiny"), data=DataConfig(text_tokens=16))
+""",
+    "by_table.py": """
+def get_config(variant):
+    return {"a": 1}[variant]
+""",
+    "other.py": """
+from varedit_jax.config import EditorConfig
+
+def get_config(variant=""):
+    return EditorConfig()
+""",
+    "unfit.py": """
+from varedit_jax.config import preset
+
+def get_config(variant=""):
+    return preset("3b")
+""",
+    "no_card.py": "x = 1",
+    "unfinished.py": "def get_config(:",
+}
+
+# Command lines that work, and the fields they change.
+SETTINGS: dict[str, tuple[list[str], dict[str, object]]] = {
+    "nothing": (["--config=tiny.py"], {"name": "plain"}),
+    "variant": (["--config=tiny.py:large"], {"name": "large"}),
+    "equals sign or space": (
+        ["--config", "tiny.py", "--config.steps=5", "--config.seed", "7"],
+        {"steps": 5, "seed": 7},
+    ),
+    "nested": (["--config=tiny.py", "--config.optimizer.learning_rate=1e-3"], {"optimizer.learning_rate": 1e-3}),
+    "whole number for a float": (["--config=tiny.py", "--config.optimizer.clip_norm=2"], {"optimizer.clip_norm": 2.0}),
+    "flag alone": (["--config=tiny.py", "--config.train_text"], {"train_text": True}),
+    "flag with a value": (["--config=tiny.py", "--config.loss.reweight_scales=false"], {"loss.reweight_scales": False}),
+    "digits as text": (["--config=tiny.py", "--config.name=007"], {"name": "007"}),
+    "tuple where a number was": (
+        ["--config=tiny.py", "--config.sampling.guidance=(1.0, 4.0)"],
+        {"sampling.guidance": (1.0, 4.0)},
+    ),
+    "number where a tuple may be": (["--config=tiny.py", "--config.sampling.guidance=3.5"], {"sampling.guidance": 3.5}),
+    "tuple of tuples": (
+        ["--config=tiny.py", "--config.model.grids=((1, 1), (3, 3))"],
+        {"model.grids": ((1, 1), (3, 3))},
+    ),
+}
+
+# Command lines that do not work, and the sentence.
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "no config": ([], "--config is missing; see --help"),
+    "override alone": (
+        ["--config.steps=1"],
+        "fields of a configuration are set after --config=PATH.py, the card that has them",
+    ),
+    "missing card": (
+        ["--config=tiyn.py"],
+        "there is no experiment card tiyn.py; did you mean tiny.py?",
+    ),
+    "missing folder": (["--config=nowhere/a.py"], "there is no experiment card nowhere/a.py"),
+    "unknown variant": (
+        ["--config=tiny.py:lrage"],
+        "tiny.py has no variant 'lrage', but small, large; did you mean large?",
+    ),
+    "no variants": (["--config=fixed.py:a"], "fixed.py has no variants, but 'a' was asked for"),
+    "variant needed": (["--config=by_table.py"], "by_table.py needs a variant, as in --config=by_table.py:VARIANT"),
+    "variant not in the table": (["--config=by_table.py:b"], "by_table.py has no variant 'b'"),
+    "card of another program": (
+        ["--config=other.py"],
+        "other.py gives a EditorConfig, but this program needs a RunConfig",
+    ),
+    "card whose config is no good": (["--config=unfit.py"], "unfit.py: unknown preset '3b'; known are tiny, 125m"),
+    "no card": (["--config=no_card.py"], "no_card.py is not an experiment card: it has no function get_config"),
+    "no Python": (["--config=unfinished.py"], "unfinished.py, line 1: invalid syntax"),
+    "misspelt field": (
+        ["--config=tiny.py", "--config.stpes=1"],
+        "there is no --config.stpes; did you mean --config.steps?",
+    ),
+    "field of a group": (
+        ["--config=tiny.py", "--config.learning_rate=1"],
+        "there is no --config.learning_rate; did you mean --config.optimizer.learning_rate?",
+    ),
+    "group": (
+        ["--config=tiny.py", "--config.loss=1"],
+        "--config.loss is a group of fields; set one of them, as in --config.loss.reduction",
+    ),
+    "no whole number": (
+        ["--config=tiny.py", "--config.steps=1.5"],
+        "--config.steps is '1.5'; it must be a whole number",
+    ),
+    "no number": (
+        ["--config=tiny.py", "--config.optimizer.beta1=high"],
+        "--config.optimizer.beta1 is 'high'; it must be a number",
+    ),
+    "no truth value": (
+        ["--config=tiny.py", "--config.train_text=maybe"],
+        "--config.train_text is 'maybe'; it must be true or false",
+    ),
+    "no choice": (
+        ["--config=tiny.py", "--config.optimizer.schedule=linear"],
+        "--config.optimizer.schedule is 'linear'; it must be one of constant, cosine",
+    ),
+    "no tuple of numbers": (
+        ["--config=tiny.py", "--config.sampling.guidance=(1, 'x')"],
+        "--config.sampling.guidance is (1, 'x'); it must be a number or a tuple with a number in each place",
+    ),
+    "no grids": (
+        ["--config=tiny.py", "--config.model.grids=(1, 2)"],
+        "--config.model.grids is (1, 2); it must be a tuple with (a whole number, a whole number) in each place",
+    ),
+    "fields that do not go together": (
+        ["--config=tiny.py", "--config.model.transformer.heads=3"],
+        "width 32 over 3 heads gives a head size of 10.6667; it must be a multiple of 4 for 2-D RoPE",
+    ),
+    "unknown flag": (["--config=tiny.py", "--speed=1"], "Unknown command line flag 'speed'"),
+    "no flag": (["--config=tiny.py", "fast"], "unexpected argument 'fast'; this program takes flags only, see --help"),
+    "mistake found by the program": (["--config=tiny.py", "--config.name=mistaken"], "no such picture: x.png"),
+}
+
+OTHERS = {
+    "interrupted": ["--config=tiny.py", "--config.name=interrupted"],
+    "broken": ["--config=tiny.py", "--config.name=broken"],
+}
+
+Answer = tuple[int, str, str]
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Answer]:
+    """Exit code, standard output and standard error of every command line above."""
+    folder = tmp_path_factory.mktemp("cards")
+    for name, text in CARDS.items():
+        (folder / name).write_text(text)
+    lines = {name: arguments for name, (arguments, _) in (SETTINGS | MISTAKES).items()} | OTHERS
+    root = pathlib.Path(__file__).parents[2]
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        input=json.dumps(list(lines.values())),
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment | {"PYTHONPATH": str(root)},
+    )
+    assert done.returncode == 0, done.stderr
+    found = dict(zip(lines, map(tuple, json.loads(done.stdout)), strict=True))
+    found["folder"] = (0, str(folder), "")
+    return found
+
+
+def config(text: str) -> RunConfig:
+    return from_dict(RunConfig, json.loads(text)["config"])
+
+
+def field(value: object, name: str) -> object:
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings(answers: dict[str, Answer], name: str) -> None:
+    """The fields that are named change, with the right type, and no other."""
+    code, out, err = answers[name]
+    assert (code, err) == (0, "")
+    values = to_dict(config(out))
+    plain = to_dict(RunConfig(name="plain", model=preset("tiny"), data=DataConfig(text_tokens=16)))
+    for path, value in SETTINGS[name][1].items():
+        assert (field(config(out), path), type(field(config(out), path))) == (value, type(value))
+        *groups, last = path.split(".")
+        ours, theirs = values, plain
+        for group in groups:
+            ours, theirs = ours[group], theirs[group]
+        ours[last] = theirs[last]
+    assert values == plain
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes(answers: dict[str, Answer], name: str) -> None:
+    """One line, exit code 1."""
+    code, out, err = answers[name]
+    assert (code, out) == (1, "")
+    assert err.startswith(f"error: {MISTAKES[name][1]}")
+    assert err.count("\n") == 1
+
+
+def test_interrupt_is_clean_and_a_defect_is_not(answers: dict[str, Answer]) -> None:
+    """Ctrl-C leaves no trace; what is no mistake of the user leaves one for whoever mends it."""
+    assert answers["interrupted"] == (130, "", "error: interrupted\n")
+    code, _, err = answers["broken"]
+    assert code == 1 and "Traceback" in err and "ZeroDivisionError" in err
+
+
+def test_compiled_programs_are_kept_in_the_working_folder(answers: dict[str, Answer]) -> None:
+    cache = json.loads(answers["nothing"][1])["cache"]
+    assert pathlib.Path(cache) == pathlib.Path(answers["folder"][1]).resolve() / ".cache" / "jax"
+
+
+def test_every_field_of_a_run_can_be_set() -> None:
+    """No field of a configuration has a type that command lines cannot speak of."""
+    from experiments import program
+
+    names = program._annotations(RunConfig)
+    assert "model.tokenizer.channel_multipliers" in names and "sampling.temperature" in names
+    assert all(program._in_words(hint) for hint in names.values())
+    assert {name.split(".")[0] for name in names} == {field.name for field in dataclasses.fields(RunConfig)}
+    assert len([name for name in names if name.startswith("model.")]) > len(dataclasses.fields(EditorConfig))

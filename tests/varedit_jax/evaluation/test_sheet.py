@@ -1,0 +1,201 @@
+import dataclasses
+import math
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from varedit_jax.evaluation.sheet import Panel, Row, contact_sheet, curve_sheet
+
+TITLES = ("source", "scale 1", "result", "target")
+GREEN, RED = (22, 133, 74), (200, 46, 42)
+BLUE, ORANGE = (0, 114, 178), (213, 94, 0)
+
+
+def random_row(seed: int, *, height: int = 12, width: int = 16, **fields) -> Row:
+    rng = np.random.default_rng(seed)
+    pictures = [rng.integers(0, 256, (height, width, 3), dtype=np.uint8) for _ in TITLES]
+    return Row(pictures=pictures, instruction="make the red circle green", **fields)
+
+
+def corners_of(block: np.ndarray, sheet: Image.Image) -> list[tuple[int, int]]:
+    """Upper left corners (x, y) of every place where the sheet shows exactly this block."""
+    pixels = np.asarray(sheet)
+    height, width = block.shape[:2]
+    candidates = np.argwhere(np.all(pixels[: 1 - height, : 1 - width] == block[0, 0], axis=-1))
+    return [(x, y) for y, x in candidates.tolist() if np.array_equal(pixels[y : y + height, x : x + width], block)]
+
+
+def pixels_of(colour: tuple[int, int, int], sheet: Image.Image) -> np.ndarray:
+    """(x, y) of every pixel of this very colour."""
+    return np.argwhere(np.all(np.asarray(sheet) == np.array(colour, np.uint8), axis=-1))[:, ::-1]
+
+
+def test_pictures_appear_unaltered_in_columns_and_rows():
+    rows = [random_row(seed) for seed in range(3)]
+    sheet = contact_sheet(rows, TITLES, scale=3)
+    assert sheet.mode == "RGB"
+    places = []
+    for row in rows:
+        found = [corners_of(picture.repeat(3, axis=0).repeat(3, axis=1), sheet) for picture in row.pictures]
+        assert [len(corners) for corners in found] == [1] * len(TITLES)
+        places.append([corners[0] for corners in found])
+    places = np.array(places)
+    assert (places[:, :, 0] == places[:1, :, 0]).all()  # a column has one x
+    assert (places[:, :, 1] == places[:, :1, 1]).all()  # a row has one y
+    assert (np.diff(places[0, :, 0]) > 3 * 16).all()
+    assert (np.diff(places[:, 0, 1]) > 3 * 12).all()
+
+
+def test_small_pictures_are_enlarged_to_96_pixels_by_default():
+    sheet = contact_sheet([random_row(0, height=20, width=40)], TITLES)
+    picture = random_row(0, height=20, width=40).pictures[1]
+    assert len(corners_of(picture.repeat(5, axis=0).repeat(5, axis=1), sheet)) == 1
+
+
+def test_a_large_picture_keeps_its_size():
+    row = random_row(0, height=100, width=120)
+    sheet = contact_sheet([row], TITLES)
+    assert len(corners_of(row.pictures[3], sheet)) == 1
+
+
+def test_sheet_grows_with_rows_columns_and_text():
+    row = random_row(0)
+    one = contact_sheet([row], TITLES)
+    assert contact_sheet([row, row], TITLES).height > one.height + 96
+    assert contact_sheet([dataclasses.replace(row, pictures=row.pictures[:2])], TITLES[:2]).width < one.width - 2 * 96
+    wordy = dataclasses.replace(row, instruction="make the red circle green " * 20)
+    assert contact_sheet([wordy], TITLES).height > one.height + 96
+    assert contact_sheet([row], TITLES, heading="what it is").height > one.height
+    assert contact_sheet([row], TITLES, heading="W" * 200).width > one.width
+
+
+def test_instruction_is_wrapped_left_of_the_pictures():
+    magenta = np.full((40, 40, 3), (255, 0, 255), np.uint8)
+    sheet = contact_sheet([Row(pictures=[magenta], instruction="unbroken" * 20)], ["source"])
+    left = pixels_of((255, 0, 255), sheet)[:, 0].min()
+    ink = pixels_of((32, 36, 44), sheet)
+    assert len(ink) > 50
+    assert ink[:, 0].max() < left
+    assert np.ptp(ink[:, 1]) > 3 * 15
+
+
+@pytest.mark.parametrize(("verdict", "shown", "absent"), [(True, GREEN, RED), (False, RED, GREEN)])
+def test_verdict_is_a_coloured_mark(verdict, shown, absent):
+    grey = np.full((8, 8, 3), 128, np.uint8)
+    sheet = contact_sheet([Row(pictures=[grey], instruction="remove it", verdict=verdict)], ["source"])
+    assert len(pixels_of(shown, sheet)) > 100  # most of a disc 18 pixels wide
+    assert len(pixels_of(absent, sheet)) == 0
+
+
+def test_without_a_verdict_there_is_no_mark():
+    sheet = contact_sheet([Row(pictures=[np.full((8, 8, 3), 128, np.uint8)], instruction="remove it")], ["source"])
+    assert len(pixels_of(GREEN, sheet)) == len(pixels_of(RED, sheet)) == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "titles", "message"),
+    [
+        ([], TITLES, "rows is empty"),
+        ([Row(pictures=[], instruction="")], [], "titles is empty"),
+        ([random_row(0)], TITLES[:3], "row 0 has 4 pictures for 3 titles: ['source', 'scale 1', 'result']"),
+        ([random_row(0), random_row(1, height=9)], TITLES, "picture 'source' of row 1 is 9 x 16 pixels and the first"),
+        (
+            [Row(pictures=[np.zeros((4, 4, 3), np.float32)], instruction="")],
+            ["source"],
+            "picture 'source' of row 0 is float32 [4, 4, 3]; it must be uint8 [h, w, 3]",
+        ),
+        ([Row(pictures=[np.zeros((4, 4), np.uint8)], instruction="")], ["a"], "picture 'a' of row 0 is uint8 [4, 4];"),
+        ([Row(pictures=[np.zeros((0, 4, 3), np.uint8)], instruction="")], ["a"], "is uint8 [0, 4, 3];"),
+    ],
+)
+def test_bad_rows_are_named(rows, titles, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        contact_sheet(rows, titles)
+
+
+def test_bad_scale_is_named():
+    with pytest.raises(ValueError, match="scale is 0"):
+        contact_sheet([random_row(0)], TITLES, scale=0)
+
+
+def test_falling_line_falls_and_rising_line_rises():
+    falling, rising = [(x, 9.0 - x) for x in range(10)], [(x, 1.0 * x) for x in range(10)]
+    sheet = curve_sheet([Panel(title="two lines", lines={"falling": falling, "rising": rising})])
+    for colour, sign in ((BLUE, 1), (ORANGE, -1)):  # y grows downwards in a picture
+        line = pixels_of(colour, sheet)
+        line = line[line[:, 1] > 24 + 54]  # below the legend
+        line = line[line[:, 0] < 24 + 62 + 330]  # left of the last value
+        assert np.corrcoef(line.T)[0, 1] * sign > 0.99
+        assert np.ptp(line[:, 0]) > 250
+        assert np.ptp(line[:, 1]) > 140
+
+
+def test_logarithmic_axis_straightens_an_exponential():
+    points = [(x, 10.0 ** (-x / 10)) for x in range(60)]
+    sheets = {log: curve_sheet([Panel(title="loss", lines={"loss": points}, log_y=log)]) for log in (False, True)}
+    bends = {}
+    for log, sheet in sheets.items():
+        line = pixels_of(BLUE, sheet)
+        line = line[line[:, 0] < 24 + 62 + 330]
+        bends[log] = 1 - np.corrcoef(line.T)[0, 1]
+    assert bends[True] < 1e-3 < 0.05 < bends[False]
+
+
+def test_value_that_is_not_finite_leaves_a_gap():
+    points = [(x, math.nan if 40 <= x < 60 else 1.0 + x) for x in range(100)]
+    line = pixels_of(BLUE, curve_sheet([Panel(title="norm", lines={"norm": points})]))
+    columns = np.unique(line[line[:, 0] < 24 + 62 + 330, 0])
+    assert np.diff(columns).max() > 40
+
+
+@pytest.mark.parametrize(
+    ("lines", "log"),
+    [
+        ({"one point": [(5, 3.0)]}, False),
+        ({"constant": [(0, 0.0), (10, 0.0)], "the same": [(0, 0.0), (10, 0.0)]}, False),
+        ({"narrow": [(0, 1.1), (9, 1.3)]}, True),
+        ({"wide": [(0, 1e-30), (9, 1e30)]}, True),
+        ({f"close {n}": [(1e6, 1 + 1e-7), (1e6 + 1, 1.0)] for n in range(6)}, False),
+    ],
+)
+def test_odd_series_have_marks_on_their_axis(lines, log):
+    sheet = curve_sheet([Panel(title="odd", lines=lines, log_y=log)])
+    marks = np.unique(pixels_of((234, 236, 240), sheet)[:, 1])
+    assert 3 <= len(marks) <= 9
+    assert np.diff(marks).min() >= 12  # labels of neighbours do not touch
+
+
+def test_nothing_to_draw_is_said():
+    sheet = curve_sheet([Panel(title="loss", lines={"a": [(0, math.inf), (1, math.nan)]})])
+    assert len(pixels_of(RED, sheet)) > 50  # "no finite value"
+
+
+def test_panels_fill_rows():
+    panel = Panel(title="loss", lines={"loss": [(0, 1.0), (1, 0.5)]})
+    one, two, four = (curve_sheet([panel] * n) for n in (1, 2, 4))
+    assert (two.width > 1.8 * one.width, two.height) == (True, one.height)
+    assert four.height > 1.8 * one.height
+    assert curve_sheet([panel] * 4, columns=2).size == (two.width, four.height)
+    assert curve_sheet([panel], heading="training").height > one.height
+
+
+@pytest.mark.parametrize(
+    ("panels", "message"),
+    [
+        ([], "panels is empty"),
+        ([Panel(title="loss", lines={})], "panel 'loss' has no line"),
+        ([Panel(title="loss", lines={"a": [(0, 1.0)], "b": []})], "a line without a point"),
+        ([Panel(title="loss", lines={"a": [(math.nan, 1.0)]})], "panel 'loss' has a point whose x is not finite"),
+        ([Panel(title="loss", lines={f"{n}": [(0, 1.0)] for n in range(7)})], "has 7 lines; at most 6"),
+    ],
+)
+def test_bad_panels_are_named(panels, message):
+    with pytest.raises(ValueError, match=message):
+        curve_sheet(panels)
+
+
+def test_bad_columns_are_named():
+    with pytest.raises(ValueError, match="columns is 0"):
+        curve_sheet([Panel(title="loss", lines={"a": [(0, 1.0)]})], columns=0)

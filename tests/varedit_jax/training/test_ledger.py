@@ -1,0 +1,144 @@
+"""What a run writes down."""
+
+import io
+import json
+import pathlib
+import struct
+
+import numpy as np
+import PIL.Image
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from varedit_jax.errors import UserError
+from varedit_jax.training.ledger import Ledger, Stopwatch, duration, flat_metrics, read_metrics
+
+
+class Terminal(io.StringIO):
+    """A screen that claims to be a terminal."""
+
+    def isatty(self) -> bool:
+        """Yes."""
+        return True
+
+
+def board(workdir: pathlib.Path) -> list[Event]:
+    """TensorBoard events, file by file in the order they were written."""
+    events = []
+    for path in sorted(workdir.glob("events.out.tfevents*"), key=lambda path: path.stat().st_mtime_ns):
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            events.append(Event.FromString(data[12 : 12 + length]))
+            data = data[16 + length :]
+    return events
+
+
+def test_metrics_reach_the_file_and_tensorboard(tmp_path: pathlib.Path) -> None:
+    """A scalar keeps its name, a vector gets one per scale."""
+    ledger = Ledger(tmp_path, first_step=0, steps=10)
+    ledger.record(0, {"loss": np.float32(0.5), "bit_accuracy": np.array([0.25, 0.75])})
+    ledger.record(7, {"eval/loss": float("nan")})
+    ledger.close()
+    assert read_metrics(tmp_path) == [
+        {"step": 0, "loss": 0.5, "bit_accuracy/scale_0": 0.25, "bit_accuracy/scale_1": 0.75},
+        {"step": 7, "eval/loss": None},
+    ]
+    scalars = [
+        (event.step, value.tag, value.simple_value) for event in board(tmp_path) for value in event.summary.value
+    ]
+    assert scalars[:3] == [(0, "loss", 0.5), (0, "bit_accuracy/scale_0", 0.25), (0, "bit_accuracy/scale_1", 0.75)]
+    assert scalars[3][:2] == (7, "eval/loss") and np.isnan(scalars[3][2])
+    with pytest.raises(ValueError, match=r"metric 'loss' has shape \[2, 2\]"):
+        dict(flat_metrics({"loss": np.zeros((2, 2))}))
+
+
+def test_resuming_drops_what_comes_again(tmp_path: pathlib.Path) -> None:
+    """Lines of the resumed step and later go, and so does one that a kill cut short; TensorBoard is told."""
+    ledger = Ledger(tmp_path, first_step=0, steps=10)
+    for step in range(6):
+        ledger.record(step, {"loss": step})
+    ledger.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    ledger = Ledger(tmp_path, first_step=4, steps=10)
+    ledger.record(4, {"loss": 40})
+    ledger.close()
+    assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [
+        (0, 0),
+        (1, 1),
+        (2, 2),
+        (3, 3),
+        (4, 40),
+    ]
+    assert all(json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    starts = [event.step for event in board(tmp_path) if event.WhichOneof("what") == "session_log"]
+    assert starts == [4]
+
+
+def test_pictures(tmp_path: pathlib.Path) -> None:
+    """A picture is a PNG file of its pixels, and an image in TensorBoard."""
+    picture = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    ledger = Ledger(tmp_path, first_step=0, steps=10)
+    ledger.pictures(30, {"sheet": picture})
+    with pytest.raises(ValueError, match=r"picture 'flat' is uint8\[4, 6\], not uint8\[y, x, 3\]"):
+        ledger.pictures(30, {"flat": picture[..., 0]})
+    ledger.close()
+    np.testing.assert_array_equal(np.asarray(PIL.Image.open(tmp_path / "samples" / "sheet_0000030.png")), picture)
+    images = [value for event in board(tmp_path) for value in event.summary.value if value.HasField("image")]
+    assert [(image.tag, image.image.height, image.image.width) for image in images] == [("sheet", 4, 6)]
+
+
+def test_progress_off_a_terminal_is_a_line(tmp_path: pathlib.Path) -> None:
+    """A line has what a user looks for, and only what there is."""
+    screen = io.StringIO()
+    ledger = Ledger(tmp_path, first_step=0, steps=1000, screen=screen)
+    ledger.progress(20, {"loss": 0.69314, "bit_accuracy": 0.5, "other": 1.0}, examples_per_second=12.34, eta=7325)
+    ledger.progress(30, {"loss": 0.5}, examples_per_second=12.34, eta=42)
+    ledger.close()
+    assert screen.getvalue().splitlines() == [
+        "step 20/1000, loss 0.6931, bit_accuracy 0.5, 12.3 examples/s, 2 h 02 min left",
+        "step 30/1000, loss 0.5, 12.3 examples/s, 42 s left",
+    ]
+
+
+def test_progress_on_a_terminal_is_a_bar(tmp_path: pathlib.Path) -> None:
+    """The bar starts at the resumed step; sentences go above it."""
+    screen = Terminal()
+    ledger = Ledger(tmp_path, first_step=3, steps=5, screen=screen)
+    ledger.say("going on")
+    for step in (4, 5):
+        ledger.progress(step, {"loss": 0.25}, examples_per_second=1.0, eta=0)
+        ledger.advance()
+    ledger.close()
+    shown = screen.getvalue()
+    assert "3/5" in shown and "5/5" in shown and "loss 0.25" in shown and "going on\n" in shown
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: pathlib.Path) -> None:
+    """The device that is always full stands for the disk."""
+    ledger = Ledger(tmp_path, first_step=0, steps=10)
+    ledger._lines.close()
+    ledger._lines = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+    with pytest.raises(UserError, match=r"writing .*metrics.jsonl failed: No space left on device; make room"):
+        ledger.record(0, {"loss": 1.0})
+    ledger.close()
+
+
+def test_stopwatch_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts add up over visits; a share is of all the time since the start."""
+    now = iter([0.0, 1.0, 2.0, 10.0, 12.0, 20.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    clock = Stopwatch()  # at 0
+    for _ in range(2):
+        with clock.time("step"):  # from 1 to 2, and from 10 to 12
+            pass
+    assert clock.seconds == {"step": 3.0}
+    assert clock.share("step") == 3.0 / 20.0
+
+
+def test_duration() -> None:
+    """Seconds as a user says them."""
+    assert [duration(s) for s in (4, 99, 100, 5900, 7500, float("inf"))] == [
+        "4 s", "99 s", "2 min", "98 min", "2 h 05 min", "?",
+    ]  # fmt: skip

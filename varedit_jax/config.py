@@ -1,0 +1,374 @@
+"""Configurations of models and runs, and the table of presets.
+
+Legend of dimension letters, used in the names of arrays everywhere (`tokens_BLC`, `q_BLHD`):
+
+    B  batch                      C  transformer width            K  number of scales
+    L  tokens of a sequence       H  attention heads              T  text tokens
+    S  source (prefix) tokens     D  attention head size          E  text width
+    M  key/value positions        F  feed-forward width           V  vocabulary size
+    N  bits per token             Z  tokenizer channels (bits per tokenizer cell)
+    h, w  token grid              y, x  pixels or tokenizer cells
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+Conditioning = Literal["sar", "finest", "full"]
+RopeLayout = Literal["released", "paper"]
+PIXEL_BUDGETS = ("0.06M", "0.25M", "0.60M", "1M")
+
+
+def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{field} is {value!r}; it must be one of {', '.join(choices)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """Convolutional autoencoder with a binary spherical residual quantizer (model.md, section 2)."""
+
+    bits: int = 32  # channels of the raw feature = bits per tokenizer cell
+    channel_multipliers: tuple[int, ...] = (1, 2, 4, 4, 4)  # of base_channels, one a level
+    base_channels: int = 128  # channels of the finest level
+    encoder_blocks: int = 2  # residual blocks a level in the encoder
+    decoder_blocks: int = 3  # residual blocks a level in the decoder
+    norm_groups: int = 32  # groups of GroupNorm
+
+    def __post_init__(self) -> None:
+        for multiplier in self.channel_multipliers:
+            channels = multiplier * self.base_channels
+            if channels % self.norm_groups:
+                raise ValueError(f"a level of {channels} channels does not divide into norm_groups={self.norm_groups}")
+
+    @property
+    def stride(self) -> int:
+        """Pixels a tokenizer cell covers along each side."""
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """Flan-T5 encoder (model.md, section 4)."""
+
+    width: int = 2048  # E
+    layers: int = 24
+    heads: int = 32
+    head_size: int = 64
+    mlp_width: int = 5120
+    vocabulary_size: int = 32128  # V
+    relative_buckets: int = 32  # buckets of the relative position bias
+    relative_max_distance: int = 128  # tokens; farther pairs share the last bucket
+    max_tokens: int = 512  # prompts are cut here
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Scale-wise causal transformer (model.md, sections 5 and 6)."""
+
+    depth: int = 32
+    width: int = 2048  # C
+    heads: int = 16  # H
+    token_bits: int = 32  # N
+    text_width: int = 2048  # E
+    unconditional_rows: int = 512  # rows of the learned unconditional text
+    levels: int = 15  # rows of the level embedding
+    conditioning: Conditioning = "sar"  # what of the source a block sees
+    rope_layout: RopeLayout = "released"  # where tokens sit (model.md, "Positions")
+    drop_path: float = 0.1  # stochastic depth rate of the last block; rises linearly from 0
+    dtype: str = "float32"  # compute type of the blocks; parameters are float32
+    remat: Literal["none", "full"] = "none"  # recompute block activations in the backward pass
+    scan_unroll: int = 1  # blocks of the scan compiled one after the other; depth - 1 = no loop
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads or (self.width // self.heads) % 4:
+            raise ValueError(
+                f"width {self.width} over {self.heads} heads gives a head size of "
+                f"{self.width / self.heads:g}; it must be a multiple of 4 for 2-D RoPE"
+            )
+        if self.width % self.text_pool_heads:
+            raise ValueError(
+                f"width {self.width} does not divide over {self.text_pool_heads} text pooling heads "
+                f"(text_width {self.text_width})"
+            )
+        _check_choice("conditioning", self.conditioning, ("sar", "finest", "full"))
+        _check_choice("rope_layout", self.rope_layout, ("released", "paper"))
+        _check_choice("dtype", self.dtype, ("float32", "bfloat16"))
+        _check_choice("remat", self.remat, ("none", "full"))
+
+    @property
+    def head_size(self) -> int:
+        """D, channels a head."""
+        return self.width // self.heads
+
+    @property
+    def text_pool_heads(self) -> int:
+        """Heads of the attention that pools the text (model.md, section 4)."""
+        return max(self.text_width // (64 if self.width > 4096 else 128), 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EditorConfig:
+    """A complete editor: tokenizer, text encoder, transformer and the pyramid they work on."""
+
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    text: TextConfig = TextConfig()
+    transformer: TransformerConfig = TransformerConfig()
+    patchify: bool = False  # tokens are 2x2 patches of tokenizer cells
+    pixel_budget: str = "0.25M"  # row of the published scale schedules; "" with own grids
+    grids: tuple[tuple[int, int], ...] = ()  # own pyramid of token grids, coarse to fine
+    quantized_source: bool = False  # condition on the quantized source, as the paper writes it
+
+    def __post_init__(self) -> None:
+        bits = self.tokenizer.bits * (4 if self.patchify else 1)
+        if self.transformer.token_bits != bits:
+            raise ValueError(
+                f"transformer.token_bits is {self.transformer.token_bits}, but the tokenizer gives {bits} "
+                f"({self.tokenizer.bits} bits{', patchified 2x2' if self.patchify else ''})"
+            )
+        if self.transformer.text_width != self.text.width:
+            raise ValueError(
+                f"transformer.text_width is {self.transformer.text_width}, but text.width is {self.text.width}"
+            )
+        if bool(self.grids) == bool(self.pixel_budget):
+            raise ValueError(
+                f"give either pixel_budget or grids, not both or neither: "
+                f"pixel_budget={self.pixel_budget!r}, grids={self.grids!r}"
+            )
+        if self.pixel_budget:
+            _check_choice("pixel_budget", self.pixel_budget, PIXEL_BUDGETS)
+        if len(self.grids) > self.transformer.levels:
+            raise ValueError(f"{len(self.grids)} scales, but only {self.transformer.levels} level embeddings")
+
+    @property
+    def token_stride(self) -> int:
+        """Pixels a transformer token covers along each side."""
+        return self.tokenizer.stride * (2 if self.patchify else 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW as in the recipe (model.md, section 7)."""
+
+    learning_rate: float = 6e-5
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = 0  # linear from 0
+    final_fraction: float = 0.0  # of learning_rate, where a cosine schedule ends
+    beta1: float = 0.9
+    beta2: float = 0.97
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 5.0  # global gradient norm; 0 switches clipping off
+    accumulation: int = 1  # microbatches summed into one update
+
+    def __post_init__(self) -> None:
+        _check_choice("optimizer.schedule", self.schedule, ("constant", "cosine"))
+        if self.accumulation < 1:
+            raise ValueError(f"optimizer.accumulation is {self.accumulation}; it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Bitwise cross-entropy and what is done to its inputs (model.md, sections 3 and 7)."""
+
+    reduction: Literal["mean", "sum"] = "mean"  # over the bits of a token
+    reweight_scales: bool = True  # token weight ~ 1 / side length of its scale, instead of uniform
+    noise_scales: int = 13  # scales whose bits are flipped by self-correction
+    noise_max: float = 0.3  # largest flip probability; strengths are 0, 0.01, ..., noise_max
+    text_drop: float = 0.1  # share of samples that see the unconditional text
+
+    def __post_init__(self) -> None:
+        _check_choice("loss.reduction", self.reduction, ("mean", "sum"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where examples come from."""
+
+    name: str = "shapes"  # data set: `shapes`
+    directory: str = ""  # where it is prepared and read; "" means data/ in the working folder
+    train_examples: int = 0  # size of the training split, for data sets that are generated
+    eval_examples: int = 0  # size of the held-out split, likewise
+    features: Literal["online", "precomputed"] = "online"  # encode in the step, or once, ahead
+    batch_size: int = 32  # examples a step, over all processes
+    text_tokens: int = 512  # T: prompts are padded to this length in a batch
+    seed: int = 0  # of shuffling
+    read_threads: int = 2
+    prefetch_batches: int = 8
+
+    def __post_init__(self) -> None:
+        _check_choice("data.features", self.features, ("online", "precomputed"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How bits are drawn (model.md, section 8). A tuple holds one value a scale, a number all scales."""
+
+    guidance: float | tuple[float, ...] = 4.0  # cfg: 1 = off
+    temperature: float | tuple[float, ...] = 0.5  # tau
+    top_p: float = 0.0  # 0.97 removes a bit value of probability <= 0.03; 0 = off
+    greedy: bool = False  # most likely bit, instead of sampling
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run of an editor: what an experiment card returns."""
+
+    name: str
+    model: EditorConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loss: LossConfig = LossConfig()
+    data: DataConfig = DataConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    steps: int = 8000
+    seed: int = 0
+    train_text: bool = False  # train the text encoder too, instead of keeping it frozen
+    tokenizer_weights: str = ""  # folder of the frozen tokenizer
+    text_weights: str = ""  # folder of the frozen text encoder; unused with train_text
+    init_from: str = ""  # folder of an editor whose transformer the run starts from
+    log_every: int = 10  # steps
+    sample_every: int = 500  # steps between sheets of sampled pictures; 0 = never
+    eval_every: int = 500  # steps between evaluations on the held-out split; 0 = never
+    eval_batches: int = 4
+    save_every: int = 500  # steps
+    keep_checkpoints: int = 3
+
+    def __post_init__(self) -> None:
+        if self.data.batch_size % self.optimizer.accumulation:
+            raise ValueError(
+                f"data.batch_size {self.data.batch_size} does not divide into "
+                f"optimizer.accumulation={self.optimizer.accumulation} microbatches"
+            )
+        if self.data.text_tokens > self.model.transformer.unconditional_rows:
+            raise ValueError(
+                f"data.text_tokens is {self.data.text_tokens}, but there are only "
+                f"{self.model.transformer.unconditional_rows} rows of unconditional text"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerRunConfig:
+    """One training run of a tokenizer."""
+
+    name: str
+    model: EditorConfig  # its tokenizer and its pyramid are used
+    optimizer: OptimizerConfig = OptimizerConfig()
+    data: DataConfig = DataConfig()
+    steps: int = 2000
+    seed: int = 0
+    l1_weight: float = 1.0
+    perceptual_weight: float = 0.0  # of the VGG feature distance; needs perceptual_weights
+    perceptual_weights: str = ""  # file of VGG-16 weights (torchvision names)
+    commitment_weight: float = 0.25
+    entropy_weight: float = 0.02
+    entropy_temperature: float = 1.0  # of the soft bits in the entropy term
+    log_every: int = 10
+    sample_every: int = 500
+    save_every: int = 500
+    keep_checkpoints: int = 2
+
+
+# Infinity's and VAREdit's transformers (model.md, section 1): depth, width, heads.
+_TRANSFORMERS = {
+    "125m": (12, 768, 8),
+    "350m": (16, 1152, 12),
+    "700m": (24, 1536, 16),
+    "2b": (32, 2048, 16),
+    "2.2b": (32, 2080, 20),
+    "4.5b": (40, 2688, 24),
+    "8b": (40, 3584, 28),
+    "8.5b": (48, 3360, 28),
+    "20b": (58, 4608, 36),
+}
+
+# Flan-T5 encoders: width, layers, heads, head size, mlp width.
+_TEXT_ENCODERS = {
+    "small": (512, 8, 6, 64, 1024),
+    "base": (768, 12, 12, 64, 2048),
+    "large": (1024, 24, 16, 64, 2816),
+    "xl": (2048, 24, 32, 64, 5120),
+    "xxl": (4096, 24, 64, 64, 10240),
+}
+
+TOKENIZER_32BIT = TokenizerConfig(bits=32, channel_multipliers=(1, 2, 4, 4, 4))
+TOKENIZER_14BIT = TokenizerConfig(bits=14, channel_multipliers=(1, 2, 4, 4))
+
+
+def text_preset(name: str) -> TextConfig:
+    """Flan-T5 encoder of a published size: small, base, large, xl or xxl."""
+    if name not in _TEXT_ENCODERS:
+        raise ValueError(f"unknown text encoder {name!r}; known are {', '.join(_TEXT_ENCODERS)}")
+    width, layers, heads, head_size, mlp_width = _TEXT_ENCODERS[name]
+    return TextConfig(width=width, layers=layers, heads=heads, head_size=head_size, mlp_width=mlp_width)
+
+
+def _tiny() -> EditorConfig:
+    """The smallest editor with every part of the large ones; for tests and dry runs."""
+    return EditorConfig(
+        tokenizer=TokenizerConfig(
+            bits=4, channel_multipliers=(1, 1, 2), base_channels=8, norm_groups=4, encoder_blocks=1, decoder_blocks=1
+        ),
+        text=TextConfig(width=32, layers=2, heads=2, head_size=16, mlp_width=48),
+        transformer=TransformerConfig(
+            depth=3, width=32, heads=2, token_bits=4, text_width=32, unconditional_rows=16, drop_path=0.0
+        ),
+        pixel_budget="",
+        grids=((1, 1), (2, 2), (4, 4)),
+    )
+
+
+def preset(name: str) -> EditorConfig:
+    """Editor of a published size, or `tiny`. Names of Infinity sizes are their parameter counts.
+
+    Raises ValueError with the known names for any other.
+    """
+    if name == "tiny":
+        return _tiny()
+    if name not in _TRANSFORMERS:
+        raise ValueError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}")
+    depth, width, heads = _TRANSFORMERS[name]
+    patchify = width >= 3360  # the 14-bit, stride 8 tokenizer goes with the large models
+    return EditorConfig(
+        tokenizer=TOKENIZER_14BIT if patchify else TOKENIZER_32BIT,
+        transformer=TransformerConfig(depth=depth, width=width, heads=heads, token_bits=56 if patchify else 32),
+        patchify=patchify,
+    )
+
+
+PRESETS = ("tiny", *_TRANSFORMERS)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as nested plain dicts, for ConfigDict and config.json."""
+    return dataclasses.asdict(config)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def from_dict(cls: type, values: dict[str, Any]) -> Any:
+    """Inverse of `to_dict`: builds config class `cls`; lists become tuples.
+
+    Raises ValueError naming a field that `cls` does not have.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no field {unknown[0]!r}; it has {', '.join(fields)}")
+    arguments = {}
+    for name, value in values.items():
+        field_type = fields[name].type
+        if isinstance(field_type, type) and dataclasses.is_dataclass(field_type):
+            arguments[name] = from_dict(field_type, dict(value))
+        else:
+            arguments[name] = _tuples(value)
+    return cls(**arguments)
+
+
+def per_scale(value: float | tuple[float, ...], scales: int) -> tuple[float, ...]:
+    """`value` as one number a scale; a shorter tuple is continued with its last number."""
+    values = value if isinstance(value, tuple) else (value,)
+    if not values or len(values) > scales or not all(math.isfinite(v) for v in values):
+        raise ValueError(f"{value!r} is not a list of 1 to {scales} finite numbers, one a scale")
+    return tuple(float(v) for v in values) + (float(values[-1]),) * (scales - len(values))

@@ -1,0 +1,1 @@
+"""Weights in and out: published names, files, folders."""

@@ -1,0 +1,114 @@
+"""A folder of weights: `config.json` and one safetensors file a part (tokenizer, text, transformer).
+
+The form in which editors and tokenizers are shipped and shared. Names inside a file are paths of our own tree, joined
+by slashes.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import flax.traverse_util
+import jax
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from varedit_jax.config import EditorConfig, from_dict, to_dict
+from varedit_jax.errors import UserError
+
+PARTS = ("tokenizer", "text", "transformer")
+STORED_TYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+_CONFIG = "config.json"
+
+Params = dict[str, Any]
+
+
+def save_folder(
+    folder: str | os.PathLike[str], config: EditorConfig, params: Params, stored_type: str = "float32"
+) -> None:
+    """Writes parts of an editor, `params` by part name, to a new folder that appears complete or not at all.
+
+    Floating-point tensors are rounded to `stored_type`: float32, bfloat16 or float16.
+    Raises UserError if the folder exists, the disk is full, or a value does not fit `stored_type`.
+    """
+    target = pathlib.Path(folder)
+    if target.exists():
+        raise UserError(f"{target} exists; give a new folder or remove it first")
+    staging = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        staging.mkdir(parents=True)
+        for part, tree in params.items():
+            flat = flax.traverse_util.flatten_dict(jax.device_get(tree), sep="/")
+            tensors = {name: np.asarray(x, np.float32).astype(STORED_TYPES[stored_type]) for name, x in flat.items()}
+            for name, tensor in tensors.items():
+                if not np.isfinite(tensor.astype(np.float32)).all():
+                    raise UserError(f"{part}/{name} holds values that are not finite in {stored_type}")
+            safetensors.numpy.save_file(tensors, staging / f"{part}.safetensors")
+        (staging / _CONFIG).write_text(json.dumps({"model": to_dict(config)}, indent=1) + "\n")
+        staging.rename(target)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror or error}; nothing was left behind") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def is_folder(folder: str | os.PathLike[str]) -> bool:
+    """Whether `folder` looks like a folder of weights."""
+    path = pathlib.Path(folder)
+    return (path / _CONFIG).is_file() and any((path / f"{part}.safetensors").is_file() for part in PARTS)
+
+
+def read_model_config(folder: str | os.PathLike[str]) -> EditorConfig:
+    """The editor's configuration recorded in a folder of weights or a run's folder.
+
+    Raises UserError if there is none, or it is not one of ours.
+    """
+    path = pathlib.Path(folder) / _CONFIG
+    if not path.is_file():
+        raise UserError(f"{folder} is not a folder of weights or a run: it has no {_CONFIG}")
+    try:
+        return from_dict(EditorConfig, json.loads(path.read_text())["model"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} does not describe an editor of this package: {error}") from error
+
+
+def load_folder(folder: str | os.PathLike[str], part: str, expected: Any) -> Params:
+    """One part of a folder of weights, as float32 numpy arrays in the tree `expected` (of jax.ShapeDtypeStruct).
+
+    Raises UserError for a missing or damaged file, and for weights of another model, naming the first tensor that
+    differs with both shapes.
+    """
+    path = pathlib.Path(folder) / f"{part}.safetensors"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no {part} weights ({path.name} is missing)")
+    try:
+        found = safetensors.numpy.load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or not a safetensors file: {error}") from error
+    wanted = flax.traverse_util.flatten_dict(expected, sep="/")
+    for name in sorted(set(found) | set(wanted)):
+        found_shape = found[name].shape if name in found else "nothing"
+        wanted_shape = wanted[name].shape if name in wanted else "nothing"
+        if found_shape != wanted_shape:
+            raise UserError(
+                f"{path} is of another model: {name} has shape {found_shape}, expected is {wanted_shape}; "
+                f"use the configuration that it was trained with"
+            )
+    flat = {name: np.asarray(tensor, np.float32) for name, tensor in found.items()}
+    return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def weights_hash(params: Params) -> str:
+    """SHA-256 of names, shapes and values of a tree, in hexadecimal: what precomputed features are tied to."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(flax.traverse_util.flatten_dict(jax.device_get(params), sep="/").items()):
+        array = np.ascontiguousarray(tensor)
+        digest.update(f"{name} {array.shape} {array.dtype}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""From a source picture and an instruction to an edited picture."""

@@ -1,0 +1,296 @@
+"""Picture files in and out, and the way of a picture to the model's size and back (model.md, section 8)."""
+
+import contextlib
+import dataclasses
+import io
+import os
+import pathlib
+import uuid
+import warnings
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from varedit_jax.errors import UserError
+
+ImageSource = str | os.PathLike[str] | BinaryIO | Image.Image | np.ndarray
+
+MAX_PIXELS = 64_000_000
+
+# Kinds that are read. PIL knows more, but runs other programs or fetches other files for some of them.
+_READABLE = (
+    "PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO", "PCX"
+)  # fmt: skip
+
+# Options of each format that `write_image` can write.
+_FORMATS: dict[str, tuple[str, dict[str, int]]] = {
+    ".png": ("PNG", {}),
+    ".jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
+    ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
+    ".webp": ("WEBP", {"quality": 95}),
+    ".bmp": ("BMP", {}),
+    ".tif": ("TIFF", {}),
+    ".tiff": ("TIFF", {}),
+}
+
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {  # what undoes each value of the tag; 1 is upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def read_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """A picture as uint8 [H, W, 3], RGB, from a file name, an open binary file, a PIL image or an array.
+
+    EXIF orientation is applied, transparency is laid on white; palette, grey (1, 8 or 16 bits) and CMYK pictures become
+    RGB. Colour profiles are not applied. Arrays are uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] (with alpha).
+
+    Raises UserError, one sentence with the name of the picture, if it cannot be read, is no picture, is damaged, has
+    several frames, no pixels, or more than `max_pixels`.
+    """
+    if isinstance(source, np.ndarray):
+        return _from_array(source, max_pixels)
+    if isinstance(source, Image.Image):
+        with warnings.catch_warnings(action="ignore"):
+            return _from_pil(source, "the picture", max_pixels)
+    if isinstance(source, (str, os.PathLike)):
+        name = os.fspath(source)
+        try:
+            file = open(source, "rb")  # noqa: SIM115 - closed below, once the reasons for failing here are told
+        except FileNotFoundError as error:
+            raise UserError(f"there is no picture {name}; check the path") from error
+        except (OSError, ValueError) as error:  # ValueError: a null character in the path
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"cannot read the picture {name!r}: {reason}; check the path") from error
+        with file:
+            return _from_file(file, name, max_pixels)
+    if hasattr(source, "read"):
+        known_as = getattr(source, "name", None)
+        return _from_file(source, known_as if isinstance(known_as, str) else "the picture", max_pixels)
+    raise UserError(
+        f"a value of type {type(source).__name__} is not a picture; "
+        f"give a file name, an open binary file, a PIL image or an array"
+    )
+
+
+def _too_large(name: str, size: str, max_pixels: int) -> UserError:
+    limit = f"{max_pixels / 1e6:g} million"
+    return UserError(f"{name} has {size} pixels, but at most {limit} can be edited; make it smaller")
+
+
+def _from_file(file: BinaryIO, name: str, max_pixels: int) -> np.ndarray:
+    try:
+        if not (hasattr(file, "seekable") and file.seekable()):
+            file = io.BytesIO(file.read())
+        file.seek(0)
+        start: object = file.read(1)
+        file.seek(0)
+    except (OSError, TypeError, ValueError) as error:  # ValueError: a closed file; TypeError: read() gave text
+        raise UserError(f"cannot read {name}: {error}; give a file opened in binary mode") from error
+    if not start:
+        raise UserError(f"{name} is empty (0 bytes); save the picture again")
+    if not isinstance(start, bytes):
+        raise UserError(f"{name} is opened as text; open it in binary mode, 'rb'")
+    Image.init()
+    # PIL warns of odd metadata, and of sizes that are refused below.
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            picture = Image.open(file, formats=[kind for kind in _READABLE if kind in Image.OPEN])
+        except UnidentifiedImageError as error:
+            raise UserError(
+                f"{name} is not a picture of a known kind, or damaged at its start; save it as PNG, JPEG or WebP"
+            ) from error
+        except Image.DecompressionBombError as error:
+            raise _too_large(name, "hundreds of millions of", max_pixels) from error
+        except Exception as error:  # decoders meet damaged headers with every kind of exception
+            raise _damaged(name, error) from error
+        return _from_pil(picture, name, max_pixels)
+
+
+def _damaged(name: str, error: Exception) -> UserError:
+    return UserError(f"{name} is damaged or cut short ({error or type(error).__name__}); copy or save it again")
+
+
+def _from_pil(picture: Image.Image, name: str, max_pixels: int) -> np.ndarray:
+    width, height = picture.size
+    _check_size(name, height, width, max_pixels)
+    try:
+        # A camera's MPO is a JPEG with previews or depth behind the photo, which comes first.
+        frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
+        if frames == 1:
+            picture.load()
+    except Exception as error:  # as in _from_file: truncated data, broken streams, impossible tags
+        raise _damaged(name, error) from error
+    if frames > 1:
+        raise UserError(
+            f"{name} has {frames} frames, but only single pictures can be edited; "
+            f"save its first frame as a picture of its own"
+        )
+    image_HW3 = _rgb(picture, name)
+    turn = _UPRIGHT.get(_orientation(picture))
+    return image_HW3 if turn is None else np.array(Image.fromarray(image_HW3).transpose(turn))
+
+
+def _check_size(name: str, height: int, width: int, max_pixels: int) -> None:
+    if height < 1 or width < 1:
+        raise UserError(f"{name} has no pixels (it is {width} x {height}); give a picture of at least 1 x 1")
+    if height * width > max_pixels:
+        raise _too_large(name, f"{width} x {height}", max_pixels)
+
+
+def _orientation(picture: Image.Image) -> int:
+    try:
+        return int(picture.getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception:  # unreadable metadata is no reason to refuse the pixels
+        return 1
+
+
+def _rgb(picture: Image.Image, name: str) -> np.ndarray:
+    """Pixels of a loaded picture of any mode, uint8 [H, W, 3]."""
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        return _deep_grey(picture, name)
+    try:
+        if not picture.has_transparency_data:
+            return np.array(picture.convert("RGB"))
+        layer = picture.convert("RGBA")
+    except (ValueError, OSError) as error:  # a mode that PIL reads but does not convert
+        raise UserError(f"{name} has unknown colours ({picture.mode}): {error}; save it as RGB") from error
+    white = Image.new("RGBA", layer.size, "white")
+    return np.array(Image.alpha_composite(white, layer).convert("RGB"))
+
+
+def _deep_grey(picture: Image.Image, name: str) -> np.ndarray:
+    """16-bit grey to 8 bits. PIL keeps it in the modes I;16 (also I;16B) and I, and clips it if asked to convert."""
+    grey_HW = np.array(picture)
+    low, high = grey_HW.min(), grey_HW.max()
+    if picture.mode == "F" or low < 0 or high > 65535:
+        raise UserError(
+            f"{name} has grey values of {8 * grey_HW.dtype.itemsize} bits, from {low} to {high}; save it with 8 or 16"
+        )
+    byte_HW = ((grey_HW.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 65535 = 257 * 255
+    transparent = picture.info.get("transparency")
+    if isinstance(transparent, int):
+        byte_HW[grey_HW == transparent] = 255
+    return np.repeat(byte_HW[:, :, None], 3, axis=2)
+
+
+def _from_array(array: np.ndarray, max_pixels: int) -> np.ndarray:
+    name = "the picture"
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        raise UserError(f"{name} has the shape {array.shape}; it must be [height, width] or [height, width, 1, 3 or 4]")
+    if array.dtype != np.uint8:
+        raise UserError(f"{name} has values of type {array.dtype}; give uint8, from 0 to 255")
+    _check_size(name, array.shape[0], array.shape[1], max_pixels)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    return _rgb(Image.fromarray(np.ascontiguousarray(array)), name)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where a picture lies in the one that the model sees: at the top left, with white around."""
+
+    original_hw: tuple[int, int]  # pixels of the picture as given
+    fitted_hw: tuple[int, int]  # pixels of the model's picture
+    content_hw: tuple[int, int]  # the part of these that the picture fills
+
+
+def fit(image_HW3: np.ndarray, size_hw: tuple[int, int]) -> tuple[np.ndarray, Placement]:
+    """Pads a picture with white at the right or bottom to the aspect of `size_hw`, and resizes it (Lanczos).
+
+    uint8 [H, W, 3] to uint8 [h, w, 3] with (h, w) = `size_hw`, and what `restore` needs to undo it. Raises UserError
+    for a picture so narrow that less than one row or column would be left of it.
+    """
+    height, width = _shape_of(image_HW3)
+    h, w = size_hw
+    padded_height, padded_width = max(height, round(width * h / w)), max(width, round(height * w / h))
+    rows, columns = height * h / padded_height, width * w / padded_width
+    if min(rows, columns) < 1:
+        raise UserError(
+            f"the picture is {width} x {height} pixels, too narrow to be shown to the model at {w} x {h}; crop it"
+        )
+    # Bit for bit what padding and then resizing gives, width before height; but a few rows at a time, since the padded
+    # picture of a long strip can be hundreds of times its size.
+    image = Image.fromarray(image_HW3)
+    canvas = Image.new("RGB", (w, padded_height), "white")
+    step = max(1, 16_000_000 // padded_width)
+    for top in range(0, height, step):
+        bottom = min(top + step, height)
+        strip = Image.new("RGB", (padded_width, bottom - top), "white")
+        strip.paste(image.crop((0, top, width, bottom)), (0, 0))
+        canvas.paste(strip.resize((w, bottom - top), Image.Resampling.LANCZOS), (0, top))
+    placement = Placement(original_hw=(height, width), fitted_hw=(h, w), content_hw=(round(rows), round(columns)))
+    return np.array(canvas.resize((w, h), Image.Resampling.LANCZOS)), placement
+
+
+def restore(image_hw3: np.ndarray, placement: Placement) -> np.ndarray:
+    """Crops the padding off an edited picture and resizes it (Lanczos) to the size of the original.
+
+    uint8 [h, w, 3] to uint8 [H, W, 3]. Raises ValueError if the picture is not of the size that `fit` gave.
+    """
+    if _shape_of(image_hw3) != placement.fitted_hw:
+        raise ValueError(f"the picture is {_shape_of(image_hw3)}, but it was placed in {placement.fitted_hw}")
+    rows, columns = placement.content_hw
+    height, width = placement.original_hw
+    content = Image.fromarray(np.ascontiguousarray(image_hw3[:rows, :columns]))
+    return np.array(content.resize((width, height), Image.Resampling.LANCZOS))
+
+
+def _shape_of(image: np.ndarray) -> tuple[int, int]:
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
+        raise ValueError(f"expected uint8 [height, width, 3], got {image.dtype} {image.shape}")
+    return image.shape[0], image.shape[1]
+
+
+def check_output(path: str | os.PathLike[str]) -> None:
+    """Raises UserError if `write_image` could not write to `path`; meant to be asked before a long edit."""
+    target = pathlib.Path(path)
+    if target.suffix.lower() not in _FORMATS:
+        raise UserError(f"cannot tell the kind of picture from the name {target}; end it in {', '.join(_FORMATS)}")
+    if target.is_dir():
+        raise UserError(f"{target} is a folder; give the name of a picture file")
+    if not target.parent.is_dir():
+        raise UserError(f"the folder {target.parent} of {target} does not exist; create it first")
+    if not os.access(target.parent, os.W_OK):
+        raise UserError(f"the folder {target.parent} may not be written to; choose another one for {target.name}")
+
+
+def write_image(path: str | os.PathLike[str], image_HW3: np.ndarray) -> None:
+    """Writes uint8 [H, W, 3] as the kind of picture that the suffix of `path` names.
+
+    The file appears whole or not at all: it is written under a temporary name beside `path`, then renamed. Raises
+    UserError for an unknown suffix, a missing folder, a full disk, or a picture too large for its kind.
+    """
+    _shape_of(image_HW3)
+    check_output(path)
+    target = pathlib.Path(path)
+    kind, options = _FORMATS[target.suffix.lower()]
+    encoded = io.BytesIO()
+    try:
+        Image.fromarray(np.ascontiguousarray(image_HW3)).save(encoded, kind, **options)
+    except (OSError, ValueError) as error:  # a side over 65535 in JPEG, over 16383 in WebP
+        raise UserError(
+            f"{target}: {kind} cannot hold a picture of {image_HW3.shape[1]} x {image_HW3.shape[0]} pixels ({error}); "
+            f"write a .png"
+        ) from error
+    partial = target.with_name(f".{uuid.uuid4().hex}.part")
+    try:
+        with open(partial, "xb") as file:
+            file.write(encoded.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {target}: {error.strerror or error}; nothing was written, make room or choose another folder"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):  # it is gone already where all went well
+            partial.unlink()

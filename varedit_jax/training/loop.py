@@ -1,0 +1,268 @@
+"""The training loop, of editors and tokenizers alike."""
+
+import contextlib
+import dataclasses
+import math
+import os
+import signal
+import threading
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import grain
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from varedit_jax.errors import UserError
+from varedit_jax.training import checkpoint
+from varedit_jax.training.ledger import Ledger, Stopwatch, say
+from varedit_jax.training.state import TrainState
+
+Metrics = Mapping[str, Any]
+
+NONFINITE_LIMIT = 10  # steps in a row whose loss is not finite, after which a run ends
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cadence:
+    """How often things happen, in steps; 0 is never."""
+
+    log_every: int = 10
+    eval_every: int = 0
+    sample_every: int = 0
+    save_every: int = 500
+    keep: int = 3  # newest checkpoints that are kept
+
+
+def train(
+    *,
+    workdir: str | os.PathLike[str],
+    steps: int,
+    key: jax.Array,
+    abstract_state: TrainState,
+    init_state: Callable[[], TrainState],
+    step_fn: Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]],
+    batches: grain.DatasetIterator,
+    put: Callable[[dict[str, np.ndarray]], Any],
+    run_record: Mapping[str, Any],
+    cadence: Cadence,
+    evaluate: Callable[[TrainState], Metrics] | None = None,
+    sample: Callable[[TrainState, int], Mapping[str, np.ndarray]] | None = None,
+    learning_rate: Callable[[int], float] | None = None,
+    stop_after: int | None = None,
+) -> TrainState:
+    """Trains up to `steps` updates, going on from the newest checkpoint in `workdir` if there is one.
+
+    Step n, counted from 0, is the update that turns a state of `step` n into one of n + 1. Its order:
+
+      1. with the state before the update: evaluate, sample, save (state and iterator in one call), where they are
+         due; all before the data iterator moves, so that a checkpoint names the batch that comes next
+      2. take the next batch and put it on the devices
+      3. dispatch the update, with the key fold_in(key, n); no implicit transfer may happen in it
+      4. fetch and write down the metrics of step n - 1, while step n runs
+
+    After the last step: evaluate, sample and save once more. What is due is a matter of n alone, and so a run that
+    was stopped and resumed equals one that was not, bit for bit. A run that goes on at step n repeats an evaluation
+    of step n, because the ledger drops whatever an earlier process wrote for n and later.
+
+    SIGTERM and SIGINT finish the step, save, and exit with 128 + the signal's number; a second SIGINT does not wait.
+
+    Args:
+      workdir: folder of the run, which all processes see.
+      steps: updates of the whole run, not of this process.
+      key: a PRNG key, the same in every process of the run.
+      abstract_state: shapes, types and shardings of the state (jax.eval_shape of `init_state`).
+      init_state: makes the state of step 0; called only for a new run.
+      step_fn: (state, batch, key) -> (state, metrics); compiled, and free to donate the state. Metrics are scalars
+        or vectors [K]; a `loss` among them is watched for being finite.
+      batches: endless iterator over dicts of numpy arrays with the examples of this process in front, [B, ...].
+      put: places such a batch on the devices, explicitly.
+      run_record: the configuration of the run as a dict, for config.json.
+      cadence: when to log, evaluate, sample and save.
+      evaluate: metrics of a state on held-out data; written down as eval/NAME.
+      sample: (state, step) -> uint8 pictures [y, x, 3] by name.
+      learning_rate: of a step, for the log.
+      stop_after: end, after saving, when this process has made so many steps.
+
+    Returns:
+      The state after `steps` updates, or after `stop_after`.
+
+    Raises:
+      UserError: `workdir` holds another run; a full disk; data that ends; a loss that stays infinite or NaN.
+      SystemExit: after a signal, when all is saved.
+    """
+    clock = Stopwatch()
+    checkpoint.check_config(workdir, run_record)
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(_StopSignal())
+        checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir, keep=cadence.keep))
+        resumed = checkpoints.latest() is not None
+        state = checkpoints.restore(abstract_state, batches) if resumed else init_state()
+        start = int(jax.device_get(state.step))
+        if start >= steps:
+            say(f"the run in {workdir} is finished: it has made {start} of {steps} steps")
+            return state
+        ledger = stack.enter_context(contextlib.closing(Ledger(workdir, first_step=start, steps=steps)))
+        if jax.process_index() == 0:
+            checkpoint.write_config(workdir, run_record)
+        if resumed:
+            ledger.say(f"going on from the checkpoint of step {start} in {workdir}")
+
+        report = _Report(ledger, clock, cadence.log_every, steps, learning_rate)
+
+        def look(step: int) -> None:
+            """Evaluates and samples, where due."""
+            if evaluate is not None and _due(step, cadence.eval_every, steps):
+                report.finish()
+                with clock.time("evaluate"):
+                    ledger.record(step, {f"eval/{name}": value for name, value in evaluate(state).items()})
+            if sample is not None and _due(step, cadence.sample_every, steps):
+                report.finish()
+                with clock.time("sample"):
+                    ledger.pictures(step, sample(state, step))
+
+        def save(step: int) -> None:
+            report.finish()  # so that a run with broken numbers ends before it is saved
+            with clock.time("save"):
+                checkpoints.save(step, state, batches)
+
+        last = steps if stop_after is None else min(steps, start + stop_after)
+        step = start
+        while step < last and not stop.requested(step):
+            look(step)
+            if step > start and _due(step, cadence.save_every, steps):
+                save(step)
+
+            with clock.time("data"):
+                batch = next(batches, None)
+                if batch is None:
+                    raise UserError(f"the data ended after {step} of {steps} steps; training needs an endless iterator")
+                examples = len(jax.tree.leaves(batch)[0]) * jax.process_count()
+                batch = put(batch)
+            with clock.time("compile" if step == start else "step"), jax.transfer_guard("disallow"):
+                state, metrics = step_fn(state, batch, jax.random.fold_in(key, state.step))
+            report.later(step, metrics, examples)
+            step += 1
+
+        report.finish()
+        if step == steps:
+            look(step)
+        if step > start:
+            save(step)
+            checkpoints.wait()
+        if stop.signal is not None:
+            ledger.say(f"stopped by {stop.signal.name} at step {step} of {steps}, which is saved; {_RESUME}")
+            raise SystemExit(128 + stop.signal)
+        if step < steps:
+            ledger.say(f"stopped at step {step} of {steps}, which is saved; {_RESUME}")
+    return state
+
+
+_RESUME = "run the same command again to go on"
+
+
+def _due(step: int, every: int, steps: int) -> bool:
+    """Whether something that happens every so many steps happens now; at the end everything does."""
+    return every > 0 and (step % every == 0 or step == steps)
+
+
+class _Report:
+    """Metrics of the step before the one that runs now: fetched late, so that fetching does not hold up the devices."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        clock: Stopwatch,
+        log_every: int,
+        steps: int,
+        learning_rate: Callable[[int], float] | None,
+    ) -> None:
+        self._ledger, self._clock, self._steps = ledger, clock, steps
+        self._log_every, self._learning_rate = log_every, learning_rate
+        self._pending: tuple[int, Metrics] | None = None
+        self._nonfinite = 0  # steps in a row, up to now
+        self._examples = 0  # since the last line, as are the two below
+        self._window_steps = 0
+        self._before = {"data": 0.0, "step": 0.0}
+
+    def later(self, step: int, metrics: Metrics, examples: int) -> None:
+        """Takes the metrics of a step just dispatched, and writes down those of the step before it."""
+        self.finish()
+        self._pending = (step, metrics)
+        self._examples += examples
+        self._window_steps += 1
+
+    def finish(self) -> None:
+        """Writes down the metrics that are pending, waiting for their step to end."""
+        if self._pending is None:
+            return
+        step, device_metrics = self._pending
+        self._pending = None
+        with self._clock.time("step"):
+            metrics = jax.device_get(dict(device_metrics))
+        self._check_finite(step, metrics)
+        self._ledger.advance()
+        if self._log_every and (step % self._log_every == 0 or step + 1 == self._steps):
+            self._log(step, metrics)
+
+    def _log(self, step: int, metrics: Metrics) -> None:
+        spent = {part: self._clock.seconds.get(part, 0.0) - self._before[part] for part in self._before}
+        self._before = {part: self._clock.seconds.get(part, 0.0) for part in self._before}
+        seconds = max(sum(spent.values()), 1e-9)
+        examples_per_second = self._examples / seconds
+        seconds_per_step = seconds / max(self._window_steps, 1)
+        self._examples = self._window_steps = 0
+        times = {
+            "time/step_seconds": seconds_per_step,
+            "time/examples_per_second": examples_per_second,
+            "time/data_share": spent["data"] / seconds,
+            "time/goodput": self._clock.share("step"),
+        }
+        rate = {} if self._learning_rate is None else {"learning_rate": float(self._learning_rate(step))}
+        self._ledger.record(step, {**metrics, **rate, **times})
+        eta = (self._steps - step - 1) * seconds_per_step
+        self._ledger.progress(step + 1, metrics, examples_per_second=examples_per_second, eta=eta)
+
+    def _check_finite(self, step: int, metrics: Metrics) -> None:
+        if "loss" not in metrics:
+            return
+        self._nonfinite = 0 if math.isfinite(metrics["loss"]) else self._nonfinite + 1
+        if self._nonfinite >= NONFINITE_LIMIT:
+            raise UserError(
+                f"the loss was {float(metrics['loss'])} in {NONFINITE_LIMIT} steps in a row, up to step {step}; "
+                f"lower optimizer.learning_rate or optimizer.clip_norm, or look at the data of those steps"
+            )
+
+
+class _StopSignal:
+    """Notes SIGTERM and SIGINT, for the loop to end between two steps.
+
+    With several processes all of them have to stop at one step; there JAX's preemption service tells when.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def requested(self, step: int) -> bool:
+        """Whether to stop before `step`."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.signal = signal.SIGTERM
+        return self.signal is not None
+
+    def _note(self, number: int, frame: types.FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+
+    def __enter__(self) -> Self:
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,57 @@
+"""Bitwise cross-entropy and its accuracies (model.md, section 7)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from varedit_jax.config import LossConfig
+from varedit_jax.scales import Pyramid
+
+
+def token_weights(pyramid: Pyramid, reweight_scales: bool) -> np.ndarray:
+    """Weight of every target token in the loss, float32 [L], summing to 1.
+
+    With `reweight_scales` a token of scale k weighs sqrt(h_K w_K / (h_k w_k)) times one of the last scale.
+    """
+    last = pyramid.lengths[-1]
+    scale_weights = [(last / length) ** 0.5 if reweight_scales else 1.0 for length in pyramid.lengths]
+    weights = np.repeat(scale_weights, pyramid.lengths)
+    return (weights / weights.sum()).astype(np.float32)
+
+
+def bitwise_loss(
+    logits_BLN2: jax.Array, labels_BLN: jax.Array, pyramid: Pyramid, config: LossConfig
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Two-way cross-entropy of every bit, in nats.
+
+    Args:
+      logits_BLN2: float32 logits of values 0 and 1.
+      labels_BLN: bool bits.
+      pyramid: gives the scale of each of the L tokens.
+      config: reduction over bits and weights over tokens.
+
+    Returns:
+      (scalar loss averaged over the batch, metrics): `bit_accuracy` over all bits, and per scale [K]
+      `scale_loss` (mean over bits), `scale_bit_accuracy`, `scale_token_accuracy` (all bits of a token right).
+    """
+    # The cross-entropy of two logits is a softplus of their difference, signed by the label.
+    margin_BLN = logits_BLN2[..., 1] - logits_BLN2[..., 0]
+    entropy_BLN = jax.nn.softplus(jnp.where(labels_BLN, -margin_BLN, margin_BLN))
+    token_BL = jnp.mean(entropy_BLN, axis=-1) if config.reduction == "mean" else jnp.sum(entropy_BLN, axis=-1)
+    loss = jnp.mean(token_BL @ token_weights(pyramid, config.reweight_scales))
+
+    right_BLN = (margin_BLN > 0) == labels_BLN
+    entropy_L = jnp.mean(entropy_BLN, axis=(0, 2))
+    bit_L = jnp.mean(right_BLN, axis=(0, 2), dtype=jnp.float32)
+    token_L = jnp.mean(jnp.all(right_BLN, axis=-1), axis=0, dtype=jnp.float32)
+
+    def by_scale(x_L: jax.Array) -> jax.Array:
+        return jnp.stack([jnp.mean(x_L[tokens]) for tokens in pyramid.slices()])
+
+    metrics = {
+        "bit_accuracy": jnp.mean(bit_L),
+        "scale_loss": by_scale(entropy_L),
+        "scale_bit_accuracy": by_scale(bit_L),
+        "scale_token_accuracy": by_scale(token_L),
+    }
+    return loss, metrics

@@ -1,0 +1,112 @@
+"""Training step of the editor: `(state, frozen, batch, key) -> (state, metrics)` (model.md, sections 3 to 7)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from varedit_jax.config import EditorConfig, RunConfig
+from varedit_jax.scales import Pyramid
+from varedit_jax.text.t5 import T5Encoder
+from varedit_jax.tokenizer.tokens import encode_images, make_tokens
+from varedit_jax.training.loss import bitwise_loss
+from varedit_jax.training.self_correction import draw_flips
+from varedit_jax.training.state import TrainState
+from varedit_jax.transformer.model import Transformer
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+Params = dict[str, Any]
+Step = Callable[[TrainState, Params, Batch, jax.Array], tuple[TrainState, Metrics]]
+
+
+def _features(batch: Batch, frozen: Params, config: EditorConfig) -> tuple[jax.Array, jax.Array]:
+    """Source and target features: from the batch if they were computed ahead, else by the frozen encoder."""
+    if "source_features" in batch:
+        return batch["source_features"], batch["target_features"]
+    both = jnp.concatenate([batch["source"], batch["target"]])
+    source, target = jnp.split(encode_images(frozen["tokenizer"], both, config), 2)
+    return source, target
+
+
+def make_loss(
+    config: RunConfig, pyramid: Pyramid, training: bool
+) -> Callable[[Params, Params, Batch, jax.Array], tuple[jax.Array, Metrics]]:
+    """Loss of a batch: `(params, frozen, batch, key) -> (loss, metrics)`.
+
+    Args:
+      config: the run; `train_text` says whether the text encoder is in `params` or in `frozen`.
+      pyramid: the pyramid of this batch's aspect.
+      training: with text drop, self-correction and stochastic depth; without, for evaluation.
+
+    The batch holds `text_ids` int32 [B, T], `text_length` int32 [B], and either pictures `source`, `target` uint8
+    [B, y, x, 3] or features `source_features`, `target_features` float32 [B, h, w, Z].
+    """
+    model = config.model
+    transformer = Transformer(model.transformer, pyramid)
+    text_encoder = T5Encoder(model.text)
+    cells = pyramid.cells(model.patchify)
+
+    def loss_fn(params: Params, frozen: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        source, target = _features(batch, frozen, model)
+        flip_key, drop_key, depth_key = jax.random.split(key, 3)
+        flips, unconditional_B = (), None
+        if training:
+            flips = draw_flips(
+                flip_key, len(target), target.shape[-1], cells, config.loss.noise_scales, config.loss.noise_max
+            )
+            unconditional_B = jax.random.bernoulli(drop_key, config.loss.text_drop, (len(target),))
+        tokens = make_tokens(source, target, model, pyramid, flips)
+        text_params = params["text"] if config.train_text else frozen["text"]
+        features_BTE = text_encoder.apply({"params": text_params}, batch["text_ids"], batch["text_length"])
+        logits_BLN2 = transformer.apply(
+            {"params": params["transformer"]},
+            tokens.source_BSN,
+            tokens.inputs_BLN,
+            features_BTE,
+            batch["text_length"],
+            unconditional_B,
+            deterministic=not training,
+            rngs={"drop_path": depth_key},
+        )
+        loss, metrics = bitwise_loss(logits_BLN2, tokens.labels_BLN, pyramid, config.loss)
+        return loss, {"loss": loss, **metrics}
+
+    return loss_fn
+
+
+def make_step(config: RunConfig, pyramid: Pyramid, optimizer: optax.GradientTransformation) -> Step:
+    """One update, with gradients averaged over `optimizer.accumulation` microbatches."""
+    gradient_fn = jax.grad(make_loss(config, pyramid, training=True), has_aux=True)
+    parts = config.optimizer.accumulation
+
+    def step(state: TrainState, frozen: Params, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
+        if parts == 1:
+            gradients, metrics = gradient_fn(state.params, frozen, batch, key)
+        else:
+            gradients, metrics = _accumulated(gradient_fn, state.params, frozen, batch, key, parts)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = metrics | {"gradient_norm": optax.global_norm(gradients)}
+        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    return step
+
+
+def _accumulated(
+    gradient_fn: Callable[..., Any], params: Params, frozen: Params, batch: Batch, key: jax.Array, parts: int
+) -> tuple[Params, Metrics]:
+    """Gradients and metrics averaged over `parts` equal slices of the batch, one after the other."""
+    slices = jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), batch)
+
+    def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        microbatch, index = part
+        new = gradient_fn(params, frozen, microbatch, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, total, new), None
+
+    first = jax.tree.map(lambda x: x[0], slices)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient_fn, params, frozen, first, key))
+    total, _ = jax.lax.scan(add, zeros, (slices, jnp.arange(parts)))
+    return jax.tree.map(lambda x: x / parts, total)

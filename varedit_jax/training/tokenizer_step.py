@@ -1,0 +1,107 @@
+"""Training step of the tokenizer: reconstruction through the quantizer (model.md, sections 2 and 3)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from varedit_jax.config import EditorConfig, TokenizerRunConfig
+from varedit_jax.scales import editor_pyramid
+from varedit_jax.tokenizer import quantizer
+from varedit_jax.tokenizer.autoencoder import Autoencoder
+from varedit_jax.tokenizer.pixels import to_model_range
+from varedit_jax.tokenizer.tokens import decode_bits, encode_images
+from varedit_jax.training.state import TrainState
+
+Metrics = dict[str, jax.Array]
+
+
+def make_loss(
+    config: TokenizerRunConfig, perceptual: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+) -> Callable[[Any, jax.Array], tuple[jax.Array, Metrics]]:
+    """Loss of a batch of images: `(params, images float32 [B, y, x, 3] in [-1, 1]) -> (loss, metrics)`.
+
+    L1 + perceptual distance (if given: a function of two image batches) + commitment + entropy terms, weighted by
+    the config. Metrics: the terms, and `bit_balance_k`, the share of ones of each scale.
+    """
+    model = Autoencoder(config.model.tokenizer)
+    cells = editor_pyramid(config.model).cells(config.model.patchify)
+
+    def loss_fn(params: Any, images: jax.Array) -> tuple[jax.Array, Metrics]:
+        features = model.apply({"params": params}, images, method=model.encode)
+        residuals = quantizer.quantize(features, cells)
+        quantized = quantizer.straight_through(features, residuals.quantized)
+        output = model.apply({"params": params}, quantized, False, method=model.decode)
+        l1 = jnp.mean(jnp.abs(output - images))
+        commitment = quantizer.commitment(features, residuals.quantized)
+        token_entropy, batch_entropy = quantizer.bit_entropy(features, residuals, cells, config.entropy_temperature)
+        loss = (
+            config.l1_weight * l1
+            + config.commitment_weight * commitment
+            + config.entropy_weight * (token_entropy - batch_entropy)
+        )
+        metrics = {
+            "l1": l1,
+            "commitment": commitment,
+            "token_entropy": token_entropy,
+            "batch_entropy": batch_entropy,
+            "bit_balance": jnp.stack([jnp.mean(bits, dtype=jnp.float32) for bits in residuals.bits]),
+        }
+        if perceptual is not None:
+            metrics["perceptual"] = perceptual(output, images)
+            loss += config.perceptual_weight * metrics["perceptual"]
+        return loss, metrics
+
+    return loss_fn
+
+
+def make_step(
+    config: TokenizerRunConfig,
+    optimizer: optax.GradientTransformation,
+    perceptual: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+) -> Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, Metrics]]:
+    """One update: `(state, batch, key) -> (state, metrics)`.
+
+    The batch holds `source` and `target`, uint8 [B, y, x, 3]; both are pictures to reconstruct. The key is not used.
+    """
+    loss_fn = make_loss(config, perceptual)
+
+    def step(state: TrainState, batch: dict[str, jax.Array], key: jax.Array) -> tuple[TrainState, Metrics]:
+        del key
+        pictures = jnp.concatenate([batch["source"], batch["target"]])
+        gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, metrics), gradients = gradient_fn(state.params, to_model_range(pictures))
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradients), **metrics}
+        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    return step
+
+
+def make_init(config: TokenizerRunConfig, optimizer: optax.GradientTransformation) -> Callable[[], TrainState]:
+    """Makes the state of step 0: `() -> TrainState`, from the config's seed."""
+    model = Autoencoder(config.model.tokenizer)
+
+    def init() -> TrainState:
+        side = config.model.tokenizer.stride
+        params = model.init(jax.random.key(config.seed), jnp.zeros((1, side, side, 3)))["params"]
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+
+    return init
+
+
+def make_reconstruct(config: EditorConfig) -> Callable[[Any, jax.Array], jax.Array]:
+    """Pictures through encoder, quantizer and decoder: `(params, uint8 [B, y, x, 3]) -> uint8 [B, y, x, 3]`.
+
+    What a perfect transformer would give with this tokenizer.
+    """
+    pyramid = editor_pyramid(config)
+
+    def reconstruct(params: Any, images: jax.Array) -> jax.Array:
+        residuals = quantizer.quantize(encode_images(params, images, config), pyramid.cells(config.patchify))
+        return decode_bits(params, residuals.bits, config, pyramid)
+
+    return reconstruct

@@ -1,0 +1,1 @@
+"""Scale-wise causal transformer over source and target tokens."""

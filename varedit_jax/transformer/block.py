@@ -1,0 +1,98 @@
+"""One transformer block: self-attention, cross-attention, feed-forward (model.md, section 6)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from varedit_jax.config import TransformerConfig
+from varedit_jax.transformer.attention import CrossAttention, SelfAttention, Visibility, kernel_init
+
+Cache = dict[str, jax.Array]
+
+
+def layer_norm(x: jax.Array) -> jax.Array:
+    """Layer norm over the last axis without affine parameters, eps 1e-6, in float32."""
+    x = x.astype(jnp.float32)
+    mean = jnp.mean(x, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(x - mean), axis=-1, keepdims=True)
+    return (x - mean) * jax.lax.rsqrt(variance + 1e-6)
+
+
+class Mlp(nn.Module):
+    """Linear(C, 4C), tanh-GELU, Linear(4C, C)."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x_BLC: jax.Array) -> jax.Array:
+        """[B, L, C] -> [B, L, C]."""
+        config = self.config
+        dtype = jnp.dtype(config.dtype)
+        h_BLF = nn.Dense(4 * config.width, dtype=dtype, kernel_init=kernel_init(), name="fc1")(x_BLC)
+        h_BLF = nn.gelu(h_BLF, approximate=True)
+        out_init = kernel_init((2 * config.depth) ** -0.5)
+        return nn.Dense(config.width, dtype=dtype, kernel_init=out_init, name="fc2")(h_BLF)
+
+
+def _initial_ada(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:  # type: ignore
+    """Branches open (gamma 1), modulation off (scale and shift 0)."""
+    del key
+    return jnp.zeros(shape, dtype).at[:2].set(1)
+
+
+class Block(nn.Module):
+    """x += gamma1 SA(..); x += CA(..); x += gamma2 MLP(..), the residual stream in float32."""
+
+    config: TransformerConfig
+    visibility: Visibility
+    scale: int | None = None  # which scale the tokens are, when a cache is given
+    deterministic: bool = True  # no stochastic depth
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BLC: jax.Array,
+        drop_rate: jax.Array,
+        cache: Cache | None,
+        ada_B6C: jax.Array,
+        memory_BTC: jax.Array,
+        mask_BT: jax.Array,
+        rotation_2LD: jax.Array,
+    ) -> tuple[jax.Array, Cache]:
+        """One block over the whole sequence, over the source to start a cache, or over one scale with a cache.
+
+        Args:
+          x_BLC: float32 tokens.
+          drop_rate: scalar, probability of leaving out a branch (stochastic depth) of a sample; training only.
+          cache: what `SelfAttention` and `CrossAttention` left behind, or None.
+          ada_B6C: SiLU(cond) through the linear map shared by all blocks: gamma1, gamma2, scale1, scale2, shift1, shift2.
+          memory_BTC, mask_BT: text to attend to, and which of its rows are real.
+          rotation_2LD: RoPE of these tokens.
+
+        Returns:
+          (x_BLC, the keys and values of these tokens and of the text).
+        """
+        config = self.config
+        ada_gss = self.param("ada_gss", _initial_ada, (6, config.width))
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = (
+            row[:, None, :] for row in jnp.moveaxis(ada_gss[None] + ada_B6C, 1, 0)
+        )
+
+        def drop_path(branch_BLC: jax.Array) -> jax.Array:
+            if self.deterministic or config.drop_path == 0:
+                return branch_BLC
+            keep = jax.random.bernoulli(self.make_rng("drop_path"), 1 - drop_rate, (branch_BLC.shape[0], 1, 1))
+            return branch_BLC * keep / (1 - drop_rate)
+
+        attention = SelfAttention(config, self.visibility, name="self_attention")
+        h_BLC, self_cache = attention(layer_norm(x_BLC) * (1 + scale1) + shift1, rotation_2LD, cache, self.scale)
+        x_BLC += drop_path(h_BLC.astype(jnp.float32) * gamma1)
+
+        cross_norm = nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, name="cross_norm")
+        cross = CrossAttention(config, name="cross_attention")
+        h_BLC, text_cache = cross(cross_norm(x_BLC), memory_BTC, mask_BT, cache)
+        x_BLC += h_BLC.astype(jnp.float32)
+
+        h_BLC = Mlp(config, name="mlp")(layer_norm(x_BLC) * (1 + scale2) + shift2)
+        x_BLC += drop_path(h_BLC.astype(jnp.float32) * gamma2)
+        return x_BLC, self_cache | {name: text_cache[name] for name in ("text_k", "text_v")}
