@@ -59,6 +59,7 @@ class TfdsSource:
         """Raises UserError for a split that the data set does not have."""
         if split not in builder.info.splits:
             raise UserError(f"{builder.name} has no split {split!r}; it has {', '.join(builder.info.splits)}")
+        self.directory = str(builder.data_dir)  # of the prepared data set
         self._decoded = builder.as_data_source(split)
         # For instructions alone. TFDS would decode every feature of the record, which takes about five times as long.
         self._stored = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)

@@ -12,7 +12,9 @@ from experiments import program
 from varedit_jax.conversion import parity
 from varedit_jax.errors import UserError
 
-_GOLDEN = flags.DEFINE_string("golden", None, "folder with config.json, state dicts and golden.safetensors", required=True)
+_GOLDEN = flags.DEFINE_string(
+    "golden", None, "folder with config.json, state dicts and golden.safetensors", required=True
+)
 
 
 def main(argv: list[str]) -> None:
@@ -23,7 +25,9 @@ def main(argv: list[str]) -> None:
     print(f"{'tensor':<24} {'largest error':>14} {'tolerance':>10}")
 
     def show(row: parity.ParityRow) -> None:
-        print(f"{row.name:<24} {row.error:>14.3g} {row.tolerance:>10.0e}  {'ok' if row.passed else 'BEYOND'}", flush=True)
+        print(
+            f"{row.name:<24} {row.error:>14.3g} {row.tolerance:>10.0e}  {'ok' if row.passed else 'BEYOND'}", flush=True
+        )
 
     rows = parity.compare(golden, show)
     beyond = [row.name for row in rows if not row.passed]

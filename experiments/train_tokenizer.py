@@ -24,7 +24,9 @@ from varedit_jax.training.perceptual import load_perceptual
 _CONFIG = program.config_flag(TokenizerRunConfig)
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, pictures", required=True)
 _EXPORT = flags.DEFINE_string("export", "", "new folder for the finished tokenizer's weights")
-_EXPORT_TYPE = flags.DEFINE_enum("export_type", "float16", ["float32", "bfloat16", "float16"], "type of exported weights")
+_EXPORT_TYPE = flags.DEFINE_enum(
+    "export_type", "float16", ["float32", "bfloat16", "float16"], "type of exported weights"
+)
 
 
 def main(argv: list[str]) -> None:

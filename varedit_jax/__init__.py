@@ -1,0 +1,1 @@
+"""VAREdit: scale-wise autoregressive image editing by instruction, in JAX and Flax."""

@@ -39,9 +39,9 @@ HELD_OUT_SCENES = 10  # one scene of so many is held out
 # objects, shapes and colours is seen in training as the subject of other kinds.
 HELD_OUT_COMBINATIONS: dict[Kind, tuple[Object, ...]] = {
     "add": (Object("triangle", "red"), Object("square", "purple"), Object("cross", "yellow")),
-    "remove": (Object("circle", "blue"), Object("diamond", "orange")),
+    "remove": (Object("circle", "blue"), Object("ring", "orange")),
     "recolour": (Object("cross", "green"), Object("triangle", "purple")),
-    "replace": (Object("circle", "yellow"), Object("square", "blue"), Object("diamond", "red")),
+    "replace": (Object("circle", "yellow"), Object("square", "blue"), Object("ring", "red")),
     "move": (Object("triangle", "orange"), Object("square", "green")),
 }
 

@@ -29,7 +29,7 @@ from data_pipelines.shapes.scene import (
 )
 from varedit_jax.errors import UserError
 
-CONTRAST: dict[Style, float] = {"plain": 1.0, "night": 0.4, "fog": 0.5, "frame": 1.0}
+CONTRAST: dict[Style, float] = {"plain": 1.0, "night": 0.6, "fog": 0.6, "frame": 1.0}
 
 # Largest mean absolute error of a cell: MEAN_BASE + MEAN_SLOPE * contrast levels. The base leaves room for noise,
 # which does not shrink with the contrast; the sum stays below half the distance of two colours.

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from varedit_jax.errors import UserError
 
-Shape = Literal["circle", "square", "triangle", "diamond", "cross"]
+Shape = Literal["circle", "square", "triangle", "ring", "cross"]
 Colour = Literal["red", "green", "blue", "yellow", "purple", "orange"]
 Background = Literal["grey", "pink", "brown", "mint", "teal", "sky"]
 Style = Literal["plain", "night", "fog", "frame"]
@@ -50,12 +50,12 @@ BACKGROUND_RGB: dict[Background, tuple[int, int, int]] = {
 def _masks() -> NDArray[np.bool_]:
     """Masks [5, 16, 16] of the shapes, in the order of `SHAPES`; each is 12 pixels wide and high."""
     y, x = np.mgrid[:CELL, :CELL] - (CELL - 1) / 2  # from the centre of the cell: -7.5, -6.5, ..., 7.5
-    circle = y**2 + x**2 <= 38
+    circle = y**2 + x**2 <= 34
     square = (abs(y) < 6) & (abs(x) < 6)
     triangle = (abs(y) < 6) & (abs(x) <= (y + 6.5) / 2)
-    diamond = abs(y) + abs(x) <= 6
-    cross = (abs(y) < 6) & (abs(x) < 6) & (abs(abs(y) - abs(x)) < 2)
-    return np.stack([circle, square, triangle, diamond, cross])
+    ring = circle & (y**2 + x**2 > 9)
+    cross = (abs(y) < 6) & (abs(x) < 6) & ((abs(y) < 2) | (abs(x) < 2))
+    return np.stack([circle, square, triangle, ring, cross])
 
 
 MASKS = _masks()
@@ -126,9 +126,9 @@ def style_colour(rgb: tuple[int, int, int], style: Style) -> NDArray[np.uint8]:
     """The colour [3] that `rgb` has in a picture of this style."""
     colour = np.array(rgb, np.uint8)
     if style == "night":
-        return np.round(colour * 0.4).astype(np.uint8)
+        return np.round(colour * 0.6).astype(np.uint8)
     if style == "fog":
-        return np.round(colour * 0.5 + 127.5).astype(np.uint8)
+        return np.round(colour * 0.6 + 102).astype(np.uint8)
     return colour
 
 

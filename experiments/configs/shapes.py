@@ -1,9 +1,9 @@
 """`shapes`: an editor trained from scratch on procedural pictures, on a two-core machine.
 
-    python -m experiments.train --config=experiments/configs/shapes.py --workdir=runs/shapes
+    python -m experiments.train --config=experiments/configs/shapes.py:demo --workdir=runs/shapes
 
-Variants (`shapes.py:NAME`): `demo` is what `make demo` trains in minutes, `full` made the shipped editor, `tiny` is
-for tests, `tokenizer` and `tokenizer_tiny` are for experiments.train_tokenizer.
+Variants: `demo` is what `make demo` trains in minutes; `full` made the shipped editor; `tiny` is for tests; the
+tokenizer's are `tokenizer` and `tokenizer_tiny`, for experiments.train_tokenizer. results/shapes.md has the figures.
 """
 
 import dataclasses
@@ -21,12 +21,13 @@ from varedit_jax.config import (
     TransformerConfig,
 )
 
-SHIPPED = "varedit_jax/data/shapes"
+VARIANTS = ("demo", "full", "tiny", "tokenizer", "tokenizer_tiny")
+SHIPPED = "varedit_jax/data/shapes"  # tokenizer and editor that come with the repository
 
 MODEL = EditorConfig(
     tokenizer=TokenizerConfig(
         bits=32,
-        channel_multipliers=(1, 4, 4),
+        channel_multipliers=(1, 2, 4),
         base_channels=16,
         encoder_blocks=1,
         decoder_blocks=2,
@@ -40,30 +41,30 @@ MODEL = EditorConfig(
     grids=((1, 1), (2, 2), (4, 4), (8, 8)),
 )
 
+DATA = DataConfig(train_examples=24000, eval_examples=1000, features="precomputed", batch_size=32, text_tokens=24)
+
 
 def _tokenizer() -> TokenizerRunConfig:
     return TokenizerRunConfig(
         name="shapes_tokenizer",
         model=MODEL,
         optimizer=OptimizerConfig(
-            learning_rate=4e-3, schedule="cosine", warmup_steps=50, beta2=0.97, clip_norm=1.0, final_fraction=0.003
+            learning_rate=2e-3, schedule="cosine", warmup_steps=50, beta2=0.99, clip_norm=1.0, final_fraction=0.003
         ),
-        data=DataConfig(batch_size=16, train_examples=24000, eval_examples=1000, text_tokens=32),
-        steps=1800,
+        data=dataclasses.replace(DATA, features="online", batch_size=16),
+        steps=2000,
     )
 
 
-def _editor(steps: int) -> RunConfig:
+def _editor(name: str, steps: int) -> RunConfig:
     return RunConfig(
-        name="shapes",
+        name=name,
         model=MODEL,
         optimizer=OptimizerConfig(
             learning_rate=2e-3, schedule="cosine", warmup_steps=100, weight_decay=0.01, clip_norm=1.0
         ),
         loss=LossConfig(noise_scales=3, noise_max=0.1),
-        data=DataConfig(
-            train_examples=24000, eval_examples=1000, features="precomputed", batch_size=32, text_tokens=32
-        ),
+        data=DATA,
         sampling=SamplingConfig(guidance=1.0, greedy=True),
         steps=steps,
         train_text=True,
@@ -76,12 +77,15 @@ def _editor(steps: int) -> RunConfig:
 
 def get_config(variant: str = "demo") -> RunConfig | TokenizerRunConfig:
     """The card; see the module's docstring for the variants."""
+    if variant == "demo":
+        return _editor("shapes_demo", steps=1100)
+    if variant == "full":
+        return _editor("shapes", steps=4000)
+    tiny_data = dataclasses.replace(DATA, train_examples=128, eval_examples=64, batch_size=8)
+    if variant == "tiny":
+        run = _editor("shapes_tiny", steps=6)
+        return dataclasses.replace(run, data=tiny_data, eval_batches=1, eval_every=0, sample_every=0, save_every=3)
     if variant == "tokenizer":
         return _tokenizer()
-    if variant in ("demo", "full"):
-        return _editor(1100 if variant == "demo" else 4000)
-    raise ValueError(f"shapes has no variant {variant!r}; it has demo, full, tokenizer")
-
-
-def _replaced(config: RunConfig, **changes: object) -> RunConfig:
-    return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+    data = dataclasses.replace(tiny_data, features="online")
+    return dataclasses.replace(_tokenizer(), name="shapes_tokenizer_tiny", data=data, steps=4, sample_every=0)

@@ -18,7 +18,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from varedit_jax.config import EditorConfig, from_dict, to_dict
+from varedit_jax.config import EditorConfig, SamplingConfig, from_dict, to_dict
 from varedit_jax.errors import UserError
 
 PARTS = ("tokenizer", "text", "transformer")
@@ -29,11 +29,16 @@ Params = dict[str, Any]
 
 
 def save_folder(
-    folder: str | os.PathLike[str], config: EditorConfig, params: Params, stored_type: str = "float32"
+    folder: str | os.PathLike[str],
+    config: EditorConfig,
+    params: Params,
+    stored_type: str = "float32",
+    sampling: SamplingConfig | None = None,
 ) -> None:
     """Writes parts of an editor, `params` by part name, to a new folder that appears complete or not at all.
 
-    Floating-point tensors are rounded to `stored_type`: float32, bfloat16 or float16.
+    `sampling` is recorded as what the editor is used with. Tensors are rounded to `stored_type`: float32, bfloat16 or
+    float16.
     Raises UserError if the folder exists, the disk is full, or a value does not fit `stored_type`.
     """
     target = pathlib.Path(folder)
@@ -50,7 +55,8 @@ def save_folder(
                 if not np.isfinite(tensor.astype(np.float32)).all():
                     raise UserError(f"{part}/{name} holds values that are not finite in {stored_type}")
             safetensors.numpy.save_file(tensors, staging / f"{part}.safetensors")
-        (staging / _CONFIG).write_text(json.dumps({"model": to_dict(config)}, indent=1) + "\n")
+        record = {"model": to_dict(config), "sampling": to_dict(sampling or SamplingConfig())}
+        (staging / _CONFIG).write_text(json.dumps(record, indent=1) + "\n")
         staging.rename(target)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror or error}; nothing was left behind") from error
@@ -64,16 +70,17 @@ def is_folder(folder: str | os.PathLike[str]) -> bool:
     return (path / _CONFIG).is_file() and any((path / f"{part}.safetensors").is_file() for part in PARTS)
 
 
-def read_model_config(folder: str | os.PathLike[str]) -> EditorConfig:
-    """The editor's configuration recorded in a folder of weights or a run's folder.
+def read_config(folder: str | os.PathLike[str]) -> tuple[EditorConfig, SamplingConfig]:
+    """The editor recorded in a folder of weights, and the sampling it is used with.
 
     Raises UserError if there is none, or it is not one of ours.
     """
     path = pathlib.Path(folder) / _CONFIG
     if not path.is_file():
-        raise UserError(f"{folder} is not a folder of weights or a run: it has no {_CONFIG}")
+        raise UserError(f"{folder} is not a folder of weights: it has no {_CONFIG}")
     try:
-        return from_dict(EditorConfig, json.loads(path.read_text())["model"])
+        record = json.loads(path.read_text())
+        return from_dict(EditorConfig, record["model"]), from_dict(SamplingConfig, record["sampling"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} does not describe an editor of this package: {error}") from error
 

@@ -109,7 +109,9 @@ def _to_ours(tensor: np.ndarray, layout: str, shape: tuple[int, ...], name: str)
     return tensor.reshape(shape)
 
 
-def _take(names: Callable[[str], str], state: StateDict, used: set[str], row: Row, shape: tuple[int, ...]) -> np.ndarray:
+def _take(
+    names: Callable[[str], str], state: StateDict, used: set[str], row: Row, shape: tuple[int, ...]
+) -> np.ndarray:
     name = names(row[1])
     if name not in state:
         raise UserError(f"the file has no tensor {name}")

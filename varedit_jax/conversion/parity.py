@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from varedit_jax.config import (
@@ -26,10 +25,12 @@ from varedit_jax.config import (
 from varedit_jax.conversion import names
 from varedit_jax.conversion.reader import StateDict, read_state_dict
 from varedit_jax.errors import UserError
+from varedit_jax.parameters import abstract_params
 from varedit_jax.sampling.decode import sample_bits
 from varedit_jax.scales import Pyramid, nearest_aspect, published_pyramid
 from varedit_jax.tokenizer import tokens as tokens_lib
 from varedit_jax.tokenizer.autoencoder import Autoencoder
+from varedit_jax.tokenizer.pixels import to_model_range
 from varedit_jax.tokenizer.quantizer import quantize
 from varedit_jax.training.loss import bitwise_loss
 from varedit_jax.transformer.model import Transformer
@@ -127,27 +128,15 @@ def read_golden(folder: str | os.PathLike[str]) -> Golden:
     if missing:
         raise UserError(f"{folder / 'golden.safetensors'} has no tensor {', '.join(missing)}")
 
-    bits = config.transformer.token_bits
-    tokenizer = jax.eval_shape(
-        Autoencoder(config.tokenizer).init,
-        jax.random.key(0),
-        jax.ShapeDtypeStruct((1, config.tokenizer.stride, config.tokenizer.stride, 3), jnp.float32),
-    )
-    transformer = jax.eval_shape(
-        Transformer(config.transformer, pyramid).init,
-        jax.random.key(0),
-        jax.ShapeDtypeStruct((1, pyramid.lengths[-1], bits), jnp.float32),
-        jax.ShapeDtypeStruct((1, pyramid.target_tokens - 1, bits), jnp.float32),
-        jax.ShapeDtypeStruct((1, 1, config.text.width), jnp.float32),
-        jax.ShapeDtypeStruct((1,), jnp.int32),
-    )
+    tokenizer = abstract_params(config, "tokenizer")
+    transformer = abstract_params(config, "transformer", pyramid)
     return Golden(
         config,
         pyramid,
         sampling,
         tensors,
-        names.as_float32(names.tokenizer_params(_state_dict(folder, "vae"), tokenizer["params"])),
-        names.as_float32(names.transformer_params(_state_dict(folder, "transformer"), transformer["params"])),
+        names.as_float32(names.tokenizer_params(_state_dict(folder, "vae"), tokenizer)),
+        names.as_float32(names.transformer_params(_state_dict(folder, "transformer"), transformer)),
     )
 
 
@@ -162,7 +151,7 @@ def _padded_text(golden: Golden) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _model_range(images_uint8: np.ndarray) -> np.ndarray:
-    return images_uint8.transpose(0, 2, 3, 1).astype(np.float32) / 255 * 2 - 1
+    return to_model_range(images_uint8.transpose(0, 2, 3, 1))
 
 
 def _nchw(x: jax.Array) -> np.ndarray:
@@ -219,7 +208,9 @@ def compare(golden: Golden, on_row: Callable[[ParityRow], None] = lambda row: No
     for name, ours in compute(golden):
         theirs = golden.tensors[name].astype(np.float64)
         if ours.shape != theirs.shape:
-            raise UserError(f"{name} has shape {list(theirs.shape)} in the golden data, but {list(ours.shape)} is computed")
+            raise UserError(
+                f"{name} has shape {list(theirs.shape)} in the golden data, but {list(ours.shape)} is computed"
+            )
         tolerance = next(value for start, value in TOLERANCES.items() if name.startswith(start))
         row = ParityRow(name, float(np.max(np.abs(ours.astype(np.float64) - theirs))), tolerance)
         rows.append(row)

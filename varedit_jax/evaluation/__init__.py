@@ -1,0 +1,1 @@
+"""Pictures and scores for people."""

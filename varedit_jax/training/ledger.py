@@ -1,6 +1,7 @@
 """What a run writes down while it trains: metrics, pictures, progress, and where its time went."""
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -13,8 +14,10 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 import PIL.Image
-import tensorboardX
 import tqdm
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from varedit_jax.errors import UserError
 
@@ -65,11 +68,15 @@ class Ledger:
         if not self._writes:
             return
         self._folder = pathlib.Path(workdir)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._path = self._folder / METRICS_FILE
-        _drop_from(self._path, first_step)
-        self._lines = self._path.open("ab", buffering=0)  # nothing written is lost, whatever ends the process
-        self._board = tensorboardX.SummaryWriter(str(self._folder), purge_step=first_step or None)
+        with _writing(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            _drop_from(self._folder / METRICS_FILE, first_step)
+            # Unbuffered, and TensorBoard's file without a thread of its own: nothing written is lost, whatever ends
+            # the process, and a full disk is noticed where it is met.
+            self._lines = (self._folder / METRICS_FILE).open("ab", buffering=0)
+            self._board = EventsWriter(str(self._folder / "events"), f".{first_step}")
+            if first_step:  # hides what an earlier process wrote from this step on
+                self._publish(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
         if self._screen.isatty():
             self._bar = tqdm.tqdm(total=steps, initial=first_step, file=self._screen, dynamic_ncols=True)
 
@@ -79,12 +86,10 @@ class Ledger:
             return
         values = dict(flat_metrics(metrics))
         line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in values.items()}
-        try:
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        with _writing(self._folder):
             self._lines.write(json.dumps(line).encode() + b"\n")
-        except OSError as error:
-            raise UserError(f"writing {self._path} failed: {error.strerror}; make room and run again") from error
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            self._publish(Event(step=step, summary=Summary(value=scalars)))
 
     def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
         """Writes uint8 pictures [y, x, 3], as samples/NAME_STEP.png too."""
@@ -93,13 +98,14 @@ class Ledger:
         for name, picture in pictures.items():
             if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
                 raise ValueError(f"picture {name!r} is {picture.dtype}{list(picture.shape)}, not uint8[y, x, 3]")
-            path = self._folder / SAMPLES / f"{name}_{step:07d}.png"
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                PIL.Image.fromarray(picture).save(path)
-            except OSError as error:
-                raise UserError(f"writing {path} failed: {error.strerror}; make room and run again") from error
-            self._board.add_image(name, picture, step, dataformats="HWC")
+            encoded = io.BytesIO()
+            PIL.Image.fromarray(picture).save(encoded, format="png")
+            height, width, _ = picture.shape
+            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded.getvalue())
+            with _writing(self._folder):
+                (self._folder / SAMPLES).mkdir(exist_ok=True)
+                (self._folder / SAMPLES / f"{name}_{step:07d}.png").write_bytes(encoded.getvalue())
+                self._publish(Event(step=step, summary=Summary(value=[Summary.Value(tag=name, image=image)])))
 
     def progress(self, step: int, metrics: Mapping[str, Any], *, examples_per_second: float, eta: float) -> None:
         """Shows where the run is after `step` updates. `eta` is the seconds that are left."""
@@ -128,8 +134,26 @@ class Ledger:
             return
         if self._bar is not None:
             self._bar.close()
-        self._board.close()
         self._lines.close()
+        with contextlib.suppress(OSError):  # of what a full disk did not take, which has been said
+            self._board.close()
+
+    def _publish(self, event: Event) -> None:
+        """Writes an event to TensorBoard's file."""
+        event.wall_time = time.time()
+        self._board.write_event(event)
+        self._board.flush()
+
+
+@contextlib.contextmanager
+def _writing(folder: pathlib.Path) -> Iterator[None]:
+    """Turns a failure to write in `folder` into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"writing in {folder} failed: {error.strerror}; put that right and run the same command again"
+        ) from error
 
 
 def say(sentence: str, screen: TextIO | None = None) -> None:

@@ -152,15 +152,13 @@ def train(
         if step > start:
             save(step)
             checkpoints.wait()
+        if stop.signal is not None or step < steps:
+            by = "" if stop.signal is None else f" by {stop.signal.name}"
+            saved = ", which is saved" if step else ""
+            ledger.say(f"stopped{by} at step {step} of {steps}{saved}; run the same command again to go on")
         if stop.signal is not None:
-            ledger.say(f"stopped by {stop.signal.name} at step {step} of {steps}, which is saved; {_RESUME}")
             raise SystemExit(128 + stop.signal)
-        if step < steps:
-            ledger.say(f"stopped at step {step} of {steps}, which is saved; {_RESUME}")
     return state
-
-
-_RESUME = "run the same command again to go on"
 
 
 def _due(step: int, every: int, steps: int) -> bool:

@@ -29,7 +29,9 @@ def load_perceptual(path: str | os.PathLike[str]) -> Callable[[jax.Array, jax.Ar
       UserError: if the file is missing, damaged or of another network.
     """
     if not os.fspath(path):
-        raise UserError("perceptual_weight is set, but perceptual_weights names no file; give VGG-16 weights or weight 0")
+        raise UserError(
+            "perceptual_weight is set, but perceptual_weights names no file; give VGG-16 weights or weight 0"
+        )
     state = read_state_dict(path)
     layers: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     for index in (index for stage in _STAGES for index in stage):

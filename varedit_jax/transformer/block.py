@@ -65,7 +65,7 @@ class Block(nn.Module):
           x_BLC: float32 tokens.
           drop_rate: scalar, probability of leaving out a branch (stochastic depth) of a sample; training only.
           cache: what `SelfAttention` and `CrossAttention` left behind, or None.
-          ada_B6C: SiLU(cond) through the linear map shared by all blocks: gamma1, gamma2, scale1, scale2, shift1, shift2.
+          ada_B6C: SiLU(cond) through the linear map all blocks share: gamma1, gamma2, scale1, scale2, shift1, shift2.
           memory_BTC, mask_BT: text to attend to, and which of its rows are real.
           rotation_2LD: RoPE of these tokens.
 

@@ -124,7 +124,8 @@ class Transformer(nn.Module):
         if (source_BSN.shape[1], inputs_BLN.shape[1]) != expected:
             raise ValueError(
                 f"{source_BSN.shape[1]} source and {inputs_BLN.shape[1]} input tokens; the pyramid "
-                f"{self.pyramid.grids} with conditioning {self.config.conditioning!r} needs {expected[0]} and {expected[1]}"
+                f"{self.pyramid.grids} with conditioning {self.config.conditioning!r} "
+                f"needs {expected[0]} and {expected[1]}"
             )
         text = self.embed_text(features_BTE, length_B, unconditional_B)
         targets_BLC = jnp.concatenate([self._first_token(text), self.word_embed(inputs_BLN)], axis=1)

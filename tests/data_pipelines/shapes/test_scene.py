@@ -10,7 +10,7 @@ from data_pipelines.shapes.scene import BACKGROUNDS, COLOURS, SHAPES, STYLES, Ob
 from varedit_jax.errors import UserError
 
 CONTENTS = (None, *(Object(shape, colour) for shape in SHAPES for colour in COLOURS))
-CONTRAST = {"plain": 1.0, "night": 0.4, "fog": 0.5, "frame": 1.0}
+CONTRAST = {"plain": 1.0, "night": 0.6, "fog": 0.6, "frame": 1.0}
 
 
 def test_text_form_round_trips() -> None:
@@ -68,8 +68,8 @@ def test_styles_change_the_whole_picture_as_specified() -> None:
     night = render(Scene.decode("teal|night|-,orange triangle,-,-"))
     fog = render(Scene.decode("teal|fog|-,orange triangle,-,-"))
     frame = render(Scene.decode("teal|frame|-,orange triangle,-,-"))
-    assert abs(night - 0.4 * plain).max() <= 0.5
-    assert abs(fog - (0.5 * plain + 127.5)).max() <= 0.5
+    assert abs(night - 0.6 * plain).max() <= 0.5
+    assert abs(fog - (0.6 * plain + 102)).max() <= 0.5
     np.testing.assert_array_equal(frame[2:-2, 2:-2], plain[2:-2, 2:-2])
     border = np.ones((32, 32), bool)
     border[2:-2, 2:-2] = False

@@ -1,5 +1,6 @@
 """What a run writes down."""
 
+import contextlib
 import io
 import json
 import pathlib
@@ -115,14 +116,28 @@ def test_progress_on_a_terminal_is_a_bar(tmp_path: pathlib.Path) -> None:
     assert "3/5" in shown and "5/5" in shown and "loss 0.25" in shown and "going on\n" in shown
 
 
-def test_a_full_disk_is_one_sentence(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("file", ["metrics", "events"])
+def test_a_full_disk_is_one_sentence(tmp_path: pathlib.Path, file: str) -> None:
     """The device that is always full stands for the disk."""
     ledger = Ledger(tmp_path, first_step=0, steps=10)
-    ledger._lines.close()
-    ledger._lines = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
-    with pytest.raises(UserError, match=r"writing .*metrics.jsonl failed: No space left on device; make room"):
+    full = open("/dev/full", "wb", buffering=0 if file == "metrics" else -1)  # noqa: SIM115
+    if file == "metrics":
+        ledger._lines.close()
+        ledger._lines = full
+    else:
+        ledger._board._py_recordio_writer.close()
+        ledger._board._py_recordio_writer._writer = full
+    with pytest.raises(UserError, match=r"writing in .* failed: No space left on device; put that right and run"):
         ledger.record(0, {"loss": 1.0})
     ledger.close()
+    with contextlib.suppress(OSError):
+        full.close()
+
+
+def test_a_folder_that_is_a_file(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "run").touch()
+    with pytest.raises(UserError, match=r"writing in .*/run failed: File exists"):
+        Ledger(tmp_path / "run", first_step=0, steps=10)
 
 
 def test_stopwatch_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:

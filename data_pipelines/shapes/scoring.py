@@ -1,0 +1,143 @@
+"""Scores of an editor on held-out `shapes`: exact edits by kind, beside two baselines, and contact sheets."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from data_pipelines.shapes.edits import KINDS
+from data_pipelines.shapes.judge import Verdict, judge_batch
+from data_pipelines.shapes.scene import Scene
+from varedit_jax.evaluation.sheet import Row, contact_sheet
+from varedit_jax.sampling.editor import Editor
+from varedit_jax.training.tokenizer_step import make_reconstruct
+
+BATCH = 50  # edits a call; one compiled program
+
+
+class Source(Protocol):
+    """Random access to examples."""
+
+    def __len__(self) -> int:
+        """Number of examples."""
+
+    def __getitem__(self, index: int) -> Any:
+        """One example as a dict."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """How many of some edits were right."""
+
+    edits: int
+    done: float  # share in which the asked change was made
+    kept: float  # share in which everything else was kept
+    exact: float  # share with both
+
+
+def score(verdicts: Sequence[Verdict]) -> Score:
+    """Shares over some verdicts."""
+    done, kept, exact = ([getattr(v, name) for v in verdicts] for name in ("done", "kept", "exact"))
+    return Score(len(verdicts), float(np.mean(done)), float(np.mean(kept)), float(np.mean(exact)))
+
+
+def judge_records(pictures: NDArray[np.uint8], records: Sequence[Any]) -> list[Verdict]:
+    """Verdict of each picture against its example."""
+    scenes = [[Scene.decode(record[side]) for record in records] for side in ("source_scene", "target_scene")]
+    return judge_batch(pictures, *scenes)
+
+
+def edit_records(
+    editor: Editor, records: Sequence[Any], every_scale: bool = False, on_batch: Callable[[int], None] = lambda n: None
+) -> NDArray[np.uint8]:
+    """Edits of examples, uint8 [1 or K, n, y, x, 3], in batches of one size; the seed of an edit is its index."""
+    parts = []
+    for start in range(0, len(records), BATCH):
+        batch = list(records[start : start + BATCH])
+        filled = batch + [batch[-1]] * (min(BATCH, len(records)) - len(batch))
+        pictures = editor.edit_fitted(
+            np.stack([record["source"] for record in filled]),
+            [record["instruction"] for record in filled],
+            range(start, start + len(filled)),
+            every_scale=every_scale,
+        )
+        parts.append(pictures[:, : len(batch)])
+        on_batch(len(batch))
+    return np.concatenate(parts, axis=1)
+
+
+def by_group(verdicts: Sequence[Verdict], records: Sequence[Any]) -> dict[str, Score]:
+    """Scores of all edits, of each kind, and of each novelty (unseen scene, unseen combination)."""
+    groups = {"all": list(verdicts)}
+    for name, field in [(kind, "kind") for kind in KINDS] + [("scene", "novelty"), ("combination", "novelty")]:
+        members = [v for v, record in zip(verdicts, records, strict=True) if record[field] == name]
+        if members:
+            groups[name if field == "kind" else f"unseen {name}"] = members
+    return {name: score(members) for name, members in groups.items()}
+
+
+def sheet(records: Sequence[Any], pictures: NDArray[np.uint8], heading: str = "") -> Image.Image:
+    """Contact sheet: source, the picture after each scale, target, with instruction and verdict.
+
+    pictures: uint8 [K, n, y, x, 3], after each scale; the last is the result.
+    """
+    verdicts = judge_records(pictures[-1], records)
+    scales = [f"scale {k + 1}" for k in range(len(pictures) - 1)]
+    rows = [
+        Row(
+            pictures=[record["source"], *pictures[:, i], record["target"]],
+            instruction=record["instruction"],
+            kind=record["kind"],
+            verdict=verdicts[i].exact,
+        )
+        for i, record in enumerate(records)
+    ]
+    return contact_sheet(rows, ["source", *scales, "result", "target"], heading=heading)
+
+
+def sample_sheet(editor: Editor, source: Source, indices: Iterable[int]) -> Image.Image:
+    """Contact sheet of some examples, edited now."""
+    records = [source[index] for index in indices]
+    return sheet(records, edit_records(editor, records, every_scale=True))
+
+
+def evaluate(
+    editor: Editor, records: Sequence[Any], on_batch: Callable[[int], None] = lambda n: None
+) -> dict[str, dict[str, Score]]:
+    """Scores by group of the editor and of two baselines.
+
+    `copy` returns the source; `oracle` puts the true target through the tokenizer: what a perfect transformer gives.
+    """
+    pictures = {
+        "copy": np.stack([record["source"] for record in records]),
+        "oracle": reconstruct_records(editor, records, "target"),
+        "editor": edit_records(editor, records, on_batch=on_batch)[-1],
+    }
+    return {name: by_group(judge_records(x, records), records) for name, x in pictures.items()}
+
+
+def reconstruct_records(editor: Editor, records: Sequence[Any], side: str) -> NDArray[np.uint8]:
+    """One picture of each example through the editor's tokenizer, uint8 [n, y, x, 3]."""
+    reconstruct = jax.jit(make_reconstruct(editor.config))
+    parts = []
+    for start in range(0, len(records), BATCH):
+        pictures = np.stack([record[side] for record in records[start : start + BATCH]])
+        filled = np.pad(pictures, ((0, min(BATCH, len(records)) - len(pictures)), (0, 0), (0, 0), (0, 0)), mode="edge")
+        parts.append(np.asarray(reconstruct(editor.params["tokenizer"], filled))[: len(pictures)])
+    return np.concatenate(parts)
+
+
+def table(scores: dict[str, dict[str, Score]]) -> str:
+    """Exact edits by group as text: copy the source, oracle tokenizer, editor; and the editor's done and kept."""
+    lines = [f"{'edits':<20} {'n':>5} {'copy':>7} {'oracle':>7} {'editor':>7}   {'done':>7} {'kept':>7}"]
+    for group, ours in scores["editor"].items():
+        copy, oracle = scores["copy"][group].exact, scores["oracle"][group].exact
+        lines.append(
+            f"{group:<20} {ours.edits:>5} {copy:>7.1%} {oracle:>7.1%} {ours.exact:>7.1%}   "
+            f"{ours.done:>7.1%} {ours.kept:>7.1%}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,139 @@
+"""Trains an editor on this machine and shows what it can do; then shows the shipped one.
+
+    make demo         about a quarter of an hour on two cores
+    make demo-full    makes the shipped tokenizer and editor again: hours
+
+Everything is done by the programs a user runs, each in a process of its own; the commands are printed. Pictures and
+scores are left in runs/demo (runs/demo-full).
+"""
+
+import json
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+import time
+
+import numpy as np
+from absl import flags
+
+from experiments import program
+from experiments.configs import shapes
+from varedit_jax.errors import UserError
+from varedit_jax.evaluation.sheet import Panel, curve_sheet
+from varedit_jax.sampling import images
+from varedit_jax.training.ledger import read_metrics
+
+_FULL = flags.DEFINE_bool("full", False, "make the shipped tokenizer and editor again, and score 1000 edits")
+_FOLDER = flags.DEFINE_string("folder", "", "where to leave everything; runs/demo or runs/demo-full by default")
+_CARD = "experiments/configs/shapes.py"
+_STOP_AFTER = 200  # steps before the demo stops its own training, to show that it goes on
+
+GOAL_TRAINED, GOAL_SHIPPED = 0.75, 0.95  # shares of 200 held-out edits that are exact
+
+
+def _run(title: str, module: str, *arguments: str) -> float:
+    """Runs a program of this repository; returns its seconds. Raises UserError if it fails."""
+    print(f"\n=== {title}\n$ python -m {module} {shlex.join(arguments)}", flush=True)
+    start = time.perf_counter()
+    code = subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode
+    if code:
+        raise UserError(f"{module} ended with exit code {code}; what it said is above")
+    seconds = time.perf_counter() - start
+    print(f"--- {seconds:.0f} s", flush=True)
+    return seconds
+
+
+def _evaluate(title: str, checkpoint: str, name: str, folder: pathlib.Path, examples: int) -> float:
+    """Scores an editor; returns the share of exact edits."""
+    scores = folder / f"{name}.json"
+    _run(
+        title,
+        "experiments.evaluate_shapes",
+        f"--checkpoint={checkpoint}",
+        f"--examples={examples}",
+        f"--sheet={folder / f'{name}.png'}",
+        f"--output={scores}",
+    )
+    return float(json.loads(scores.read_text())["editor"]["all"]["exact"])
+
+
+def _curves(workdir: pathlib.Path, path: pathlib.Path) -> None:
+    """Loss and accuracy over steps as a picture."""
+    lines = read_metrics(workdir)
+
+    def series(name: str) -> list[tuple[float, float]]:
+        return [(line["step"], line[name]) for line in lines if name in line]
+
+    panels = [
+        Panel(title="loss (nats a bit)", lines={"training": series("loss"), "held out": series("eval/loss")}, log_y=True),
+        Panel(
+            title="bit accuracy",
+            lines={"training": series("bit_accuracy"), "held out": series("eval/bit_accuracy")},
+        ),
+        Panel(
+            title="tokens right, held out",
+            lines={
+                f"scale {k}": series(f"eval/scale_token_accuracy/scale_{k}") for k in range(len(shapes.MODEL.grids))
+            },
+        ),
+    ]
+    images.write_image(path, np.asarray(curve_sheet(panels, heading="shapes: training")))
+
+
+def _train_editor(variant: str, workdir: pathlib.Path, *arguments: str) -> float:
+    """Trains, stopped once after `_STOP_AFTER` steps and gone on with by the same command."""
+    common = [f"--config={_CARD}:{variant}", f"--workdir={workdir}", *arguments]
+    seconds = 0.0
+    if not (workdir / "checkpoints").exists():
+        seconds += _run("train, stopped half way", "experiments.train", *common, f"--stop_after={_STOP_AFTER}")
+    return seconds + _run("the same command again: training goes on", "experiments.train", *common)
+
+
+def _demo(folder: pathlib.Path) -> None:
+    start = time.perf_counter()
+    workdir = folder / "editor"
+    _train_editor("demo", workdir)
+    _curves(workdir, folder / "training.png")
+    trained = _evaluate("the editor just trained, on held-out edits", str(workdir), "trained", folder, 200)
+    shipped = _evaluate("the shipped editor, on the same edits", shapes.SHIPPED, "shipped", folder, 200)
+    print(
+        f"\ntrained here: {trained:.1%} of 200 held-out edits exact (goal {GOAL_TRAINED:.0%}); "
+        f"shipped: {shipped:.1%} (goal {GOAL_SHIPPED:.0%}); {(time.perf_counter() - start) / 60:.1f} minutes"
+    )
+    print(f"look at {folder / 'trained.png'}, {folder / 'shipped.png'}, {folder / 'training.png'} and {workdir / 'samples'}")
+    if trained < GOAL_TRAINED or shipped < GOAL_SHIPPED:
+        raise UserError("a goal was missed; see the tables above")
+
+
+def _full(folder: pathlib.Path) -> None:
+    tokenizer, editor = folder / "tokenizer_weights", folder / "editor_weights"
+    if not tokenizer.exists():
+        _run(
+            "tokenizer",
+            "experiments.train_tokenizer",
+            f"--config={_CARD}:tokenizer",
+            f"--workdir={folder / 'tokenizer'}",
+            f"--export={tokenizer}",
+        )
+    if not editor.exists():
+        _train_editor(
+            "full", folder / "editor", f"--config.tokenizer_weights={tokenizer}", f"--export={editor}"
+        )
+    _curves(folder / "editor", folder / "training.png")
+    _evaluate("1000 held-out edits", str(editor), "full", folder, 1000)
+    print(f"the weights are in {editor}; they take the place of {shapes.SHIPPED}")
+
+
+def main(argv: list[str]) -> None:
+    """Runs the demo."""
+    del argv
+    folder = pathlib.Path(_FOLDER.value or ("runs/demo-full" if _FULL.value else "runs/demo"))
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(".cache/jax").absolute()))
+    (_full if _FULL.value else _demo)(folder)
+
+
+if __name__ == "__main__":
+    program.run(main)

@@ -1,0 +1,54 @@
+"""Edits a picture by an instruction.
+
+    python -m experiments.edit --image=picture.png --instruction="add a red circle at the top left" --output=edited.png
+
+`--checkpoint` is a folder of weights or the working folder of a training run; the shipped `shapes` editor by default.
+"""
+
+import dataclasses
+import importlib.resources
+
+from absl import flags
+
+from experiments import program
+from varedit_jax.config import SamplingConfig
+from varedit_jax.sampling import images
+from varedit_jax.sampling.editor import Editor
+
+_SHIPPED = str(importlib.resources.files("varedit_jax") / "data" / "shapes")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", _SHIPPED, "folder of weights, or of a training run")
+_IMAGE = flags.DEFINE_string("image", None, "picture to edit", required=True)
+_INSTRUCTION = flags.DEFINE_string("instruction", None, "what to do, in words", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "picture to write (.png, .jpg, .webp)", required=True)
+_SEED = flags.DEFINE_integer("seed", 0, "of sampling", lower_bound=0, upper_bound=2**32 - 1)
+_GUIDANCE = flags.DEFINE_float("guidance", None, "classifier-free guidance; 1 = off; the checkpoint's own by default")
+_TEMPERATURE = flags.DEFINE_float("temperature", None, "of sampling; the checkpoint's own by default", lower_bound=1e-3)
+_TOP_P = flags.DEFINE_float("top_p", None, "0.97 leaves out bits of probability <= 0.03", lower_bound=0, upper_bound=1)
+_GREEDY = flags.DEFINE_bool("greedy", None, "most likely bits; the checkpoint's own by default")
+_TOKENIZER = flags.DEFINE_string("tokenizer", "", "folder of the tokenizer, where a run's own is elsewhere now")
+_TEXT = flags.DEFINE_string("text", "", "folder of the text encoder, likewise")
+
+
+def _sampling(own: SamplingConfig) -> SamplingConfig:
+    given = {
+        "guidance": _GUIDANCE.value,
+        "temperature": _TEMPERATURE.value,
+        "top_p": _TOP_P.value,
+        "greedy": _GREEDY.value,
+    }
+    return dataclasses.replace(own, **{name: value for name, value in given.items() if value is not None})
+
+
+def main(argv: list[str]) -> None:
+    """Edits one picture."""
+    del argv
+    images.check_output(_OUTPUT.value)
+    picture = images.read_image(_IMAGE.value)
+    editor = Editor.load(_CHECKPOINT.value, _TOKENIZER.value, _TEXT.value)
+    [edited] = editor.edit([picture], [_INSTRUCTION.value], [_SEED.value], _sampling(editor.sampling))
+    images.write_image(_OUTPUT.value, edited)
+    print(f"{_OUTPUT.value}: {edited.shape[1]} x {edited.shape[0]} px")
+
+
+if __name__ == "__main__":
+    program.run(main)

@@ -1,0 +1,66 @@
+"""Scores an editor on held-out `shapes`, by kind of edit, beside two baselines; draws a contact sheet.
+
+    python -m experiments.evaluate_shapes --examples=200 --sheet=sheet.png --output=scores.json
+
+`--checkpoint` is a folder of weights or the working folder of a run; the shipped editor by default. An edit counts as
+exact if the picture shows the asked change and everything else unchanged (data_pipelines/shapes/judge.py).
+"""
+
+import dataclasses
+import json
+import pathlib
+import time
+
+import numpy as np
+import tqdm
+from absl import flags
+
+from data_pipelines import loader
+from data_pipelines.shapes import scoring
+from experiments import program
+from experiments.configs import shapes
+from varedit_jax.errors import UserError
+from varedit_jax.sampling import images
+from varedit_jax.sampling.editor import Editor
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", shapes.SHIPPED, "folder of weights, or of a training run")
+_EXAMPLES = flags.DEFINE_integer("examples", 200, "held-out edits to judge", lower_bound=1)
+_SHEET = flags.DEFINE_string("sheet", "", "picture to write: 14 edits, scale by scale")
+_OUTPUT = flags.DEFINE_string("output", "", "JSON file to write the scores to")
+_DATA = flags.DEFINE_string("data", "", "folder of the prepared data; data/ by default")
+
+
+def _spread(count: int, examples: int) -> np.ndarray:
+    """Indices of `examples` held-out edits, evenly over the split, so that both halves of it are in."""
+    return np.linspace(0, count - 1, examples).round().astype(int)
+
+
+def main(argv: list[str]) -> None:
+    """Prints the table."""
+    del argv
+    for path in filter(None, (_SHEET.value,)):
+        images.check_output(path)
+    editor = Editor.load(_CHECKPOINT.value)
+    data = dataclasses.replace(shapes.DATA, directory=_DATA.value)
+    source = loader.open_split(data, "test")
+    if _EXAMPLES.value > len(source):
+        raise UserError(f"--examples={_EXAMPLES.value}, but only {len(source)} edits are held out")
+    records = [source[int(index)] for index in _spread(len(source), _EXAMPLES.value)]
+    start = time.perf_counter()
+    with tqdm.tqdm(total=len(records), desc="edits", unit="edit") as progress:
+        scores = scoring.evaluate(editor, records, progress.update)
+    seconds = time.perf_counter() - start
+    print(scoring.table(scores))
+    print(f"{len(records)} edits in {seconds:.0f} s, compilation included")
+    if _OUTPUT.value:
+        values = {who: {group: dataclasses.asdict(s) for group, s in groups.items()} for who, groups in scores.items()}
+        pathlib.Path(_OUTPUT.value).write_text(json.dumps(values, indent=1) + "\n")
+    if _SHEET.value:
+        shown = records[:: max(len(records) // 14, 1)][:14]
+        pictures = scoring.edit_records(editor, shown, every_scale=True)
+        heading = f"shapes: {scores['editor']['all'].exact:.1%} of {len(records)} held-out edits exact"
+        images.write_image(_SHEET.value, np.asarray(scoring.sheet(shown, pictures, heading)))
+
+
+if __name__ == "__main__":
+    program.run(main)

@@ -1,0 +1,57 @@
+"""The parameters of an editor, abstract and initial: one tree serves init, restore, conversion and tests."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from varedit_jax.config import EditorConfig
+from varedit_jax.scales import Pyramid, editor_pyramid
+from varedit_jax.text.t5 import T5Encoder
+from varedit_jax.tokenizer.autoencoder import Autoencoder
+from varedit_jax.transformer.model import Transformer
+
+Params = dict[str, Any]
+
+
+def init_tokenizer(config: EditorConfig, key: jax.Array) -> Params:
+    """Random tokenizer."""
+    side = config.tokenizer.stride  # parameters do not depend on the size of images
+    return Autoencoder(config.tokenizer).init(key, jnp.zeros((1, side, side, 3)))["params"]
+
+
+def init_text(config: EditorConfig, key: jax.Array) -> Params:
+    """Random text encoder."""
+    ids_BT, length_B = jnp.zeros((1, 1), jnp.int32), jnp.ones((1,), jnp.int32)
+    return T5Encoder(config.text).init(key, ids_BT, length_B)["params"]
+
+
+def init_transformer(config: EditorConfig, key: jax.Array, pyramid: Pyramid | None = None) -> Params:
+    """Random transformer. Its parameters do not depend on the pyramid, which only has to fit."""
+    pyramid = pyramid or editor_pyramid(config)
+    bits = config.transformer.token_bits
+    source_BSN = jnp.zeros((1, pyramid.source_tokens(config.transformer.conditioning), bits))
+    inputs_BLN = jnp.zeros((1, pyramid.target_tokens - 1, bits))
+    features_BTE, length_B = jnp.zeros((1, 1, config.text.width)), jnp.ones((1,), jnp.int32)
+    model = Transformer(config.transformer, pyramid)
+    return model.init(key, source_BSN, inputs_BLN, features_BTE, length_B)["params"]
+
+
+INIT: dict[str, Callable[[EditorConfig, jax.Array], Params]] = {
+    "tokenizer": init_tokenizer,
+    "text": init_text,
+    "transformer": init_transformer,
+}
+
+
+def abstract_params(config: EditorConfig, part: str, pyramid: Pyramid | None = None) -> Params:
+    """Shapes and types of a part (tokenizer, text, transformer) as jax.ShapeDtypeStruct; nothing is allocated."""
+    if part == "transformer":
+        return jax.eval_shape(lambda: init_transformer(config, jax.random.key(0), pyramid))
+    return jax.eval_shape(lambda: INIT[part](config, jax.random.key(0)))
+
+
+def count(params: Params) -> int:
+    """Number of parameters of a tree, abstract or not."""
+    return sum(x.size for x in jax.tree.leaves(params))

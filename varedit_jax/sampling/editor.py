@@ -1,0 +1,153 @@
+"""`Editor`: load once, edit pictures by instructions."""
+
+import collections
+import functools
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from varedit_jax.config import EditorConfig, RunConfig, SamplingConfig, from_dict, per_scale
+from varedit_jax.conversion.folder import PARTS, is_folder, load_folder, read_config
+from varedit_jax.errors import UserError
+from varedit_jax.parameters import abstract_params
+from varedit_jax.sampling import decode, images
+from varedit_jax.scales import Pyramid, editor_pyramid, image_size, nearest_aspect
+from varedit_jax.text.vocabulary import Vocabulary
+from varedit_jax.training import checkpoint
+
+Params = dict[str, Any]
+
+
+class Editor:
+    """A tokenizer, a text encoder and a transformer, ready to edit.
+
+    Compiled programs are kept, one for each number of pictures, size and sampling configuration.
+    """
+
+    def __init__(self, config: EditorConfig, params: Params, sampling: SamplingConfig | None = None) -> None:
+        """Takes parameters {"tokenizer", "text", "transformer"} and the sampling used when a call names none."""
+        self.config = config
+        self.params = jax.device_put(params)
+        self.sampling = sampling or SamplingConfig()
+        self.vocabulary = Vocabulary.load()
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], tokenizer: str = "", text: str = "") -> "Editor":
+        """Loads a folder of weights, or the newest checkpoint of a training run.
+
+        Args:
+          folder: folder with config.json and safetensors files, or the working folder of a run.
+          tokenizer, text: folders of the frozen parts of a run, where they are not where the run found them.
+
+        Raises:
+          UserError: nothing there, something else there, or weights that do not fit their configuration.
+        """
+        folder = pathlib.Path(folder)
+        if is_folder(folder):
+            config, sampling = read_config(folder)
+            params = {part: load_folder(folder, part, abstract_params(config, part)) for part in PARTS}
+            return cls(config, params, sampling)
+        return cls._from_run(folder, tokenizer, text)
+
+    @classmethod
+    def _from_run(cls, folder: pathlib.Path, tokenizer: str, text: str) -> "Editor":
+        record = checkpoint.read_config(folder)
+        if "train_text" not in record:
+            raise UserError(f"{folder} is a run of {record.get('name', 'something else')}, not of an editor")
+        try:
+            run = from_dict(RunConfig, record)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{folder}/config.json does not describe a run of this version: {error}") from error
+        config = run.model
+        trained = ["transformer", *(["text"] if run.train_text else [])]
+        params = checkpoint.restore_params(folder, {part: abstract_params(config, part) for part in trained})
+        params["tokenizer"] = load_folder(
+            tokenizer or run.tokenizer_weights, "tokenizer", abstract_params(config, "tokenizer")
+        )
+        if not run.train_text:
+            params["text"] = load_folder(text or run.text_weights, "text", abstract_params(config, "text"))
+        return cls(config, params, run.sampling)
+
+    def edit(
+        self,
+        pictures: Sequence[images.ImageSource],
+        instructions: Sequence[str],
+        seeds: Sequence[int] | None = None,
+        sampling: SamplingConfig | None = None,
+    ) -> list[np.ndarray]:
+        """Edited pictures, each at the size of its source: uint8 [height, width, 3].
+
+        Args:
+          pictures: paths, PIL images or uint8 arrays, of any sizes.
+          instructions: one a picture.
+          seeds: one a picture; a seed gives the same result alone and in any batch. 0, 1, 2, ... by default.
+          sampling: instead of the editor's own.
+
+        Raises:
+          UserError: a picture or instruction that cannot be used, or numbers of them that differ.
+        """
+        seeds = list(range(len(pictures))) if seeds is None else list(seeds)
+        if not len(pictures) == len(instructions) == len(seeds):
+            raise UserError(
+                f"{len(pictures)} pictures, {len(instructions)} instructions and {len(seeds)} seeds: give one of each"
+            )
+        groups: dict[Pyramid, list[tuple[int, np.ndarray, images.Placement]]] = collections.defaultdict(list)
+        for index, picture in enumerate(pictures):
+            array = images.read_image(picture)
+            pyramid = editor_pyramid(self.config, nearest_aspect(*array.shape[:2]))
+            fitted, placement = images.fit(array, image_size(self.config, pyramid))
+            groups[pyramid].append((index, fitted, placement))
+        results: dict[int, np.ndarray] = {}
+        for pyramid, members in groups.items():
+            order = [index for index, _, _ in members]
+            edited = self.edit_fitted(
+                np.stack([fitted for _, fitted, _ in members]),
+                [instructions[index] for index in order],
+                [seeds[index] for index in order],
+                sampling,
+                pyramid,
+            )
+            for (index, _, placement), picture in zip(members, edited[-1], strict=True):
+                results[index] = images.restore(picture, placement)
+        return [results[index] for index in range(len(pictures))]
+
+    def edit_fitted(
+        self,
+        pictures: np.ndarray,
+        instructions: Sequence[str],
+        seeds: Sequence[int],
+        sampling: SamplingConfig | None = None,
+        pyramid: Pyramid | None = None,
+        every_scale: bool = False,
+    ) -> np.ndarray:
+        """Edits pictures that already have the model's size: uint8 [B, y, x, 3] -> uint8 [1 or K, B, y, x, 3].
+
+        With `every_scale` the first axis holds the picture after each scale, otherwise the final one alone.
+        """
+        pyramid = pyramid or editor_pyramid(self.config)
+        sampling = sampling or self.sampling
+        for value in (sampling.guidance, sampling.temperature):
+            try:
+                per_scale(value, pyramid.scales)
+            except ValueError as error:
+                raise UserError(str(error)) from error
+        limit = min(self.config.text.max_tokens, self.config.transformer.unconditional_rows)
+        for instruction in instructions:
+            self.vocabulary.check_instruction(instruction, limit)
+        ids_BT, length_B = self.vocabulary.encode(instructions, limit)
+        # Text is padded to a power of two, so that few programs are compiled.
+        room = min(limit, max(16, 1 << int(length_B.max() - 1).bit_length()))
+        keys_B = jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
+        run = _compiled(self.config, pyramid, sampling, every_scale)
+        return np.asarray(run(self.params, pictures, ids_BT[:, :room], length_B, keys_B))
+
+
+@functools.cache
+def _compiled(config: EditorConfig, pyramid: Pyramid, sampling: SamplingConfig, every_scale: bool) -> Any:
+    return jax.jit(
+        functools.partial(decode.edit, config=config, pyramid=pyramid, sampling=sampling, every_scale=every_scale)
+    )
