@@ -4,6 +4,8 @@
 #   make test ARGS='-k sheet'      with arguments for pytest, or for the demo
 PYTHON ?= python3
 ARGS ?=
+# Processes that share the tests, whole files at a time so that what a file sets up is set up once.
+WORKERS ?= 2
 
 # "<version> <path>" of that Python. Where pyenv keeps several, a name like python3.12 answers only for the selected
 # ones; so when it does not answer, ask again with all of them selected.
@@ -18,7 +20,7 @@ stamp := $(venv)/.installed
 .PHONY: test lint types demo demo-full venv clean
 
 test: $(stamp)
-	$(bin)/python -m pytest $(ARGS)
+	$(bin)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(stamp)
 	$(bin)/ruff check varedit_jax data_pipelines experiments tests

@@ -67,7 +67,9 @@ def _curves(workdir: pathlib.Path, path: pathlib.Path) -> None:
         return [(line["step"], line[name]) for line in lines if name in line]
 
     panels = [
-        Panel(title="loss (nats a bit)", lines={"training": series("loss"), "held out": series("eval/loss")}, log_y=True),
+        Panel(
+            title="loss (nats a bit)", lines={"training": series("loss"), "held out": series("eval/loss")}, log_y=True
+        ),
         Panel(
             title="bit accuracy",
             lines={"training": series("bit_accuracy"), "held out": series("eval/bit_accuracy")},
@@ -102,7 +104,9 @@ def _demo(folder: pathlib.Path) -> None:
         f"\ntrained here: {trained:.1%} of 200 held-out edits exact (goal {GOAL_TRAINED:.0%}); "
         f"shipped: {shipped:.1%} (goal {GOAL_SHIPPED:.0%}); {(time.perf_counter() - start) / 60:.1f} minutes"
     )
-    print(f"look at {folder / 'trained.png'}, {folder / 'shipped.png'}, {folder / 'training.png'} and {workdir / 'samples'}")
+    print(
+        f"look at {folder / 'trained.png'}, {folder / 'shipped.png'}, {folder / 'training.png'} and {workdir / 'samples'}"
+    )
     if trained < GOAL_TRAINED or shipped < GOAL_SHIPPED:
         raise UserError("a goal was missed; see the tables above")
 
@@ -118,9 +122,7 @@ def _full(folder: pathlib.Path) -> None:
             f"--export={tokenizer}",
         )
     if not editor.exists():
-        _train_editor(
-            "full", folder / "editor", f"--config.tokenizer_weights={tokenizer}", f"--export={editor}"
-        )
+        _train_editor("full", folder / "editor", f"--config.tokenizer_weights={tokenizer}", f"--export={editor}")
     _curves(folder / "editor", folder / "training.png")
     _evaluate("1000 held-out edits", str(editor), "full", folder, 1000)
     print(f"the weights are in {editor}; they take the place of {shapes.SHIPPED}")

@@ -52,7 +52,7 @@ def _tokenizer() -> TokenizerRunConfig:
             learning_rate=2e-3, schedule="cosine", warmup_steps=50, beta2=0.99, clip_norm=1.0, final_fraction=0.003
         ),
         data=dataclasses.replace(DATA, features="online", batch_size=16),
-        steps=2000,
+        steps=1700,
     )
 
 

@@ -5,6 +5,7 @@ appears under its name only when it is complete, and an older one goes only afte
 kill while saving leaves the last complete checkpoint loadable.
 """
 
+import contextlib
 import errno
 import json
 import logging
@@ -13,7 +14,7 @@ import pathlib
 import re
 import shutil
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 import grain
@@ -43,6 +44,7 @@ FREE_FIELDS = (
 )
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_OURS = re.compile(r"\d+|\d+\.orbax-checkpoint-tmp.*|\..*")  # names in a folder of checkpoints; .nfs... comes with NFS
 _ABSENT = "absent"
 
 
@@ -64,6 +66,9 @@ class Checkpoints:
             raise UserError(f"{error.filename} is a file, where the folder of a run should be") from error
         except OSError as error:
             raise UserError(f"cannot create {self.folder}: {error.strerror}") from error
+        foreign = [path for path in sorted(self.folder.iterdir()) if not _OURS.fullmatch(path.name)]
+        if foreign:
+            raise UserError(f"{foreign[0]} is no checkpoint; use another --workdir, where no one else keeps files")
         self._manager = ocp.CheckpointManager(
             self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         )
@@ -98,6 +103,11 @@ class Checkpoints:
         step = self.latest()
         if step is None:
             raise UserError(f"there is no checkpoint in {self.folder}")
+        if step not in checkpoint_steps(self.folder.parent):
+            raise UserError(
+                f"{self.folder / str(step)} is no checkpoint of a run: it holds {_listing(self.folder / str(step))} "
+                f"instead of state and data; use another --workdir"
+            )
         _check_same(self.folder, step, abstract_state)
         _check_processes(self.folder, step)
         with _damage_explained(self.folder, step):
@@ -309,57 +319,39 @@ def _going_on(step: int | None) -> str:
     return "" if step is None else f"; it goes on from step {step}"
 
 
-class _explained:
-    """Turns the failure of writing `what` under `folder` for lack of room into a UserError.
+@contextlib.contextmanager
+def _explained(what: str, folder: pathlib.Path) -> Iterator[None]:
+    """Turns a failure to write `what` under `folder` for lack of room into a UserError.
 
-    Orbax reports a failed write in its own words, of various types, with the system's text and error number inside.
+    Orbax reports a failed write in its own words, of various types, with the system's error number inside.
     """
-
-    def __init__(self, what: str, folder: pathlib.Path) -> None:
-        self._what, self._folder = what, folder
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
-    ) -> None:
-        if not isinstance(error, Exception) or isinstance(error, UserError):
-            return
-        code = error.errno if isinstance(error, OSError) else _error_number(str(error))
+    try:
+        yield
+    except Exception as error:
+        found = re.search(r"os_error_code='(\d+)'", str(error))
+        code = error.errno if isinstance(error, OSError) else int(found.group(1)) if found else None
         if code not in _NO_ROOM:
-            return
+            raise
         raise UserError(
-            f"writing the {self._what} failed in {self._folder}: {os.strerror(code)}; earlier checkpoints are "
-            f"intact; make room and run the same command again"
+            f"writing the {what} failed in {folder}: {os.strerror(code)}; earlier checkpoints are intact; make room "
+            f"and run the same command again"
         ) from error
 
 
-def _error_number(text: str) -> int | None:
-    found = re.search(r"os_error_code='(\d+)'", text)
-    return int(found.group(1)) if found else None
-
-
-class _damage_explained:
-    """Turns a failure of reading a complete checkpoint into a UserError that says how to get past it."""
-
-    def __init__(self, checkpoints: pathlib.Path, step: int) -> None:
-        self._checkpoints, self._step = checkpoints, step
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
-    ) -> None:
+@contextlib.contextmanager
+def _damage_explained(checkpoints: pathlib.Path, step: int) -> Iterator[None]:
+    """Turns a failure to read a complete checkpoint into a UserError that says how to get past it."""
+    try:
+        yield
+    except Exception as error:
         # Orbax wraps a failed read in a bare Exception; other types, such as one for lack of memory, are no damage.
         damage = isinstance(error, (OSError, ValueError, KeyError, TypeError)) or type(error) is Exception
         if not damage or isinstance(error, UserError):
-            return
+            raise
         reason = re.split(r"\n|\. See full | \[tensorstore_spec", str(error).strip())[0]
         raise UserError(
-            f"{self._checkpoints / str(self._step)} cannot be read ({reason}); if its files are damaged, delete "
-            f"that folder to go on from the checkpoint before it"
+            f"{checkpoints / str(step)} cannot be read ({reason}); if its files are damaged, delete that folder to go "
+            f"on from the checkpoint before it"
         ) from error
 
 

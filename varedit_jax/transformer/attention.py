@@ -148,7 +148,7 @@ class SelfAttention(nn.Module):
         v_bias = self.param("v_bias", nn.initializers.zeros, (heads, head_size))
         scale_mul = self.param("scale_mul", nn.initializers.constant(INITIAL_LOG_SCALE), (heads,))
         qkv = x_BLC.astype(dtype) @ qkv_kernel.reshape(width, -1).astype(dtype)
-        q, k, v = jnp.moveaxis(qkv.reshape(*x_BLC.shape[:2], 3, heads, head_size), 2, 0)
+        q, k, v = (part.reshape(*x_BLC.shape[:2], heads, head_size) for part in jnp.split(qkv, 3, axis=-1))
         q_scale = jnp.exp(jnp.minimum(scale_mul, MAX_LOG_SCALE))[None, None, :, None]
         q = _normalized(q + q_bias.astype(dtype)[None, None]) * q_scale
         k = _normalized(k)
@@ -194,7 +194,7 @@ class CrossAttention(nn.Module):
         v_bias = self.param("v_bias", nn.initializers.zeros, (heads, head_size))
         if cache is None:
             kv = memory_BTC.astype(dtype) @ kv_kernel.reshape(width, -1).astype(dtype)
-            k, v = jnp.moveaxis(kv.reshape(*memory_BTC.shape[:2], 2, heads, head_size), 2, 0)
+            k, v = (part.reshape(*memory_BTC.shape[:2], heads, head_size) for part in jnp.split(kv, 2, axis=-1))
             cache = {"text_k": k, "text_v": v + v_bias.astype(dtype)[None, None]}
         output = attend(q, cache["text_k"], cache["text_v"], mask_BT).reshape(*x_BLC.shape[:2], width)
         proj_init = kernel_init((2 * config.depth) ** -0.5)

@@ -82,7 +82,7 @@ class Block(nn.Module):
             if self.deterministic or config.drop_path == 0:
                 return branch_BLC
             keep = jax.random.bernoulli(self.make_rng("drop_path"), 1 - drop_rate, (branch_BLC.shape[0], 1, 1))
-            return branch_BLC * keep / (1 - drop_rate)
+            return jnp.where(keep, branch_BLC / (1 - drop_rate), 0)
 
         attention = SelfAttention(config, self.visibility, name="self_attention")
         h_BLC, self_cache = attention(layer_norm(x_BLC) * (1 + scale1) + shift1, rotation_2LD, cache, self.scale)

@@ -40,18 +40,33 @@ def positions(pyramid: Pyramid, conditioning: str, layout: RopeLayout) -> np.nda
 
 
 def rotation(positions_L2: np.ndarray, head_size: int) -> np.ndarray:
-    """Cosines and sines, float32 [2, L, D / 2]: the first D / 4 pairs turn by rows, the others by columns."""
+    """Cosines and sines, float32 [2, L, D], each twice in a row.
+
+    The pairs in the first half of a head turn by rows, the others by columns.
+    """
     quarter = head_size // 4
     frequency = ROPE_BASE ** (-2 * np.arange(quarter) / (head_size / 2))
     angles = positions_L2[:, :, None].astype(np.float64) * frequency  # [L, 2, D / 4]
-    angles = angles.reshape(len(positions_L2), head_size // 2)
-    return np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
+    angles_LD = np.repeat(angles.reshape(len(positions_L2), head_size // 2), 2, axis=1)
+    return np.stack([np.cos(angles_LD), np.sin(angles_LD)]).astype(np.float32)
+
+
+def _quarter_turn(head_size: int) -> np.ndarray:
+    """Matrix that turns every pair by 90 degrees: (a, b) -> (-b, a)."""
+    turn = np.zeros((head_size, head_size), np.float32)
+    even = np.arange(0, head_size, 2)
+    turn[even + 1, even] = -1
+    turn[even, even + 1] = 1
+    return turn
 
 
 def rotate(x_BLHD: jax.Array, rotation_2LD: np.ndarray | jax.Array) -> jax.Array:
-    """Turns the interleaved pairs (2i, 2i + 1) of each head by the angles of `rotation`; keeps the dtype."""
-    cos, sin = rotation_2LD[:, None, :, None, :]  # [1, L, 1, D / 2] each
-    pairs = x_BLHD.astype(jnp.float32).reshape(*x_BLHD.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return turned.reshape(x_BLHD.shape).astype(x_BLHD.dtype)
+    """Turns the interleaved pairs (2i, 2i + 1) of each head by the angles of `rotation`; keeps the dtype.
+
+    The partner of each channel comes from a product with a constant matrix of 0 and +-1, which is exact and much
+    faster than shuffling lanes.
+    """
+    cos, sin = rotation_2LD[:, None, :, None, :]  # [1, L, 1, D] each
+    x = x_BLHD.astype(jnp.float32)
+    turned = jnp.einsum("blhd,de->blhe", x, _quarter_turn(x.shape[-1]), precision=jax.lax.Precision.HIGHEST)
+    return (x * cos + turned * sin).astype(x_BLHD.dtype)

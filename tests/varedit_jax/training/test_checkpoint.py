@@ -184,6 +184,20 @@ def test_folder_that_is_a_file(tmp_path: pathlib.Path) -> None:
         Checkpoints(tmp_path / "run")
 
 
+def test_foreign_folder(tmp_path: pathlib.Path) -> None:
+    """Somebody else's folder is left alone."""
+    folder = tmp_path / "checkpoints"
+    (folder / "7" / "weights").mkdir(parents=True)
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(UserError, match=r"checkpoints/7 is no checkpoint of a run: it holds weights instead of state"),
+    ):
+        checkpoints.restore(jax.eval_shape(make_state), make_iterator())
+    (folder / "model.safetensors").touch()
+    with pytest.raises(UserError, match=r"checkpoints/model.safetensors is no checkpoint; use another --workdir"):
+        Checkpoints(tmp_path)
+
+
 def test_a_nearly_full_disk_is_noticed_before_saving(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1)
     usage = collections.namedtuple("usage", "total used free")

@@ -1,0 +1,106 @@
+"""Compares the three ways of showing the source to the transformer, at equal steps, on `shapes`.
+
+    python -m experiments.compare_conditioning --steps=300 --seeds=2 --output=results/conditioning.md
+
+Every run is experiments.train with overrides, scored by experiments.evaluate_shapes; runs that are finished are not
+made again, so an interrupted comparison goes on where it was.
+"""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+from absl import flags
+
+from experiments import program
+from varedit_jax.errors import UserError
+from varedit_jax.training.ledger import read_metrics
+
+_STEPS = flags.DEFINE_integer("steps", 300, "updates a run", lower_bound=1)
+_SEEDS = flags.DEFINE_integer("seeds", 2, "runs of each conditioning", lower_bound=1)
+_EXAMPLES = flags.DEFINE_integer("examples", 200, "held-out edits to judge", lower_bound=1)
+_FOLDER = flags.DEFINE_string("folder", "runs/conditioning", "folder of the runs")
+_OUTPUT = flags.DEFINE_string("output", "", "Markdown file for the table")
+_CARD = "experiments/configs/shapes.py:demo"
+
+CONDITIONINGS = ("sar", "finest", "full")
+
+
+def _program(module: str, *arguments: str) -> None:
+    code = subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode
+    if code:
+        raise UserError(f"{module} {' '.join(arguments)} ended with exit code {code}; what it said is above")
+
+
+def _result(conditioning: str, seed: int) -> dict[str, float]:
+    """Trains and scores one run: held-out loss and bit accuracy, share of exact edits, seconds a step."""
+    workdir = pathlib.Path(_FOLDER.value) / f"{conditioning}-{seed}-{_STEPS.value}"
+    scores = workdir / f"scores-{_EXAMPLES.value}.json"
+    if not scores.exists():
+        _program(
+            "experiments.train",
+            f"--config={_CARD}",
+            f"--workdir={workdir}",
+            f"--config.model.transformer.conditioning={conditioning}",
+            f"--config.seed={seed}",
+            f"--config.steps={_STEPS.value}",
+            "--config.sample_every=0",
+            f"--config.save_every={_STEPS.value}",
+            f"--config.eval_every={_STEPS.value}",
+        )
+        _program(
+            "experiments.evaluate_shapes",
+            f"--checkpoint={workdir}",
+            f"--examples={_EXAMPLES.value}",
+            f"--output={scores}",
+        )
+    lines = read_metrics(workdir)
+    held_out = next(line for line in reversed(lines) if "eval/loss" in line)
+    return {
+        "loss": held_out["eval/loss"],
+        "bits": held_out["eval/bit_accuracy"],
+        "exact": json.loads(scores.read_text())["editor"]["all"]["exact"],
+        "seconds": float(np.median([line["time/step_seconds"] for line in lines if "time/step_seconds" in line])),
+    }
+
+
+def _table(results: dict[str, list[dict[str, float]]]) -> str:
+    """Mean and range over seeds of every conditioning, as Markdown; step time relative to `sar`."""
+    lines = [
+        "| conditioning | held-out loss | held-out bit accuracy | exact edits | step time / sar |",
+        "|---|---|---|---|---|",
+    ]
+    base = np.mean([run["seconds"] for run in results["sar"]])
+    for name, runs in results.items():
+        cells = []
+        for metric, form in (("loss", "{:.4f}"), ("bits", "{:.2%}"), ("exact", "{:.1%}")):
+            values = [run[metric] for run in runs]
+            low, high = form.format(min(values)), form.format(max(values))
+            cells.append(f"{form.format(np.mean(values))} ({low} to {high})")
+        ratio = np.mean([run["seconds"] for run in runs]) / base
+        lines.append(f"| {name} | {' | '.join(cells)} | {ratio:.2f} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    """Runs the comparison and prints the table."""
+    del argv
+    results = {name: [_result(name, seed) for seed in range(_SEEDS.value)] for name in CONDITIONINGS}
+    table = _table(results)
+    print(table)
+    if _OUTPUT.value:
+        command = (
+            f"python -m experiments.compare_conditioning --steps={_STEPS.value} --seeds={_SEEDS.value} "
+            f"--examples={_EXAMPLES.value} --output={_OUTPUT.value}"
+        )
+        pathlib.Path(_OUTPUT.value).write_text(
+            f"# Conditioning, compared on `shapes`\n\n    {command}\n\n"
+            f"{_STEPS.value} steps of the card {_CARD}, {_SEEDS.value} seeds, {_EXAMPLES.value} held-out edits. "
+            f"Mean (lowest to highest) over seeds.\n\n{table}\n"
+        )
+
+
+if __name__ == "__main__":
+    program.run(main)

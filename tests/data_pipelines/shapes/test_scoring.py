@@ -1,0 +1,63 @@
+"""Scores: what counts as done, kept and exact over groups of edits."""
+
+import numpy as np
+import pytest
+
+from data_pipelines.shapes import scoring
+from data_pipelines.shapes.builder import example_edit, example_novelty
+from data_pipelines.shapes.judge import Verdict
+from data_pipelines.shapes.scene import render
+
+
+@pytest.fixture(scope="module")
+def records() -> list[dict]:
+    """Held-out edits as the loader gives them."""
+    edits = [example_edit(0, "test", index) for index in range(40)]
+    return [
+        {
+            "source": render(edit.source),
+            "target": render(edit.target),
+            "source_scene": edit.source.encode(),
+            "target_scene": edit.target.encode(),
+            "instruction": edit.instruction,
+            "kind": edit.kind,
+            "novelty": example_novelty("test", index),
+        }
+        for index, edit in enumerate(edits)
+    ]
+
+
+def test_target_is_exact_and_source_is_only_kept(records: list[dict]) -> None:
+    for side, expected in (("target", (1.0, 1.0, 1.0)), ("source", (0.0, 1.0, 0.0))):
+        pictures = np.stack([record[side] for record in records])
+        total = scoring.by_group(scoring.judge_records(pictures, records), records)["all"]
+        assert (total.done, total.kept, total.exact) == expected
+        assert total.edits == 40
+
+
+def test_groups_partition_the_edits(records: list[dict]) -> None:
+    verdicts = [Verdict(done=i % 2 == 0, kept=i % 3 == 0) for i in range(40)]
+    groups = scoring.by_group(verdicts, records)
+    assert groups["all"].exact == pytest.approx(7 / 40)  # multiples of 6 below 40
+    kinds = [score for name, score in groups.items() if name in scoring.KINDS]
+    assert sum(score.edits for score in kinds) == 40
+    assert groups["unseen scene"].edits + groups["unseen combination"].edits == 40
+
+
+def test_table_shows_baselines_beside_the_editor() -> None:
+    def scores(exact: float) -> dict[str, scoring.Score]:
+        return {"all": scoring.Score(200, exact, 1.0, exact)}
+
+    text = scoring.table({"copy": scores(0.0), "oracle": scores(1.0), "editor": scores(0.875)})
+    header, line = text.splitlines()
+    assert header.split() == ["edits", "n", "copy", "oracle", "editor", "done", "kept"]
+    assert line.split() == ["all", "200", "0.0%", "100.0%", "87.5%", "87.5%", "100.0%"]
+
+
+def test_sheet_marks_right_and_wrong_edits(records: list[dict]) -> None:
+    some = records[:3]
+    pictures = np.stack([[record["source"] for record in some], [record["target"] for record in some]])
+    right = scoring.sheet(some, pictures, "heading")
+    wrong = scoring.sheet(some, pictures[::-1], "heading")
+    assert right.size == wrong.size
+    assert np.any(np.asarray(right) != np.asarray(wrong))
