@@ -104,9 +104,8 @@ def _demo(folder: pathlib.Path) -> None:
         f"\ntrained here: {trained:.1%} of 200 held-out edits exact (goal {GOAL_TRAINED:.0%}); "
         f"shipped: {shipped:.1%} (goal {GOAL_SHIPPED:.0%}); {(time.perf_counter() - start) / 60:.1f} minutes"
     )
-    print(
-        f"look at {folder / 'trained.png'}, {folder / 'shipped.png'}, {folder / 'training.png'} and {workdir / 'samples'}"
-    )
+    pictures = [folder / name for name in ("trained.png", "shipped.png", "training.png")]
+    print(f"look at {', '.join(map(str, pictures))} and {workdir / 'samples'}")
     if trained < GOAL_TRAINED or shipped < GOAL_SHIPPED:
         raise UserError("a goal was missed; see the tables above")
 

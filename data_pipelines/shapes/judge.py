@@ -2,7 +2,7 @@
 
 Reading compares every cell with all its possible renderings, takes the nearest whole reading, and then accepts it
 only if every cell is clearly that rendering. The limits below scale with the contrast of the style; colours of one
-style differ by at least 63 levels (mean over channels) times its contrast, and shapes by at least 24 pixels.
+style differ by at least 63 levels (mean over channels) times its contrast, and shapes by at least 32 pixels.
 """
 
 import dataclasses
@@ -38,7 +38,9 @@ MEAN_SLOPE = 15.0
 # A pixel is wrong if its error (mean over channels) exceeds WRONG_LEVELS * contrast: it is then as near to another
 # colour as to its own. Beside an edge it may be off by half the step of the edge, where that is more: a blurred edge.
 WRONG_LEVELS = 32.0
-WRONG_PIXELS = 8  # more wrong pixels in a cell than this (3 %), and it is not clearly that rendering
+# Two contents of a cell differ in at least 32 pixels. With at most half of that wrong, it is nearer to this one than to
+# any other; with more, it is not clearly this rendering.
+WRONG_PIXELS = 16
 BATCH = 64  # pictures compared at a time
 
 _OBJECTS: tuple[Object | None, ...] = (None, *(Object(shape, colour) for shape in SHAPES for colour in COLOURS))

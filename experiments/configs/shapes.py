@@ -81,11 +81,23 @@ def get_config(variant: str = "demo") -> RunConfig | TokenizerRunConfig:
         return _editor("shapes_demo", steps=1100)
     if variant == "full":
         return _editor("shapes", steps=4000)
+    short = OptimizerConfig(learning_rate=1e-3)
     tiny_data = dataclasses.replace(DATA, train_examples=128, eval_examples=64, batch_size=8)
     if variant == "tiny":
         run = _editor("shapes_tiny", steps=6)
-        return dataclasses.replace(run, data=tiny_data, eval_batches=1, eval_every=0, sample_every=0, save_every=3)
+        return dataclasses.replace(
+            run,
+            optimizer=short,
+            data=tiny_data,
+            eval_batches=1,
+            eval_every=0,
+            sample_every=0,
+            save_every=3,
+            log_every=1,
+        )
     if variant == "tokenizer":
         return _tokenizer()
     data = dataclasses.replace(tiny_data, features="online")
-    return dataclasses.replace(_tokenizer(), name="shapes_tokenizer_tiny", data=data, steps=4, sample_every=0)
+    return dataclasses.replace(
+        _tokenizer(), name="shapes_tokenizer_tiny", optimizer=short, data=data, steps=4, sample_every=0
+    )

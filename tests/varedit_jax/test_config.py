@@ -79,7 +79,7 @@ PUBLISHED = {
 
 
 def test_every_published_size_has_a_preset():
-    assert config_lib.PRESETS == ("tiny", *PUBLISHED)
+    assert list(config_lib.PRESETS) == ["tiny", *PUBLISHED]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -112,7 +112,9 @@ RUN = RunConfig(
 )
 
 
-@pytest.mark.parametrize("value", [*map(preset, config_lib.PRESETS), RUN, TokenizerRunConfig(name="t", model=RUN.model)])
+@pytest.mark.parametrize(
+    "value", [*map(preset, config_lib.PRESETS), RUN, TokenizerRunConfig(name="t", model=RUN.model)]
+)
 def test_there_and_back_through_json(value):
     assert config_lib.from_dict(type(value), json.loads(json.dumps(config_lib.to_dict(value)))) == value
 

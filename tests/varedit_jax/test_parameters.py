@@ -6,7 +6,7 @@ import pytest
 
 from varedit_jax.config import PRESETS, EditorConfig, TextConfig, TokenizerConfig, TransformerConfig, preset
 from varedit_jax.parameters import INIT, abstract_params, count
-from varedit_jax.scales import published_pyramid
+from varedit_jax.scales import Pyramid, published_pyramid
 
 
 def transformer_count(config: TransformerConfig) -> int:
@@ -40,7 +40,12 @@ def tokenizer_count(config: TokenizerConfig) -> int:
 
     def residual(channels_in: int, channels_out: int) -> int:
         shortcut = conv(channels_in, channels_out, 1) if channels_in != channels_out else 0
-        return 2 * (channels_in + channels_out) + conv(channels_in, channels_out) + conv(channels_out, channels_out) + shortcut
+        return (
+            2 * (channels_in + channels_out)
+            + conv(channels_in, channels_out)
+            + conv(channels_out, channels_out)
+            + shortcut
+        )
 
     widths = [multiplier * config.base_channels for multiplier in config.channel_multipliers]
     first, last = widths[0], widths[-1]
@@ -61,19 +66,31 @@ def tokenizer_count(config: TokenizerConfig) -> int:
 def text_count(config: TextConfig) -> int:
     inner = config.heads * config.head_size
     layer = 4 * config.width * inner + 3 * config.width * config.mlp_width + 2 * config.width
-    return config.vocabulary_size * config.width + config.relative_buckets * config.heads + config.layers * layer + config.width
+    return (
+        config.vocabulary_size * config.width
+        + config.relative_buckets * config.heads
+        + config.layers * layer
+        + config.width
+    )
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_number_of_parameters(name):
+def test_number_of_transformer_parameters(name):
     editor = preset(name)
-    assert count(abstract_params(editor, "transformer")) == transformer_count(editor.transformer)
+    found = abstract_params(editor, "transformer", Pyramid(((1, 1), (2, 2)), ((1, 1), (2, 2))))
+    assert count(found) == transformer_count(editor.transformer)
+
+
+@pytest.mark.parametrize("name", ["tiny", "2b", "8b"])  # the others' are one of these
+def test_number_of_tokenizer_and_text_parameters(name):
+    editor = preset(name)
     assert count(abstract_params(editor, "tokenizer")) == tokenizer_count(editor.tokenizer)
     assert count(abstract_params(editor, "text")) == text_count(editor.text)
 
 
 def test_published_numbers():
     """Sums over the published files."""
+    assert count(abstract_params(preset("8b"), "transformer")) == 8_375_791_824
     assert transformer_count(preset("8b").transformer) == 8_375_791_824
     assert transformer_count(preset("2b").transformer) == 2_204_564_032
     assert tokenizer_count(preset("8b").tokenizer) == 81_624_209

@@ -159,7 +159,7 @@ def test_a_tenth_of_the_scenes_is_held_out_by_a_stable_hash() -> None:
     rng = np.random.default_rng(0)
     share = np.mean([edits.scene_held_out(random_scene(rng)) for _ in range(3000)])
     assert abs(share - 0.1) < 0.02
-    assert edits.scene_held_out(Scene.decode("teal|plain|-,-,-,blue ring"))
+    assert edits.scene_held_out(Scene.decode("grey|plain|-,-,-,red ring"))
     assert not edits.scene_held_out(Scene.decode("grey|plain|red circle,-,-,-"))
 
 

@@ -1,0 +1,106 @@
+"""The real training program: stopped and resumed equals uninterrupted, bit for bit; export; a user's mistakes."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from varedit_jax.training.ledger import read_metrics
+
+ROOT = pathlib.Path(__file__).parents[2]
+CARD = "experiments/configs/shapes.py:tiny"
+
+
+def _train(*arguments: str, module: str = "experiments.train") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"--config.data.directory={tmp_path_factory.mktemp('data')}"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, data: str) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("runs")
+    done = _train(
+        f"--config={CARD}",
+        data,
+        f"--workdir={folder / 'run'}",
+        f"--export={folder / 'weights'}",
+        "--export_type=float32",
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_stopped_and_resumed_equals_uninterrupted(uninterrupted: pathlib.Path, data: str) -> None:
+    common = (
+        f"--config={CARD}",
+        data,
+        f"--workdir={uninterrupted / 'resumed'}",
+        f"--export={uninterrupted / 'resumed_weights'}",
+        "--export_type=float32",
+    )
+    first = _train(*common, "--stop_after=2")
+    assert first.returncode == 0, first.stderr
+    assert not (uninterrupted / "resumed_weights").exists()
+    second = _train(*common)
+    assert second.returncode == 0, second.stderr
+    for part in ("transformer", "text", "tokenizer"):
+        one, other = (
+            safetensors.numpy.load_file(uninterrupted / folder / f"{part}.safetensors")
+            for folder in ("weights", "resumed_weights")
+        )
+        assert set(one) == set(other)
+        assert all(np.array_equal(one[name], other[name]) for name in one)
+    losses = [
+        [(line["step"], line["loss"]) for line in read_metrics(uninterrupted / folder) if "loss" in line]
+        for folder in ("run", "resumed")
+    ]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) > 0
+
+
+def test_exported_folder_names_its_model(uninterrupted: pathlib.Path) -> None:
+    record = json.loads((uninterrupted / "weights" / "config.json").read_text())
+    assert record["model"]["transformer"]["depth"] == 4
+    assert record["sampling"]["greedy"] is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config.tokenizer_weights=nowhere"], ["nowhere", "tokenizer"]),
+        (["--config.optimizer.learning_rat=1"], ["learning_rat", "learning_rate"]),
+        (["--config.model.transformer.depth=5"], ["depth", "4", "5"]),
+    ],
+)
+def test_a_mistake_is_one_sentence(
+    uninterrupted: pathlib.Path, data: str, arguments: list[str], words: list[str]
+) -> None:
+    workdir = uninterrupted / ("run" if "depth" in arguments[0] else "fresh")
+    failed = _train(f"--config={CARD}", data, f"--workdir={workdir}", *arguments)
+    assert failed.returncode == 1
+    lines = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, failed.stderr
+    assert all(word in lines[0] for word in words), lines[0]
+    assert "Traceback" not in failed.stderr
+
+
+def test_tokenizer_program_trains_and_exports(tmp_path: pathlib.Path, data: str) -> None:
+    done = _train(
+        "--config=experiments/configs/shapes.py:tokenizer_tiny",
+        data,
+        f"--workdir={tmp_path / 'run'}",
+        f"--export={tmp_path / 'weights'}",
+        module="experiments.train_tokenizer",
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "weights" / "tokenizer.safetensors").is_file()
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 3
