@@ -111,15 +111,18 @@ def _demo(folder: pathlib.Path) -> None:
 
 
 def _full(folder: pathlib.Path) -> None:
-    tokenizer, editor = folder / "tokenizer_weights", folder / "editor_weights"
-    if not tokenizer.exists():
-        _run(
-            "tokenizer",
-            "experiments.train_tokenizer",
-            f"--config={_CARD}:tokenizer",
-            f"--workdir={folder / 'tokenizer'}",
-            f"--export={tokenizer}",
-        )
+    first, tokenizer, editor = (folder / name for name in ("first_stage", "tokenizer_weights", "editor_weights"))
+    stages = (("tokenizer", first, ()), ("decoder", tokenizer, (f"--config.init_from={first}",)))
+    for variant, weights, arguments in stages:
+        if not weights.exists():
+            _run(
+                f"tokenizer: {variant}",
+                "experiments.train_tokenizer",
+                f"--config={_CARD}:{variant}",
+                f"--workdir={folder / variant}",
+                f"--export={weights}",
+                *arguments,
+            )
     if not editor.exists():
         _train_editor("full", folder / "editor", f"--config.tokenizer_weights={tokenizer}", f"--export={editor}")
     _curves(folder / "editor", folder / "training.png")

@@ -38,7 +38,7 @@ def _features(config: RunConfig, source: loader.TfdsSource, split: str, tokenize
     """Features of a split, computed on first use, if the card asks for them."""
     if config.data.features == "online":
         return None
-    name = weights_hash(tokenizer)
+    name = weights_hash(tokenizer["encoder"])  # features do not depend on the decoder
     encode = jax.jit(lambda params, images: encode_images(params, images, config.model))
     folder = pathlib.Path(source.directory) / "features" / f"{split}-{name[:16]}"
     return features_lib.precompute(folder, source, name, lambda images: encode(tokenizer, images), batch_size=64)

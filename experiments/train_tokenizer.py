@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
         steps=config.steps,
         key=jax.random.key(config.seed),
         abstract_state=jax.eval_shape(init),
-        init_state=jax.jit(init),
+        init_state=lambda: tokenizer_step.start(config, init),
         step_fn=jax.jit(tokenizer_step.make_step(config, optimizer, perceptual), donate_argnums=0),
         batches=loader.training_batches(config.data, Vocabulary.load(), loader.open_split(config.data, "train")),
         put=jax.device_put,

@@ -256,6 +256,8 @@ class TokenizerRunConfig:
     data: DataConfig = DataConfig()
     steps: int = 2000
     seed: int = 0
+    init_from: str = ""  # folder of a tokenizer that the run starts from
+    train_encoder: bool = True  # False: features and bits stay as they are, the decoder alone learns
     l1_weight: float = 1.0
     perceptual_weight: float = 0.0  # of the VGG feature distance; needs perceptual_weights
     perceptual_weights: str = ""  # file of VGG-16 weights (torchvision names)

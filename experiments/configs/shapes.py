@@ -2,8 +2,9 @@
 
     python -m experiments.train --config=experiments/configs/shapes.py:demo --workdir=runs/shapes
 
-Variants: `demo` is what `make demo` trains in minutes; `full` made the shipped editor; `tiny` is for tests; the
-tokenizer's are `tokenizer` and `tokenizer_tiny`, for experiments.train_tokenizer. results/shapes.md has the figures.
+Variants: `demo` is what `make demo` trains in minutes; `full` made the shipped editor; `tiny` is for tests. For
+experiments.train_tokenizer: `tokenizer`, `decoder` (its second stage) and `tokenizer_tiny`. results/shapes.md has the
+figures.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from varedit_jax.config import (
     TransformerConfig,
 )
 
-VARIANTS = ("demo", "full", "tiny", "tokenizer", "tokenizer_tiny")
+VARIANTS = ("demo", "full", "tiny", "tokenizer", "decoder", "tokenizer_tiny")
 SHIPPED = "varedit_jax/data/shapes"  # tokenizer and editor that come with the repository
 
 MODEL = EditorConfig(
@@ -56,15 +57,31 @@ def _tokenizer() -> TokenizerRunConfig:
     )
 
 
-def _editor(name: str, steps: int) -> RunConfig:
+def _decoder() -> TokenizerRunConfig:
+    """Second stage of the tokenizer: sharper pictures from the same bits."""
+    first = _tokenizer()
+    optimizer = dataclasses.replace(first.optimizer, learning_rate=1e-3)
+    return dataclasses.replace(
+        first,
+        name="shapes_decoder",
+        optimizer=optimizer,
+        steps=800,
+        train_encoder=False,
+        init_from=SHIPPED,
+        seed=1,
+        data=dataclasses.replace(first.data, seed=1),
+    )
+
+
+def _editor(name: str, steps: int, train_examples: int = DATA.train_examples) -> RunConfig:
     return RunConfig(
         name=name,
         model=MODEL,
         optimizer=OptimizerConfig(
-            learning_rate=2e-3, schedule="cosine", warmup_steps=100, weight_decay=0.01, clip_norm=1.0
+            learning_rate=1.5e-3, schedule="cosine", warmup_steps=100, weight_decay=0.01, clip_norm=1.0
         ),
         loss=LossConfig(noise_scales=3, noise_max=0.1),
-        data=DATA,
+        data=dataclasses.replace(DATA, train_examples=train_examples),
         sampling=SamplingConfig(guidance=1.0, greedy=True),
         steps=steps,
         train_text=True,
@@ -78,9 +95,9 @@ def _editor(name: str, steps: int) -> RunConfig:
 def get_config(variant: str = "demo") -> RunConfig | TokenizerRunConfig:
     """The card; see the module's docstring for the variants."""
     if variant == "demo":
-        return _editor("shapes_demo", steps=1100)
+        return _editor("shapes_demo", steps=750, train_examples=12000)
     if variant == "full":
-        return _editor("shapes", steps=4000)
+        return _editor("shapes", steps=2400)
     short = OptimizerConfig(learning_rate=1e-3)
     tiny_data = dataclasses.replace(DATA, train_examples=128, eval_examples=64, batch_size=8)
     if variant == "tiny":
@@ -97,6 +114,8 @@ def get_config(variant: str = "demo") -> RunConfig | TokenizerRunConfig:
         )
     if variant == "tokenizer":
         return _tokenizer()
+    if variant == "decoder":
+        return _decoder()
     data = dataclasses.replace(tiny_data, features="online")
     return dataclasses.replace(
         _tokenizer(), name="shapes_tokenizer_tiny", optimizer=short, data=data, steps=4, sample_every=0

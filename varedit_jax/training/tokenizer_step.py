@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from varedit_jax.config import EditorConfig, TokenizerRunConfig
+from varedit_jax.conversion.folder import load_folder
+from varedit_jax.parameters import abstract_params
 from varedit_jax.scales import editor_pyramid
 from varedit_jax.tokenizer import quantizer
 from varedit_jax.tokenizer.autoencoder import Autoencoder
@@ -31,6 +33,8 @@ def make_loss(
 
     def loss_fn(params: Any, images: jax.Array) -> tuple[jax.Array, Metrics]:
         features = model.apply({"params": params}, images, method=model.encode)
+        if not config.train_encoder:
+            features = jax.lax.stop_gradient(features)
         residuals = quantizer.quantize(features, cells)
         quantized = quantizer.straight_through(features, residuals.quantized)
         output = model.apply({"params": params}, quantized, False, method=model.decode)
@@ -91,6 +95,15 @@ def make_init(config: TokenizerRunConfig, optimizer: optax.GradientTransformatio
         return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
 
     return init
+
+
+def start(config: TokenizerRunConfig, init: Callable[[], TrainState]) -> TrainState:
+    """The state of step 0: random, or with the weights of `init_from`."""
+    state = jax.jit(init)()
+    if config.init_from:
+        loaded = load_folder(config.init_from, "tokenizer", abstract_params(config.model, "tokenizer"))
+        state = state.replace(params=jax.device_put(loaded))
+    return state
 
 
 def make_reconstruct(config: EditorConfig) -> Callable[[Any, jax.Array], jax.Array]:

