@@ -75,6 +75,7 @@ class TransformerConfig:
     levels: int = 15  # rows of the level embedding
     conditioning: Conditioning = "sar"  # what of the source a block sees
     rope_layout: RopeLayout = "released"  # where tokens sit (model.md, "Positions")
+    initial_attention_scale: float = 4.0  # factor of the normalized queries in a new model
     drop_path: float = 0.1  # stochastic depth rate of the last block; rises linearly from 0
     dtype: str = "float32"  # compute type of the blocks; parameters are float32
     remat: Literal["none", "full"] = "none"  # recompute block activations in the backward pass

@@ -36,7 +36,15 @@ MODEL = EditorConfig(
     ),
     text=TextConfig(width=64, layers=2, heads=4, head_size=16, mlp_width=128),
     transformer=TransformerConfig(
-        depth=4, width=128, heads=4, token_bits=32, text_width=64, unconditional_rows=32, drop_path=0.0, scan_unroll=3
+        depth=4,
+        width=128,
+        heads=4,
+        token_bits=32,
+        text_width=64,
+        unconditional_rows=32,
+        drop_path=0.0,
+        scan_unroll=3,
+        initial_attention_scale=16.0,
     ),
     pixel_budget="",
     grids=((1, 1), (2, 2), (4, 4), (8, 8)),

@@ -13,7 +13,6 @@ from varedit_jax.tokenizer.resize import area_resize
 from varedit_jax.transformer.rope import rotate
 
 MAX_LOG_SCALE = float(np.log(100.0))
-INITIAL_LOG_SCALE = float(np.log(4.0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +145,8 @@ class SelfAttention(nn.Module):
         qkv_kernel = self.param("qkv_kernel", kernel_init(), (width, 3, heads, head_size))
         q_bias = self.param("q_bias", nn.initializers.zeros, (heads, head_size))
         v_bias = self.param("v_bias", nn.initializers.zeros, (heads, head_size))
-        scale_mul = self.param("scale_mul", nn.initializers.constant(INITIAL_LOG_SCALE), (heads,))
+        initial_scale = nn.initializers.constant(np.log(config.initial_attention_scale))
+        scale_mul = self.param("scale_mul", initial_scale, (heads,))
         qkv = x_BLC.astype(dtype) @ qkv_kernel.reshape(width, -1).astype(dtype)
         q, k, v = (part.reshape(*x_BLC.shape[:2], heads, head_size) for part in jnp.split(qkv, 3, axis=-1))
         q_scale = jnp.exp(jnp.minimum(scale_mul, MAX_LOG_SCALE))[None, None, :, None]

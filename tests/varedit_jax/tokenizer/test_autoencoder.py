@@ -1,4 +1,4 @@
-"""The autoencoder's shapes, borders and range; that its numbers are the published ones is for the golden data to show."""
+"""The autoencoder's shapes, borders and range; the golden data shows that its numbers are the published ones."""
 
 import jax
 import jax.numpy as jnp

@@ -41,17 +41,20 @@ def test_condition_is_the_raw_feature_at_the_last_grid(patchify, conditioning):
 
 
 @pytest.mark.parametrize("patchify", [False, True])
-def test_full_conditioning_has_the_source_of_all_scales(patchify):
+def test_full_conditioning_has_the_source_of_all_scales(patchify, quick_jit):
     config = editor(patchify, "full")
     pyramid = editor_pyramid(config)
     source = features(config)
-    found = tokens.source_tokens(source, config, pyramid)
-    assert found.shape == (2, pyramid.source_tokens("full"), config.transformer.token_bits)
     cells = pyramid.cells(patchify)
-    for part, grid, cell_grid in zip(pyramid.slices(), GRIDS, cells.grids, strict=True):
-        np.testing.assert_allclose(
-            quantizer.to_cells(found[:, part], grid, patchify), area_resize(source, cell_grid), rtol=0, atol=1e-6
-        )
+
+    def make(source):
+        resized = [area_resize(source, grid) for grid in cells.grids]
+        return tokens.source_tokens(source, config, pyramid), resized
+
+    found, resized = quick_jit(make)(source)
+    assert found.shape == (2, pyramid.source_tokens("full"), config.transformer.token_bits)
+    for part, grid, wanted in zip(pyramid.slices(), GRIDS, resized, strict=True):
+        np.testing.assert_allclose(quantizer.to_cells(found[:, part], grid, patchify), wanted, rtol=0, atol=1e-6)
 
 
 def test_quantized_source_is_what_the_residual_loop_makes_of_it():
@@ -65,14 +68,18 @@ def test_quantized_source_is_what_the_residual_loop_makes_of_it():
 
 
 @pytest.mark.parametrize("patchify", [False, True])
-def test_inputs_and_labels(patchify):
+def test_inputs_and_labels(patchify, quick_jit):
     config = editor(patchify)
     pyramid = editor_pyramid(config)
     cells = pyramid.cells(patchify)
     source, target = features(config), features(config, seed=1)
-    made = tokens.make_tokens(source, target, config, pyramid)
-    np.testing.assert_array_equal(made.source_BSN, tokens.source_tokens(source, config, pyramid))
-    residuals = quantizer.quantize(target, cells)
+
+    def make(source, target):
+        made = tokens.make_tokens(source, target, config, pyramid)
+        return made, tokens.source_tokens(source, config, pyramid), quantizer.quantize(target, cells)
+
+    made, condition, residuals = quick_jit(make)(source, target)
+    np.testing.assert_array_equal(made.source_BSN, condition)
     assert made.labels_BLN.shape == (2, 27, config.transformer.token_bits)
     assert made.inputs_BLN.shape == (2, 26, config.transformer.token_bits)
     for scale, part in enumerate(pyramid.slices()):

@@ -1,0 +1,76 @@
+"""The editor that comes with the repository really edits, and a picture's result does not depend on its batch."""
+
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipelines.shapes import scoring
+from data_pipelines.shapes.builder import example_edit, example_novelty
+from data_pipelines.shapes.scene import render
+from experiments.configs import shapes
+from varedit_jax.config import SamplingConfig
+from varedit_jax.sampling.editor import Editor
+
+ROOT = pathlib.Path(__file__).parents[2]
+EDITS = 50  # scoring.BATCH: one compiled program serves all tests here
+
+
+@pytest.fixture(scope="module")
+def editor() -> Editor:
+    return Editor.load(ROOT / shapes.SHIPPED)
+
+
+@pytest.fixture(scope="module")
+def records() -> list[dict]:
+    edits = [example_edit(0, "test", index) for index in range(EDITS)]
+    return [
+        {
+            "source": render(edit.source),
+            "target": render(edit.target),
+            "source_scene": edit.source.encode(),
+            "target_scene": edit.target.encode(),
+            "instruction": edit.instruction,
+            "kind": edit.kind,
+            "novelty": example_novelty("test", index),
+        }
+        for index, edit in enumerate(edits)
+    ]
+
+
+@pytest.fixture(scope="module")
+def batched(editor: Editor, records: list[dict]) -> np.ndarray:
+    return scoring.edit_records(editor, records)[-1]
+
+
+def test_shipped_editor_edits_exactly(batched: np.ndarray, records: list[dict]) -> None:
+    """The goal is 95 % of 200 (results/shapes.md); 50 edits leave room for chance: 90 %."""
+    assert scoring.score(scoring.judge_records(batched, records)).exact >= 0.9
+
+
+def test_shipped_weights_are_small() -> None:
+    total = sum(path.stat().st_size for path in (ROOT / shapes.SHIPPED).iterdir())
+    assert total <= 8e6
+
+
+def test_greedy_results_are_equal_alone_and_batched(editor: Editor, records: list[dict], batched: np.ndarray) -> None:
+    for index in (0, 7, 31):
+        alone = editor.edit_fitted(records[index]["source"][None], [records[index]["instruction"]], [index])
+        np.testing.assert_array_equal(alone[-1, 0], batched[index])
+
+
+def test_a_seed_belongs_to_a_picture_not_to_its_place(editor: Editor, records: list[dict]) -> None:
+    sampling = SamplingConfig(guidance=1.0, temperature=1.0)
+    pictures = np.stack([record["source"] for record in records[:2]])
+    instructions = [record["instruction"] for record in records[:2]]
+    forth = editor.edit_fitted(pictures, instructions, [5, 6], sampling)[-1]
+    back = editor.edit_fitted(pictures[::-1], instructions[::-1], [6, 5], sampling)[-1]
+    np.testing.assert_array_equal(forth, back[::-1])
+
+
+def test_pictures_come_back_at_their_own_sizes(editor: Editor, records: list[dict]) -> None:
+    small = records[0]["source"]
+    wide = np.asarray(Image.fromarray(small).resize((200, 100), Image.Resampling.NEAREST))
+    results = editor.edit([small, wide], [records[0]["instruction"]] * 2)
+    assert [result.shape for result in results] == [(32, 32, 3), (100, 200, 3)]
