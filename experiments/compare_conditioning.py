@@ -1,6 +1,6 @@
 """Compares the three ways of showing the source to the transformer, at equal steps, on `shapes`.
 
-    python -m experiments.compare_conditioning --steps=300 --seeds=2 --output=results/conditioning.md
+    python -m experiments.compare_conditioning --steps=600 --seeds=2 --output=results/conditioning.md
 
 Every run is experiments.train with overrides, scored by experiments.evaluate_shapes; runs that are finished are not
 made again, so an interrupted comparison goes on where it was.
@@ -18,12 +18,12 @@ from experiments import program
 from varedit_jax.errors import UserError
 from varedit_jax.training.ledger import read_metrics
 
-_STEPS = flags.DEFINE_integer("steps", 300, "updates a run", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 600, "updates a run", lower_bound=1)
 _SEEDS = flags.DEFINE_integer("seeds", 2, "runs of each conditioning", lower_bound=1)
 _EXAMPLES = flags.DEFINE_integer("examples", 200, "held-out edits to judge", lower_bound=1)
 _FOLDER = flags.DEFINE_string("folder", "runs/conditioning", "folder of the runs")
 _OUTPUT = flags.DEFINE_string("output", "", "Markdown file for the table")
-_CARD = "experiments/configs/shapes.py:demo"
+_CARD = "experiments/configs/shapes.py:compare"
 
 CONDITIONINGS = ("sar", "finest", "full")
 

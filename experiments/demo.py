@@ -111,18 +111,21 @@ def _demo(folder: pathlib.Path) -> None:
 
 
 def _full(folder: pathlib.Path) -> None:
-    first, tokenizer, editor = (folder / name for name in ("first_stage", "tokenizer_weights", "editor_weights"))
-    stages = (("tokenizer", first, ()), ("decoder", tokenizer, (f"--config.init_from={first}",)))
-    for variant, weights, arguments in stages:
+    stages = (("tokenizer", "bits"), ("decoder", "decoder_once"), ("decoder", "decoder_twice"))
+    tokenizer, editor = folder / "decoder_twice_weights", folder / "editor_weights"
+    before = None
+    for variant, name in stages:
+        weights = folder / f"{name}_weights"
         if not weights.exists():
             _run(
-                f"tokenizer: {variant}",
+                f"tokenizer: {name.replace('_', ' ')}",
                 "experiments.train_tokenizer",
                 f"--config={_CARD}:{variant}",
-                f"--workdir={folder / variant}",
+                f"--workdir={folder / name}",
                 f"--export={weights}",
-                *arguments,
+                *([f"--config.init_from={before}"] if before else []),
             )
+        before = weights
     if not editor.exists():
         _train_editor("full", folder / "editor", f"--config.tokenizer_weights={tokenizer}", f"--export={editor}")
     _curves(folder / "editor", folder / "training.png")

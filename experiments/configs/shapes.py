@@ -2,7 +2,8 @@
 
     python -m experiments.train --config=experiments/configs/shapes.py:demo --workdir=runs/shapes
 
-Variants: `demo` is what `make demo` trains in minutes; `full` made the shipped editor; `tiny` is for tests. For
+Variants: `demo` is what `make demo` trains in minutes; `full` made the shipped editor; `compare` is a
+smaller one for experiments.compare_conditioning; `tiny` is for tests. For
 experiments.train_tokenizer: `tokenizer`, `decoder` (its second stage) and `tokenizer_tiny`. results/shapes.md has the
 figures.
 """
@@ -22,7 +23,7 @@ from varedit_jax.config import (
     TransformerConfig,
 )
 
-VARIANTS = ("demo", "full", "tiny", "tokenizer", "decoder", "tokenizer_tiny")
+VARIANTS = ("demo", "full", "compare", "tiny", "tokenizer", "decoder", "tokenizer_tiny")
 SHIPPED = "varedit_jax/data/shapes"  # tokenizer and editor that come with the repository
 
 MODEL = EditorConfig(
@@ -105,7 +106,12 @@ def get_config(variant: str = "demo") -> RunConfig | TokenizerRunConfig:
     if variant == "demo":
         return _editor("shapes_demo", steps=750, train_examples=12000)
     if variant == "full":
-        return _editor("shapes", steps=2400)
+        return _editor("shapes", steps=1600)
+    if variant == "compare":
+        run = _editor("shapes_compare", steps=600, train_examples=12000)
+        transformer = dataclasses.replace(MODEL.transformer, depth=3, width=64, heads=2, scan_unroll=2)
+        model = dataclasses.replace(MODEL, transformer=transformer)
+        return dataclasses.replace(run, model=model, data=dataclasses.replace(run.data, batch_size=16))
     short = OptimizerConfig(learning_rate=1e-3)
     tiny_data = dataclasses.replace(DATA, train_examples=128, eval_examples=64, batch_size=8)
     if variant == "tiny":

@@ -1,0 +1,105 @@
+"""Every experiment card traces: abstract shapes go through its complete training step, nothing is allocated."""
+
+import importlib
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments import configs
+from varedit_jax.config import RunConfig, TokenizerRunConfig, per_scale
+from varedit_jax.conversion.folder import load_folder
+from varedit_jax.parameters import abstract_params
+from varedit_jax.scales import editor_pyramid, image_size
+from varedit_jax.training import editor_run, tokenizer_step
+from varedit_jax.training.optimizer import make_optimizer
+
+ROOT = pathlib.Path(__file__).parents[2]
+FOLDER = pathlib.Path(configs.__file__).parent
+MODULES = {
+    path.stem: importlib.import_module(f"experiments.configs.{path.stem}")
+    for path in sorted(FOLDER.glob("*.py"))
+    if path.stem != "__init__"
+}
+CARDS = [
+    (name, variant)
+    for name, module in MODULES.items()
+    if hasattr(module, "get_config")
+    for variant in getattr(module, "VARIANTS", ("",))
+]
+
+
+def card(name: str, variant: str) -> RunConfig | TokenizerRunConfig:
+    return MODULES[name].get_config(*[variant] if variant else [])
+
+
+def described(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def batch_of(config: RunConfig | TokenizerRunConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the loader gives for a card."""
+    pyramid, batch = editor_pyramid(config.model), config.data.batch_size
+    text = {
+        "text_ids": described((batch, config.data.text_tokens), jnp.int32),
+        "text_length": described((batch,), jnp.int32),
+    }
+    if config.data.features == "precomputed":
+        shape = (batch, *pyramid.cells(config.model.patchify).last, config.model.tokenizer.bits)
+        return text | {f"{side}_features": described(shape, jnp.float32) for side in ("source", "target")}
+    shape = (batch, *image_size(config.model, pyramid), 3)
+    return text | {side: described(shape, jnp.uint8) for side in ("source", "target")}
+
+
+def shapes_of(tree: Any) -> Any:
+    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+
+@pytest.mark.parametrize(("name", "variant"), CARDS)
+def test_training_step_of_every_card(name: str, variant: str) -> None:
+    """Loss and gradient norm are numbers, every scale has its metric, and the state keeps its form."""
+    config = card(name, variant)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    batch, key = batch_of(config), jax.eval_shape(lambda: jax.random.key(0))
+    if isinstance(config, RunConfig):
+        pyramid = editor_pyramid(config.model)
+        state = jax.eval_shape(editor_run.make_init(config, optimizer))
+        parts = ["tokenizer", *([] if config.train_text else ["text"])]
+        frozen = {part: abstract_params(config.model, part) for part in parts}
+        after, metrics = jax.eval_shape(editor_run.make_step(config, pyramid, optimizer), state, frozen, batch, key)
+        per_scale(config.sampling.guidance, pyramid.scales)  # raises where the card's sampling does not fit
+        per_scale(config.sampling.temperature, pyramid.scales)
+    else:
+        state = jax.eval_shape(tokenizer_step.make_init(config, optimizer))
+        after, metrics = jax.eval_shape(tokenizer_step.make_step(config, optimizer), state, batch, key)
+    assert shapes_of(after) == shapes_of(state)
+    for number in ("loss", "gradient_norm"):
+        assert (metrics[number].shape, metrics[number].dtype) == ((), jnp.float32)
+    scales = editor_pyramid(config.model).scales
+    assert {value.shape for value in metrics.values()} == {(), (scales,)}
+
+
+@pytest.mark.parametrize(("name", "variant"), CARDS)
+def test_weights_that_a_card_ships_with_fit_it(name: str, variant: str) -> None:
+    config = card(name, variant)
+    folders = {config.init_from if isinstance(config, TokenizerRunConfig) else config.tokenizer_weights} - {""}
+    for folder in folders:
+        expected = abstract_params(config.model, "tokenizer")
+        loaded = load_folder(ROOT / folder, "tokenizer", expected)
+        assert shapes_of(loaded) == shapes_of(expected)
+
+
+def test_every_file_is_a_card_or_serves_one() -> None:
+    """A new card is tested without being listed here; a file that defines no card has to be imported by one."""
+    names = {name for name, _ in CARDS}
+    assert {"shapes", "varedit_2b_256", "varedit_2b_512", "varedit_8b_512"} <= names
+    for other in set(MODULES) - names:
+        assert any(f"configs import {other}" in (FOLDER / f"{name}.py").read_text() for name in names), other
+
+
+@pytest.mark.parametrize(("name", "variant"), CARDS)
+def test_names_of_runs_tell_cards_apart(name: str, variant: str) -> None:
+    runs = [card(*other).name for other in CARDS]
+    assert runs.count(card(name, variant).name) == 1

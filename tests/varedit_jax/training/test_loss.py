@@ -1,0 +1,100 @@
+"""The bitwise loss against a plain two-way cross-entropy, token by token."""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from varedit_jax.config import LossConfig
+from varedit_jax.scales import Pyramid
+from varedit_jax.training.loss import bitwise_loss, token_weights
+
+GRIDS = ((1, 1), (2, 3), (4, 5))
+PYRAMID = Pyramid(GRIDS, GRIDS)
+SCALE_OF_TOKEN = np.repeat(np.arange(3), [1, 6, 20])
+BATCH, BITS = 2, 5
+
+
+@pytest.fixture(scope="module")
+def example() -> tuple[np.ndarray, np.ndarray]:
+    """Logits [B, L, N, 2] and labels [B, L, N]."""
+    draw = np.random.default_rng(0)
+    logits = (3 * draw.normal(size=(BATCH, 27, BITS, 2))).astype(np.float32)
+    return logits, draw.random((BATCH, 27, BITS)) < 0.5
+
+
+def slow_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """-log softmax(logits)[label] of every bit, float64 [B, L, N]."""
+    out = np.zeros(labels.shape)
+    for index in itertools.product(*map(range, labels.shape)):
+        zero, one = map(float, logits[index])
+        out[index] = math.log(math.exp(zero) + math.exp(one)) - (one if labels[index] else zero)
+    return out
+
+
+def slow_weights(reweight: bool) -> list[float]:
+    """model.md, section 7."""
+    weights = [math.sqrt(20 / (1, 6, 20)[scale]) if reweight else 1.0 for scale in SCALE_OF_TOKEN]
+    return [weight / sum(weights) for weight in weights]
+
+
+@pytest.mark.parametrize("reweight", [True, False])
+def test_weights_of_tokens(reweight):
+    weights = token_weights(PYRAMID, reweight)
+    assert weights.dtype == np.float32
+    assert weights.sum(dtype=np.float64) == pytest.approx(1, abs=1e-6)
+    np.testing.assert_allclose(weights, slow_weights(reweight), rtol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("reweight", [True, False])
+def test_equals_plain_cross_entropy(example, reduction, reweight):
+    logits, labels = example
+    config = LossConfig(reduction=reduction, reweight_scales=reweight)
+    loss, _ = bitwise_loss(jnp.asarray(logits), jnp.asarray(labels), PYRAMID, config)
+    tokens = slow_entropy(logits, labels).mean(-1) * (BITS if reduction == "sum" else 1)
+    expected = sum(weight * tokens[:, token].mean() for token, weight in enumerate(slow_weights(reweight)))
+    assert loss.shape == () and loss.dtype == jnp.float32
+    assert float(loss) == pytest.approx(expected, rel=2e-6)
+
+
+def test_metrics_of_each_scale(example):
+    logits, labels = example
+    _, metrics = bitwise_loss(jnp.asarray(logits), jnp.asarray(labels), PYRAMID, LossConfig())
+    entropy, right = slow_entropy(logits, labels), (logits[..., 1] > logits[..., 0]) == labels
+    of_scale = [SCALE_OF_TOKEN == scale for scale in range(3)]
+    expected = {
+        "bit_accuracy": right.mean(),
+        "scale_loss": [entropy[:, tokens].mean() for tokens in of_scale],
+        "scale_bit_accuracy": [right[:, tokens].mean() for tokens in of_scale],
+        "scale_token_accuracy": [right[:, tokens].all(-1).mean() for tokens in of_scale],
+    }
+    assert metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=2e-6, err_msg=name)
+
+
+def test_token_accuracy_wants_every_bit():
+    """One wrong bit in one token of the middle scale costs that token and no other."""
+    labels = jnp.zeros((1, 27, BITS), bool)
+    logits = jnp.stack([jnp.ones(labels.shape), jnp.zeros(labels.shape)], axis=-1).at[0, 2, 3, 1].set(5.0)
+    _, metrics = bitwise_loss(logits, labels, PYRAMID, LossConfig())
+    np.testing.assert_allclose(metrics["scale_token_accuracy"], [1, 5 / 6, 1], rtol=1e-6)
+    np.testing.assert_allclose(metrics["scale_bit_accuracy"], [1, 29 / 30, 1], rtol=1e-6)
+
+
+def test_extreme_logits_stay_finite():
+    """As wrong, and as right, as float32 logits can be: the loss and its gradient are numbers."""
+    labels = jnp.asarray(np.arange(27 * BITS).reshape(1, 27, BITS) % 2 == 0)
+    logits = jnp.zeros((1, 27, BITS, 2)).at[..., 1].set(1e4)
+
+    def mean_loss(logits: jax.Array) -> jax.Array:
+        return bitwise_loss(logits, labels, PYRAMID, LossConfig(reweight_scales=False))[0]
+
+    loss, gradient = jax.value_and_grad(mean_loss)(logits)
+    assert float(loss) == pytest.approx(1e4 * float(jnp.mean(~labels)), rel=1e-5)
+    assert bool(jnp.isfinite(gradient).all())
+    np.testing.assert_allclose(gradient[..., 1], jnp.where(labels, 0.0, 1 / (27 * BITS)), atol=1e-7)
