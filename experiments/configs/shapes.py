@@ -89,7 +89,7 @@ def _editor(name: str, steps: int, train_examples: int = DATA.train_examples) ->
         optimizer=OptimizerConfig(
             learning_rate=1.5e-3, schedule="cosine", warmup_steps=100, weight_decay=0.01, clip_norm=1.0
         ),
-        loss=LossConfig(noise_scales=3, noise_max=0.1),
+        loss=LossConfig(noise_scales=3, noise_max=0.05),
         data=dataclasses.replace(DATA, train_examples=train_examples),
         sampling=SamplingConfig(guidance=1.0, greedy=True),
         steps=steps,
@@ -106,7 +106,7 @@ def get_config(variant: str = "demo") -> RunConfig | TokenizerRunConfig:
     if variant == "demo":
         return _editor("shapes_demo", steps=750, train_examples=12000)
     if variant == "full":
-        return _editor("shapes", steps=1600)
+        return _editor("shapes", steps=1400)
     if variant == "compare":
         run = _editor("shapes_compare", steps=600, train_examples=12000)
         transformer = dataclasses.replace(MODEL.transformer, depth=3, width=64, heads=2, scan_unroll=2)

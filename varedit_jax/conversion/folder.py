@@ -50,7 +50,10 @@ def save_folder(
         staging.mkdir(parents=True)
         for part, tree in params.items():
             flat = flax.traverse_util.flatten_dict(jax.device_get(tree), sep="/")
-            tensors = {name: np.asarray(x, np.float32).astype(STORED_TYPES[stored_type]) for name, x in flat.items()}
+            with np.errstate(over="ignore"):  # what becomes infinite is refused below, by name
+                tensors = {
+                    name: np.asarray(x, np.float32).astype(STORED_TYPES[stored_type]) for name, x in flat.items()
+                }
             for name, tensor in tensors.items():
                 if not np.isfinite(tensor.astype(np.float32)).all():
                     raise UserError(f"{part}/{name} holds values that are not finite in {stored_type}")
@@ -58,8 +61,9 @@ def save_folder(
         record = {"model": to_dict(config), "sampling": to_dict(sampling or SamplingConfig())}
         (staging / _CONFIG).write_text(json.dumps(record, indent=1) + "\n")
         staging.rename(target)
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror or error}; nothing was left behind") from error
+    except (OSError, safetensors.SafetensorError) as error:  # safetensors wraps what the system says
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {target}: {reason}; nothing was left behind") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -100,9 +100,9 @@ def _read_pth(path: pathlib.Path) -> StateDict:
             if len(pickles) != 1:
                 raise UserError(f"{path} is a zip file, but not one of weights: it holds no data.pkl")
             loaded = _Unpickler(archive, pickles[0].removesuffix("/data.pkl"), path).load()
-    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, KeyError, ValueError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except Exception as error:  # a damaged zip or pickle can end in nearly any of them
         raise UserError(
             f"{path} is damaged or not in the zip form that PyTorch has written since 1.6: {error}"
         ) from error

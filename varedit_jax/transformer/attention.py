@@ -105,10 +105,10 @@ def _normalized(x: jax.Array) -> jax.Array:
 
 
 def kernel_init(scale: float = 1.0) -> jax.nn.initializers.Initializer:
-    """Truncated normal of standard deviation sqrt(1 / (3 fan in)), times `scale`; the input axis comes first."""
+    """Truncated normal, before truncation of standard deviation `scale` / sqrt(fan in); the input axis comes first."""
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:  # type: ignore
-        deviation = scale * (3 * shape[0]) ** -0.5
+        deviation = scale * shape[0] ** -0.5
         return jax.random.truncated_normal(key, -2, 2, shape, dtype) * jnp.asarray(deviation, dtype)
 
     return init

@@ -9,7 +9,6 @@ import flax.traverse_util
 import jax
 import numpy as np
 import pytest
-import safetensors.numpy
 
 from varedit_jax.config import SamplingConfig, preset
 from varedit_jax.conversion.folder import is_folder, load_folder, read_config, save_folder, weights_hash
@@ -118,9 +117,6 @@ def test_missing_and_damaged_parts(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "weights" / "text.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"text\.safetensors is damaged"):
-        load_folder(tmp_path / "weights", "text", expect(SMALL))
-    safetensors.numpy.save_file({"a/kernel": np.full((2, 3), np.nan), "b": np.zeros(4)}, path)
-    with pytest.raises(UserError, match=r"a/kernel.*not finite"):
         load_folder(tmp_path / "weights", "text", expect(SMALL))
 
 

@@ -127,14 +127,14 @@ def test_any_damaged_byte_gives_a_sentence_or_tensors(tmp_path: pathlib.Path) ->
     """Never another exception: every byte of the file, and every byte of a pickle with a valid checksum, in turn."""
     refused = 0
     for whole, wrap in ((GOOD, lambda x: x), (pickled(), lambda x: archive(x, VALUES.tobytes()))):
-        for place, step in ((place, step) for place in range(len(whole)) for step in (1, 127, 128)):
+        for place, step in ((place, step) for place in range(len(whole)) for step in (1, 128)):
             damaged = bytearray(whole)
             damaged[place] = (damaged[place] + step) % 256
             try:
                 read(tmp_path, wrap(bytes(damaged)))
             except UserError:
                 refused += 1
-    assert refused > 500
+    assert refused > 400
 
 
 @pytest.mark.parametrize("length", [0, 4, 40, -1])
