@@ -22,6 +22,7 @@ from experiments.configs import shapes
 from varedit_jax.errors import UserError
 from varedit_jax.sampling import images
 from varedit_jax.sampling.editor import Editor
+from varedit_jax.scales import editor_pyramid, image_size
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", shapes.SHIPPED, "folder of weights, or of a training run")
 _EXAMPLES = flags.DEFINE_integer("examples", 200, "held-out edits to judge", lower_bound=1)
@@ -38,14 +39,22 @@ def _spread(count: int, examples: int) -> np.ndarray:
 def main(argv: list[str]) -> None:
     """Prints the table."""
     del argv
-    for path in filter(None, (_SHEET.value,)):
-        images.check_output(path)
+    if _SHEET.value:
+        images.check_output(_SHEET.value)
+    output = pathlib.Path(_OUTPUT.value)
+    if not output.parent.is_dir():
+        raise UserError(f"the folder {output.parent} of {output} does not exist; create it first")
     editor = Editor.load(_CHECKPOINT.value)
     data = dataclasses.replace(shapes.DATA, directory=_DATA.value)
     source = loader.open_split(data, "test")
     if _EXAMPLES.value > len(source):
         raise UserError(f"--examples={_EXAMPLES.value}, but only {len(source)} edits are held out")
     records = [source[int(index)] for index in _spread(len(source), _EXAMPLES.value)]
+    ours, theirs = image_size(editor.config, editor_pyramid(editor.config)), records[0]["source"].shape[:2]
+    if ours != theirs:
+        raise UserError(
+            f"the editor of {_CHECKPOINT.value} is for pictures of {ours}, but those of shapes are {theirs}"
+        )
     start = time.perf_counter()
     with tqdm.tqdm(total=len(records), desc="edits", unit="edit") as progress:
         scores = scoring.evaluate(editor, records, progress.update)
@@ -54,7 +63,7 @@ def main(argv: list[str]) -> None:
     print(f"{len(records)} edits in {seconds:.0f} s, compilation included")
     if _OUTPUT.value:
         values = {who: {group: dataclasses.asdict(s) for group, s in groups.items()} for who, groups in scores.items()}
-        pathlib.Path(_OUTPUT.value).write_text(json.dumps(values, indent=1) + "\n")
+        output.write_text(json.dumps(values, indent=1) + "\n")
     if _SHEET.value:
         shown = records[:: max(len(records) // 14, 1)][:14]
         pictures = scoring.edit_records(editor, shown, every_scale=True)

@@ -210,6 +210,13 @@ class SamplingConfig:
     top_p: float = 0.0  # 0.97 removes a bit value of probability <= 0.03; 0 = off
     greedy: bool = False  # most likely bit, instead of sampling
 
+    def __post_init__(self) -> None:
+        temperatures = self.temperature if isinstance(self.temperature, tuple) else (self.temperature,)
+        if not all(value > 0 for value in temperatures):
+            raise ValueError(f"sampling.temperature is {self.temperature}; it must be above 0")
+        if not 0 <= self.top_p <= 1:
+            raise ValueError(f"sampling.top_p is {self.top_p}; it must be between 0 and 1")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:

@@ -88,13 +88,14 @@ class Editor:
           sampling: instead of the editor's own.
 
         Raises:
-          UserError: a picture or instruction that cannot be used, or numbers of them that differ.
+          UserError: a picture, instruction or seed that cannot be used, or numbers of them that differ.
         """
         seeds = list(range(len(pictures))) if seeds is None else list(seeds)
         if not len(pictures) == len(instructions) == len(seeds):
             raise UserError(
                 f"{len(pictures)} pictures, {len(instructions)} instructions and {len(seeds)} seeds: give one of each"
             )
+        self._check(instructions, seeds)  # all of them, before the first group is edited
         groups: dict[Pyramid, list[tuple[int, np.ndarray, images.Placement]]] = collections.defaultdict(list)
         for index, picture in enumerate(pictures):
             array = images.read_image(picture)
@@ -135,15 +136,26 @@ class Editor:
                 per_scale(value, pyramid.scales)
             except ValueError as error:
                 raise UserError(str(error)) from error
-        limit = min(self.config.text.max_tokens, self.config.transformer.unconditional_rows)
-        for instruction in instructions:
-            self.vocabulary.check_instruction(instruction, limit)
+        self._check(instructions, seeds)
+        limit = self._most_tokens
         ids_BT, length_B = self.vocabulary.encode(instructions, limit)
         # Text is padded to a power of two, so that few programs are compiled.
         room = min(limit, max(16, 1 << int(length_B.max() - 1).bit_length()))
         keys_B = jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
         run = _compiled(self.config, pyramid, sampling, every_scale)
         return np.asarray(run(self.params, pictures, ids_BT[:, :room], length_B, keys_B))
+
+    @property
+    def _most_tokens(self) -> int:
+        return min(self.config.text.max_tokens, self.config.transformer.unconditional_rows)
+
+    def _check(self, instructions: Sequence[str], seeds: Sequence[int]) -> None:
+        """Raises UserError for the first instruction or seed that cannot be used."""
+        for instruction in instructions:
+            self.vocabulary.check_instruction(instruction, self._most_tokens)
+        for seed in seeds:
+            if not 0 <= seed < 2**32:
+                raise UserError(f"the seed {seed} cannot be used; give a whole number from 0 to {2**32 - 1}")
 
 
 @functools.cache

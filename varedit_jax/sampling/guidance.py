@@ -32,6 +32,7 @@ def choose_bits(margin_BLN: jax.Array, config: SamplingConfig, keys_B: jax.Array
         return margin_BLN > 0
     one_BLN = jax.nn.sigmoid(margin_BLN)
     if config.top_p > 0:
-        one_BLN = jnp.where(one_BLN <= 1 - config.top_p, 0, jnp.where(one_BLN >= config.top_p, 1, one_BLN))
+        removed = min(1 - config.top_p, 0.5)  # the likelier value always stays
+        one_BLN = jnp.where(one_BLN <= removed, 0, jnp.where(one_BLN >= 1 - removed, 1, one_BLN))
     uniform_BLN = jax.vmap(lambda key: jax.random.uniform(key, margin_BLN.shape[1:]))(keys_B)
     return uniform_BLN < one_BLN

@@ -89,7 +89,7 @@ def make_step(config: RunConfig, pyramid: Pyramid, optimizer: optax.GradientTran
             gradients, metrics = _accumulated(gradient_fn, state.params, frozen, batch, key, parts)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = metrics | {"gradient_norm": optax.global_norm(gradients)}
+        metrics = metrics | {"gradient_norm": optax.tree.norm(gradients)}
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return step

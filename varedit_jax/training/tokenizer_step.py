@@ -78,8 +78,10 @@ def make_step(
         gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, metrics), gradients = gradient_fn(state.params, to_model_range(pictures))
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        if not config.train_encoder:  # weight decay moves what has no gradient, too
+            updates = {**updates, "encoder": jax.tree.map(jnp.zeros_like, updates["encoder"])}
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradients), **metrics}
+        metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradients), **metrics}
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return step

@@ -1,0 +1,103 @@
+"""The evaluation program with a tiny random editor: scores, sheet and table; a mistake is one sentence, and early."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from varedit_jax.config import EditorConfig, SamplingConfig, preset
+from varedit_jax.conversion.folder import PARTS, save_folder
+from varedit_jax.parameters import abstract_params
+
+Answer = tuple[int, str, str]
+HELD_OUT = 8
+# The program on a data set of a few examples, and prepared in no time.
+SETUP = f"""
+import dataclasses
+module.shapes.DATA = dataclasses.replace(module.shapes.DATA, train_examples=8, eval_examples={HELD_OUT})
+"""
+
+
+def save_random(folder: pathlib.Path, grids: tuple[tuple[int, int], ...]) -> None:
+    tiny, draw = preset("tiny"), np.random.default_rng(0)
+    transformer = dataclasses.replace(tiny.transformer, depth=2)
+    config: EditorConfig = dataclasses.replace(tiny, transformer=transformer, grids=grids)
+    params = {part: filled(abstract_params(config, part), draw) for part in PARTS}
+    save_folder(folder, config, params, sampling=SamplingConfig(guidance=1.0, greedy=True))
+
+
+def filled(tree: dict[str, Any], draw: np.random.Generator) -> dict[str, Any]:
+    return {
+        name: filled(x, draw) if isinstance(x, dict) else draw.normal(0, 0.2, x.shape).astype(np.float32)
+        for name, x in tree.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("evaluate")
+    save_random(folder / "weights", ((1, 1), (8, 8)))
+    save_random(folder / "small", ((1, 1), (2, 2)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answers(run_program: Callable, folder: pathlib.Path) -> dict[str, Answer]:
+    def line(**changes: object) -> list[str]:
+        flags = {"checkpoint": folder / "weights", "data": folder / "data"} | changes
+        return [f"--{name}={value}" for name, value in flags.items()]
+
+    return run_program(
+        "evaluate_shapes",
+        {
+            "scored": line(examples=4, output=folder / "scores.json", sheet=folder / "sheet.png"),
+            "too many": line(examples=HELD_OUT + 1),
+            "none": line(examples=0),
+            "no number": line(examples="all"),
+            "no weights": line(checkpoint=folder / "nowhere"),
+            "other size": line(checkpoint=folder / "small", examples=4),
+            "no folder": line(output=folder / "nowhere" / "scores.json"),
+            "no kind": line(sheet=folder / "sheet.doc"),
+        },
+        SETUP,
+    )
+
+
+def test_scores_sheet_and_table(answers: dict[str, Answer], folder: pathlib.Path) -> None:
+    """A random editor is no better than nothing; what it does is counted by group, beside the baselines."""
+    code, out, err = answers["scored"]
+    assert code == 0, err
+    assert out.splitlines()[0].split() == ["edits", "n", "copy", "oracle", "editor", "done", "kept"]
+    scores = json.loads((folder / "scores.json").read_text())
+    assert set(scores) == {"copy", "oracle", "editor"}
+    assert scores["editor"]["all"] == {"edits": 4, "done": 0.0, "kept": 0.0, "exact": 0.0}
+    assert scores["copy"]["all"]["kept"] == 1.0 and scores["copy"]["all"]["exact"] == 0.0
+    kinds = [group for name, group in scores["editor"].items() if name != "all" and not name.startswith("unseen")]
+    assert sum(group["edits"] for group in kinds) == 4
+    with Image.open(folder / "sheet.png") as sheet:
+        assert min(sheet.size) > 100
+
+
+@pytest.mark.parametrize(
+    ("case", "sentence"),
+    [
+        ("too many", f"--examples={HELD_OUT + 1}, but only {HELD_OUT} edits are held out"),
+        ("none", "examples"),
+        ("no number", "examples"),
+        ("no weights", "nowhere is not the folder of a run: it has no config.json"),
+        ("other size", "is for pictures of (8, 8), but those of shapes are (32, 32)"),
+        ("no folder", "nowhere of "),
+        ("no kind", "cannot tell the kind of picture from the name"),
+    ],
+)
+def test_a_mistake_is_one_sentence(answers: dict[str, Answer], case: str, sentence: str) -> None:
+    code, out, err = answers[case]
+    assert (code, out) == (1, "")
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and sentence in lines[0], err
+    assert "Traceback" not in err

@@ -1,0 +1,119 @@
+"""What a training run of an editor starts from."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from varedit_jax.config import LossConfig, RunConfig, preset
+from varedit_jax.conversion.folder import save_folder
+from varedit_jax.errors import UserError
+from varedit_jax.parameters import abstract_params
+from varedit_jax.scales import editor_pyramid
+from varedit_jax.training.editor_run import load_frozen, make_evaluate, make_init, start
+from varedit_jax.training.optimizer import make_optimizer
+from varedit_jax.training.step import make_loss
+
+TINY = preset("tiny")
+MODEL = dataclasses.replace(
+    TINY,
+    text=dataclasses.replace(TINY.text, vocabulary_size=20, layers=1),
+    transformer=dataclasses.replace(TINY.transformer, depth=2),
+    grids=((1, 1), (2, 2)),
+)
+RUN = RunConfig(name="test", model=MODEL, train_text=True)
+OPTIMIZER = make_optimizer(RUN.optimizer, RUN.steps)
+
+
+@pytest.fixture(scope="module")
+def shipped(lively, tmp_path_factory):
+    """Weights of all parts, and their folder."""
+    params = {part: lively(abstract_params(MODEL, part)) for part in ("tokenizer", "text", "transformer")}
+    folder = tmp_path_factory.mktemp("weights") / "editor"
+    save_folder(folder, MODEL, params)
+    return params, str(folder)
+
+
+def test_frozen_weights(shipped):
+    """A run loads what it does not train, and nothing else."""
+    params, folder = shipped
+    frozen = load_frozen(dataclasses.replace(RUN, tokenizer_weights=folder))
+    jax.tree.map(np.testing.assert_array_equal, frozen, {"tokenizer": params["tokenizer"]})
+    frozen = load_frozen(dataclasses.replace(RUN, train_text=False, tokenizer_weights=folder, text_weights=folder))
+    jax.tree.map(np.testing.assert_array_equal, frozen, {part: params[part] for part in ("tokenizer", "text")})
+
+
+def test_frozen_weights_that_do_not_fit(shipped):
+    _, folder = shipped
+    with pytest.raises(UserError, match="no tokenizer_weights; give --config.tokenizer_weights=FOLDER"):
+        load_frozen(RUN)
+    with pytest.raises(UserError, match="no text_weights; give --config.text_weights=FOLDER"):
+        load_frozen(dataclasses.replace(RUN, train_text=False, tokenizer_weights=folder))
+    wide = dataclasses.replace(MODEL, tokenizer=dataclasses.replace(MODEL.tokenizer, base_channels=16))
+    with pytest.raises(UserError, match="is of another model: .* has shape .* expected is"):
+        load_frozen(dataclasses.replace(RUN, model=wide, tokenizer_weights=folder))
+
+
+@pytest.mark.parametrize("train_text", [True, False])
+def test_state_holds_what_is_trained(train_text):
+    state = jax.eval_shape(make_init(dataclasses.replace(RUN, train_text=train_text), OPTIMIZER))
+    expected = {"transformer": abstract_params(MODEL, "transformer")}
+    if train_text:
+        expected["text"] = abstract_params(MODEL, "text")
+    assert state.params == expected
+    assert (state.step.shape, state.step.dtype) == ((), jnp.int32)
+    moments = [leaf.shape for leaf in jax.tree.leaves(state.opt_state) if leaf.shape]
+    assert sorted(moments) == sorted(2 * [leaf.shape for leaf in jax.tree.leaves(expected) if leaf.shape])
+
+
+def test_seed_decides():
+    """By the program, which has the seed in it: one seed, one program."""
+    programs = [
+        jax.jit(make_init(dataclasses.replace(RUN, seed=seed), OPTIMIZER)).lower().as_text() for seed in (0, 0, 1)
+    ]
+    assert programs[0] == programs[1] != programs[2]
+
+
+def test_start(shipped):
+    """Only the transformer comes from `init_from`; the rest is what `init` makes."""
+    params, folder = shipped
+    abstract = jax.eval_shape(make_init(RUN, OPTIMIZER))
+
+    def ones():
+        return jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), abstract)
+
+    state = start(RUN, ones)
+    jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf, np.ones_like(leaf)), state)
+    loaded = start(dataclasses.replace(RUN, init_from=folder), ones)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params["transformer"], params["transformer"])
+    rest = [state.replace(params=state.params["text"]), loaded.replace(params=loaded.params["text"])]
+    jax.tree.map(np.testing.assert_array_equal, *rest)
+    deeper = dataclasses.replace(MODEL, transformer=dataclasses.replace(MODEL.transformer, depth=3))
+    with pytest.raises(UserError, match="of another model"):
+        start(dataclasses.replace(RUN, model=deeper, init_from=folder), ones)
+
+
+def test_evaluation_has_no_noise():
+    """Its program is the same with and without noise, text drop and stochastic depth; that of training is not."""
+    noisy_model = dataclasses.replace(MODEL, transformer=dataclasses.replace(MODEL.transformer, drop_path=0.5))
+    noisy = dataclasses.replace(RUN, model=noisy_model, loss=LossConfig(noise_max=0.3, text_drop=0.5))
+    quiet = dataclasses.replace(noisy, loss=LossConfig(noise_max=0.0, text_drop=0.0))
+    trained = {part: abstract_params(MODEL, part) for part in ("transformer", "text")}
+    features = jax.ShapeDtypeStruct((2, 2, 2, 4), jnp.float32)
+    batch = {"source_features": features, "target_features": features}
+    batch["text_ids"], batch["text_length"] = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((2, 3), (2,)))
+    pyramid = editor_pyramid(MODEL)
+
+    def training(config):
+        loss_fn = make_loss(config, pyramid, training=True)
+        return jax.jit(lambda *args: loss_fn(*args, jax.random.key(0))[1]).lower(trained, {}, batch).as_text()
+
+    def evaluation(config):
+        return jax.jit(make_evaluate(config, pyramid)).lower(trained, {}, batch).as_text()
+
+    assert evaluation(noisy) == evaluation(quiet)
+    assert training(noisy) != training(quiet)
+    # Stochastic depth draws numbers; an evaluation draws none.
+    assert "threefry" in training(quiet) and "threefry" not in evaluation(noisy).replace("threefry_seed", "")

@@ -1,0 +1,152 @@
+"""The editor's training step: accumulation, text drop, what is trained, where noise goes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from varedit_jax.config import LossConfig, OptimizerConfig, RunConfig, preset
+from varedit_jax.parameters import abstract_params
+from varedit_jax.scales import editor_pyramid
+from varedit_jax.tokenizer.tokens import encode_images
+from varedit_jax.training import step as step_module
+from varedit_jax.training.state import TrainState
+from varedit_jax.training.step import make_loss, make_step
+
+TINY = preset("tiny")
+MODEL = dataclasses.replace(
+    TINY,
+    text=dataclasses.replace(TINY.text, vocabulary_size=20, layers=1),
+    transformer=dataclasses.replace(TINY.transformer, depth=2),
+    grids=((1, 1), (2, 2)),
+)
+QUIET = LossConfig(noise_max=0.0, text_drop=0.0)
+RUN = RunConfig(name="test", model=MODEL, loss=QUIET, train_text=True)
+PYRAMID = editor_pyramid(MODEL)
+KEY = jax.random.key(0)
+RATE = 0.1
+SGD = optax.sgd(RATE)  # the update shows the gradient, scale and all
+
+
+def accumulating(parts: int) -> RunConfig:
+    return dataclasses.replace(RUN, optimizer=OptimizerConfig(accumulation=parts))
+
+
+def batch_of(size: int = 4, model=MODEL) -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(0)
+    rows, columns = editor_pyramid(model).cells(model.patchify).last
+    shape = (size, rows, columns, model.tokenizer.bits)
+    return {
+        "text_ids": draw.integers(0, 20, (size, 5)).astype(np.int32),
+        "text_length": np.arange(1, size + 1, dtype=np.int32),
+        "source_features": draw.normal(size=shape).astype(np.float32),
+        "target_features": draw.normal(size=shape).astype(np.float32),
+    }
+
+
+@pytest.fixture(scope="module")
+def params(lively):
+    return {part: lively(abstract_params(MODEL, part)) for part in ("transformer", "text", "tokenizer")}
+
+
+@pytest.fixture(scope="module")
+def state(params):
+    trained = {part: params[part] for part in ("transformer", "text")}
+    return TrainState(step=np.int32(7), params=trained, opt_state=SGD.init(trained))
+
+
+@pytest.fixture(scope="module")
+def step(quick_jit):
+    """The step on whole batches, which the tests share."""
+    return quick_jit(make_step(accumulating(1), PYRAMID, SGD))
+
+
+@pytest.fixture(scope="module")
+def evaluate(quick_jit):
+    """Loss without noise, with the text encoder frozen."""
+    return quick_jit(make_loss(dataclasses.replace(RUN, train_text=False), PYRAMID, training=False))
+
+
+def test_accumulation_equals_one_batch(step, state, quick_jit):
+    """Two microbatches of two give the update, and the metrics, of one batch of four."""
+    whole, metrics = step(state, {}, batch_of(), KEY)
+    halves, metrics_of_halves = quick_jit(make_step(accumulating(2), PYRAMID, SGD))(state, {}, batch_of(), KEY)
+    assert int(whole.step) == int(halves.step) == 8
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), whole.params, halves.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), metrics, metrics_of_halves)
+    moved = jax.tree.map(lambda new, old: np.linalg.norm((np.asarray(new) - old).ravel()), whole.params, state.params)
+    norm = np.linalg.norm(jax.tree.leaves(moved)) / RATE
+    assert float(metrics["gradient_norm"]) == pytest.approx(norm, rel=1e-3)  # the update is small beside the weights
+    assert np.linalg.norm(jax.tree.leaves(moved["text"])) > 1e-4  # train_text
+
+
+def test_loss_falls(step, state):
+    losses = []
+    for number in range(20):
+        state, metrics = step(state, {}, batch_of(), jax.random.fold_in(KEY, number))
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.8 * losses[0], losses
+
+
+def test_quiet_training_equals_evaluation(step, state, params, evaluate):
+    """Without noise, drop and stochastic depth training adds nothing; a frozen text encoder gives the same loss."""
+    _, metrics = step(state, {}, batch_of(), KEY)
+    loss, evaluated = evaluate({"transformer": params["transformer"]}, {"text": params["text"]}, batch_of(), KEY)
+    assert float(loss) == float(evaluated["loss"])
+    for name, value in evaluated.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_online_features_equal_precomputed(params, evaluate, quick_jit):
+    """Pictures encoded in the step, source and target each in its place, give the loss of features made ahead."""
+    draw = np.random.default_rng(1)
+    side = PYRAMID.last[0] * MODEL.token_stride
+    pictures = {name: draw.integers(0, 256, (4, side, side, 3), np.uint8) for name in ("source", "target")}
+    text = {name: value for name, value in batch_of().items() if name.startswith("text")}
+    encode = quick_jit(lambda weights, images: encode_images(weights, images, MODEL))
+    ahead = {f"{name}_features": np.asarray(encode(params["tokenizer"], x)) for name, x in pictures.items()}
+    results = [
+        float(evaluate({"transformer": params["transformer"]}, params, text | images, KEY)[0])
+        for images in (pictures, ahead)
+    ]
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+def test_text_drop_and_stochastic_depth(state, params, evaluate, quick_jit):
+    """Where every text is dropped its words do not matter; stochastic depth follows the key, only in training."""
+    deep = dataclasses.replace(MODEL, transformer=dataclasses.replace(MODEL.transformer, drop_path=0.5))
+    config = dataclasses.replace(RUN, model=deep, loss=dataclasses.replace(QUIET, text_drop=1.0))
+    loss_fn = quick_jit(make_loss(config, PYRAMID, training=True))
+    other = batch_of()
+    other["text_ids"] = (other["text_ids"] + 3) % 20
+    losses = [float(loss_fn(state.params, {}, batch, KEY)[0]) for batch in (batch_of(), other)]
+    assert losses[0] == losses[1]
+    keys = jax.random.split(KEY, 6)
+    assert len({float(loss_fn(state.params, {}, other, key)[0]) for key in keys}) > 1
+    quiet = [float(evaluate(state.params, params, batch, KEY)[0]) for batch in (batch_of(), other)]
+    assert quiet[0] != quiet[1]
+
+
+@pytest.mark.parametrize("patchify", [False, True])
+def test_noise_reaches_the_target_alone(monkeypatch, patchify):
+    """Flips are drawn in tokenizer cells, for training only, and handed to the residual loop of the target."""
+    model = dataclasses.replace(
+        MODEL,
+        patchify=patchify,
+        transformer=dataclasses.replace(MODEL.transformer, token_bits=16 if patchify else 4, conditioning="full"),
+    )
+    config = dataclasses.replace(RUN, model=model, loss=LossConfig(noise_scales=1, noise_max=0.3))
+    drawn, used = [], []
+    draw_flips, make_tokens = step_module.draw_flips, step_module.make_tokens
+    monkeypatch.setattr(step_module, "draw_flips", lambda *args: drawn.append(draw_flips(*args)) or drawn[-1])
+    monkeypatch.setattr(step_module, "make_tokens", lambda *args: used.append(args) or make_tokens(*args))
+    batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, batch_of(model=model)))
+    trained = {part: abstract_params(model, part) for part in ("transformer", "text")}
+    for training in (True, False):
+        loss, _ = jax.eval_shape(make_loss(config, editor_pyramid(model), training), trained, {}, batch, KEY)
+        assert loss.shape == () and loss.dtype == jnp.float32
+    assert [[flip.shape for flip in flips] for flips in drawn] == [[(4, 2, 2, 4) if patchify else (4, 1, 1, 4)]]
+    assert [args[4] for args in used] == [drawn[0], ()]

@@ -1,0 +1,141 @@
+"""The tokenizer's training step: its terms, what it trains, reconstruction."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from varedit_jax.config import OptimizerConfig, TokenizerConfig, TokenizerRunConfig, preset
+from varedit_jax.conversion.folder import save_folder
+from varedit_jax.errors import UserError
+from varedit_jax.parameters import abstract_params
+from varedit_jax.scales import editor_pyramid
+from varedit_jax.tokenizer import quantizer
+from varedit_jax.tokenizer.autoencoder import Autoencoder
+from varedit_jax.tokenizer.pixels import to_model_range, to_uint8
+from varedit_jax.training import tokenizer_step
+from varedit_jax.training.optimizer import make_optimizer
+from varedit_jax.training.state import TrainState
+
+MODEL = dataclasses.replace(
+    preset("tiny"),
+    tokenizer=TokenizerConfig(
+        bits=4, channel_multipliers=(1, 1), base_channels=8, norm_groups=2, encoder_blocks=1, decoder_blocks=1
+    ),
+    grids=((1, 1), (3, 2), (4, 4)),
+)
+CELLS = editor_pyramid(MODEL)
+RUN = TokenizerRunConfig(
+    name="test", model=MODEL, l1_weight=2.0, perceptual_weight=3.0, commitment_weight=0.5, entropy_weight=0.25
+)
+SGD = optax.sgd(0.02)
+KEY = jax.random.key(0)
+
+
+def squares(output: jax.Array, target: jax.Array) -> jax.Array:
+    """Stands for a perceptual distance."""
+    return jnp.mean(jnp.square(output - target))
+
+
+@pytest.fixture(scope="module")
+def params(lively):
+    return lively(abstract_params(MODEL, "tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(0)
+    return {name: draw.integers(0, 256, (2, 8, 8, 3), np.uint8) for name in ("source", "target")}
+
+
+@pytest.fixture(scope="module")
+def step(quick_jit):
+    """The step that trains both halves, by plain gradient descent."""
+    return quick_jit(tokenizer_step.make_step(RUN, SGD, squares))
+
+
+@pytest.fixture(scope="module")
+def forward(quick_jit):
+    """Features, residuals, unclipped and clipped output of pictures, put together by hand."""
+
+    def run(params, pictures):
+        model = Autoencoder(MODEL.tokenizer)
+        features = model.apply({"params": params}, to_model_range(pictures), method=model.encode)
+        residuals = quantizer.quantize(features, CELLS)
+        outputs = [model.apply({"params": params}, residuals.quantized, clip, method=model.decode) for clip in (0, 1)]
+        return features, residuals, *outputs
+
+    return quick_jit(run)
+
+
+def test_terms_and_their_weights(step, forward, params, batch):
+    """Both pictures of a pair are reconstructed; the loss is the weighted sum of the terms."""
+    pictures = np.concatenate([batch["source"], batch["target"]])
+    features, residuals, output, _ = (jax.device_get(x) for x in forward(params, pictures))
+    images = pictures.astype(np.float32) / 127.5 - 1
+    state, metrics = step(TrainState(step=np.int32(4), params=params, opt_state=SGD.init(params)), batch, KEY)
+    assert int(state.step) == 5
+    expected = {
+        "l1": np.abs(output - images).mean(),
+        "perceptual": ((output - images) ** 2).mean(),
+        "commitment": ((features - residuals.quantized) ** 2).mean(),
+        "bit_balance": [bits.mean() for bits in residuals.bits],
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
+    m = {name: np.asarray(value, np.float64) for name, value in metrics.items()}
+    entropy = m["token_entropy"] - m["batch_entropy"]
+    assert abs(entropy) > 1e-3
+    total = 2 * m["l1"] + 3 * m["perceptual"] + 0.5 * m["commitment"] + 0.25 * entropy
+    assert m["loss"] == pytest.approx(total, rel=1e-5)
+    for half in ("encoder", "decoder"):
+        moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params[half], params[half])
+        assert moved["conv_in"]["kernel"] > 0 and moved["conv_out"]["kernel"] > 0
+
+
+def test_loss_falls(step, params, batch):
+    state, losses = TrainState(step=np.int32(0), params=params, opt_state=SGD.init(params)), []
+    for _ in range(20):
+        state, metrics = step(state, batch, KEY)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.8 * losses[0], losses
+
+
+def test_decoder_alone(params, batch, quick_jit):
+    """With `train_encoder=False` the encoder stays as it is to the last bit, whatever the weight decay."""
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=0.1, weight_decay=0.5), 10)
+    config = dataclasses.replace(RUN, train_encoder=False)
+    state = TrainState(step=np.int32(0), params=params, opt_state=optimizer.init(params))
+    state, metrics = quick_jit(tokenizer_step.make_step(config, optimizer))(state, batch, KEY)
+    jax.tree.map(np.testing.assert_array_equal, state.params["encoder"], params["encoder"])
+    assert np.abs(state.params["decoder"]["conv_in"]["kernel"] - params["decoder"]["conv_in"]["kernel"]).max() > 0.01
+    assert "perceptual" not in metrics
+
+
+def test_start(params, tmp_path):
+    """From `init` or from a folder, with a fresh optimizer state."""
+    optimizer = make_optimizer(RUN.optimizer, 10)
+    abstract = jax.eval_shape(tokenizer_step.make_init(RUN, optimizer))
+    assert abstract.params == abstract_params(MODEL, "tokenizer")
+
+    def ones():
+        return jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), abstract)
+
+    jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf, np.ones_like(leaf)), tokenizer_step.start(RUN, ones))
+    save_folder(tmp_path / "shipped", MODEL, {"tokenizer": params})
+    config = dataclasses.replace(RUN, init_from=str(tmp_path / "shipped"))
+    jax.tree.map(np.testing.assert_array_equal, tokenizer_step.start(config, ones).params, params)
+    with pytest.raises(UserError, match="nowhere holds no tokenizer weights"):
+        tokenizer_step.start(dataclasses.replace(RUN, init_from=str(tmp_path / "nowhere")), ones)
+
+
+def test_reconstruct(forward, params, batch, quick_jit):
+    """Through the bits and back: what decoding the quantized feature gives, but for one level of rounding."""
+    found = quick_jit(tokenizer_step.make_reconstruct(MODEL))(params, batch["source"])
+    assert found.shape == batch["source"].shape and found.dtype == jnp.uint8
+    expected = to_uint8(np.asarray(forward(params, np.concatenate([batch["source"], batch["target"]]))[3][:2]))
+    assert np.ptp(expected) > 50
+    assert np.abs(np.asarray(found, int) - expected).max() <= 1
