@@ -7,6 +7,7 @@
 
 import dataclasses
 import importlib.resources
+from typing import Any
 
 from absl import flags
 
@@ -30,7 +31,7 @@ _TEXT = flags.DEFINE_string("text", "", "folder of the text encoder, likewise")
 
 
 def _sampling(own: SamplingConfig) -> SamplingConfig:
-    given = {
+    given: dict[str, Any] = {
         "guidance": _GUIDANCE.value,
         "temperature": _TEMPERATURE.value,
         "top_p": _TOP_P.value,

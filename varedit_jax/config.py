@@ -118,6 +118,7 @@ class EditorConfig:
     patchify: bool = False  # tokens are 2x2 patches of tokenizer cells
     pixel_budget: str = "0.25M"  # row of the published scale schedules; "" with own grids
     grids: tuple[tuple[int, int], ...] = ()  # own pyramid of token grids, coarse to fine
+    position_scale: int = 1  # RoPE positions of an own pyramid lie this far apart on its last grid
     quantized_source: bool = False  # condition on the quantized source, as the paper writes it
 
     def __post_init__(self) -> None:
@@ -138,6 +139,11 @@ class EditorConfig:
             )
         if self.pixel_budget:
             _check_choice("pixel_budget", self.pixel_budget, PIXEL_BUDGETS)
+        if self.position_scale < 1 or (self.position_scale > 1 and not self.grids):
+            raise ValueError(
+                f"position_scale is {self.position_scale} with grids={self.grids!r}: it must be at least 1, and "
+                f"is for own grids; published schedules have their position grid"
+            )
         if len(self.grids) > self.transformer.levels:
             raise ValueError(f"{len(self.grids)} scales, but only {self.transformer.levels} level embeddings")
 

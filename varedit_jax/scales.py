@@ -16,7 +16,7 @@ class Pyramid:
     """Token grids (rows, columns), coarse to fine, and the schedule whose last grid positions refer to."""
 
     grids: tuple[Grid, ...]
-    full_grids: tuple[Grid, ...]  # the "1M" schedule of the same aspect, or `grids` for an own pyramid
+    full_grids: tuple[Grid, ...]  # the "1M" schedule of the same aspect; for an own pyramid see editor_pyramid
 
     def __post_init__(self) -> None:
         if not self.grids or any(len(grid) != 2 or min(grid) < 1 for grid in self.grids):
@@ -112,7 +112,9 @@ def published_pyramid(pixel_budget: str, aspect: str = "1.0") -> Pyramid:
 def editor_pyramid(config: EditorConfig, aspect: str = "1.0") -> Pyramid:
     """The pyramid an editor works on; `aspect` chooses among the published ones."""
     if config.grids:
-        return Pyramid(config.grids, config.grids)
+        rows, columns = config.grids[-1]
+        finest = (rows * config.position_scale, columns * config.position_scale)
+        return Pyramid(config.grids, (*config.grids[:-1], finest))
     return published_pyramid(config.pixel_budget, aspect)
 
 

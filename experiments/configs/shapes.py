@@ -46,9 +46,11 @@ MODEL = EditorConfig(
         drop_path=0.0,
         scan_unroll=3,
         initial_attention_scale=16.0,
+        rope_layout="paper",
     ),
     pixel_budget="",
     grids=((1, 1), (2, 2), (4, 4), (8, 8)),
+    position_scale=4,  # as far apart as at 256 px in the published models: attention tells neighbours apart sooner
 )
 
 DATA = DataConfig(train_examples=24000, eval_examples=1000, features="precomputed", batch_size=32, text_tokens=24)
@@ -87,7 +89,7 @@ def _editor(name: str, steps: int, train_examples: int = DATA.train_examples) ->
         name=name,
         model=MODEL,
         optimizer=OptimizerConfig(
-            learning_rate=1.5e-3, schedule="cosine", warmup_steps=100, weight_decay=0.01, clip_norm=1.0
+            learning_rate=2e-3, schedule="cosine", warmup_steps=100, weight_decay=0.01, clip_norm=1.0
         ),
         loss=LossConfig(noise_scales=3, noise_max=0.05),
         data=dataclasses.replace(DATA, train_examples=train_examples),

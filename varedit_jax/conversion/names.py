@@ -8,7 +8,7 @@ A row is (our path, published name, layout). `{}` in both stands for the same nu
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import flax.traverse_util
@@ -109,10 +109,8 @@ def _to_ours(tensor: np.ndarray, layout: str, shape: tuple[int, ...], name: str)
     return tensor.reshape(shape)
 
 
-def _take(
-    names: Callable[[str], str], state: StateDict, used: set[str], row: Row, shape: tuple[int, ...]
-) -> np.ndarray:
-    name = names(row[1])
+def _take(prefix: str, state: StateDict, used: set[str], row: Row, shape: tuple[int, ...]) -> np.ndarray:
+    name = prefix + row[1]
     if name not in state:
         raise UserError(f"the file has no tensor {name}")
     used.add(name)
@@ -136,10 +134,10 @@ def transformer_params(state: StateDict, expected: Params) -> Params:
     used: set[str] = set()
     ours: dict[str, np.ndarray] = {}
     for row in _AROUND_BLOCKS:
-        ours[row[0]] = _take(str, state, used, row, flat[row[0]].shape)
+        ours[row[0]] = _take("", state, used, row, flat[row[0]].shape)
     for row in _BLOCK:
         shape = flat[f"block_0/{row[0]}"].shape
-        blocks = [_take(prefix.__add__, state, used, row, shape) for prefix in prefixes]
+        blocks = [_take(prefix, state, used, row, shape) for prefix in prefixes]
         ours[f"block_0/{row[0]}"] = blocks[0]
         if depth > 1:
             ours[f"blocks/{row[0]}"] = np.stack(blocks[1:])
@@ -172,7 +170,7 @@ def tokenizer_params(state: StateDict, expected: Params) -> Params:
     for row in tokenizer_names(expected):
         bare = re.sub(r"\.(conv|norm)\.(weight|bias)$", r".\2", row[1])
         name = row[1] if row[1] in state else bare
-        ours[row[0]] = _take(lambda _, name=name: name, state, used, row, flat[row[0]].shape)
+        ours[row[0]] = _take("", state, used, (row[0], name, row[2]), flat[row[0]].shape)
     _check_all_used(state, used)
     return flax.traverse_util.unflatten_dict(ours, sep="/")
 

@@ -51,7 +51,7 @@ def load_perceptual(path: str | os.PathLike[str]) -> Callable[[jax.Array, jax.Ar
             if number:
                 x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
             for index in stage:
-                kernel, bias = layers[index]
+                kernel, bias = map(jnp.asarray, layers[index])
                 dimensions = ("NHWC", "HWIO", "NHWC")
                 x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=dimensions)
                 x = jax.nn.relu(x + bias[None, None, None])

@@ -52,7 +52,8 @@ def make_loss(
     def loss_fn(params: Params, frozen: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         source, target = _features(batch, frozen, model)
         flip_key, drop_key, depth_key = jax.random.split(key, 3)
-        flips, unconditional_B = (), None
+        flips: tuple[jax.Array, ...] = ()
+        unconditional_B = None
         if training:
             flips = draw_flips(
                 flip_key, len(target), target.shape[-1], cells, config.loss.noise_scales, config.loss.noise_max

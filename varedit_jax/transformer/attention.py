@@ -1,6 +1,8 @@
 """Attention by prefixes: every scale sees one prefix of the sequence, so no mask is ever made (model.md, section 6)."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -104,10 +106,10 @@ def _normalized(x: jax.Array) -> jax.Array:
     return x / norm
 
 
-def kernel_init(scale: float = 1.0) -> jax.nn.initializers.Initializer:
+def kernel_init(scale: float = 1.0) -> Callable[..., jax.Array]:
     """Truncated normal, before truncation of standard deviation `scale` / sqrt(fan in); the input axis comes first."""
 
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:  # type: ignore
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         deviation = scale * shape[0] ** -0.5
         return jax.random.truncated_normal(key, -2, 2, shape, dtype) * jnp.asarray(deviation, dtype)
 

@@ -1,5 +1,7 @@
 """One transformer block: self-attention, cross-attention, feed-forward (model.md, section 6)."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -34,7 +36,7 @@ class Mlp(nn.Module):
         return nn.Dense(config.width, dtype=dtype, kernel_init=out_init, name="fc2")(h_BLF)
 
 
-def _initial_ada(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:  # type: ignore
+def _initial_ada(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
     """Branches open (gamma 1), modulation off (scale and shift 0)."""
     del key
     return jnp.zeros(shape, dtype).at[:2].set(1)

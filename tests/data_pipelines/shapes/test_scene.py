@@ -93,4 +93,4 @@ def test_any_two_looks_differ_clearly() -> None:
         for background, style in itertools.product(BACKGROUNDS, STYLES)
     ]
     for one, other in itertools.combinations(cells, 2):
-        assert abs(one - other).mean(-1).max() >= 14  # foggy brown is near to plain grey; all others differ by 22 or more
+        assert abs(one - other).mean(-1).max() >= 14  # foggy brown and grey; all others 22 or more

@@ -34,10 +34,11 @@ def test_round_trip(tmp_path: pathlib.Path, params: dict, stored_type: str, digi
     for part, tree in params.items():
         loaded = load_folder(tmp_path / "weights", part, abstract_params(CONFIG, part))
         assert jax.tree.structure(loaded) == jax.tree.structure(tree)
+        wanted = flat(tree)
         for name, tensor in flat(loaded).items():
             assert tensor.dtype == np.float32
-            error = np.abs(tensor - flat(tree)[name])
-            allowed = np.zeros_like(error) if digits is None else 2.0**-digits * np.abs(flat(tree)[name]) + 2.0**-25
+            error = np.abs(tensor - wanted[name])
+            allowed = np.zeros_like(error) if digits is None else 2.0**-digits * np.abs(wanted[name]) + 2.0**-25
             assert (error <= allowed).all(), name
     size = sum(path.stat().st_size for path in (tmp_path / "weights").glob("*.safetensors"))
     count = sum(x.size for x in jax.tree.leaves(params))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from varedit_jax.config import LossConfig, RunConfig, preset
+from varedit_jax.config import DataConfig, LossConfig, RunConfig, preset
 from varedit_jax.conversion.folder import save_folder
 from varedit_jax.errors import UserError
 from varedit_jax.parameters import abstract_params
@@ -23,7 +23,7 @@ MODEL = dataclasses.replace(
     transformer=dataclasses.replace(TINY.transformer, depth=2),
     grids=((1, 1), (2, 2)),
 )
-RUN = RunConfig(name="test", model=MODEL, train_text=True)
+RUN = RunConfig(name="test", model=MODEL, data=DataConfig(text_tokens=5), train_text=True)
 OPTIMIZER = make_optimizer(RUN.optimizer, RUN.steps)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from varedit_jax.config import LossConfig, OptimizerConfig, RunConfig, preset
+from varedit_jax.config import DataConfig, LossConfig, OptimizerConfig, RunConfig, preset
 from varedit_jax.parameters import abstract_params
 from varedit_jax.scales import editor_pyramid
 from varedit_jax.tokenizer.tokens import encode_images
@@ -24,7 +24,7 @@ MODEL = dataclasses.replace(
     grids=((1, 1), (2, 2)),
 )
 QUIET = LossConfig(noise_max=0.0, text_drop=0.0)
-RUN = RunConfig(name="test", model=MODEL, loss=QUIET, train_text=True)
+RUN = RunConfig(name="test", model=MODEL, loss=QUIET, data=DataConfig(text_tokens=5), train_text=True)
 PYRAMID = editor_pyramid(MODEL)
 KEY = jax.random.key(0)
 RATE = 0.1
