@@ -96,9 +96,8 @@ def test_start(shipped):
 
 
 def test_evaluation_has_no_noise():
-    """Its program is the same with and without noise, text drop and stochastic depth; that of training is not."""
-    noisy_model = dataclasses.replace(MODEL, transformer=dataclasses.replace(MODEL.transformer, drop_path=0.5))
-    noisy = dataclasses.replace(RUN, model=noisy_model, loss=LossConfig(noise_max=0.3, text_drop=0.5))
+    """Its program is the same with and without noise and text drop; that of training is not."""
+    noisy = dataclasses.replace(RUN, loss=LossConfig(noise_max=0.3, text_drop=0.5))
     quiet = dataclasses.replace(noisy, loss=LossConfig(noise_max=0.0, text_drop=0.0))
     trained = {part: abstract_params(MODEL, part) for part in ("transformer", "text")}
     features = jax.ShapeDtypeStruct((2, 2, 2, 4), jnp.float32)
@@ -115,5 +114,3 @@ def test_evaluation_has_no_noise():
 
     assert evaluation(noisy) == evaluation(quiet)
     assert training(noisy) != training(quiet)
-    # Stochastic depth draws numbers; an evaluation draws none.
-    assert "threefry" in training(quiet) and "threefry" not in evaluation(noisy).replace("threefry_seed", "")
