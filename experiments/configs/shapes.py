@@ -108,7 +108,7 @@ def get_config(variant: str = "demo") -> RunConfig | TokenizerRunConfig:
     if variant == "demo":
         return _editor("shapes_demo", steps=750, train_examples=12000)
     if variant == "full":
-        return _editor("shapes", steps=1400)
+        return _editor("shapes", steps=1000)
     if variant == "compare":
         run = _editor("shapes_compare", steps=600, train_examples=12000)
         transformer = dataclasses.replace(MODEL.transformer, depth=3, width=64, heads=2, scan_unroll=2)
