@@ -76,6 +76,7 @@ class TransformerConfig:
     conditioning: Conditioning = "sar"  # what of the source a block sees
     rope_layout: RopeLayout = "released"  # where tokens sit (model.md, "Positions")
     initial_attention_scale: float = 4.0  # factor of the normalized queries in a new model
+    initial_input_scale: float = 1.0  # gain of the token embedding in a new model; bits**0.5 gives tokens of size 1
     drop_path: float = 0.1  # stochastic depth rate of the last block; rises linearly from 0
     dtype: str = "float32"  # compute type of the blocks; parameters are float32
     remat: Literal["none", "full"] = "none"  # recompute block activations in the backward pass
@@ -180,6 +181,7 @@ class LossConfig:
 
     reduction: Literal["mean", "sum"] = "mean"  # over the bits of a token
     reweight_scales: bool = True  # token weight ~ 1 / side length of its scale, instead of uniform
+    scale_power: float = 0.5  # of the token counts' ratio: 0.5 as published; with 1 every scale has the same share
     noise_scales: int = 13  # scales whose bits are flipped by self-correction
     noise_max: float = 0.3  # largest flip probability; strengths are 0, 0.01, ..., noise_max
     text_drop: float = 0.1  # share of samples that see the unconditional text

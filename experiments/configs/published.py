@@ -35,7 +35,13 @@ def card(
 
 def _tiny(model: EditorConfig) -> EditorConfig:
     """The blocks' settings of `model` at the smallest size, on the shipped tokenizer of `shapes`."""
+    small = shapes.MODEL
     transformer = dataclasses.replace(
-        model.transformer, depth=2, width=64, heads=2, token_bits=shapes.MODEL.tokenizer.bits, text_width=64
+        model.transformer,
+        depth=2,
+        width=64,
+        heads=2,
+        token_bits=small.transformer.token_bits,
+        text_width=small.transformer.text_width,
     )
-    return dataclasses.replace(shapes.MODEL, transformer=transformer)
+    return dataclasses.replace(small, transformer=transformer)

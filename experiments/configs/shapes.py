@@ -3,9 +3,8 @@
     python -m experiments.train --config=experiments/configs/shapes.py:demo --workdir=runs/shapes
 
 Variants: `demo` is what `make demo` trains in minutes; `full` made the shipped editor; `compare` is a
-smaller one for experiments.compare_conditioning; `tiny` is for tests. For
-experiments.train_tokenizer: `tokenizer`, `decoder` (its second stage) and `tokenizer_tiny`. results/shapes.md has the
-figures.
+smaller one for experiments.compare_conditioning; `tiny` is for tests. For experiments.train_tokenizer: `tokenizer`,
+its second stage `decoder`, and `tokenizer_tiny`. results/shapes.md has the figures.
 """
 
 import dataclasses
@@ -35,17 +34,17 @@ MODEL = EditorConfig(
         decoder_blocks=2,
         norm_groups=4,
     ),
-    text=TextConfig(width=64, layers=2, heads=4, head_size=16, mlp_width=128),
+    text=TextConfig(width=48, layers=2, heads=4, head_size=16, mlp_width=128),
     transformer=TransformerConfig(
         depth=4,
         width=128,
         heads=4,
         token_bits=32,
-        text_width=64,
+        text_width=48,
         unconditional_rows=32,
         drop_path=0.0,
-        scan_unroll=3,
         initial_attention_scale=16.0,
+        initial_input_scale=32**0.5,  # entries of codes are 1 / sqrt(32)
         rope_layout="paper",
     ),
     pixel_budget="",
@@ -53,7 +52,7 @@ MODEL = EditorConfig(
     position_scale=4,  # as far apart as at 256 px in the published models: attention tells neighbours apart sooner
 )
 
-DATA = DataConfig(train_examples=24000, eval_examples=1000, features="precomputed", batch_size=32, text_tokens=24)
+DATA = DataConfig(train_examples=24000, eval_examples=1000, features="precomputed", batch_size=16, text_tokens=24)
 
 
 def _tokenizer() -> TokenizerRunConfig:
@@ -63,7 +62,7 @@ def _tokenizer() -> TokenizerRunConfig:
         optimizer=OptimizerConfig(
             learning_rate=2e-3, schedule="cosine", warmup_steps=50, beta2=0.99, clip_norm=1.0, final_fraction=0.003
         ),
-        data=dataclasses.replace(DATA, features="online", batch_size=16),
+        data=dataclasses.replace(DATA, features="online"),
         steps=1700,
     )
 
@@ -89,31 +88,34 @@ def _editor(name: str, steps: int, train_examples: int = DATA.train_examples) ->
         name=name,
         model=MODEL,
         optimizer=OptimizerConfig(
-            learning_rate=2e-3, schedule="cosine", warmup_steps=100, weight_decay=0.01, clip_norm=1.0
+            learning_rate=3e-3, schedule="cosine", warmup_steps=200, weight_decay=0.01, clip_norm=1.0
         ),
-        loss=LossConfig(noise_scales=3, noise_max=0.05),
+        loss=LossConfig(scale_power=1.0),  # what an edit asks for is decided at the coarse scales
         data=dataclasses.replace(DATA, train_examples=train_examples),
         sampling=SamplingConfig(guidance=1.0, greedy=True),
         steps=steps,
         train_text=True,
         tokenizer_weights=SHIPPED,
-        sample_every=200,
-        eval_every=100,
-        save_every=200,
+        sample_every=1000,
+        eval_every=500,
+        eval_batches=20,
+        save_every=1000,
+        log_every=50,
     )
 
 
 def get_config(variant: str = "demo") -> RunConfig | TokenizerRunConfig:
     """The card; see the module's docstring for the variants."""
     if variant == "demo":
-        return _editor("shapes_demo", steps=750, train_examples=12000)
+        run = _editor("shapes_demo", steps=1300, train_examples=12000)
+        return dataclasses.replace(run, sample_every=400, eval_every=200, eval_batches=10, log_every=20)
     if variant == "full":
-        return _editor("shapes", steps=1000)
+        return _editor("shapes", steps=3900)
     if variant == "compare":
         run = _editor("shapes_compare", steps=600, train_examples=12000)
-        transformer = dataclasses.replace(MODEL.transformer, depth=3, width=64, heads=2, scan_unroll=2)
+        transformer = dataclasses.replace(MODEL.transformer, depth=3, width=64, heads=2)
         model = dataclasses.replace(MODEL, transformer=transformer)
-        return dataclasses.replace(run, model=model, data=dataclasses.replace(run.data, batch_size=16))
+        return dataclasses.replace(run, model=model)
     short = OptimizerConfig(learning_rate=1e-3)
     tiny_data = dataclasses.replace(DATA, train_examples=128, eval_examples=64, batch_size=8)
     if variant == "tiny":

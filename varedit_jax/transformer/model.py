@@ -71,7 +71,7 @@ class Transformer(nn.Module):
         self.text_proj_out = nn.Dense(width, kernel_init=kernel_init())
         self.pos_start = self.param("pos_start", deviation, (width,))
         self.level_embed = self.param("level_embed", deviation, (config.levels, width))
-        self.word_embed = nn.Dense(width, kernel_init=kernel_init())
+        self.word_embed = nn.Dense(width, kernel_init=kernel_init(config.initial_input_scale))
         self.shared_ada = nn.Dense(6 * width, kernel_init=nn.initializers.zeros)
         self.head_ada = nn.Dense(2 * width, kernel_init=nn.initializers.zeros)
         self.head = nn.Dense(2 * config.token_bits, kernel_init=kernel_init(0.02))

@@ -55,6 +55,12 @@ def test_weights_of_tokens(reweight):
     np.testing.assert_allclose(weights, slow_weights(reweight), rtol=1e-6)
 
 
+def test_full_power_gives_every_scale_the_same_share():
+    weights = token_weights(PYRAMID, True, scale_power=1.0)
+    shares = [weights[scale == SCALE_OF_TOKEN].sum() for scale in range(3)]
+    np.testing.assert_allclose(shares, [1 / 3] * 3, rtol=1e-6)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("reweight", [True, False])
 def test_equals_plain_cross_entropy(compute, example, reduction, reweight):

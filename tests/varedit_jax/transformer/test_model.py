@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from varedit_jax.config import preset
-from varedit_jax.parameters import abstract_params
+from varedit_jax.parameters import abstract_params, init_transformer
 from varedit_jax.scales import Pyramid
 from varedit_jax.transformer.model import Transformer
 
@@ -243,3 +243,12 @@ def test_parameters_serve_every_conditioning_layout_and_pyramid():
         changed = dataclasses.replace(config.transformer, conditioning=conditioning, rope_layout=layout)
         found = abstract_params(dataclasses.replace(config, transformer=changed), "transformer", PYRAMID)
         assert found == wanted
+
+
+def test_input_scale_is_the_gain_of_new_token_embeddings():
+    """Same key, so the kernel is a multiple, and every other parameter is the same."""
+    config = preset("tiny")
+    loud = dataclasses.replace(config, transformer=dataclasses.replace(config.transformer, initial_input_scale=3.0))
+    quiet, found = (init_transformer(c, jax.random.key(0)) for c in (config, loud))
+    np.testing.assert_allclose(found["word_embed"]["kernel"], 3 * quiet["word_embed"]["kernel"], rtol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, found["blocks"], quiet["blocks"])
