@@ -92,7 +92,7 @@ def _editor(name: str, steps: int, train_examples: int = DATA.train_examples) ->
         ),
         loss=LossConfig(scale_power=1.0),  # what an edit asks for is decided at the coarse scales
         data=dataclasses.replace(DATA, train_examples=train_examples),
-        sampling=SamplingConfig(guidance=1.0, greedy=True),
+        sampling=SamplingConfig(guidance=(3.0, 3.0, 3.0, 1.5), greedy=True),
         steps=steps,
         train_text=True,
         tokenizer_weights=SHIPPED,
