@@ -23,7 +23,7 @@ def _cpu_fingerprint() -> str:
     return f"{zlib.crc32(next((line for line in lines if line.startswith('flags')), '').encode()):08x}"
 
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # set it to cuda or tpu to run the tests marked `accelerator`
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ |= {
     "JAX_NUMPY_RANK_PROMOTION": "raise",
     "JAX_NUMPY_DTYPE_PROMOTION": "strict",
@@ -43,17 +43,6 @@ flags.FLAGS.mark_as_parsed()  # Grain's worker processes read flags that only an
 
 def pytest_unconfigure() -> None:
     _SCRATCH.cleanup()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    marked = [item for item in items if item.get_closest_marker("accelerator")]
-    if not marked:
-        return
-    import jax
-
-    if jax.default_backend() == "cpu":
-        for item in marked:
-            item.add_marker(pytest.mark.skip(reason="needs an accelerator: set JAX_PLATFORMS to cuda or tpu"))
 
 
 @pytest.fixture(scope="session", autouse=True)

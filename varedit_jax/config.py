@@ -80,7 +80,6 @@ class TransformerConfig:
     drop_path: float = 0.1  # stochastic depth rate of the last block; rises linearly from 0
     dtype: str = "float32"  # compute type of the blocks; parameters are float32
     remat: Literal["none", "full"] = "none"  # recompute block activations in the backward pass
-    scan_unroll: int = 1  # blocks of the scan compiled one after the other; depth - 1 = no loop
 
     def __post_init__(self) -> None:
         if self.width % self.heads or (self.width // self.heads) % 4:

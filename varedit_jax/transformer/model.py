@@ -220,7 +220,6 @@ class Transformer(nn.Module):
                 split_rngs={"params": True, "drop_path": True},
                 in_axes=(0, 0, *[nn.broadcast] * len(shared)),
                 length=config.depth - 1,
-                unroll=config.scan_unroll,
             )
             rest = scanned(config, plain, scale, deterministic, name="blocks")
             x_BLC, new["blocks"] = rest(x_BLC, drop_rates[1:], caches["blocks"], *shared)
