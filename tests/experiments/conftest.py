@@ -45,20 +45,30 @@ sys.stdout.write(json.dumps(answers))
 
 @pytest.fixture(scope="session")
 def run_program() -> Callable[..., dict[str, Answer]]:
-    """Runs a program of `experiments` with several command lines: `(name, {case: arguments}, setup) -> {case: answer}`.
+    """Runs a program of `experiments` with several command lines: `(name, {case: arguments}, ...) -> {case: answer}`.
 
-    `setup` is Python text that runs once before them, with the program as `module`.
+    `setup` is Python text that runs once before them, with the program as `module`; `folder` is the working folder;
+    `leave_out` names environment variables that the program does not get.
     """
 
-    def run(name: str, lines: Mapping[str, Sequence[str]], setup: str = "") -> dict[str, Answer]:
+    root = pathlib.Path(__file__).parents[2]
+
+    def run(
+        name: str,
+        lines: Mapping[str, Sequence[str]],
+        setup: str = "",
+        folder: pathlib.Path = root,
+        leave_out: Sequence[str] = (),
+    ) -> dict[str, Answer]:
+        environment = {variable: value for variable, value in os.environ.items() if variable not in leave_out}
         done = subprocess.run(
             [sys.executable, "-c", PROGRAM],
             input=json.dumps([name, {case: list(map(str, arguments)) for case, arguments in lines.items()}, setup]),
             capture_output=True,
             text=True,
-            cwd=pathlib.Path(__file__).parents[2],
+            cwd=folder,
             timeout=1200,  # seconds; for a machine with much else to do
-            env=os.environ.copy(),
+            env=environment | {"PYTHONPATH": str(root)},
         )
         assert done.returncode == 0, done.stderr
         return {case: (code, out, err) for case, (code, out, err) in json.loads(done.stdout).items()}

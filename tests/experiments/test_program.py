@@ -2,59 +2,33 @@
 
 import dataclasses
 import json
-import os
 import pathlib
-import subprocess
-import sys
+from collections.abc import Callable
 
 import pytest
 
 from varedit_jax.config import DataConfig, EditorConfig, RunConfig, from_dict, preset, to_dict
 
-# A program as they all are. Its command lines come as JSON, and each runs in a child that forks off after the imports.
-PROGRAM = """
-import json, os, sys, tempfile, traceback
+# A program as they all are, in the place of `module`.
+SETUP = """
+import types
 import jax
-from experiments import program
 from varedit_jax.config import RunConfig, to_dict
 from varedit_jax.errors import UserError
 
-def run(arguments):
-    sys.argv = ["program", *arguments]
-    config = program.config_flag(RunConfig)
+config = program.config_flag(RunConfig)
 
-    def main(argv):
-        value = config.value
-        if value.name == "mistaken":
-            raise UserError("no such picture: x.png")
-        if value.name == "interrupted":
-            raise KeyboardInterrupt
-        if value.name == "broken":
-            raise ZeroDivisionError
-        print(json.dumps({"config": to_dict(value), "cache": jax.config.jax_compilation_cache_dir}))
+def main(argv):
+    value = config.value
+    if value.name == "mistaken":
+        raise UserError("no such picture: x.png")
+    if value.name == "interrupted":
+        raise KeyboardInterrupt
+    if value.name == "broken":
+        raise ZeroDivisionError
+    print(json.dumps({"config": to_dict(value), "cache": jax.config.jax_compilation_cache_dir}))
 
-    program.run(main)
-
-answers = []
-for arguments in json.load(sys.stdin):
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        child = os.fork()
-        if not child:
-            os.dup2(out.fileno(), 1)
-            os.dup2(err.fileno(), 2)
-            code = 1
-            try:
-                run(arguments)
-            except SystemExit as end:
-                code = end.code or 0
-            except BaseException:
-                traceback.print_exc()
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(code)  # without taking the imports down one by one
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        out.seek(0), err.seek(0)
-        answers.append((code, out.read(), err.read()))
-print(json.dumps(answers))
+module = types.SimpleNamespace(main=main)
 """
 
 CARDS = {
@@ -196,24 +170,15 @@ Answer = tuple[int, str, str]
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Answer]:
+def answers(
+    tmp_path_factory: pytest.TempPathFactory, run_program: Callable[..., dict[str, Answer]]
+) -> dict[str, Answer]:
     """Exit code, standard output and standard error of every command line above."""
     folder = tmp_path_factory.mktemp("cards")
     for name, text in CARDS.items():
         (folder / name).write_text(text)
     lines = {name: arguments for name, (arguments, _) in (SETTINGS | MISTAKES).items()} | OTHERS
-    root = pathlib.Path(__file__).parents[2]
-    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        input=json.dumps(list(lines.values())),
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=environment | {"PYTHONPATH": str(root)},
-    )
-    assert done.returncode == 0, done.stderr
-    found = dict(zip(lines, map(tuple, json.loads(done.stdout)), strict=True))
+    found = run_program("program", lines, SETUP, folder=folder, leave_out=["JAX_COMPILATION_CACHE_DIR"])
     found["folder"] = (0, str(folder), "")
     return found
 
