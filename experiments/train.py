@@ -5,6 +5,7 @@
 Running the same command again goes on from the newest checkpoint. `--export=FOLDER` writes the finished editor.
 """
 
+import itertools
 import pathlib
 from typing import Any
 
@@ -18,8 +19,9 @@ from data_pipelines.shapes.scoring import sample_sheet
 from experiments import program
 from varedit_jax.config import RunConfig, to_dict
 from varedit_jax.conversion.folder import save_folder, weights_hash
+from varedit_jax.errors import UserError
 from varedit_jax.sampling.editor import Editor
-from varedit_jax.scales import editor_pyramid
+from varedit_jax.scales import Pyramid, editor_pyramid
 from varedit_jax.text.vocabulary import Vocabulary
 from varedit_jax.tokenizer.tokens import encode_images
 from varedit_jax.training import editor_run, loop
@@ -44,6 +46,20 @@ def _features(config: RunConfig, source: loader.TfdsSource, split: str, tokenize
     return features_lib.precompute(folder, source, name, lambda images: encode(tokenizer, images), batch_size=64)
 
 
+def _steps(config: RunConfig, pyramid: Pyramid, optimizer: Any, frozen: Any) -> list[tuple[int, loop.StepFn]]:
+    """The compiled step of every stage of the run, each with the number of the step it ends before."""
+    if any(scales > pyramid.scales for _, scales in config.stages):
+        raise UserError(f"stages={config.stages!r}, but the pyramid has {pyramid.scales} scales; lower the scales")
+
+    def compiled(part: Pyramid) -> loop.StepFn:
+        step = jax.jit(editor_run.make_step(config, part, optimizer), donate_argnums=0)
+        return lambda state, batch, key: step(state, frozen, batch, key)
+
+    ends = itertools.accumulate(steps for steps, _ in config.stages)
+    pyramids = [pyramid.first(scales) for _, scales in config.stages]
+    return [(end, compiled(part)) for end, part in zip((*ends, config.steps), (*pyramids, pyramid), strict=True)]
+
+
 def main(argv: list[str]) -> None:
     """Puts data, weights and step together and runs the loop."""
     del argv
@@ -56,7 +72,7 @@ def main(argv: list[str]) -> None:
     train_features = _features(config, train, "train", frozen["tokenizer"])
     held_out_features = _features(config, held_out, "test", frozen["tokenizer"])
 
-    step = jax.jit(editor_run.make_step(config, pyramid, optimizer), donate_argnums=0)
+    steps = _steps(config, pyramid, optimizer, frozen)
     evaluate_batch = jax.jit(editor_run.make_evaluate(config, pyramid))
 
     def evaluate(state: Any) -> dict[str, np.ndarray]:
@@ -79,7 +95,7 @@ def main(argv: list[str]) -> None:
         key=jax.random.key(config.seed),
         abstract_state=jax.eval_shape(init),
         init_state=lambda: editor_run.start(config, init),
-        step_fn=lambda state, batch, key: step(state, frozen, batch, key),
+        step_fn=lambda number: next(step for end, step in steps if number < end),
         batches=loader.training_batches(config.data, vocabulary, train, train_features),
         put=jax.device_put,
         run_record=to_dict(config),

@@ -45,13 +45,14 @@ def main(argv: list[str]) -> None:
         return {"reconstructions": np.asarray(contact_sheet(rows, ["picture", "reconstruction"]))}
 
     init = tokenizer_step.make_init(config, optimizer)
+    step = jax.jit(tokenizer_step.make_step(config, optimizer, perceptual), donate_argnums=0)
     state = loop.train(
         workdir=_WORKDIR.value,
         steps=config.steps,
         key=jax.random.key(config.seed),
         abstract_state=jax.eval_shape(init),
         init_state=lambda: tokenizer_step.start(config, init),
-        step_fn=jax.jit(tokenizer_step.make_step(config, optimizer, perceptual), donate_argnums=0),
+        step_fn=lambda number: step,
         batches=loader.training_batches(config.data, Vocabulary.load(), loader.open_split(config.data, "train")),
         put=jax.device_put,
         run_record=to_dict(config),

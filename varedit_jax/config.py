@@ -77,6 +77,7 @@ class TransformerConfig:
     rope_layout: RopeLayout = "released"  # where tokens sit (model.md, "Positions")
     initial_attention_scale: float = 4.0  # factor of the normalized queries in a new model
     initial_input_scale: float = 1.0  # gain of the token embedding in a new model; bits**0.5 gives tokens of size 1
+    absolute_positions: bool = False  # tokens know their place in the picture; not in the published models
     drop_path: float = 0.1  # stochastic depth rate of the last block; rises linearly from 0
     dtype: str = "float32"  # compute type of the blocks; parameters are float32
     remat: Literal["none", "full"] = "none"  # recompute block activations in the backward pass
@@ -160,6 +161,7 @@ class OptimizerConfig:
     learning_rate: float = 6e-5
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = 0  # linear from 0
+    decay_steps: int = 0  # the cosine spans so many last steps, before them the rate is constant; 0 = all of them
     final_fraction: float = 0.0  # of learning_rate, where a cosine schedule ends
     beta1: float = 0.9
     beta2: float = 0.97
@@ -172,6 +174,11 @@ class OptimizerConfig:
         _check_choice("optimizer.schedule", self.schedule, ("constant", "cosine"))
         if self.accumulation < 1:
             raise ValueError(f"optimizer.accumulation is {self.accumulation}; it must be at least 1")
+        if self.decay_steps < 0 or (self.decay_steps and self.schedule != "cosine"):
+            raise ValueError(
+                f"optimizer.decay_steps is {self.decay_steps} with schedule {self.schedule!r}; "
+                f"it is a number of steps, and only a cosine schedule decays"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -236,6 +243,10 @@ class RunConfig:
     data: DataConfig = DataConfig()
     sampling: SamplingConfig = SamplingConfig()
     steps: int = 8000
+    # (steps, scales): the run's first steps train so many scales of the pyramid alone, on features area-resized to the
+    # last of them, many times cheaper; then come the next stage and, at last, all scales. It is the recipe's way from
+    # 256 px to 512 px within one run: the same parameters serve every pyramid.
+    stages: tuple[tuple[int, int], ...] = ()
     seed: int = 0
     train_text: bool = False  # train the text encoder too, instead of keeping it frozen
     tokenizer_weights: str = ""  # folder of the frozen tokenizer
@@ -253,6 +264,13 @@ class RunConfig:
             raise ValueError(
                 f"data.batch_size {self.data.batch_size} does not divide into "
                 f"optimizer.accumulation={self.optimizer.accumulation} microbatches"
+            )
+        if any(len(stage) != 2 or stage[0] < 1 or stage[1] < 2 for stage in self.stages):
+            raise ValueError(f"stages={self.stages!r}: each is a pair of at least 1 step and at least 2 scales")
+        if self.stages and sum(steps for steps, _ in self.stages) >= self.steps:
+            raise ValueError(
+                f"stages={self.stages!r} leave none of the {self.steps} steps for the whole pyramid; "
+                f"lower theirs or raise steps"
             )
         if self.data.text_tokens > self.model.transformer.unconditional_rows:
             raise ValueError(

@@ -68,6 +68,12 @@ class Pyramid:
         for start, stop in zip(self.offsets[:-1], self.offsets[1:], strict=True):
             yield slice(start, stop)
 
+    def first(self, scales: int) -> "Pyramid":
+        """The first scales alone. RoPE positions stay as they are."""
+        if not 1 <= scales <= self.scales:
+            raise ValueError(f"the pyramid {self.grids} has no first {scales} scales")
+        return Pyramid(self.grids[:scales], (*self.grids[: scales - 1], self.position_grid))
+
     def cells(self, patchify: bool) -> "Pyramid":
         """The same pyramid in tokenizer cells: twice as fine along each side where tokens are patches."""
         if not patchify:

@@ -33,6 +33,7 @@ Novelty = Literal["train", "scene", "combination"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 NOVELTIES: tuple[Novelty, ...] = get_args(Novelty)
 PLAIN_SHARE = 0.75  # of the sources, whose style is `plain`
+FULL_NAME_SHARE = 0.5  # of the references, which say "the red circle"; the others are drawn from all that fit
 HELD_OUT_SCENES = 10  # one scene of so many is held out
 
 # Objects that are never the subject of an edit of this kind in training: 12 of 150 combinations. Each of these
@@ -200,7 +201,7 @@ def _choose(rng: np.random.Generator, options: Sequence[_T]) -> _T:
 
 
 def references(scene: Scene, position: int) -> tuple[str, ...]:
-    """Every phrase that names the object in cell `position` and no other object of the scene."""
+    """Every phrase that names the object in cell `position` and no other object of the scene; its full name first."""
     item = scene.cells[position]
     if item is None:
         raise UserError(f"the cell at the {POSITIONS[position]} of {scene.encode()!r} is empty: nothing to refer to")
@@ -213,6 +214,10 @@ def references(scene: Scene, position: int) -> tuple[str, ...]:
     if len(scene.objects) == 1:
         phrases.append("the only shape")  # "the shape at the top left" must not begin with a phrase of its own
     return tuple(phrases)
+
+
+def _reference(rng: np.random.Generator, phrases: tuple[str, ...]) -> str:
+    return phrases[0] if rng.random() < FULL_NAME_SHARE else _choose(rng, phrases)
 
 
 def _with_article(item: Object) -> str:
@@ -245,7 +250,7 @@ def _edit(rng: np.random.Generator, kind: Kind, source: Scene) -> Edit | None:
         return None  # an empty scene has nothing left to edit, so the last object stays
     position = _choose(rng, empty if kind == "add" else occupied)
     old = source.cells[position]
-    words = {} if old is None else {"ref": _choose(rng, references(source, position))}
+    words = {} if old is None else {"ref": _reference(rng, references(source, position))}
     changes: list[tuple[int, Object | None]]
     if kind == "move":
         goal = _choose(rng, empty)

@@ -45,6 +45,7 @@ MODEL = EditorConfig(
         drop_path=0.0,
         initial_attention_scale=16.0,
         initial_input_scale=32**0.5,  # entries of codes are 1 / sqrt(32)
+        absolute_positions=True,
         rope_layout="paper",
     ),
     pixel_budget="",
@@ -83,17 +84,24 @@ def _decoder() -> TokenizerRunConfig:
     )
 
 
-def _editor(name: str, steps: int, train_examples: int = DATA.train_examples) -> RunConfig:
+def _editor(name: str, coarse: int, fine: int, train_examples: int) -> RunConfig:
+    """A run of `coarse` cheap steps on the first two scales, one token an object, and `fine` steps on all of them."""
     return RunConfig(
         name=name,
         model=MODEL,
         optimizer=OptimizerConfig(
-            learning_rate=3e-3, schedule="cosine", warmup_steps=200, weight_decay=0.01, clip_norm=1.0
+            learning_rate=2e-3,
+            schedule="cosine",
+            warmup_steps=200,
+            decay_steps=fine,
+            weight_decay=0.01,
+            clip_norm=1.0,
         ),
         loss=LossConfig(scale_power=1.0),  # what an edit asks for is decided at the coarse scales
         data=dataclasses.replace(DATA, train_examples=train_examples),
         sampling=SamplingConfig(guidance=(3.0, 3.0, 3.0, 1.5), greedy=True),
-        steps=steps,
+        steps=coarse + fine,
+        stages=((coarse, 2),),
         train_text=True,
         tokenizer_weights=SHIPPED,
         sample_every=1000,
@@ -107,19 +115,19 @@ def _editor(name: str, steps: int, train_examples: int = DATA.train_examples) ->
 def get_config(variant: str = "demo") -> RunConfig | TokenizerRunConfig:
     """The card; see the module's docstring for the variants."""
     if variant == "demo":
-        run = _editor("shapes_demo", steps=1300, train_examples=12000)
+        run = _editor("shapes_demo", coarse=3000, fine=800, train_examples=24000)
         return dataclasses.replace(run, sample_every=400, eval_every=200, eval_batches=10, log_every=20)
     if variant == "full":
-        return _editor("shapes", steps=3900)
+        return _editor("shapes", coarse=20000, fine=5000, train_examples=96000)
     if variant == "compare":
-        run = _editor("shapes_compare", steps=600, train_examples=12000)
+        run = _editor("shapes_compare", coarse=1500, fine=300, train_examples=24000)
         transformer = dataclasses.replace(MODEL.transformer, depth=3, width=64, heads=2)
         model = dataclasses.replace(MODEL, transformer=transformer)
         return dataclasses.replace(run, model=model)
     short = OptimizerConfig(learning_rate=1e-3)
     tiny_data = dataclasses.replace(DATA, train_examples=128, eval_examples=64, batch_size=8)
     if variant == "tiny":
-        run = _editor("shapes_tiny", steps=6)
+        run = _editor("shapes_tiny", coarse=3, fine=3, train_examples=0)
         return dataclasses.replace(
             run,
             optimizer=short,

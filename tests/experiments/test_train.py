@@ -79,6 +79,7 @@ def test_exported_folder_names_its_model(uninterrupted: pathlib.Path) -> None:
         (["--config.tokenizer_weights=nowhere"], ["nowhere", "tokenizer"]),
         (["--config.optimizer.learning_rat=1"], ["learning_rat", "learning_rate"]),
         (["--config.model.transformer.depth=5"], ["depth", "4", "5"]),
+        (["--config.stages=((2, 5),)"], ["((2, 5),)", "4 scales"]),
     ],
 )
 def test_a_mistake_is_one_sentence(

@@ -45,6 +45,12 @@ MISTAKES = {
     ),
     "schedule": (lambda: OptimizerConfig(schedule="linear"), "schedule is 'linear'.*constant, cosine"),
     "accumulation": (lambda: OptimizerConfig(accumulation=0), "accumulation is 0; it must be at least 1"),
+    "decay": (lambda: OptimizerConfig(decay_steps=5), "decay_steps is 5 with schedule 'constant'"),
+    "stage": (lambda: RunConfig(name="r", model=preset("2b"), stages=((5, 1),)), r"stages=\(\(5, 1\),\).*2 scales"),
+    "stages": (
+        lambda: RunConfig(name="r", model=preset("2b"), stages=((5, 2), (3, 3)), steps=8),
+        r"stages=\(\(5, 2\), \(3, 3\)\) leave none of the 8 steps",
+    ),
     "reduction": (lambda: LossConfig(reduction="max"), "reduction is 'max'.*mean, sum"),
     "features": (lambda: DataConfig(features="cached"), "features is 'cached'.*online, precomputed"),
     "microbatches": (

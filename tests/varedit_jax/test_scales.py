@@ -73,6 +73,15 @@ def test_source_prefix():
     assert OBLONG.source_tokens("full") == 27
 
 
+def test_first_scales_keep_the_positions():
+    first = OBLONG.first(2)
+    assert (first.grids, first.position_grid) == (OBLONG.grids[:2], OBLONG.position_grid)
+    assert OBLONG.first(OBLONG.scales).grids == OBLONG.grids
+    for scales in (0, OBLONG.scales + 1):
+        with pytest.raises(ValueError, match=f"no first {scales} scales"):
+            OBLONG.first(scales)
+
+
 def test_cells():
     assert OBLONG.cells(False) is OBLONG
     assert OBLONG.cells(True) == Pyramid(((2, 2), (4, 6), (8, 10)), ((2, 2), (4, 6), (8, 10), (16, 20)))

@@ -29,10 +29,12 @@ CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
 
 # Fields of a run's configuration that may change between the processes of one run: none of them changes the model, the
-# examples, their order, or what an update is. `steps` is among them so that a run can be lengthened.
+# examples or their order. `steps`, and how they divide, are among them so that a run can be lengthened.
 FREE_FIELDS = (
     r"name",
     r"steps",
+    r"stages",
+    r"optimizer\.decay_steps",
     r"(log|sample|eval|save)_every",
     r"eval_batches",
     r"keep_checkpoints",

@@ -21,6 +21,7 @@ from varedit_jax.training.ledger import Ledger, Stopwatch, say
 from varedit_jax.training.state import TrainState
 
 Metrics = Mapping[str, Any]
+StepFn = Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]
 
 NONFINITE_LIMIT = 10  # steps in a row whose loss is not finite, after which a run ends
 
@@ -43,7 +44,7 @@ def train(
     key: jax.Array,
     abstract_state: TrainState,
     init_state: Callable[[], TrainState],
-    step_fn: Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]],
+    step_fn: Callable[[int], StepFn],
     batches: grain.DatasetIterator,
     put: Callable[[dict[str, np.ndarray]], Any],
     run_record: Mapping[str, Any],
@@ -75,8 +76,8 @@ def train(
       key: a PRNG key, the same in every process of the run.
       abstract_state: shapes, types and shardings of the state (jax.eval_shape of `init_state`).
       init_state: makes the state of step 0; called only for a new run.
-      step_fn: (state, batch, key) -> (state, metrics); compiled, and free to donate the state. Metrics are scalars
-        or vectors [K]; a `loss` among them is watched for being finite.
+      step_fn: n -> the function of step n, (state, batch, key) -> (state, metrics); compiled, and free to donate the
+        state. Metrics are scalars or vectors [K]; a `loss` among them is watched for being finite.
       batches: endless iterator over dicts of numpy arrays with the examples of this process in front, [B, ...].
       put: places such a batch on the devices, explicitly.
       run_record: the configuration of the run as a dict, for config.json.
@@ -130,6 +131,7 @@ def train(
 
         last = steps if stop_after is None else min(steps, start + stop_after)
         step = start
+        run: StepFn | None = None
         while step < last and not stop.requested(step):
             look(step)
             if step > start and _due(step, cadence.save_every, steps):
@@ -141,8 +143,9 @@ def train(
                     raise UserError(f"the data ended after {step} of {steps} steps; training needs an endless iterator")
                 examples = len(jax.tree.leaves(batch)[0]) * jax.process_count()
                 batch = put(batch)
-            with clock.time("compile" if step == start else "step"), jax.transfer_guard("disallow"):
-                state, metrics = step_fn(state, batch, jax.random.fold_in(key, state.step))
+            run, before = step_fn(step), run
+            with clock.time("step" if run is before else "compile"), jax.transfer_guard("disallow"):
+                state, metrics = run(state, batch, jax.random.fold_in(key, state.step))
             report.later(step, metrics, examples)
             step += 1
 

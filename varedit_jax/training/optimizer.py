@@ -34,18 +34,24 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     """The learning rate as a function of the step (updates done before, from 0).
 
     Linear from 0 at step 0 to `config.learning_rate` at step `warmup_steps`; from there constant, or along a half
-    cosine that reaches `final_fraction` of it at `total_steps`. Raises ValueError if the warm-up leaves no step.
+    cosine over the last `decay_steps` (0: all that are left) that reaches `final_fraction` of it at `total_steps`.
+    Raises ValueError if warm-up and decay do not fit into the steps.
     """
     peak, warmup = config.learning_rate, config.warmup_steps
+    parts, bounds = [optax.constant_schedule(peak)], []
     if config.schedule == "cosine":
-        if warmup >= total_steps:
-            raise ValueError(f"optimizer.warmup_steps is {warmup}, which leaves none of the {total_steps} steps")
-        after = optax.cosine_decay_schedule(peak, total_steps - warmup, alpha=config.final_fraction)
-    else:
-        after = optax.constant_schedule(peak)
-    if not warmup:
-        return after
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+        if warmup + max(config.decay_steps, 1) > total_steps:
+            raise ValueError(
+                f"optimizer.warmup_steps is {warmup} and optimizer.decay_steps {config.decay_steps}, which do not fit "
+                f"into {total_steps} steps"
+            )
+        decay = config.decay_steps or total_steps - warmup
+        parts.append(optax.cosine_decay_schedule(peak, decay, alpha=config.final_fraction))
+        bounds.append(total_steps - decay)
+    if warmup:
+        parts.insert(0, optax.linear_schedule(0.0, peak, warmup))
+        bounds.insert(0, warmup)
+    return optax.join_schedules(parts, bounds)
 
 
 def make_optimizer(

@@ -10,6 +10,7 @@ import optax
 from varedit_jax.config import EditorConfig, RunConfig
 from varedit_jax.scales import Pyramid
 from varedit_jax.text.t5 import T5Encoder
+from varedit_jax.tokenizer.resize import area_resize
 from varedit_jax.tokenizer.tokens import encode_images, make_tokens
 from varedit_jax.training.loss import bitwise_loss
 from varedit_jax.training.self_correction import draw_flips
@@ -22,13 +23,14 @@ Params = dict[str, Any]
 Step = Callable[[TrainState, Params, Batch, jax.Array], tuple[TrainState, Metrics]]
 
 
-def _features(batch: Batch, frozen: Params, config: EditorConfig) -> tuple[jax.Array, jax.Array]:
-    """Source and target features: from the batch if they were computed ahead, else by the frozen encoder."""
+def _features(batch: Batch, frozen: Params, config: EditorConfig, cells: Pyramid) -> tuple[jax.Array, jax.Array]:
+    """Source and target features at the last grid of `cells`: computed ahead, else by the frozen encoder."""
     if "source_features" in batch:
-        return batch["source_features"], batch["target_features"]
-    both = jnp.concatenate([batch["source"], batch["target"]])
-    source, target = jnp.split(encode_images(frozen["tokenizer"], both, config), 2)
-    return source, target
+        source, target = batch["source_features"], batch["target_features"]
+    else:
+        both = jnp.concatenate([batch["source"], batch["target"]])
+        source, target = jnp.split(encode_images(frozen["tokenizer"], both, config), 2)
+    return area_resize(source, cells.last), area_resize(target, cells.last)
 
 
 def make_loss(
@@ -38,7 +40,7 @@ def make_loss(
 
     Args:
       config: the run; `train_text` says whether the text encoder is in `params` or in `frozen`.
-      pyramid: the pyramid of this batch's aspect.
+      pyramid: the pyramid of this batch's aspect, or its first scales; features are area-resized to the last of them.
       training: with text drop, self-correction and stochastic depth; without, for evaluation.
 
     The batch holds `text_ids` int32 [B, T], `text_length` int32 [B], and either pictures `source`, `target` uint8
@@ -50,7 +52,7 @@ def make_loss(
     cells = pyramid.cells(model.patchify)
 
     def loss_fn(params: Params, frozen: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        source, target = _features(batch, frozen, model)
+        source, target = _features(batch, frozen, model, cells)
         flip_key, drop_key, depth_key = jax.random.split(key, 3)
         flips: tuple[jax.Array, ...] = ()
         unconditional_B = None

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from varedit_jax.config import TransformerConfig
-from varedit_jax.scales import Pyramid
+from varedit_jax.scales import Grid, Pyramid
 from varedit_jax.transformer import rope
 from varedit_jax.transformer.attention import Visibility, attend, kernel_init
 from varedit_jax.transformer.block import Block, layer_norm
@@ -46,6 +46,18 @@ class TextPool(nn.Module):
         return nn.Dense(width, kernel_init=kernel_init(), name="proj")(pooled)
 
 
+def centre_features(grid: Grid) -> np.ndarray:
+    """Sines and cosines of where the centre of each token of a grid lies in the picture, float32 [tokens, 16].
+
+    Rows and columns run from -1 to 1, with 1/4, 1/2, 1 and 2 periods a unit. The same place has the same features on
+    every grid.
+    """
+    rows, columns = ((np.arange(count) + 0.5) / count * 2 - 1 for count in grid)
+    places_L2 = np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1).reshape(-1, 2)
+    angles_LF = (places_L2[:, :, None] * (np.pi / 2 * np.array([1, 2, 4, 8]))).reshape(len(places_L2), -1)
+    return np.concatenate([np.sin(angles_LF), np.cos(angles_LF)], axis=-1).astype(np.float32)
+
+
 class Transformer(nn.Module):
     """Predicts the bits of every target scale from the source, the text and the coarser scales.
 
@@ -71,6 +83,8 @@ class Transformer(nn.Module):
         self.text_proj_out = nn.Dense(width, kernel_init=kernel_init())
         self.pos_start = self.param("pos_start", deviation, (width,))
         self.level_embed = self.param("level_embed", deviation, (config.levels, width))
+        if config.absolute_positions:
+            self.position_embed = nn.Dense(width, use_bias=False, kernel_init=kernel_init(0.7))
         self.word_embed = nn.Dense(width, kernel_init=kernel_init(config.initial_input_scale))
         self.shared_ada = nn.Dense(6 * width, kernel_init=nn.initializers.zeros)
         self.head_ada = nn.Dense(2 * width, kernel_init=nn.initializers.zeros)
@@ -129,7 +143,7 @@ class Transformer(nn.Module):
             )
         text = self.embed_text(features_BTE, length_B, unconditional_B)
         targets_BLC = jnp.concatenate([self._first_token(text), self.word_embed(inputs_BLN)], axis=1)
-        targets_BLC += self._levels(range(self.pyramid.scales))
+        targets_BLC += self._places(range(self.pyramid.scales))
         x_BLC = jnp.concatenate([self._embed_source(source_BSN), targets_BLC], axis=1)
         x_BLC, _ = self._blocks(x_BLC, text, None, slice(None), deterministic=deterministic)
         return self._logits(x_BLC[:, source:], text)
@@ -161,7 +175,7 @@ class Transformer(nn.Module):
     ) -> tuple[jax.Array, Caches]:
         """Logits of one scale from its inputs (None for scale 0) and the caches: (float32 [B, L_k, N, 2], caches)."""
         x_BLC = self._first_token(text) if inputs_BLN is None else self.word_embed(inputs_BLN)
-        x_BLC += self._levels(range(scale, scale + 1))
+        x_BLC += self._places(range(scale, scale + 1))
         source = self.pyramid.source_tokens(self.config.conditioning)
         start, stop = (source + offset for offset in self.pyramid.offsets[scale : scale + 2])
         x_BLC, new = self._blocks(x_BLC, text, caches, slice(start, stop), scale=scale)
@@ -172,14 +186,18 @@ class Transformer(nn.Module):
     def _embed_source(self, source_BSN: jax.Array) -> jax.Array:
         scales = self.pyramid.scales
         levels = range(scales) if self.config.conditioning == "full" else range(scales - 1, scales)
-        return self.word_embed(source_BSN) + self._levels(levels)
+        return self.word_embed(source_BSN) + self._places(levels)
 
     def _first_token(self, text: TextMemory) -> jax.Array:
         return (text.cond_BC + self.pos_start[None])[:, None]
 
-    def _levels(self, scales: range) -> jax.Array:
-        """Level embedding of every token of `scales`, [1, tokens, C]."""
-        return self.level_embed[np.repeat(scales, [self.pyramid.lengths[scale] for scale in scales])][None]
+    def _places(self, scales: range) -> jax.Array:
+        """Embedding of the level of every token of `scales`, and of its place if configured so: [1, tokens, C]."""
+        levels_LC = self.level_embed[np.repeat(scales, [self.pyramid.lengths[scale] for scale in scales])]
+        if not self.config.absolute_positions:
+            return levels_LC[None]
+        centres_LF = np.concatenate([centre_features(self.pyramid.grids[scale]) for scale in scales])
+        return (levels_LC + self.position_embed(centres_LF))[None]
 
     def _logits(self, x_BLC: jax.Array, text: TextMemory) -> jax.Array:
         ada_BC = self.head_ada(nn.silu(text.cond_BC))[:, None]

@@ -83,7 +83,7 @@ class Run:
                 "key": jax.random.key(1),
                 "abstract_state": jax.eval_shape(init_state),
                 "init_state": init_state,
-                "step_fn": self.step_fn,
+                "step_fn": lambda number: self.step_fn,
                 "batches": iterator,
                 "put": jax.device_put,
                 "evaluate": lambda state: {"norm": jax.jit(optax.tree.norm)(state.params)},

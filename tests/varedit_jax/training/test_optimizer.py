@@ -148,5 +148,8 @@ def test_learning_rate() -> None:
         OptimizerConfig(learning_rate=2.0, warmup_steps=2, schedule="cosine", final_fraction=0.25), 10
     )
     np.testing.assert_allclose([float(cosine(step)) for step in (0, 2, 6, 10, 99)], [0.0, 2.0, 1.25, 0.5, 0.5])
-    with pytest.raises(ValueError, match="optimizer.warmup_steps is 10, which leaves none of the 10 steps"):
-        learning_rate(OptimizerConfig(warmup_steps=10, schedule="cosine"), 10)
+    late = learning_rate(OptimizerConfig(learning_rate=2.0, warmup_steps=2, schedule="cosine", decay_steps=4), 10)
+    np.testing.assert_allclose([float(late(step)) for step in (1, 2, 6, 8, 10)], [1.0, 2.0, 2.0, 1.0, 0.0], atol=1e-6)
+    for warmup, decay in ((10, 0), (7, 4)):
+        with pytest.raises(ValueError, match=f"warmup_steps is {warmup} and .*decay_steps {decay}, .* 10 steps"):
+            learning_rate(OptimizerConfig(warmup_steps=warmup, decay_steps=decay, schedule="cosine"), 10)

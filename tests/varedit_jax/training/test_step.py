@@ -10,7 +10,7 @@ import pytest
 
 from varedit_jax.config import DataConfig, LossConfig, OptimizerConfig, RunConfig, preset
 from varedit_jax.parameters import abstract_params
-from varedit_jax.scales import editor_pyramid
+from varedit_jax.scales import Pyramid, editor_pyramid
 from varedit_jax.tokenizer.tokens import encode_images
 from varedit_jax.training import step as step_module
 from varedit_jax.training.state import TrainState
@@ -150,3 +150,17 @@ def test_noise_reaches_the_target_alone(monkeypatch, patchify):
         assert loss.shape == () and loss.dtype == jnp.float32
     assert [[flip.shape for flip in flips] for flips in drawn] == [[(4, 2, 2, 4) if patchify else (4, 1, 1, 4)]]
     assert [args[4] for args in used] == [drawn[0], ()]
+
+
+def test_a_pyramid_of_fewer_scales_sees_area_resized_features(params, quick_jit):
+    """A stage's loss, from the features of the whole pyramid, is that of features pooled ahead."""
+    whole = Pyramid(((1, 1), (2, 2), (4, 4)), ((1, 1), (2, 2), (8, 8)))
+    loss_fn = quick_jit(make_loss(RUN, whole.first(2), training=False))
+    fine = batch_of()
+    for side in ("source_features", "target_features"):
+        fine[side] = np.random.default_rng(len(side)).normal(size=(4, 4, 4, MODEL.tokenizer.bits)).astype(np.float32)
+    pooled = {
+        name: x.reshape(4, 2, 2, 2, 2, -1).mean((2, 4)) if name.endswith("features") else x for name, x in fine.items()
+    }
+    losses = [float(loss_fn(params, {}, batch, KEY)[0]) for batch in (fine, pooled)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -16,7 +16,7 @@ import pytest
 from varedit_jax.config import preset
 from varedit_jax.parameters import abstract_params, init_transformer
 from varedit_jax.scales import Pyramid
-from varedit_jax.transformer.model import Transformer
+from varedit_jax.transformer.model import Transformer, centre_features
 
 # Oblong, and below its full schedule, so that positions follow the released layout.
 PYRAMID = Pyramid(((1, 1), (2, 3), (4, 5)), ((1, 1), (2, 3), (4, 5), (8, 10)))
@@ -47,7 +47,7 @@ def everything(model: Transformer, source: Any, targets: Any, text: Any) -> tupl
     """Target logits, and all that is left of the source: its outputs, and its keys and values in every block."""
     memory = model.embed_text(text, LENGTHS)
     tokens = jnp.concatenate([model._first_token(memory), model.word_embed(targets)], axis=1)
-    tokens += model._levels(range(PYRAMID.scales))
+    tokens += model._places(range(PYRAMID.scales))
     x = jnp.concatenate([model._embed_source(source), tokens], axis=1)
     x, caches = model._blocks(x, memory, None, slice(None))
     S = source.shape[1]
@@ -186,7 +186,7 @@ def test_first_token_and_levels(params):
 
     def pieces(model, text):
         memory = model.embed_text(text, LENGTHS)
-        return memory.cond_BC, model._first_token(memory), model._levels(range(3)), model._levels(range(2, 3))
+        return memory.cond_BC, model._first_token(memory), model._places(range(3)), model._places(range(2, 3))
 
     cond, first, levels, of_source = model.apply({"params": params}, inputs("sar")[2], method=pieces)
     np.testing.assert_allclose(first[:, 0], cond + params["pos_start"][None], rtol=0, atol=1e-6)
@@ -245,10 +245,42 @@ def test_parameters_serve_every_conditioning_layout_and_pyramid():
         assert found == wanted
 
 
-def test_input_scale_is_the_gain_of_new_token_embeddings():
-    """Same key, so the kernel is a multiple, and every other parameter is the same."""
+def test_input_scale_is_the_gain_of_new_token_embeddings(quick_jit):
+    """Same key, so the kernel is a multiple, and other parameters are the same."""
     config = preset("tiny")
     loud = dataclasses.replace(config, transformer=dataclasses.replace(config.transformer, initial_input_scale=3.0))
-    quiet, found = (init_transformer(c, jax.random.key(0)) for c in (config, loud))
-    np.testing.assert_allclose(found["word_embed"]["kernel"], 3 * quiet["word_embed"]["kernel"], rtol=1e-6)
-    jax.tree.map(np.testing.assert_array_equal, found["blocks"], quiet["blocks"])
+
+    def some(config):
+        params = init_transformer(config, jax.random.key(0))
+        return params["word_embed"]["kernel"], params["level_embed"]
+
+    quiet, found = (quick_jit(lambda c=c: some(c))() for c in (config, loud))
+    np.testing.assert_allclose(found[0], 3 * np.asarray(quiet[0]), rtol=1e-6)
+    np.testing.assert_array_equal(found[1], quiet[1])
+
+
+def test_absolute_positions_add_a_map_of_where_a_token_lies(params):
+    """Level and place, the same for a target token and for a source token there; nothing else is new."""
+    config = preset("tiny")
+    placed = dataclasses.replace(config, transformer=dataclasses.replace(config.transformer, absolute_positions=True))
+    shapes, with_places = (abstract_params(c, "transformer", PYRAMID) for c in (config, placed))
+    assert with_places.pop("position_embed")["kernel"].shape == (16, WIDTH)
+    assert with_places == shapes
+    kernel = np.random.default_rng(0).normal(size=(16, WIDTH)).astype(np.float32)
+    variables = {"params": {**params, "position_embed": {"kernel": kernel}}}
+    model = transformer(absolute_positions=True)
+    places, of_source = model.apply(variables, method=lambda m: (m._places(range(3)), m._places(range(2, 3))))
+    levels = np.asarray(params["level_embed"])
+    for scale, tokens in enumerate(TARGETS):
+        wanted = levels[scale][None] + centre_features(PYRAMID.grids[scale]) @ kernel
+        np.testing.assert_allclose(places[0, tokens], wanted, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(of_source[0], places[0, TARGETS[2]])
+
+
+def test_features_of_centres():
+    """Of one token, of the place and not the grid, and different for any two tokens of a published grid."""
+    np.testing.assert_allclose(centre_features((1, 1)), [[0] * 8 + [1] * 8])
+    fine, coarse = centre_features((6, 9)).reshape(6, 9, 16), centre_features((2, 3)).reshape(2, 3, 16)
+    np.testing.assert_allclose(fine[1::3, 1::3], coarse, atol=1e-6)
+    features = centre_features((64, 64))
+    assert len(np.unique(features.round(4), axis=0)) == 64 * 64
