@@ -32,7 +32,7 @@ _DATA = flags.DEFINE_string("data", "", "folder of the prepared data; data/ by d
 
 
 def _spread(count: int, examples: int) -> np.ndarray:
-    """Indices of `examples` held-out edits, evenly over the split, so that both halves of it are in."""
+    """Indices of `examples` held-out edits, evenly over the split."""
     return np.linspace(0, count - 1, examples).round().astype(int)
 
 
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     if not output.parent.is_dir():
         raise UserError(f"the folder {output.parent} of {output} does not exist; create it first")
     editor = Editor.load(_CHECKPOINT.value)
-    data = dataclasses.replace(shapes.DATA, directory=_DATA.value)
+    data = dataclasses.replace(shapes.DATA, directory=_DATA.value, train_examples=1)  # the test split alone is used
     source = loader.open_split(data, "test")
     if _EXAMPLES.value > len(source):
         raise UserError(f"--examples={_EXAMPLES.value}, but only {len(source)} edits are held out")

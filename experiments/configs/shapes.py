@@ -84,8 +84,8 @@ def _decoder() -> TokenizerRunConfig:
     )
 
 
-def _editor(name: str, coarse: int, fine: int, train_examples: int) -> RunConfig:
-    """A run of `coarse` cheap steps on the first two scales, one token an object, and `fine` steps on all of them."""
+def _editor(name: str, coarse: int, middle: int, fine: int, train_examples: int) -> RunConfig:
+    """A run of `coarse` cheap steps on two scales (one token an object), `middle` on three and `fine` on all four."""
     return RunConfig(
         name=name,
         model=MODEL,
@@ -93,21 +93,21 @@ def _editor(name: str, coarse: int, fine: int, train_examples: int) -> RunConfig
             learning_rate=2e-3,
             schedule="cosine",
             warmup_steps=200,
-            decay_steps=fine,
+            decay_steps=fine + middle // 2,
             weight_decay=0.01,
             clip_norm=1.0,
         ),
         loss=LossConfig(scale_power=1.0),  # what an edit asks for is decided at the coarse scales
         data=dataclasses.replace(DATA, train_examples=train_examples),
-        sampling=SamplingConfig(guidance=(3.0, 3.0, 3.0, 1.5), greedy=True),
-        steps=coarse + fine,
-        stages=((coarse, 2),),
+        sampling=SamplingConfig(guidance=(1.5, 1.5, 1.5, 1.0), greedy=True),
+        steps=coarse + middle + fine,
+        stages=((coarse, 2), (middle, 3)),
         train_text=True,
         tokenizer_weights=SHIPPED,
-        sample_every=1000,
-        eval_every=500,
+        sample_every=5000,
+        eval_every=1000,
         eval_batches=20,
-        save_every=1000,
+        save_every=2000,
         log_every=50,
     )
 
@@ -115,19 +115,19 @@ def _editor(name: str, coarse: int, fine: int, train_examples: int) -> RunConfig
 def get_config(variant: str = "demo") -> RunConfig | TokenizerRunConfig:
     """The card; see the module's docstring for the variants."""
     if variant == "demo":
-        run = _editor("shapes_demo", coarse=3000, fine=800, train_examples=24000)
-        return dataclasses.replace(run, sample_every=400, eval_every=200, eval_batches=10, log_every=20)
+        run = _editor("shapes_demo", coarse=3600, middle=800, fine=350, train_examples=24000)
+        return dataclasses.replace(run, sample_every=1500, eval_every=600, eval_batches=5)
     if variant == "full":
-        return _editor("shapes", coarse=20000, fine=5000, train_examples=96000)
+        return _editor("shapes", coarse=15000, middle=3000, fine=4200, train_examples=96000)
     if variant == "compare":
-        run = _editor("shapes_compare", coarse=1500, fine=300, train_examples=24000)
+        run = _editor("shapes_compare", coarse=2000, middle=400, fine=200, train_examples=24000)
         transformer = dataclasses.replace(MODEL.transformer, depth=3, width=64, heads=2)
         model = dataclasses.replace(MODEL, transformer=transformer)
         return dataclasses.replace(run, model=model)
     short = OptimizerConfig(learning_rate=1e-3)
     tiny_data = dataclasses.replace(DATA, train_examples=128, eval_examples=64, batch_size=8)
     if variant == "tiny":
-        run = _editor("shapes_tiny", coarse=3, fine=3, train_examples=0)
+        run = _editor("shapes_tiny", coarse=2, middle=2, fine=2, train_examples=0)
         return dataclasses.replace(
             run,
             optimizer=short,
