@@ -130,6 +130,7 @@ def get_config(variant: str = "demo") -> RunConfig | TokenizerRunConfig:
         run = _editor("shapes_tiny", coarse=2, middle=2, fine=2, train_examples=0)
         return dataclasses.replace(
             run,
+            stages=((3, 2),),
             optimizer=short,
             data=tiny_data,
             eval_batches=1,
