@@ -156,8 +156,9 @@ class EditorConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW as in the recipe (model.md, section 7)."""
+    """AdamW as in the recipe (model.md, section 7), or Muon for the matrices and AdamW for the rest."""
 
+    algorithm: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 6e-5
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = 0  # linear from 0
@@ -171,6 +172,7 @@ class OptimizerConfig:
     accumulation: int = 1  # microbatches summed into one update
 
     def __post_init__(self) -> None:
+        _check_choice("optimizer.algorithm", self.algorithm, ("adamw", "muon"))
         _check_choice("optimizer.schedule", self.schedule, ("constant", "cosine"))
         if self.accumulation < 1:
             raise ValueError(f"optimizer.accumulation is {self.accumulation}; it must be at least 1")
@@ -186,8 +188,7 @@ class LossConfig:
     """Bitwise cross-entropy and what is done to its inputs (model.md, sections 3 and 7)."""
 
     reduction: Literal["mean", "sum"] = "mean"  # over the bits of a token
-    reweight_scales: bool = True  # token weight ~ 1 / side length of its scale, instead of uniform
-    scale_power: float = 0.5  # of the token counts' ratio: 0.5 as published; with 1 every scale has the same share
+    scale_power: float = 0.5  # weight of a token ~ (tokens of its scale)^-scale_power; 0.5 as published, 0 = uniform
     noise_scales: int = 13  # scales whose bits are flipped by self-correction
     noise_max: float = 0.3  # largest flip probability; strengths are 0, 0.01, ..., noise_max
     text_drop: float = 0.1  # share of samples that see the unconditional text

@@ -36,6 +36,9 @@ PLAIN_SHARE = 0.75  # of the sources, whose style is `plain`
 FULL_NAME_SHARE = 0.5  # of the references, which say "the red circle"; the others are drawn from all that fit
 HELD_OUT_SCENES = 10  # one scene of so many is held out
 
+# Training draws from these: what asks for pixels that the source does not have takes more examples to learn.
+TRAINING_KINDS: tuple[Kind, ...] = (*KINDS, "add", "recolour", "replace")
+
 # Objects that are never the subject of an edit of this kind in training: 12 of 150 combinations. Each of these
 # objects, shapes and colours is seen in training as the subject of other kinds.
 HELD_OUT_COMBINATIONS: dict[Kind, tuple[Object, ...]] = {
@@ -272,12 +275,14 @@ def _edit(rng: np.random.Generator, kind: Kind, source: Scene) -> Edit | None:
 def random_edit(rng: np.random.Generator, novelty: Novelty = "train") -> Edit:
     """A random edit whose `novelty_of` is the one given.
 
-    Kinds are drawn evenly (over the five kinds that have held-out combinations, for `combination`). Three sources of
-    four are in the plain style. Raises UserError for an unknown novelty.
+    Kinds are drawn evenly from `TRAINING_KINDS` for `train`, from the five kinds that have held-out combinations for
+    `combination`, and else from `KINDS`. Three sources of four are in the plain style. Raises UserError for an unknown
+    novelty.
     """
     if novelty not in NOVELTIES:
         raise UserError(f"unknown novelty {novelty!r}; known are {', '.join(NOVELTIES)}")
-    kind = _choose(rng, tuple(HELD_OUT_COMBINATIONS) if novelty == "combination" else KINDS)
+    kinds = {"train": TRAINING_KINDS, "scene": KINDS, "combination": tuple(HELD_OUT_COMBINATIONS)}[novelty]
+    kind = _choose(rng, kinds)
     while True:
         source = random_scene(rng, style="plain" if rng.random() < PLAIN_SHARE else None)
         edit = _edit(rng, kind, source)

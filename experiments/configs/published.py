@@ -25,7 +25,7 @@ def card(
         name=f"{name}_tiny" if tiny else name,
         model=model,
         optimizer=OptimizerConfig(learning_rate=learning_rate, beta1=0.9, beta2=0.97, clip_norm=5.0),
-        loss=LossConfig(reweight_scales=True, noise_scales=13, noise_max=0.3, text_drop=0.1),
+        loss=LossConfig(scale_power=0.5, noise_scales=13, noise_max=0.3, text_drop=0.1),
         data=data,
         steps=20 if tiny else steps,
         train_text=tiny,

@@ -90,9 +90,10 @@ def _editor(name: str, coarse: int, middle: int, fine: int, train_examples: int)
         name=name,
         model=MODEL,
         optimizer=OptimizerConfig(
-            learning_rate=2e-3,
+            algorithm="muon",
+            learning_rate=4e-3,
             schedule="cosine",
-            warmup_steps=200,
+            warmup_steps=100,
             decay_steps=fine + middle // 2,
             weight_decay=0.01,
             clip_norm=1.0,
@@ -118,7 +119,7 @@ def get_config(variant: str = "demo") -> RunConfig | TokenizerRunConfig:
         run = _editor("shapes_demo", coarse=3600, middle=800, fine=350, train_examples=24000)
         return dataclasses.replace(run, sample_every=1500, eval_every=600, eval_batches=5)
     if variant == "full":
-        return _editor("shapes", coarse=15000, middle=3000, fine=4200, train_examples=96000)
+        return _editor("shapes", coarse=4000, middle=4500, fine=3000, train_examples=96000)
     if variant == "compare":
         run = _editor("shapes_compare", coarse=2000, middle=400, fine=200, train_examples=24000)
         transformer = dataclasses.replace(MODEL.transformer, depth=3, width=64, heads=2)

@@ -77,7 +77,7 @@ SETTINGS: dict[str, tuple[list[str], dict[str, object]]] = {
     "nested": (["--config=tiny.py", "--config.optimizer.learning_rate=1e-3"], {"optimizer.learning_rate": 1e-3}),
     "whole number for a float": (["--config=tiny.py", "--config.optimizer.clip_norm=2"], {"optimizer.clip_norm": 2.0}),
     "flag alone": (["--config=tiny.py", "--config.train_text"], {"train_text": True}),
-    "flag with a value": (["--config=tiny.py", "--config.loss.reweight_scales=false"], {"loss.reweight_scales": False}),
+    "flag with a value": (["--config=tiny.py", "--config.train_text=true"], {"train_text": True}),
     "digits as text": (["--config=tiny.py", "--config.name=007"], {"name": "007"}),
     "tuple where a number was": (
         ["--config=tiny.py", "--config.sampling.guidance=(1.0, 4.0)"],

@@ -8,13 +8,13 @@ from varedit_jax.config import LossConfig
 from varedit_jax.scales import Pyramid
 
 
-def token_weights(pyramid: Pyramid, reweight_scales: bool, scale_power: float = 0.5) -> np.ndarray:
+def token_weights(pyramid: Pyramid, scale_power: float) -> np.ndarray:
     """Weight of every target token in the loss, float32 [L], summing to 1.
 
-    With `reweight_scales` a token of scale k weighs (h_K w_K / (h_k w_k))^scale_power times one of the last scale.
+    A token of scale k weighs (h_K w_K / (h_k w_k))^scale_power times one of the last scale.
     """
     last = pyramid.lengths[-1]
-    scale_weights = [(last / length) ** scale_power if reweight_scales else 1.0 for length in pyramid.lengths]
+    scale_weights = [(last / length) ** scale_power for length in pyramid.lengths]
     weights = np.repeat(scale_weights, pyramid.lengths)
     return (weights / weights.sum()).astype(np.float32)
 
@@ -38,7 +38,7 @@ def bitwise_loss(
     margin_BLN = logits_BLN2[..., 1] - logits_BLN2[..., 0]
     entropy_BLN = jax.nn.softplus(jnp.where(labels_BLN, -margin_BLN, margin_BLN))
     token_BL = jnp.mean(entropy_BLN, axis=-1) if config.reduction == "mean" else jnp.sum(entropy_BLN, axis=-1)
-    loss = jnp.mean(token_BL @ token_weights(pyramid, config.reweight_scales, config.scale_power))
+    loss = jnp.mean(token_BL @ token_weights(pyramid, config.scale_power))
 
     right_BLN = (margin_BLN > 0) == labels_BLN
     entropy_L = jnp.mean(entropy_BLN, axis=(0, 2))

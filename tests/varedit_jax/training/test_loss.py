@@ -41,34 +41,34 @@ def slow_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return out
 
 
-def slow_weights(reweight: bool) -> list[float]:
-    """model.md, section 7."""
-    weights = [math.sqrt(20 / (1, 6, 20)[scale]) if reweight else 1.0 for scale in SCALE_OF_TOKEN]
+def slow_weights(power: float) -> list[float]:
+    """model.md, section 7, whose reweighting is a power of 0.5."""
+    weights = [(20 / (1, 6, 20)[scale]) ** power for scale in SCALE_OF_TOKEN]
     return [weight / sum(weights) for weight in weights]
 
 
-@pytest.mark.parametrize("reweight", [True, False])
-def test_weights_of_tokens(reweight):
-    weights = token_weights(PYRAMID, reweight)
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_weights_of_tokens(power):
+    weights = token_weights(PYRAMID, power)
     assert weights.dtype == np.float32
     assert weights.sum(dtype=np.float64) == pytest.approx(1, abs=1e-6)
-    np.testing.assert_allclose(weights, slow_weights(reweight), rtol=1e-6)
+    np.testing.assert_allclose(weights, slow_weights(power), rtol=1e-6)
 
 
 def test_full_power_gives_every_scale_the_same_share():
-    weights = token_weights(PYRAMID, True, scale_power=1.0)
+    weights = token_weights(PYRAMID, 1.0)
     shares = [weights[scale == SCALE_OF_TOKEN].sum() for scale in range(3)]
     np.testing.assert_allclose(shares, [1 / 3] * 3, rtol=1e-6)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("reweight", [True, False])
-def test_equals_plain_cross_entropy(compute, example, reduction, reweight):
+@pytest.mark.parametrize("power", [0.0, 0.5])
+def test_equals_plain_cross_entropy(compute, example, reduction, power):
     logits, labels = example
-    config = LossConfig(reduction=reduction, reweight_scales=reweight)
+    config = LossConfig(reduction=reduction, scale_power=power)
     loss, _ = compute(logits, labels, PYRAMID, config)
     tokens = slow_entropy(logits, labels).mean(-1) * (BITS if reduction == "sum" else 1)
-    expected = sum(weight * tokens[:, token].mean() for token, weight in enumerate(slow_weights(reweight)))
+    expected = sum(weight * tokens[:, token].mean() for token, weight in enumerate(slow_weights(power)))
     assert loss.shape == () and loss.dtype == jnp.float32
     assert float(loss) == pytest.approx(expected, rel=2e-6)
 
@@ -106,7 +106,7 @@ def test_extreme_logits_stay_finite(quick_jit):
     logits[..., 1] = 1e4
 
     def loss_fn(logits: jax.Array) -> jax.Array:
-        return bitwise_loss(logits, jnp.asarray(labels), PYRAMID, LossConfig(reweight_scales=False))[0]
+        return bitwise_loss(logits, jnp.asarray(labels), PYRAMID, LossConfig(scale_power=0.0))[0]
 
     loss, gradient = quick_jit(jax.value_and_grad(loss_fn))(logits)
     assert float(loss) == pytest.approx(1e4 * np.mean(~labels), rel=1e-5)

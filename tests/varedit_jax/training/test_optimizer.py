@@ -1,4 +1,4 @@
-"""AdamW: against a plain numpy version, and which parameters decay."""
+"""AdamW and Muon: against plain numpy versions, and which parameters decay or count as matrices."""
 
 import math
 import re
@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from varedit_jax.config import OptimizerConfig
-from varedit_jax.training.optimizer import NO_DECAY, decays, learning_rate, make_optimizer
+from varedit_jax.training.optimizer import MATRICES, NO_DECAY, decays, learning_rate, make_optimizer
 
 BLOCK_DECAYED = (
     "self_attention/qkv_kernel",
@@ -127,6 +127,53 @@ def test_equals_plain_adamw(clip_norm: float) -> None:
         result = optax.apply_updates(result, updates)
     for name, value in expected.items():
         np.testing.assert_allclose(result[name], value, rtol=2e-6, atol=1e-6)  # float32 against float64
+
+
+@pytest.mark.parametrize("pattern", MATRICES)
+def test_no_matrix_is_dead(pattern: str) -> None:
+    """Every entry of Muon's table speaks of parameters that there are, and that decay as kernels do."""
+    found = [path for path in DECAYED + EXCLUDED if re.fullmatch(pattern, path)]
+    assert found
+    assert set(found) <= set(DECAYED)
+
+
+def orthogonal(matrix: np.ndarray) -> np.ndarray:
+    """Three iterations of Newton and Schulz with Muon's coefficients, in float64."""
+    x = matrix.astype(np.float64) / np.linalg.norm(matrix)
+    for _ in range(3):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+def test_muon_updates_matrices_head_by_head() -> None:
+    """The first update is the gradient made orthogonal, for each projection and head; the rest moves as with AdamW."""
+    config = OptimizerConfig(algorithm="muon", learning_rate=0.1, weight_decay=0.5, clip_norm=1.0)
+    rng = np.random.default_rng(0)
+    shapes = {
+        "self_attention": {"qkv_kernel": (8, 3, 2, 4), "q_bias": (2, 4)},
+        "mlp": {"fc1": {"kernel": (8, 16), "bias": (16,)}},
+    }
+    draw = lambda shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    is_shape = lambda node: isinstance(node, tuple)  # noqa: E731
+    params = {"transformer": {"block_0": jax.tree.map(draw, shapes, is_leaf=is_shape)}}
+    grads = {"transformer": {"block_0": jax.tree.map(draw, shapes, is_leaf=is_shape)}}
+    optimizer = make_optimizer(config, total_steps=10)
+    updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
+    before, grad, update = (tree["transformer"]["block_0"] for tree in (params, grads, updates))
+
+    expected = -0.1 * 0.5 * before["self_attention"]["qkv_kernel"]
+    for projection in range(3):
+        for head in range(2):
+            matrix = orthogonal(grad["self_attention"]["qkv_kernel"][:, projection, head].T).T
+            expected[:, projection, head] -= 0.1 * 0.1 * math.sqrt(8) * matrix
+    np.testing.assert_allclose(update["self_attention"]["qkv_kernel"], expected, atol=1e-5)  # float32 against float64
+    matrix = orthogonal(grad["mlp"]["fc1"]["kernel"])
+    expected = -0.1 * (0.1 * math.sqrt(16) * matrix + 0.5 * before["mlp"]["fc1"]["kernel"])
+    np.testing.assert_allclose(update["mlp"]["fc1"]["kernel"], expected, atol=1e-5)
+    # Adam's first step has one size for all entries, and a part more with Nesterov's look ahead.
+    size = 0.1 * (1 + 0.9 * 0.1 / (1 - 0.9**2))
+    np.testing.assert_allclose(update["mlp"]["fc1"]["bias"], -size * np.sign(grad["mlp"]["fc1"]["bias"]), rtol=1e-4)
 
 
 def test_state_keeps_its_structure() -> None:
