@@ -26,6 +26,7 @@ from varedit_jax.text.vocabulary import Vocabulary
 from varedit_jax.tokenizer.tokens import encode_images
 from varedit_jax.training import editor_run, loop
 from varedit_jax.training.optimizer import learning_rate, make_optimizer
+from varedit_jax.training.stages import Stages
 
 _CONFIG = program.config_flag(RunConfig)
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, pictures", required=True)
@@ -46,18 +47,16 @@ def _features(config: RunConfig, source: loader.TfdsSource, split: str, tokenize
     return features_lib.precompute(folder, source, name, lambda images: encode(tokenizer, images), batch_size=64)
 
 
-def _steps(config: RunConfig, pyramid: Pyramid, optimizer: Any, frozen: Any) -> list[tuple[int, loop.StepFn]]:
-    """The compiled step of every stage of the run, each with the number of the step it ends before."""
+def _stages(config: RunConfig, pyramid: Pyramid, optimizer: Any, frozen: Any) -> Stages:
     if any(scales > pyramid.scales for _, scales in config.stages):
         raise UserError(f"stages={config.stages!r}, but the pyramid has {pyramid.scales} scales; lower the scales")
-
-    def compiled(part: Pyramid) -> loop.StepFn:
-        step = jax.jit(editor_run.make_step(config, part, optimizer), donate_argnums=0)
-        return lambda state, batch, key: step(state, frozen, batch, key)
-
     ends = itertools.accumulate(steps for steps, _ in config.stages)
     pyramids = [pyramid.first(scales) for _, scales in config.stages]
-    return [(end, compiled(part)) for end, part in zip((*ends, config.steps), (*pyramids, pyramid), strict=True)]
+    steps = [
+        (end, jax.jit(editor_run.make_step(config, part, optimizer), donate_argnums=0))
+        for end, part in zip((*ends, config.steps), (*pyramids, pyramid), strict=True)
+    ]
+    return Stages(steps, frozen)
 
 
 def main(argv: list[str]) -> None:
@@ -72,7 +71,6 @@ def main(argv: list[str]) -> None:
     train_features = _features(config, train, "train", frozen["tokenizer"])
     held_out_features = _features(config, held_out, "test", frozen["tokenizer"])
 
-    steps = _steps(config, pyramid, optimizer, frozen)
     evaluate_batch = jax.jit(editor_run.make_evaluate(config, pyramid))
 
     def evaluate(state: Any) -> dict[str, np.ndarray]:
@@ -89,28 +87,29 @@ def main(argv: list[str]) -> None:
         return {"held_out": np.asarray(sample_sheet(editor, held_out, range(8)))}
 
     init = editor_run.make_init(config, optimizer)
-    state = loop.train(
-        workdir=_WORKDIR.value,
-        steps=config.steps,
-        key=jax.random.key(config.seed),
-        abstract_state=jax.eval_shape(init),
-        init_state=lambda: editor_run.start(config, init),
-        step_fn=lambda number: next(step for end, step in steps if number < end),
-        batches=loader.training_batches(config.data, vocabulary, train, train_features),
-        put=jax.device_put,
-        run_record=to_dict(config),
-        cadence=loop.Cadence(
-            log_every=config.log_every,
-            eval_every=config.eval_every,
-            sample_every=config.sample_every,
-            save_every=config.save_every,
-            keep=config.keep_checkpoints,
-        ),
-        evaluate=evaluate,
-        sample=sample,
-        learning_rate=learning_rate(config.optimizer, config.steps),
-        stop_after=_STOP_AFTER.value,
-    )
+    with _stages(config, pyramid, optimizer, frozen) as stages:
+        state = loop.train(
+            workdir=_WORKDIR.value,
+            steps=config.steps,
+            key=jax.random.key(config.seed),
+            abstract_state=jax.eval_shape(init),
+            init_state=lambda: editor_run.start(config, init),
+            step_fn=stages.step,
+            batches=loader.training_batches(config.data, vocabulary, train, train_features),
+            put=jax.device_put,
+            run_record=to_dict(config),
+            cadence=loop.Cadence(
+                log_every=config.log_every,
+                eval_every=config.eval_every,
+                sample_every=config.sample_every,
+                save_every=config.save_every,
+                keep=config.keep_checkpoints,
+            ),
+            evaluate=evaluate,
+            sample=sample,
+            learning_rate=learning_rate(config.optimizer, config.steps),
+            stop_after=_STOP_AFTER.value,
+        )
     if _EXPORT.value and int(state.step) == config.steps:
         save_folder(_EXPORT.value, config.model, {**frozen, **state.params}, _EXPORT_TYPE.value, config.sampling)
 

@@ -1,0 +1,64 @@
+"""Stages: which step belongs to which number, and that the later ones are compiled in another thread."""
+
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from varedit_jax.training.stages import Stages
+from varedit_jax.training.state import TrainState
+
+
+def state() -> TrainState:
+    return TrainState(step=jnp.zeros((), jnp.int32), params={"w": jnp.zeros(3)}, opt_state=())
+
+
+def make_step(factor: float, threads: list[str]):
+    """A step that adds `factor` times the sum of the batch and what is frozen, and notes which thread traced it."""
+
+    def step(state, frozen, batch, key):
+        threads.append(threading.current_thread().name)
+        params = {"w": state.params["w"] + jnp.float32(factor) * jnp.sum(batch["x"]) + frozen["bias"]}
+        metrics = {"loss": jnp.sum(params["w"]), "draw": jax.random.uniform(key)}
+        return TrainState(step=state.step + 1, params=params, opt_state=()), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def test_every_stage_has_its_step() -> None:
+    threads: list[list[str]] = [[], [], []]
+    steps = [
+        (end, make_step(factor, names)) for end, factor, names in zip((2, 3, 5), (1, 10, 100), threads, strict=True)
+    ]
+    batch, key = {"x": jnp.ones(2)}, jax.random.key(0)
+    with Stages(steps, {"bias": jnp.float32(0.5)}) as stages:
+        assert len({id(stages.step(number)) for number in range(5)}) == 3
+        assert stages.step(0) is stages.step(1) and stages.step(3) is stages.step(4)
+        now, values = state(), []
+        for number in range(5):
+            now, metrics = stages.step(number)(now, batch, key)
+            values.append(float(now.params["w"][0]))
+    np.testing.assert_allclose(values, np.cumsum([2.5, 2.5, 20.5, 200.5, 200.5]))
+    assert int(now.step) == 5 and metrics["draw"] == jax.random.uniform(key)
+    assert threads[0] == ["MainThread"]
+    assert all(len(names) == 1 and names[0].startswith("compile") for names in threads[1:])
+
+
+def test_a_run_may_begin_in_a_later_stage() -> None:
+    threads: list[list[str]] = [[], []]
+    steps = [(2, make_step(1, threads[0])), (4, make_step(10, threads[1]))]
+    with Stages(steps, {"bias": jnp.float32(0)}) as stages:
+        now, _ = stages.step(3)(state(), {"x": jnp.ones(2)}, jax.random.key(0))
+    assert float(now.params["w"][0]) == 20 and threads == [[], ["MainThread"]]
+
+
+def test_a_failure_to_compile_comes_up_at_its_stage() -> None:
+    def broken(state, frozen, batch, key):
+        raise ZeroDivisionError
+
+    with Stages([(1, make_step(1, [])), (2, jax.jit(broken))], {"bias": jnp.float32(0)}) as stages:
+        now, _ = stages.step(0)(state(), {"x": jnp.ones(2)}, jax.random.key(0))
+        with pytest.raises(ZeroDivisionError):
+            stages.step(1)(now, {"x": jnp.ones(2)}, jax.random.key(0))
