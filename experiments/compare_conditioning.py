@@ -1,6 +1,6 @@
 """Compares the three ways of showing the source to the transformer, at equal steps, on `shapes`.
 
-    python -m experiments.compare_conditioning --steps=600 --seeds=2 --output=results/conditioning.md
+    python -m experiments.compare_conditioning --seeds=2 --output=results/conditioning.md
 
 Every run is experiments.train with overrides, scored by experiments.evaluate_shapes; runs that are finished are not
 made again, so an interrupted comparison goes on where it was.
@@ -15,15 +15,18 @@ import numpy as np
 from absl import flags
 
 from experiments import program
+from experiments.configs import shapes
+from varedit_jax.config import RunConfig
 from varedit_jax.errors import UserError
 from varedit_jax.training.ledger import read_metrics
 
-_STEPS = flags.DEFINE_integer("steps", 600, "updates a run", lower_bound=1)
 _SEEDS = flags.DEFINE_integer("seeds", 2, "runs of each conditioning", lower_bound=1)
 _EXAMPLES = flags.DEFINE_integer("examples", 200, "held-out edits to judge", lower_bound=1)
 _FOLDER = flags.DEFINE_string("folder", "runs/conditioning", "folder of the runs")
 _OUTPUT = flags.DEFINE_string("output", "", "Markdown file for the table")
 _CARD = "experiments/configs/shapes.py:compare"
+_RUN = shapes.get_config("compare")
+assert isinstance(_RUN, RunConfig)
 
 CONDITIONINGS = ("sar", "finest", "full")
 
@@ -36,7 +39,7 @@ def _program(module: str, *arguments: str) -> None:
 
 def _result(conditioning: str, seed: int) -> dict[str, float]:
     """Trains and scores one run: held-out loss and bit accuracy, share of exact edits, seconds a step."""
-    workdir = pathlib.Path(_FOLDER.value) / f"{conditioning}-{seed}-{_STEPS.value}"
+    workdir = pathlib.Path(_FOLDER.value) / f"{conditioning}-{seed}"
     scores = workdir / f"scores-{_EXAMPLES.value}.json"
     if not scores.exists():
         _program(
@@ -45,10 +48,6 @@ def _result(conditioning: str, seed: int) -> dict[str, float]:
             f"--workdir={workdir}",
             f"--config.model.transformer.conditioning={conditioning}",
             f"--config.seed={seed}",
-            f"--config.steps={_STEPS.value}",
-            "--config.sample_every=0",
-            f"--config.save_every={_STEPS.value}",
-            f"--config.eval_every={_STEPS.value}",
         )
         _program(
             "experiments.evaluate_shapes",
@@ -58,11 +57,13 @@ def _result(conditioning: str, seed: int) -> dict[str, float]:
         )
     lines = read_metrics(workdir)
     held_out = next(line for line in reversed(lines) if "eval/loss" in line)
+    whole = sum(steps for steps, _ in _RUN.stages) + _RUN.log_every  # the first report after the stages compiles
+    seconds = [line["time/step_seconds"] for line in lines if "time/step_seconds" in line and line["step"] > whole]
     return {
         "loss": held_out["eval/loss"],
         "bits": held_out["eval/bit_accuracy"],
         "exact": json.loads(scores.read_text())["editor"]["all"]["exact"],
-        "seconds": float(np.median([line["time/step_seconds"] for line in lines if "time/step_seconds" in line])),
+        "seconds": float(np.median(seconds)),
     }
 
 
@@ -87,18 +88,22 @@ def _table(results: dict[str, list[dict[str, float]]]) -> str:
 def main(argv: list[str]) -> None:
     """Runs the comparison and prints the table."""
     del argv
-    results = {name: [_result(name, seed) for seed in range(_SEEDS.value)] for name in CONDITIONINGS}
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in CONDITIONINGS}
+    for seed in range(_SEEDS.value):
+        for name, runs in results.items():
+            runs.append(_result(name, seed))
     table = _table(results)
     print(table)
     if _OUTPUT.value:
         command = (
-            f"python -m experiments.compare_conditioning --steps={_STEPS.value} --seeds={_SEEDS.value} "
-            f"--examples={_EXAMPLES.value} --output={_OUTPUT.value}"
+            f"python -m experiments.compare_conditioning --seeds={_SEEDS.value} --examples={_EXAMPLES.value} "
+            f"--output={_OUTPUT.value}"
         )
         pathlib.Path(_OUTPUT.value).write_text(
             f"# Conditioning, compared on `shapes`\n\n    {command}\n\n"
-            f"{_STEPS.value} steps of the card {_CARD}, {_SEEDS.value} seeds, {_EXAMPLES.value} held-out edits. "
-            f"Mean (lowest to highest) over seeds.\n\n{table}\n"
+            f"{_RUN.steps} steps of the card {_CARD} (stages {_RUN.stages}, then all scales), {_SEEDS.value} seeds, "
+            f"{_EXAMPLES.value} held-out edits. Mean (lowest to highest) over seeds; time of a step of all scales."
+            f"\n\n{table}\n"
         )
 
 

@@ -121,10 +121,10 @@ def get_config(variant: str = "demo") -> RunConfig | TokenizerRunConfig:
     if variant == "full":
         return _editor("shapes", coarse=4000, middle=4500, fine=3000, train_examples=96000)
     if variant == "compare":
-        run = _editor("shapes_compare", coarse=2000, middle=400, fine=200, train_examples=24000)
+        run = _editor("shapes_compare", coarse=600, middle=300, fine=250, train_examples=24000)
         transformer = dataclasses.replace(MODEL.transformer, depth=3, width=64, heads=2)
         model = dataclasses.replace(MODEL, transformer=transformer)
-        return dataclasses.replace(run, model=model)
+        return dataclasses.replace(run, model=model, sample_every=0, eval_every=run.steps)
     short = OptimizerConfig(learning_rate=1e-3)
     tiny_data = dataclasses.replace(DATA, train_examples=128, eval_examples=64, batch_size=8)
     if variant == "tiny":
