@@ -10,6 +10,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import typing
 
 import numpy as np
 from absl import flags
@@ -25,8 +26,7 @@ _EXAMPLES = flags.DEFINE_integer("examples", 200, "held-out edits to judge", low
 _FOLDER = flags.DEFINE_string("folder", "runs/conditioning", "folder of the runs")
 _OUTPUT = flags.DEFINE_string("output", "", "Markdown file for the table")
 _CARD = "experiments/configs/shapes.py:compare"
-_RUN = shapes.get_config("compare")
-assert isinstance(_RUN, RunConfig)
+_RUN = typing.cast(RunConfig, shapes.get_config("compare"))
 
 CONDITIONINGS = ("sar", "finest", "full")
 
