@@ -252,7 +252,7 @@ class RunConfig:
     train_text: bool = False  # train the text encoder too, instead of keeping it frozen
     tokenizer_weights: str = ""  # folder of the frozen tokenizer
     text_weights: str = ""  # folder of the frozen text encoder; unused with train_text
-    init_from: str = ""  # folder of an editor whose transformer the run starts from
+    init_from: str = ""  # folder of an editor whose trained parts the run starts from
     log_every: int = 10  # steps
     sample_every: int = 500  # steps between sheets of sampled pictures; 0 = never
     eval_every: int = 500  # steps between evaluations on the held-out split; 0 = never

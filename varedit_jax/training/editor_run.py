@@ -48,11 +48,12 @@ def make_init(config: RunConfig, optimizer: optax.GradientTransformation) -> Cal
 
 
 def start(config: RunConfig, init: Callable[[], TrainState]) -> TrainState:
-    """The state of step 0: random, or with the transformer of `init_from`."""
+    """The state of step 0: random, or with what is trained (the transformer, the text encoder) from `init_from`."""
     state = jax.jit(init)()
     if config.init_from:
-        loaded = load_folder(config.init_from, "transformer", abstract_params(config.model, "transformer"))
-        state = state.replace(params={**state.params, "transformer": jax.device_put(loaded)})
+        parts = list(state.params)
+        loaded = {part: load_folder(config.init_from, part, abstract_params(config.model, part)) for part in parts}
+        state = state.replace(params=jax.device_put(loaded))
     return state
 
 
