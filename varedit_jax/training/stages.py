@@ -53,7 +53,7 @@ class Stages:
                 return ready.result()(state, self._frozen, batch, key)
             arguments = (state, self._frozen, batch, key)
             result = self._steps[stage](*arguments)
-            if not self._compiled:
+            if not self._compiled and stage + 1 < len(self._steps):
                 shapes = jax.tree.map(_abstract, (result[0], *arguments[1:]))
                 for later in range(stage + 1, len(self._steps)):
                     self._compiled[later] = self._pool.submit(self._compile, later, shapes)
