@@ -291,6 +291,7 @@ class TokenizerRunConfig:
     steps: int = 2000
     seed: int = 0
     init_from: str = ""  # folder of a tokenizer that the run starts from
+    noise_max: float = 0.0  # largest share of bits flipped before decoding; >0 makes the decoder forgive wrong bits
     train_encoder: bool = True  # False: features and bits stay as they are, the decoder alone learns
     l1_weight: float = 1.0
     perceptual_weight: float = 0.0  # of the VGG feature distance; needs perceptual_weights

@@ -55,7 +55,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
     """
 
     name = "shapes"
-    VERSION = tfds.core.Version("1.2.0")
+    VERSION = tfds.core.Version("2.0.0")
     url_infos = None  # no download, no checksums; TFDS would look for them with a package it does not install
 
     def __init__(

@@ -62,12 +62,12 @@ class Verdict:
 
 
 class _Renderings(NamedTuple):
-    """All pictures of a cell: 4 positions, 24 looks (background and style), 31 contents."""
+    """All pictures of a cell: 4 positions, 16 looks (background and style), 17 contents."""
 
-    pixels: NDArray[np.float32]  # [4, 24, 31, 768]
-    squares: NDArray[np.float32]  # [4, 24, 31], sum of squares of the pixels
-    limits: NDArray[np.float32]  # [4, 24, 31, 256], error above which a pixel is wrong
-    mean_limits: NDArray[np.float32]  # [24], largest mean absolute error of a cell
+    pixels: NDArray[np.float32]  # [4, 16, 17, 768]
+    squares: NDArray[np.float32]  # [4, 16, 17], sum of squares of the pixels
+    limits: NDArray[np.float32]  # [4, 16, 17, 256], error above which a pixel is wrong
+    mean_limits: NDArray[np.float32]  # [16], largest mean absolute error of a cell
 
 
 @functools.cache
@@ -108,7 +108,7 @@ def _read(pictures: NDArray[np.uint8]) -> list[Scene | None]:
     flat = known.pixels.reshape(len(POSITIONS), -1, _VALUES)
     distances = known.squares.reshape(len(POSITIONS), 1, -1) - 2 * (cells @ flat.transpose(0, 2, 1))
     distances = distances.reshape(len(POSITIONS), count, len(_LOOKS), len(_OBJECTS))
-    contents = distances.argmin(-1)  # [4, B, 24]: the best content of each cell under each look
+    contents = distances.argmin(-1)  # [4, B, 16]: the best content of each cell under each look
     looks = distances.min(-1).sum(0).argmin(-1)  # [B]: one look for the whole picture
     contents = np.take_along_axis(contents, looks[None, :, None], -1)[..., 0]  # [4, B]
 

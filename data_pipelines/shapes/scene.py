@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from varedit_jax.errors import UserError
 
-Shape = Literal["circle", "square", "triangle", "ring", "cross"]
-Colour = Literal["red", "green", "blue", "yellow", "purple", "orange"]
-Background = Literal["grey", "pink", "brown", "mint", "teal", "sky"]
+Shape = Literal["circle", "square", "triangle", "cross"]
+Colour = Literal["red", "green", "blue", "yellow"]
+Background = Literal["grey", "pink", "mint", "sky"]
 Style = Literal["plain", "night", "fog", "frame"]
 
 SHAPES: tuple[Shape, ...] = get_args(Shape)
@@ -34,28 +34,23 @@ COLOUR_RGB: dict[Colour, tuple[int, int, int]] = {
     "green": (50, 195, 45),
     "blue": (15, 35, 250),
     "yellow": (220, 245, 20),
-    "purple": (170, 0, 215),
-    "orange": (255, 110, 0),
 }
 BACKGROUND_RGB: dict[Background, tuple[int, int, int]] = {
     "grey": (140, 120, 105),
     "pink": (240, 115, 195),
-    "brown": (125, 40, 5),
     "mint": (140, 255, 170),
-    "teal": (0, 140, 170),
     "sky": (85, 170, 255),
 }
 
 
 def _masks() -> NDArray[np.bool_]:
-    """Masks [5, 16, 16] of the shapes, in the order of `SHAPES`; each is 12 pixels wide and high."""
+    """Masks [4, 16, 16] of the shapes, in the order of `SHAPES`; each is 12 pixels wide and high."""
     y, x = np.mgrid[:CELL, :CELL] - (CELL - 1) / 2  # from the centre of the cell: -7.5, -6.5, ..., 7.5
     circle = y**2 + x**2 <= 34
     square = (abs(y) < 6) & (abs(x) < 6)
     triangle = (abs(y) < 6) & (abs(x) <= (y + 6.5) / 2)
-    ring = circle & (y**2 + x**2 > 9)
     cross = (abs(y) < 6) & (abs(x) < 6) & ((abs(y) < 2) | (abs(x) < 2))
-    return np.stack([circle, square, triangle, ring, cross])
+    return np.stack([circle, square, triangle, cross])
 
 
 MASKS = _masks()

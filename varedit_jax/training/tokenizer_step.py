@@ -15,6 +15,7 @@ from varedit_jax.tokenizer import quantizer
 from varedit_jax.tokenizer.autoencoder import Autoencoder
 from varedit_jax.tokenizer.pixels import to_model_range
 from varedit_jax.tokenizer.tokens import decode_bits, encode_images
+from varedit_jax.training.self_correction import draw_flips
 from varedit_jax.training.state import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -22,20 +23,22 @@ Metrics = dict[str, jax.Array]
 
 def make_loss(
     config: TokenizerRunConfig, perceptual: Callable[[jax.Array, jax.Array], jax.Array] | None = None
-) -> Callable[[Any, jax.Array], tuple[jax.Array, Metrics]]:
-    """Loss of a batch of images: `(params, images float32 [B, y, x, 3] in [-1, 1]) -> (loss, metrics)`.
+) -> Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, Metrics]]:
+    """Loss of a batch of images: `(params, images float32 [B, y, x, 3] in [-1, 1], key) -> (loss, metrics)`.
 
     L1 + perceptual distance (if given: a function of two image batches) + commitment + entropy terms, weighted by
-    the config. Metrics: the terms, and `bit_balance_k`, the share of ones of each scale.
+    the config. With `noise_max`, bits are flipped as in the transformer's self-correction, so that the decoder learns
+    to read bits that a transformer got wrong. Metrics: the terms, and `bit_balance_k`, the share of ones of each scale.
     """
     model = Autoencoder(config.model.tokenizer)
     cells = editor_pyramid(config.model).cells(config.model.patchify)
 
-    def loss_fn(params: Any, images: jax.Array) -> tuple[jax.Array, Metrics]:
+    def loss_fn(params: Any, images: jax.Array, key: jax.Array) -> tuple[jax.Array, Metrics]:
         features = model.apply({"params": params}, images, method=model.encode)
         if not config.train_encoder:
             features = jax.lax.stop_gradient(features)
-        residuals = quantizer.quantize(features, cells)
+        flips = draw_flips(key, len(features), features.shape[-1], cells, cells.scales, config.noise_max)
+        residuals = quantizer.quantize(features, cells, flips)
         quantized = quantizer.straight_through(features, residuals.quantized)
         output = model.apply({"params": params}, quantized, False, method=model.decode)
         l1 = jnp.mean(jnp.abs(output - images))
@@ -68,15 +71,14 @@ def make_step(
 ) -> Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, Metrics]]:
     """One update: `(state, batch, key) -> (state, metrics)`.
 
-    The batch holds `source` and `target`, uint8 [B, y, x, 3]; both are pictures to reconstruct. The key is not used.
+    The batch holds `source` and `target`, uint8 [B, y, x, 3]; both are pictures to reconstruct.
     """
     loss_fn = make_loss(config, perceptual)
 
     def step(state: TrainState, batch: dict[str, jax.Array], key: jax.Array) -> tuple[TrainState, Metrics]:
-        del key
         pictures = jnp.concatenate([batch["source"], batch["target"]])
         gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, metrics), gradients = gradient_fn(state.params, to_model_range(pictures))
+        (loss, metrics), gradients = gradient_fn(state.params, to_model_range(pictures), key)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         if not config.train_encoder:  # weight decay moves what has no gradient, too
             updates = {**updates, "encoder": jax.tree.map(jnp.zeros_like, updates["encoder"])}

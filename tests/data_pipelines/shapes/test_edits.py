@@ -41,10 +41,10 @@ def understood(instruction: str, scene: Scene) -> set[Scene]:
         Object(shape, colour)
         for shape in SHAPES
         for colour in COLOURS
-        if f" {'an' if colour == 'orange' else 'a'} {colour} {shape}" in text
+        if f" a {colour} {shape}" in text
     ]
     for item in news:
-        text = text.replace(f"{'an' if item.colour == 'orange' else 'a'} {item}", "")
+        text = text.replace(f"a {item}", "")
     by_place = [
         i
         for i, cell in enumerate(POSITIONS)
@@ -111,11 +111,11 @@ def test_an_edit_changes_what_its_kind_says(train: list[Edit]) -> None:
 
 
 def test_shares_of_kinds_and_sources_mostly_plain(train: list[Edit]) -> None:
-    """1500 draws for training: a share of 0.2 has a standard deviation of 0.010. Kinds to be scored on are even."""
+    """1500 draws for training: a share of 0.25 has a standard deviation of 0.011. Kinds to be scored on are even."""
     kinds = Counter(edit.kind for edit in train)
-    doubled = {"add", "recolour", "replace"}
+    weights = dict.fromkeys(KINDS, 1) | {"add": 2, "recolour": 3, "replace": 2, "move": 2}
     assert set(kinds) == set(KINDS)
-    assert all(abs(kinds[kind] / len(train) - (0.2 if kind in doubled else 0.1)) < 0.04 for kind in KINDS)
+    assert all(abs(kinds[kind] / len(train) - weights[kind] / 12) < 0.04 for kind in KINDS)
     scored = Counter(edit.kind for edit in draw("scene", 700))
     assert all(abs(scored[kind] / 700 - 1 / len(KINDS)) < 0.05 for kind in KINDS)
     plain = np.mean([edit.source.style == "plain" for edit in train])
@@ -127,7 +127,7 @@ def test_wording_is_varied_and_short(train: list[Edit]) -> None:
     lengths = [len(Vocabulary().tokens(edit.instruction)) for edit in train]
     assert max(lengths) <= 24
     texts = [edit.instruction for edit in train]
-    for form in ("the red circle", "the shape at the top left", "the object in the top left", "the ring", "red shape"):
+    for form in ("the red circle", "the shape at the top left", "the object in the top left", "the cross", "red shape"):
         assert any(form in text for text in texts), form
 
 
@@ -163,12 +163,12 @@ def test_a_tenth_of_the_scenes_is_held_out_by_a_stable_hash() -> None:
     rng = np.random.default_rng(0)
     share = np.mean([edits.scene_held_out(random_scene(rng)) for _ in range(3000)])
     assert abs(share - 0.1) < 0.02
-    assert edits.scene_held_out(Scene.decode("grey|plain|-,-,-,red ring"))
+    assert edits.scene_held_out(Scene.decode("grey|plain|-,-,-,red circle"))
     assert not edits.scene_held_out(Scene.decode("grey|plain|red circle,-,-,-"))
 
 
 def test_every_shape_and_colour_of_a_held_out_combination_is_trained_on() -> None:
-    assert sum(len(items) for items in HELD_OUT_COMBINATIONS.values()) == 12
+    assert sum(len(items) for items in HELD_OUT_COMBINATIONS.values()) == 8
     for items in HELD_OUT_COMBINATIONS.values():
         assert len({item.shape for item in items}) == len({item.colour for item in items}) == len(items)
 

@@ -18,6 +18,7 @@ from varedit_jax.tokenizer.autoencoder import Autoencoder
 from varedit_jax.tokenizer.pixels import to_model_range, to_uint8
 from varedit_jax.training import tokenizer_step
 from varedit_jax.training.optimizer import make_optimizer
+from varedit_jax.training.self_correction import draw_flips
 from varedit_jax.training.state import TrainState
 
 MODEL = dataclasses.replace(
@@ -113,6 +114,29 @@ def test_decoder_alone(params, batch, quick_jit):
     jax.tree.map(np.testing.assert_array_equal, state.params["encoder"], params["encoder"])
     assert np.abs(state.params["decoder"]["conv_in"]["kernel"] - params["decoder"]["conv_in"]["kernel"]).max() > 0.01
     assert "perceptual" not in metrics
+
+
+def test_noise(params, batch, quick_jit):
+    """With `noise_max` the decoder gets flipped bits, by the self-correction's draws from the key."""
+    model = Autoencoder(MODEL.tokenizer)
+    loss_fn = quick_jit(tokenizer_step.make_loss(dataclasses.replace(RUN, noise_max=0.3)))
+
+    def by_hand(params, images, key):
+        features = model.apply({"params": params}, images, method=model.encode)
+        flips = draw_flips(key, 2, 4, CELLS, noise_scales=3, noise_max=0.3)
+        quantized = quantizer.quantize(features, CELLS, flips).quantized
+        output = model.apply({"params": params}, quantized, False, method=model.decode)
+        return jnp.mean(jnp.abs(output - images)), sum(jnp.sum(flip) for flip in flips)
+
+    by_hand = quick_jit(by_hand)
+    found = []
+    for seed in range(2):
+        key = jax.random.key(seed)
+        expected, flipped = by_hand(params, to_model_range(batch["source"]), key)
+        assert flipped > 0
+        found.append(float(loss_fn(params, to_model_range(batch["source"]), key)[1]["l1"]))
+        assert found[-1] == pytest.approx(float(expected), rel=1e-5)
+    assert found[0] != pytest.approx(found[1], rel=1e-3)
 
 
 def test_start(params, tmp_path):
