@@ -192,9 +192,12 @@ class LossConfig:
     noise_scales: int = 13  # scales whose bits are flipped by self-correction
     noise_max: float = 0.3  # largest flip probability; strengths are 0, 0.01, ..., noise_max
     text_drop: float = 0.1  # share of samples that see the unconditional text
+    label_temperature: float = 0.0  # 0: bits as published; > 0: soft labels sigmoid(residual / label_temperature)
 
     def __post_init__(self) -> None:
         _check_choice("loss.reduction", self.reduction, ("mean", "sum"))
+        if not self.label_temperature >= 0:
+            raise ValueError(f"loss.label_temperature is {self.label_temperature}; it is 0 for bits, else above 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

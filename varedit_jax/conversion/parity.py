@@ -187,7 +187,7 @@ def compute(golden: Golden) -> Iterator[tuple[str, np.ndarray]]:
     logits = forward({"params": golden.transformer}, made.source_BSN, made.inputs_BLN, text_BTE, lengths_B)
     yield "train_logits", _flat_logits(logits)
     for name, power in (("loss_plain", 0.0), ("loss_reweighted", 0.5)):
-        loss, _ = bitwise_loss(logits, made.labels_BLN, pyramid, LossConfig(scale_power=power))
+        loss, _ = bitwise_loss(logits, made.residuals_BLN, pyramid, LossConfig(scale_power=power))
         yield name, np.asarray(loss)
 
     def draw(params: Any, source: jax.Array, text: jax.Array, lengths: jax.Array) -> Any:

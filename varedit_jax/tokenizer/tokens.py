@@ -22,7 +22,12 @@ class Tokens:
 
     source_BSN: jax.Array  # float32 condition
     inputs_BLN: jax.Array  # float32 teacher-forced inputs of scales 1..K-1
-    labels_BLN: jax.Array  # bool bits of all scales
+    residuals_BLN: jax.Array  # float32 residuals of all scales: what the quantizer takes the signs of
+
+    @property
+    def labels_BLN(self) -> jax.Array:
+        """The bits of all scales, bool [B, L, N]."""
+        return self.residuals_BLN > 0
 
 
 def source_tokens(features_BhwZ: jax.Array, config: EditorConfig, pyramid: Pyramid) -> jax.Array:
@@ -46,14 +51,14 @@ def make_tokens(
     pyramid: Pyramid,
     flips: tuple[jax.Array, ...] = (),
 ) -> Tokens:
-    """Raw features of source and target, float32 [B, h, w, Z] -> the transformer's condition, inputs and labels."""
+    """Raw features of source and target, float32 [B, h, w, Z] -> the transformer's condition, inputs and residuals."""
     cells = pyramid.cells(config.patchify)
     residuals = quantizer.quantize(target_BhwZ, cells, flips)
     inputs = [quantizer.to_tokens(x, config.patchify) for x in residuals.inputs]
-    labels = [quantizer.to_tokens(bits, config.patchify) for bits in residuals.bits]
+    quantized = [quantizer.to_tokens(x, config.patchify) for x in residuals.residuals]
     source_BSN = source_tokens(source_BhwZ, config, pyramid)
     inputs_BLN = jnp.concatenate(inputs, axis=1) if inputs else jnp.zeros((len(source_BSN), 0, source_BSN.shape[-1]))
-    return Tokens(source_BSN, inputs_BLN, jnp.concatenate(labels, axis=1))
+    return Tokens(source_BSN, inputs_BLN, jnp.concatenate(quantized, axis=1))
 
 
 def encode_images(params: Params, images_uint8: jax.Array, config: EditorConfig) -> jax.Array:

@@ -20,15 +20,17 @@ def token_weights(pyramid: Pyramid, scale_power: float) -> np.ndarray:
 
 
 def bitwise_loss(
-    logits_BLN2: jax.Array, labels_BLN: jax.Array, pyramid: Pyramid, config: LossConfig
+    logits_BLN2: jax.Array, residuals_BLN: jax.Array, pyramid: Pyramid, config: LossConfig
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Two-way cross-entropy of every bit, in nats.
 
     Args:
       logits_BLN2: float32 logits of values 0 and 1.
-      labels_BLN: bool bits.
+      residuals_BLN: float32 residuals whose signs are the bits. With `config.label_temperature` T > 0 the target is not
+        the bit but its soft assignment sigmoid(residual / T), as in BSQ's entropy term (arXiv 2406.07548, section
+        3.3): a bit that the tokenizer hardly decides teaches little. The metrics are about the bits either way.
       pyramid: gives the scale of each of the L tokens.
-      config: reduction over bits and weights over tokens.
+      config: temperature of the labels, reduction over bits and weights over tokens.
 
     Returns:
       (scalar loss averaged over the batch, metrics): `bit_accuracy` over all bits, and per scale [K]
@@ -36,8 +38,13 @@ def bitwise_loss(
     """
     # The cross-entropy of two logits is a softplus of their difference, signed by the label.
     margin_BLN = logits_BLN2[..., 1] - logits_BLN2[..., 0]
+    labels_BLN = residuals_BLN > 0
     entropy_BLN = jax.nn.softplus(jnp.where(labels_BLN, -margin_BLN, margin_BLN))
-    token_BL = jnp.mean(entropy_BLN, axis=-1) if config.reduction == "mean" else jnp.sum(entropy_BLN, axis=-1)
+    loss_BLN = entropy_BLN
+    if config.label_temperature:
+        targets_BLN = jax.nn.sigmoid(residuals_BLN / config.label_temperature)
+        loss_BLN = jax.nn.softplus(margin_BLN) - targets_BLN * margin_BLN
+    token_BL = jnp.mean(loss_BLN, axis=-1) if config.reduction == "mean" else jnp.sum(loss_BLN, axis=-1)
     loss = jnp.mean(token_BL @ token_weights(pyramid, config.scale_power))
 
     right_BLN = (margin_BLN > 0) == labels_BLN

@@ -74,7 +74,7 @@ def make_loss(
             deterministic=not training,
             rngs={"drop_path": depth_key},
         )
-        loss, metrics = bitwise_loss(logits_BLN2, tokens.labels_BLN, pyramid, config.loss)
+        loss, metrics = bitwise_loss(logits_BLN2, tokens.residuals_BLN, pyramid, config.loss)
         return loss, {"loss": loss, **metrics}
 
     return loss_fn

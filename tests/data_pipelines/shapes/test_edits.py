@@ -37,12 +37,7 @@ def understood(instruction: str, scene: Scene) -> set[Scene]:
     # Cut into phrases at the words that come before a new object, a colour to paint, or a position.
     text = " ".join(words)
     named = [cell for cell in POSITIONS if cell in text]
-    news = [
-        Object(shape, colour)
-        for shape in SHAPES
-        for colour in COLOURS
-        if f" a {colour} {shape}" in text
-    ]
+    news = [Object(shape, colour) for shape in SHAPES for colour in COLOURS if f" a {colour} {shape}" in text]
     for item in news:
         text = text.replace(f"a {item}", "")
     by_place = [

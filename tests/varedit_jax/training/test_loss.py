@@ -20,10 +20,10 @@ BATCH, BITS = 2, 5
 
 @pytest.fixture(scope="module")
 def example() -> tuple[np.ndarray, np.ndarray]:
-    """Logits [B, L, N, 2] and labels [B, L, N]."""
+    """Logits [B, L, N, 2] and residuals [B, L, N]."""
     draw = np.random.default_rng(0)
     logits = (3 * draw.normal(size=(BATCH, 27, BITS, 2))).astype(np.float32)
-    return logits, draw.random((BATCH, 27, BITS)) < 0.5
+    return logits, draw.normal(size=(BATCH, 27, BITS)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -64,18 +64,38 @@ def test_full_power_gives_every_scale_the_same_share():
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("power", [0.0, 0.5])
 def test_equals_plain_cross_entropy(compute, example, reduction, power):
-    logits, labels = example
+    logits, residuals = example
     config = LossConfig(reduction=reduction, scale_power=power)
-    loss, _ = compute(logits, labels, PYRAMID, config)
-    tokens = slow_entropy(logits, labels).mean(-1) * (BITS if reduction == "sum" else 1)
+    loss, _ = compute(logits, residuals, PYRAMID, config)
+    tokens = slow_entropy(logits, residuals > 0).mean(-1) * (BITS if reduction == "sum" else 1)
     expected = sum(weight * tokens[:, token].mean() for token, weight in enumerate(slow_weights(power)))
     assert loss.shape == () and loss.dtype == jnp.float32
     assert float(loss) == pytest.approx(expected, rel=2e-6)
 
 
+@pytest.mark.parametrize("temperature", [0.1, 1.0])
+def test_soft_labels(compute, example, temperature):
+    """Each value's cross-entropy, weighed with its probability; the metrics stay those of the bits."""
+    logits, residuals = example
+    ones = 1 / (1 + np.exp(-residuals.astype(np.float64) / temperature))
+    both = [slow_entropy(logits, np.full(residuals.shape, value)) for value in (False, True)]
+    tokens = ((1 - ones) * both[0] + ones * both[1]).mean(-1)
+    expected = sum(weight * tokens[:, token].mean() for token, weight in enumerate(slow_weights(0.5)))
+    loss, metrics = compute(logits, residuals, PYRAMID, LossConfig(label_temperature=temperature))
+    hard, of_bits = compute(logits, residuals, PYRAMID, LossConfig())
+    assert float(loss) == pytest.approx(expected, rel=2e-6) and abs(float(loss) - float(hard)) > 0.01
+    jax.tree.map(np.testing.assert_array_equal, metrics, of_bits)
+
+
+def test_negative_temperature_is_refused():
+    with pytest.raises(ValueError, match=r"label_temperature is -0\.1"):
+        LossConfig(label_temperature=-0.1)
+
+
 def test_metrics_of_each_scale(compute, example):
-    logits, labels = example
-    _, metrics = compute(logits, labels, PYRAMID, LossConfig())
+    logits, residuals = example
+    labels = residuals > 0
+    _, metrics = compute(logits, residuals, PYRAMID, LossConfig())
     entropy, right = slow_entropy(logits, labels), (logits[..., 1] > logits[..., 0]) == labels
     of_scale = [scale == SCALE_OF_TOKEN for scale in range(3)]
     expected = {
@@ -91,10 +111,10 @@ def test_metrics_of_each_scale(compute, example):
 
 def test_token_accuracy_wants_every_bit(compute):
     """One wrong bit in one token of the middle scale costs that token and no other."""
-    labels = np.zeros((BATCH, 27, BITS), bool)
-    logits = np.stack([np.ones(labels.shape, np.float32), np.zeros(labels.shape, np.float32)], axis=-1)
+    residuals = np.full((BATCH, 27, BITS), -0.5, np.float32)
+    logits = np.stack([np.ones(residuals.shape, np.float32), np.zeros(residuals.shape, np.float32)], axis=-1)
     logits[0, 2, 3, 1] = 5
-    _, metrics = compute(logits, labels, PYRAMID, LossConfig())
+    _, metrics = compute(logits, residuals, PYRAMID, LossConfig())
     np.testing.assert_allclose(metrics["scale_token_accuracy"], [1, 11 / 12, 1], rtol=1e-6)
     np.testing.assert_allclose(metrics["scale_bit_accuracy"], [1, 59 / 60, 1], rtol=1e-6)
 
@@ -106,7 +126,7 @@ def test_extreme_logits_stay_finite(quick_jit):
     logits[..., 1] = 1e4
 
     def loss_fn(logits: jax.Array) -> jax.Array:
-        return bitwise_loss(logits, jnp.asarray(labels), PYRAMID, LossConfig(scale_power=0.0))[0]
+        return bitwise_loss(logits, jnp.where(labels, 0.5, -0.5), PYRAMID, LossConfig(scale_power=0.0))[0]
 
     loss, gradient = quick_jit(jax.value_and_grad(loss_fn))(logits)
     assert float(loss) == pytest.approx(1e4 * np.mean(~labels), rel=1e-5)
