@@ -24,9 +24,11 @@ from varedit_jax.sampling import images
 from varedit_jax.sampling.editor import Editor
 from varedit_jax.scales import editor_pyramid, image_size
 
+_SHOWN = 14  # edits on the sheet
+
 _CHECKPOINT = flags.DEFINE_string("checkpoint", shapes.SHIPPED, "folder of weights, or of a training run")
 _EXAMPLES = flags.DEFINE_integer("examples", 200, "held-out edits to judge", lower_bound=1)
-_SHEET = flags.DEFINE_string("sheet", "", "picture to write: 14 edits, scale by scale")
+_SHEET = flags.DEFINE_string("sheet", "", f"picture to write: {_SHOWN} edits, scale by scale")
 _OUTPUT = flags.DEFINE_string("output", "", "JSON file to write the scores to")
 _DATA = flags.DEFINE_string("data", "", "folder of the prepared data; data/ by default")
 
@@ -57,7 +59,9 @@ def main(argv: list[str]) -> None:
         )
     start = time.perf_counter()
     with tqdm.tqdm(total=len(records), desc="edits", unit="edit") as progress:
-        scores = scoring.evaluate(editor, records, progress.update)
+        # With a sheet to draw, every picture is decoded at every scale: one program to compile instead of two.
+        pictures = scoring.edit_records(editor, records, every_scale=bool(_SHEET.value), on_batch=progress.update)
+        scores = scoring.evaluate(editor, records, pictures[-1])
     seconds = time.perf_counter() - start
     print(scoring.table(scores))
     print(f"{len(records)} edits in {seconds:.0f} s, compilation included")
@@ -65,10 +69,10 @@ def main(argv: list[str]) -> None:
         values = {who: {group: dataclasses.asdict(s) for group, s in groups.items()} for who, groups in scores.items()}
         output.write_text(json.dumps(values, indent=1) + "\n")
     if _SHEET.value:
-        shown = records[:: max(len(records) // 14, 1)][:14]
-        pictures = scoring.edit_records(editor, shown, every_scale=True)
+        shown = range(len(records))[:: max(len(records) // _SHOWN, 1)][:_SHOWN]
         heading = f"shapes: {scores['editor']['all'].exact:.1%} of {len(records)} held-out edits exact"
-        images.write_image(_SHEET.value, np.asarray(scoring.sheet(shown, pictures, heading)))
+        sheet = scoring.sheet([records[index] for index in shown], pictures[:, shown], heading)
+        images.write_image(_SHEET.value, np.asarray(sheet))
 
 
 if __name__ == "__main__":

@@ -295,6 +295,7 @@ class TokenizerRunConfig:
     seed: int = 0
     init_from: str = ""  # folder of a tokenizer that the run starts from
     noise_max: float = 0.0  # largest share of bits flipped before decoding; >0 makes the decoder forgive wrong bits
+    partial_share: float = 0.0  # of the images, decoded from their first scales alone: moves detail to coarse bits
     train_encoder: bool = True  # False: features and bits stay as they are, the decoder alone learns
     l1_weight: float = 1.0
     perceptual_weight: float = 0.0  # of the VGG feature distance; needs perceptual_weights

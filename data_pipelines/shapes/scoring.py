@@ -105,17 +105,15 @@ def sample_sheet(editor: Editor, source: Source, indices: Iterable[int]) -> Imag
     return sheet(records, edit_records(editor, records, every_scale=True))
 
 
-def evaluate(
-    editor: Editor, records: Sequence[Any], on_batch: Callable[[int], None] = lambda n: None
-) -> dict[str, dict[str, Score]]:
-    """Scores by group of the editor and of two baselines.
+def evaluate(editor: Editor, records: Sequence[Any], edited: NDArray[np.uint8]) -> dict[str, dict[str, Score]]:
+    """Scores by group of the editor, whose pictures are `edited` (uint8 [n, y, x, 3]), and of two baselines.
 
     `copy` returns the source; `oracle` puts the true target through the tokenizer: what a perfect transformer gives.
     """
     pictures = {
         "copy": np.stack([record["source"] for record in records]),
         "oracle": reconstruct_records(editor, records, "target"),
-        "editor": edit_records(editor, records, on_batch=on_batch)[-1],
+        "editor": edited,
     }
     return {name: by_group(judge_records(x, records), records) for name, x in pictures.items()}
 

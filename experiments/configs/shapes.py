@@ -69,7 +69,7 @@ def _tokenizer() -> TokenizerRunConfig:
 
 
 def _decoder() -> TokenizerRunConfig:
-    """Second stage of the tokenizer: sharper pictures from the same bits."""
+    """Second stage of the tokenizer: sharper pictures from the same bits, and from bits an editor may get wrong."""
     first = _tokenizer()
     optimizer = dataclasses.replace(first.optimizer, learning_rate=1e-3)
     return dataclasses.replace(
@@ -78,6 +78,7 @@ def _decoder() -> TokenizerRunConfig:
         optimizer=optimizer,
         steps=800,
         train_encoder=False,
+        noise_max=0.2,
         init_from=SHIPPED,
         seed=1,
         data=dataclasses.replace(first.data, seed=1),
@@ -98,7 +99,9 @@ def _editor(name: str, coarse: int, middle: int, fine: int, train_examples: int)
             weight_decay=0.01,
             clip_norm=1.0,
         ),
-        loss=LossConfig(noise_max=0.1),  # few scales: flips of the one before would hide what the last has to learn
+        # The last scale is the hardest, so all tokens weigh alike; and there are few scales: more flips of the one
+        # before would hide what the last has to learn.
+        loss=LossConfig(scale_power=0.0, noise_max=0.1, label_temperature=0.03),
         data=dataclasses.replace(DATA, train_examples=train_examples),
         sampling=SamplingConfig(guidance=(1.5, 1.5, 1.5, 1.0), greedy=True),
         steps=coarse + middle + fine,
@@ -119,7 +122,7 @@ def get_config(variant: str = "demo") -> RunConfig | TokenizerRunConfig:
         run = _editor("shapes_demo", coarse=1000, middle=600, fine=480, train_examples=16000)
         return dataclasses.replace(run, sample_every=1000, eval_every=800, eval_batches=5)
     if variant == "full":
-        return _editor("shapes", coarse=4000, middle=4000, fine=4000, train_examples=96000)
+        return _editor("shapes", coarse=4000, middle=4000, fine=4000, train_examples=48000)
     if variant == "compare":
         run = _editor("shapes_compare", coarse=600, middle=300, fine=250, train_examples=24000)
         transformer = dataclasses.replace(MODEL.transformer, depth=3, width=64, heads=2)

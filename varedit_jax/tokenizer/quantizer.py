@@ -20,7 +20,12 @@ class Residuals:
     bits: tuple[jax.Array, ...]  # bool [B, h_k, w_k, Z]: the labels
     inputs: tuple[jax.Array, ...]  # float32 [B, h_k, w_k, Z] for scales 1..K-1: teacher-forced inputs
     residuals: tuple[jax.Array, ...]  # float32 [B, h_k, w_k, Z]: what each scale quantized
-    quantized: jax.Array  # float32 [B, h, w, Z]: the sum that the decoder decodes
+    accumulated: tuple[jax.Array, ...]  # float32 [B, h, w, Z]: the sum of the codes up to and with each scale
+
+    @property
+    def quantized(self) -> jax.Array:
+        """The sum of all codes, which the decoder decodes: float32 [B, h, w, Z]."""
+        return self.accumulated[-1]
 
 
 def code(bits: jax.Array) -> jax.Array:
@@ -58,7 +63,7 @@ def quantize(features_BhwZ: jax.Array, cells: Pyramid, flips: Sequence[jax.Array
         raise ValueError(f"features have grid {features_BhwZ.shape[1:3]}, the pyramid ends at {cells.last}")
     features_BhwZ = jax.lax.stop_gradient(features_BhwZ.astype(jnp.float32))
     accumulated_BhwZ = jnp.zeros_like(features_BhwZ)
-    bits, inputs, residuals = [], [], []
+    bits, inputs, residuals, sums = [], [], [], []
     for scale, grid in enumerate(cells.grids):
         if scale > 0:
             inputs.append(next_input(accumulated_BhwZ, scale, cells))
@@ -69,7 +74,8 @@ def quantize(features_BhwZ: jax.Array, cells: Pyramid, flips: Sequence[jax.Array
         accumulated_BhwZ = accumulate(accumulated_BhwZ, seen_BhwZ, cells)
         bits.append(bits_BhwZ)
         residuals.append(residual_BhwZ)
-    return Residuals(tuple(bits), tuple(inputs), tuple(residuals), accumulated_BhwZ)
+        sums.append(accumulated_BhwZ)
+    return Residuals(tuple(bits), tuple(inputs), tuple(residuals), tuple(sums))
 
 
 def dequantize(bits: Sequence[jax.Array], cells: Pyramid) -> jax.Array:

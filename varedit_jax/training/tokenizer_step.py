@@ -28,7 +28,9 @@ def make_loss(
 
     L1 + perceptual distance (if given: a function of two image batches) + commitment + entropy terms, weighted by
     the config. With `noise_max`, bits are flipped as in the transformer's self-correction, so that the decoder learns
-    to read bits that a transformer got wrong. Metrics: the terms, and `bit_balance_k`, the share of ones of each scale.
+    to read bits that a transformer got wrong. With `partial_share`, that share of the images is decoded from its first
+    scales alone, half of them or more, so that the coarse bits say what the picture shows. Metrics: the terms, and
+    `bit_balance_k`, the share of ones of each scale.
     """
     model = Autoencoder(config.model.tokenizer)
     cells = editor_pyramid(config.model).cells(config.model.patchify)
@@ -37,9 +39,11 @@ def make_loss(
         features = model.apply({"params": params}, images, method=model.encode)
         if not config.train_encoder:
             features = jax.lax.stop_gradient(features)
-        flips = draw_flips(key, len(features), features.shape[-1], cells, cells.scales, config.noise_max)
+        flip_key, partial_key = jax.random.split(key)
+        flips = draw_flips(flip_key, len(features), features.shape[-1], cells, cells.scales, config.noise_max)
         residuals = quantizer.quantize(features, cells, flips)
-        quantized = quantizer.straight_through(features, residuals.quantized)
+        shown = _first_scales(residuals, partial_key, config.partial_share)
+        quantized = quantizer.straight_through(features, shown)
         output = model.apply({"params": params}, quantized, False, method=model.decode)
         l1 = jnp.mean(jnp.abs(output - images))
         commitment = quantizer.commitment(features, residuals.quantized)
@@ -62,6 +66,18 @@ def make_loss(
         return loss, metrics
 
     return loss_fn
+
+
+def _first_scales(residuals: quantizer.Residuals, key: jax.Array, share: float) -> jax.Array:
+    """The sum of all codes; for about a `share` of the images that of the first ones, from half of the scales up."""
+    scales = len(residuals.accumulated)
+    if not share or scales == 1:
+        return residuals.quantized
+    partial_key, count_key = jax.random.split(key)
+    images = len(residuals.quantized)
+    partial_B = jax.random.bernoulli(partial_key, share, (images,))
+    last_B = jnp.where(partial_B, jax.random.randint(count_key, (images,), (scales - 1) // 2, scales - 1), scales - 1)
+    return jnp.stack(residuals.accumulated)[last_B, jnp.arange(images)]
 
 
 def make_step(

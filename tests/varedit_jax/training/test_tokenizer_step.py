@@ -123,7 +123,7 @@ def test_noise(params, batch, quick_jit):
 
     def by_hand(params, images, key):
         features = model.apply({"params": params}, images, method=model.encode)
-        flips = draw_flips(key, 2, 4, CELLS, noise_scales=3, noise_max=0.3)
+        flips = draw_flips(jax.random.split(key)[0], 2, 4, CELLS, noise_scales=3, noise_max=0.3)
         quantized = quantizer.quantize(features, CELLS, flips).quantized
         output = model.apply({"params": params}, quantized, False, method=model.decode)
         return jnp.mean(jnp.abs(output - images)), sum(jnp.sum(flip) for flip in flips)
@@ -137,6 +137,26 @@ def test_noise(params, batch, quick_jit):
         found.append(float(loss_fn(params, to_model_range(batch["source"]), key)[1]["l1"]))
         assert found[-1] == pytest.approx(float(expected), rel=1e-5)
     assert found[0] != pytest.approx(found[1], rel=1e-3)
+
+
+def test_partial_share(params, batch, quick_jit):
+    """Of three scales, half or more without the last are the first two; with a share of 1/2 images get them or all."""
+    model = Autoencoder(MODEL.tokenizer)
+    loss_fn = quick_jit(tokenizer_step.make_loss(dataclasses.replace(RUN, partial_share=0.5)))
+
+    def by_hand(params, images):
+        residuals = quantizer.quantize(model.apply({"params": params}, images, method=model.encode), CELLS)
+        outputs = [model.apply({"params": params}, x, False, method=model.decode) for x in residuals.accumulated]
+        return jnp.stack([jnp.mean(jnp.abs(output - images), axis=(1, 2, 3)) for output in outputs])
+
+    images = to_model_range(batch["source"])
+    errors_K2 = quick_jit(by_hand)(params, images)
+    pairs = {(a, b): (errors_K2[a, 0] + errors_K2[b, 1]) / 2 for a in range(3) for b in range(3)}
+    found = set()
+    for seed in range(12):
+        l1 = loss_fn(params, images, jax.random.key(seed))[1]["l1"]
+        found |= {pair for pair, value in pairs.items() if abs(float(value) - float(l1)) < 1e-5}
+    assert found == {(1, 1), (1, 2), (2, 1), (2, 2)}
 
 
 def test_start(params, tmp_path):
