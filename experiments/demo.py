@@ -111,8 +111,8 @@ def _demo(folder: pathlib.Path) -> None:
 
 
 def _full(folder: pathlib.Path) -> None:
-    stages = (("tokenizer", "bits"), ("decoder", "decoder_once"), ("decoder", "decoder_twice"))
-    tokenizer, editor = folder / "decoder_twice_weights", folder / "editor_weights"
+    stages = (("tokenizer", "pictures"), ("coarse", "coarse_once"), ("coarse", "coarse_twice"))
+    tokenizer, editor = folder / "coarse_twice_weights", folder / "editor_weights"
     before = None
     for variant, name in stages:
         weights = folder / f"{name}_weights"

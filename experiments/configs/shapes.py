@@ -4,7 +4,7 @@
 
 Variants: `demo` is what `make demo` trains in minutes; `full` made the shipped editor; `compare` is a
 smaller one for experiments.compare_conditioning; `tiny` is for tests. For experiments.train_tokenizer: `tokenizer`,
-its second stage `decoder`, and `tokenizer_tiny`. results/shapes.md has the figures.
+its second stage `coarse`, and `tokenizer_tiny`. results/shapes.md has the figures.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from varedit_jax.config import (
     TransformerConfig,
 )
 
-VARIANTS = ("demo", "full", "compare", "tiny", "tokenizer", "decoder", "tokenizer_tiny")
+VARIANTS = ("demo", "full", "compare", "tiny", "tokenizer", "coarse", "tokenizer_tiny")
 SHIPPED = "varedit_jax/data/shapes"  # tokenizer and editor that come with the repository
 
 MODEL = EditorConfig(
@@ -68,17 +68,18 @@ def _tokenizer() -> TokenizerRunConfig:
     )
 
 
-def _decoder() -> TokenizerRunConfig:
-    """Second stage of the tokenizer: sharper pictures from the same bits, and from bits an editor may get wrong."""
+def _coarse() -> TokenizerRunConfig:
+    """Second stage of the tokenizer: the coarse bits learn to say what the picture shows, shapes included."""
     first = _tokenizer()
-    optimizer = dataclasses.replace(first.optimizer, learning_rate=1e-3)
+    optimizer = dataclasses.replace(first.optimizer, learning_rate=8e-4)
     return dataclasses.replace(
         first,
-        name="shapes_decoder",
+        name="shapes_coarse",
         optimizer=optimizer,
-        steps=800,
-        train_encoder=False,
-        noise_max=0.2,
+        steps=750,
+        partial_share=0.5,
+        noise_max=0.1,
+        commitment_weight=2.0,  # with less, features outgrow their codes when partial sums are decoded first
         init_from=SHIPPED,
         seed=1,
         data=dataclasses.replace(first.data, seed=1),
@@ -145,8 +146,8 @@ def get_config(variant: str = "demo") -> RunConfig | TokenizerRunConfig:
         )
     if variant == "tokenizer":
         return _tokenizer()
-    if variant == "decoder":
-        return _decoder()
+    if variant == "coarse":
+        return _coarse()
     data = dataclasses.replace(tiny_data, features="online")
     return dataclasses.replace(
         _tokenizer(), name="shapes_tokenizer_tiny", optimizer=short, data=data, steps=4, sample_every=0
