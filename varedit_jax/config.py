@@ -192,14 +192,12 @@ class LossConfig:
     noise_scales: int = 13  # scales whose bits are flipped by self-correction
     noise_max: float = 0.3  # largest flip probability; strengths are 0, 0.01, ..., noise_max
     text_drop: float = 0.1  # share of samples that see the unconditional text
-    change_weight: float = 0.0  # tokens where the edit changes all weigh up to 1 + change_weight times the others
     label_temperature: float = 0.0  # 0: bits as published; > 0: soft labels sigmoid(residual / label_temperature)
 
     def __post_init__(self) -> None:
         _check_choice("loss.reduction", self.reduction, ("mean", "sum"))
-        for name in ("change_weight", "label_temperature"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"loss.{name} is {getattr(self, name)}; it must be at least 0")
+        if not self.label_temperature >= 0:
+            raise ValueError(f"loss.label_temperature is {self.label_temperature}; it is 0 for bits, else above 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,6 @@ import numpy as np
 
 from varedit_jax.config import LossConfig
 from varedit_jax.scales import Pyramid
-from varedit_jax.tokenizer.resize import area_resize
 
 
 def token_weights(pyramid: Pyramid, scale_power: float) -> np.ndarray:
@@ -20,26 +19,8 @@ def token_weights(pyramid: Pyramid, scale_power: float) -> np.ndarray:
     return (weights / weights.sum()).astype(np.float32)
 
 
-def change_weights(source_BhwZ: jax.Array, target_BhwZ: jax.Array, pyramid: Pyramid, strength: float) -> jax.Array:
-    """Weights of target tokens by how much the edit changes there: float32 [B, L], from 1 to 1 + `strength`.
-
-    Where the squared difference d of raw features (mean over channels, area-resized to the token's grid) is small
-    against that of the features themselves, the source can be copied. The weight is 1 + strength * d / (d + v / 10),
-    v the mean square of the target's features; OmniGen (arXiv 2409.11340, section 3) weighs changed regions likewise.
-    """
-    change_Bhw1 = jnp.mean(jnp.square(target_BhwZ - source_BhwZ), axis=-1, keepdims=True)
-    floor = 0.1 * jnp.mean(jnp.square(target_BhwZ)) + 1e-12
-    scales = [area_resize(change_Bhw1, grid).reshape(len(change_Bhw1), -1) for grid in pyramid.grids]
-    change_BL = jnp.concatenate(scales, axis=1)
-    return 1 + strength * change_BL / (change_BL + floor)
-
-
 def bitwise_loss(
-    logits_BLN2: jax.Array,
-    residuals_BLN: jax.Array,
-    pyramid: Pyramid,
-    config: LossConfig,
-    weights_BL: jax.Array | None = None,
+    logits_BLN2: jax.Array, residuals_BLN: jax.Array, pyramid: Pyramid, config: LossConfig
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Two-way cross-entropy of every bit, in nats.
 
@@ -50,7 +31,6 @@ def bitwise_loss(
         3.3): a bit that the tokenizer hardly decides teaches little. The metrics are about the bits either way.
       pyramid: gives the scale of each of the L tokens.
       config: temperature of the labels, reduction over bits and weights over tokens.
-      weights_BL: further weights of tokens; their scale does not matter.
 
     Returns:
       (scalar loss averaged over the batch, metrics): `bit_accuracy` over all bits, and per scale [K]
@@ -65,11 +45,7 @@ def bitwise_loss(
         targets_BLN = jax.nn.sigmoid(residuals_BLN / config.label_temperature)
         loss_BLN = jax.nn.softplus(margin_BLN) - targets_BLN * margin_BLN
     token_BL = jnp.mean(loss_BLN, axis=-1) if config.reduction == "mean" else jnp.sum(loss_BLN, axis=-1)
-    weights_L = token_weights(pyramid, config.scale_power)
-    if weights_BL is None:
-        loss = jnp.mean(token_BL @ weights_L)
-    else:
-        loss = jnp.sum(token_BL * weights_BL * weights_L[None]) / jnp.sum(weights_BL * weights_L[None])
+    loss = jnp.mean(token_BL @ token_weights(pyramid, config.scale_power))
 
     right_BLN = (margin_BLN > 0) == labels_BLN
     entropy_L = jnp.mean(entropy_BLN, axis=(0, 2))

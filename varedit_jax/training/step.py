@@ -12,7 +12,7 @@ from varedit_jax.scales import Pyramid
 from varedit_jax.text.t5 import T5Encoder
 from varedit_jax.tokenizer.resize import area_resize
 from varedit_jax.tokenizer.tokens import encode_images, make_tokens
-from varedit_jax.training.loss import bitwise_loss, change_weights
+from varedit_jax.training.loss import bitwise_loss
 from varedit_jax.training.self_correction import draw_flips
 from varedit_jax.training.state import TrainState
 from varedit_jax.transformer.model import Transformer
@@ -74,10 +74,7 @@ def make_loss(
             deterministic=not training,
             rngs={"drop_path": depth_key},
         )
-        weights_BL = None
-        if config.loss.change_weight:
-            weights_BL = change_weights(source, target, pyramid, config.loss.change_weight)
-        loss, metrics = bitwise_loss(logits_BLN2, tokens.residuals_BLN, pyramid, config.loss, weights_BL)
+        loss, metrics = bitwise_loss(logits_BLN2, tokens.residuals_BLN, pyramid, config.loss)
         return loss, {"loss": loss, **metrics}
 
     return loss_fn

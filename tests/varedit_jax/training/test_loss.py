@@ -10,7 +10,7 @@ import pytest
 
 from varedit_jax.config import LossConfig
 from varedit_jax.scales import Pyramid
-from varedit_jax.training.loss import bitwise_loss, change_weights, token_weights
+from varedit_jax.training.loss import bitwise_loss, token_weights
 
 GRIDS = ((1, 1), (2, 3), (4, 5))
 PYRAMID = Pyramid(GRIDS, GRIDS)
@@ -87,42 +87,9 @@ def test_soft_labels(compute, example, temperature):
     jax.tree.map(np.testing.assert_array_equal, metrics, of_bits)
 
 
-@pytest.mark.parametrize("name", ["label_temperature", "change_weight"])
-def test_what_is_below_zero_is_refused(name):
-    with pytest.raises(ValueError, match=rf"{name} is -0\.1"):
-        LossConfig(**{name: -0.1})
-
-
-def test_further_weights_of_tokens(compute, example):
-    logits, residuals = example
-    weights = np.random.default_rng(1).uniform(0.5, 4, (BATCH, 27)).astype(np.float32)
-    config = LossConfig()
-    loss, metrics = compute(logits, residuals, PYRAMID, config, weights)
-    products = weights * np.array(slow_weights(0.5))
-    tokens = slow_entropy(logits, residuals > 0).mean(-1)
-    assert float(loss) == pytest.approx((tokens * products).sum() / products.sum(), rel=2e-6)
-    plain, plain_metrics = compute(logits, residuals, PYRAMID, config)
-    assert float(loss) != pytest.approx(float(plain), rel=1e-3)
-    jax.tree.map(np.testing.assert_array_equal, metrics, plain_metrics)
-    assert float(compute(logits, residuals, PYRAMID, config, np.full_like(weights, 3))[0]) == pytest.approx(
-        float(plain)
-    )
-
-
-def test_changed_places_weigh_more(quick_jit):
-    """One cell of the last grid differs: its token and the coarser ones over it weigh more, by the formula."""
-    draw = np.random.default_rng(0)
-    source = draw.normal(size=(2, 4, 5, BITS)).astype(np.float32)
-    target = source.copy()
-    target[1, 0, 0] += 0.5
-    weights = np.asarray(quick_jit(change_weights, static_argnums=(2, 3))(source, target, PYRAMID, 3.0))
-    assert weights.shape == (2, 27)
-    np.testing.assert_array_equal(weights[0], 1)
-    floor = 0.1 * np.mean(target**2)
-    expected = [1 + 3 * change / (change + floor) for change in (0.25, 0.25 / 20)]
-    np.testing.assert_allclose(weights[1, [7, 0]], expected, rtol=1e-5)
-    assert 1 < weights[1, 1] < expected[0]
-    np.testing.assert_array_equal(weights[1, [*range(3, 7), *range(9, 12), *range(13, 27)]], 1)
+def test_negative_temperature_is_refused():
+    with pytest.raises(ValueError, match=r"label_temperature is -0\.1"):
+        LossConfig(label_temperature=-0.1)
 
 
 def test_metrics_of_each_scale(compute, example):
