@@ -28,7 +28,7 @@ from varedit_jax.training.ledger import read_metrics
 _FULL = flags.DEFINE_bool("full", False, "make the shipped tokenizer and editor again, and score 1000 edits")
 _FOLDER = flags.DEFINE_string("folder", "", "where to leave everything; runs/demo or runs/demo-full by default")
 _CARD = "experiments/configs/shapes.py"
-_STOP_AFTER = 600  # steps before the demo stops its own training, to show that it goes on
+_STOP_AFTER = 1000  # steps before the demo stops its own training, to show that it goes on
 
 GOAL_TRAINED, GOAL_SHIPPED = 0.75, 0.95  # shares of 200 held-out edits that are exact
 
