@@ -120,12 +120,12 @@ def _editor(name: str, coarse: int, middle: int, fine: int, train_examples: int)
 def get_config(variant: str = "demo") -> RunConfig | TokenizerRunConfig:
     """The card; see the module's docstring for the variants."""
     if variant == "demo":
-        run = _editor("shapes_demo", coarse=1500, middle=500, fine=380, train_examples=16000)
+        run = _editor("shapes_demo", coarse=1300, middle=420, fine=320, train_examples=16000)
         return dataclasses.replace(run, sample_every=1000, eval_every=800, eval_batches=5)
     if variant == "full":
         return _editor("shapes", coarse=3000, middle=800, fine=1000, train_examples=32000)
     if variant == "compare":
-        run = _editor("shapes_compare", coarse=800, middle=200, fine=200, train_examples=16000)
+        run = _editor("shapes_compare", coarse=600, middle=150, fine=200, train_examples=16000)
         transformer = dataclasses.replace(MODEL.transformer, depth=3, width=64, heads=2)
         model = dataclasses.replace(MODEL, transformer=transformer)
         return dataclasses.replace(run, model=model, sample_every=0, eval_every=run.steps)
