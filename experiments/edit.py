@@ -13,6 +13,7 @@ from absl import flags
 
 from experiments import program
 from varedit_jax.config import SamplingConfig
+from varedit_jax.conversion import convert
 from varedit_jax.sampling import images
 from varedit_jax.sampling.editor import Editor
 
@@ -26,8 +27,9 @@ _GUIDANCE = flags.DEFINE_float("guidance", None, "classifier-free guidance; 1 = 
 _TEMPERATURE = flags.DEFINE_float("temperature", None, "of sampling; the checkpoint's own by default", lower_bound=1e-3)
 _TOP_P = flags.DEFINE_float("top_p", None, "0.97 leaves out bits of probability <= 0.03", lower_bound=0, upper_bound=1)
 _GREEDY = flags.DEFINE_bool("greedy", None, "most likely bits; the checkpoint's own by default")
-_TOKENIZER = flags.DEFINE_string("tokenizer", "", "folder of the tokenizer, where a run's own is elsewhere now")
+_TOKENIZER = flags.DEFINE_string("tokenizer", "", "folder of the tokenizer, where the checkpoint has none or it moved")
 _TEXT = flags.DEFINE_string("text", "", "folder of the text encoder, likewise")
+_VERIFY = flags.DEFINE_bool("verify", False, "compare every tensor with the checkpoint's manifest before it is used")
 
 
 def _sampling(own: SamplingConfig) -> SamplingConfig:
@@ -45,6 +47,8 @@ def main(argv: list[str]) -> None:
     del argv
     images.check_output(_OUTPUT.value)
     picture = images.read_image(_IMAGE.value)
+    if _VERIFY.value:
+        print(f"{convert.verify(_CHECKPOINT.value)} tensors of {_CHECKPOINT.value} are as they were written")
     editor = Editor.load(_CHECKPOINT.value, _TOKENIZER.value, _TEXT.value)
     [edited] = editor.edit([picture], [_INSTRUCTION.value], [_SEED.value], _sampling(editor.sampling))
     images.write_image(_OUTPUT.value, edited)

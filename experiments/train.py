@@ -18,6 +18,7 @@ from data_pipelines import loader
 from data_pipelines.shapes.scoring import sample_sheet
 from experiments import program
 from varedit_jax.config import RunConfig, to_dict
+from varedit_jax.conversion import convert
 from varedit_jax.conversion.folder import save_folder, weights_hash
 from varedit_jax.errors import UserError
 from varedit_jax.sampling.editor import Editor
@@ -35,6 +36,7 @@ _EXPORT = flags.DEFINE_string("export", "", "new folder for the finished editor'
 _EXPORT_TYPE = flags.DEFINE_enum(
     "export_type", "float16", ["float32", "bfloat16", "float16"], "type of exported weights"
 )
+_VERIFY = flags.DEFINE_bool("verify", False, "compare the weights it starts from with their manifests first")
 
 
 def _features(config: RunConfig, source: loader.TfdsSource, split: str, tokenizer: Any) -> Any:
@@ -63,6 +65,10 @@ def main(argv: list[str]) -> None:
     """Puts data, weights and step together and runs the loop."""
     del argv
     config: RunConfig = _CONFIG.value
+    if _VERIFY.value:
+        for folder in dict.fromkeys((config.tokenizer_weights, config.text_weights, config.init_from)):
+            if folder:
+                print(f"{convert.verify(folder)} tensors of {folder} are as they were written")
     pyramid = editor_pyramid(config.model)
     optimizer = make_optimizer(config.optimizer, config.steps)
     frozen = jax.device_put(editor_run.load_frozen(config))

@@ -50,8 +50,8 @@ def beyond_tolerance(folder: pathlib.Path) -> None:
 
 SPOILT: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
     "missing tensor": (without_tensor, "golden.safetensors has no tensor infer_bits_03"),
-    "missing weight": (without_weight, "the file has no tensor lvl_embed.weight"),
-    "damaged file": (cut_short, "vae.pth is damaged"),
+    "missing weight": (without_weight, "it lacks (1): lvl_embed.weight"),
+    "damaged file": (cut_short, "vae.pth is damaged, cut short"),
     "missing field": (without_field, "config.json has no field 'ch_mult'"),
     "missing file": (without_file, "holds neither vae.pth nor vae.safetensors"),
     "missing folder": (shutil.rmtree, "is not a golden folder: cannot read its config.json"),

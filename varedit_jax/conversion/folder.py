@@ -1,7 +1,6 @@
-"""A folder of weights: `config.json` and one safetensors file a part (tokenizer, text, transformer).
+"""A folder of weights: `config.json`, and each part (tokenizer, text, transformer) in one of the forms of ours.py.
 
-The form in which editors and tokenizers are shipped and shared. Names inside a file are paths of our own tree, joined
-by slashes.
+The form in which editors and tokenizers are shipped, shared, and started from.
 """
 
 import hashlib
@@ -19,11 +18,13 @@ import safetensors
 import safetensors.numpy
 
 from varedit_jax.config import EditorConfig, SamplingConfig, from_dict, to_dict
+from varedit_jax.conversion import ours
 from varedit_jax.errors import UserError
 
 PARTS = ("tokenizer", "text", "transformer")
 STORED_TYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
-_CONFIG = "config.json"
+CONFIG = "config.json"
+VOCABULARY = "t5_tokenizer.json"  # of the prompts, where a folder brings its own
 
 Params = dict[str, Any]
 
@@ -59,7 +60,7 @@ def save_folder(
                     raise UserError(f"{part}/{name} holds values that are not finite in {stored_type}")
             safetensors.numpy.save_file(tensors, staging / f"{part}.safetensors")
         record = {"model": to_dict(config), "sampling": to_dict(sampling or SamplingConfig())}
-        (staging / _CONFIG).write_text(json.dumps(record, indent=1) + "\n")
+        (staging / CONFIG).write_text(json.dumps(record, indent=1) + "\n")
         staging.rename(target)
     except (OSError, safetensors.SafetensorError) as error:  # safetensors wraps what the system says
         reason = getattr(error, "strerror", None) or error
@@ -71,7 +72,7 @@ def save_folder(
 def is_folder(folder: str | os.PathLike[str]) -> bool:
     """Whether `folder` looks like a folder of weights."""
     path = pathlib.Path(folder)
-    return (path / _CONFIG).is_file() and any((path / f"{part}.safetensors").is_file() for part in PARTS)
+    return (path / CONFIG).is_file() and any(ours.is_part(path, part) for part in PARTS)
 
 
 def read_config(folder: str | os.PathLike[str]) -> tuple[EditorConfig, SamplingConfig]:
@@ -79,9 +80,9 @@ def read_config(folder: str | os.PathLike[str]) -> tuple[EditorConfig, SamplingC
 
     Raises UserError if there is none, or it is not one of ours.
     """
-    path = pathlib.Path(folder) / _CONFIG
+    path = pathlib.Path(folder) / CONFIG
     if not path.is_file():
-        raise UserError(f"{folder} is not a folder of weights: it has no {_CONFIG}")
+        raise UserError(f"{folder} is not a folder of weights: it has no {CONFIG}")
     try:
         record = json.loads(path.read_text())
         return from_dict(EditorConfig, record["model"]), from_dict(SamplingConfig, record["sampling"])
@@ -92,27 +93,9 @@ def read_config(folder: str | os.PathLike[str]) -> tuple[EditorConfig, SamplingC
 def load_folder(folder: str | os.PathLike[str], part: str, expected: Any) -> Params:
     """One part of a folder of weights, as float32 numpy arrays in the tree `expected` (of jax.ShapeDtypeStruct).
 
-    Raises UserError for a missing or damaged file, and for weights of another model, naming the first tensor that
-    differs with both shapes.
+    Raises UserError for a missing or damaged part, and for weights of another model, naming what differs.
     """
-    path = pathlib.Path(folder) / f"{part}.safetensors"
-    if not path.is_file():
-        raise UserError(f"{folder} holds no {part} weights ({path.name} is missing)")
-    try:
-        found = safetensors.numpy.load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged or not a safetensors file: {error}") from error
-    wanted = flax.traverse_util.flatten_dict(expected, sep="/")
-    for name in sorted(set(found) | set(wanted)):
-        found_shape = found[name].shape if name in found else "nothing"
-        wanted_shape = wanted[name].shape if name in wanted else "nothing"
-        if found_shape != wanted_shape:
-            raise UserError(
-                f"{path} is of another model: {name} has shape {found_shape}, expected is {wanted_shape}; "
-                f"use the configuration that it was trained with"
-            )
-    flat = {name: np.asarray(tensor, np.float32) for name, tensor in found.items()}
-    return flax.traverse_util.unflatten_dict(flat, sep="/")
+    return ours.read_part(folder, part, expected)
 
 
 def weights_hash(params: Params) -> str:

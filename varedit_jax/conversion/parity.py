@@ -99,10 +99,15 @@ def _editor_config(values: dict[str, Any]) -> EditorConfig:
     )
 
 
-def _state_dict(folder: pathlib.Path, name: str) -> StateDict:
-    for suffix in (".pth", ".safetensors"):
-        if (folder / f"{name}{suffix}").is_file():
-            return read_state_dict(folder / f"{name}{suffix}")
+def _params(folder: pathlib.Path, name: str, part: str, expected: Any) -> Any:
+    """A part from the file `name` (.pth or .safetensors), in float32."""
+    for path in (folder / f"{name}{suffix}" for suffix in (".pth", ".safetensors")):
+        if path.is_file():
+            state = {key.removeprefix("vae."): tensor for key, tensor in read_state_dict(path).items()}
+            try:
+                return names.as_float32(names.to_tree(part, state, expected))
+            except UserError as error:
+                raise UserError(f"{path}: {error}") from error
     raise UserError(f"{folder} holds neither {name}.pth nor {name}.safetensors")
 
 
@@ -135,8 +140,8 @@ def read_golden(folder: str | os.PathLike[str]) -> Golden:
         pyramid,
         sampling,
         tensors,
-        names.as_float32(names.tokenizer_params(_state_dict(folder, "vae"), tokenizer)),
-        names.as_float32(names.transformer_params(_state_dict(folder, "transformer"), transformer)),
+        _params(folder, "vae", "tokenizer", tokenizer),
+        _params(folder, "transformer", "transformer", transformer),
     )
 
 

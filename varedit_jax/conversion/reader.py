@@ -1,61 +1,206 @@
-"""Reads published state dicts without running code from a file, and without PyTorch.
+"""Reads published state dicts without running code from a file, without PyTorch, and one tensor at a time.
 
 A `.pth` file is a zip of a pickle and one raw file a tensor. The pickle is read by an unpickler that knows nothing but
-the rebuilding of tensors, so a file that asks for anything else is refused.
+the rebuilding of tensors, so a file that asks for anything else is refused. Tensors are views of a memory map.
 """
 
 import collections
+import json
+import mmap
 import os
 import pathlib
 import pickle
+import re
+import struct
 import zipfile
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from varedit_jax.errors import UserError
 
 StateDict = dict[str, np.ndarray]
 
-_STORAGES = {
+STORAGES = {
     "FloatStorage": np.float32,
     "DoubleStorage": np.float64,
     "HalfStorage": np.float16,
     "BFloat16Storage": ml_dtypes.bfloat16,
     "LongStorage": np.int64,
     "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
     "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }
+SAFETENSORS_TYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+# Plain values of a trainer's record, which come as references to names.
+_TORCH_CONSTANTS = re.compile(r"b?float\d+|u?int\d+|bool|complex\d+|strided")
+
+PTH = (".pth", ".pt", ".bin")
+SAFETENSORS = ".safetensors"
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+class LazyTensor(NamedTuple):
+    """A tensor of a file: what it is, and how to get it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    load: Callable[[], np.ndarray]  # a read-only view of the file
+
+
+class WeightsFile(Mapping[str, LazyTensor]):
+    """The tensors of a file, or of several, by name; nothing is read before it is asked for."""
+
+    def __init__(self, tensors: dict[str, LazyTensor], maps: list[mmap.mmap], paths: list[pathlib.Path]) -> None:
+        """Use `open_weights`."""
+        self._tensors, self._maps = tensors, maps
+        self.paths = paths
+
+    def __getitem__(self, name: str) -> LazyTensor:
+        """The tensor `name`."""
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Names, in the file's order."""
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        """Number of tensors."""
+        return len(self._tensors)
+
+    def release(self) -> None:
+        """Gives the memory of what has been read back to the system; views stay valid, and are read again."""
+        for mapped in self._maps:
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+    def under(self, *prefixes: str) -> "WeightsFile":
+        """The tensors below the first of the `prefixes` that has any, without it; all of them if none has."""
+        for prefix in prefixes:
+            found = {name.removeprefix(prefix): x for name, x in self._tensors.items() if name.startswith(prefix)}
+            if found:
+                return WeightsFile(found, self._maps, self.paths)
+        return self
+
+    def renamed(self, rename: Callable[[str], str]) -> "WeightsFile":
+        """The same tensors by other names."""
+        return WeightsFile({rename(name): x for name, x in self._tensors.items()}, self._maps, self.paths)
+
+
+def open_weights(path: str | os.PathLike[str]) -> WeightsFile:
+    """Opens a `.pth` or `.safetensors` file, an index of shards, or a folder with one of them (Hugging Face's layout).
+
+    Names of nested dicts are joined by dots. Raises UserError for a missing or damaged file, an unknown suffix, a shard
+    that is not there, and a pickle that asks for code to run.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        path = _in_folder(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    if path.name.endswith(".index.json"):
+        return _open_index(path)
+    tensors: dict[str, LazyTensor] = {}
+    if path.suffix == SAFETENSORS:
+        mapped = _open_safetensors(path, tensors)
+    elif path.suffix in PTH:
+        mapped = _open_pth(path, tensors)
+    else:
+        raise UserError(f"{path} ends in {path.suffix!r}; known are {', '.join(PTH)} and {SAFETENSORS}")
+    return WeightsFile(tensors, [mapped], [path])
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
-    """All tensors of a `.pth` or `.safetensors` file by name; nested dicts are joined by dots.
+    """All tensors of what `open_weights` opens, in memory. Raises UserError as it does."""
+    return {name: np.array(tensor.load()) for name, tensor in open_weights(path).items()}
 
-    Raises UserError for a missing or damaged file, an unknown suffix, and a pickle that asks for code to run.
-    """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
-    if path.suffix == ".safetensors":
-        try:
-            return safetensors.numpy.load_file(path)
-        except (safetensors.SafetensorError, OSError) as error:
-            raise UserError(f"{path} is damaged or not a safetensors file: {error}") from error
-    if path.suffix in (".pth", ".pt", ".bin"):
-        return _read_pth(path)
-    raise UserError(f"{path} ends in {path.suffix!r}; known are .pth, .pt, .bin and .safetensors")
+
+def _in_folder(folder: pathlib.Path) -> pathlib.Path:
+    for name in (*INDEXES, *SINGLE_FILES):
+        if (folder / name).is_file():
+            return folder / name
+    found = [path for path in sorted(folder.iterdir()) if path.suffix in (*PTH, SAFETENSORS)]
+    if len(found) != 1:
+        raise UserError(
+            f"{folder} holds {len(found)} files of weights and none of {', '.join((*INDEXES, *SINGLE_FILES))}; "
+            f"name the file that is meant"
+        )
+    return found[0]
+
+
+def _open_index(path: pathlib.Path) -> WeightsFile:
+    try:
+        places: dict[str, str] = json.loads(path.read_text())["weight_map"]
+        shards = {name: open_weights(path.parent / pathlib.Path(name).name) for name in sorted(set(places.values()))}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not an index of shards: {error}") from error
+    lost = [f"{name} (in {shard})" for name, shard in places.items() if name not in shards[shard]]
+    if lost:
+        raise UserError(f"{path} lists tensors that its shards do not hold: {', '.join(lost)}")
+    tensors = {name: shards[shard][name] for name, shard in places.items()}
+    maps = [mapped for shard in shards.values() for mapped in shard._maps]
+    return WeightsFile(tensors, maps, [path, *(p for shard in shards.values() for p in shard.paths)])
+
+
+def _map(path: pathlib.Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _open_safetensors(path: pathlib.Path, tensors: dict[str, LazyTensor]) -> mmap.mmap:
+    try:
+        with safetensors.safe_open(path, framework="numpy"):
+            pass  # it checks the header against the file's size
+        mapped = _map(path)
+        (length,) = struct.unpack_from("<Q", mapped)
+        header: dict[str, Any] = json.loads(mapped[8 : 8 + length])
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged or not a safetensors file: {error}") from error
+    header.pop("__metadata__", None)
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
+        if entry["dtype"] not in SAFETENSORS_TYPES:
+            raise UserError(f"{path}: {name} is of type {entry['dtype']}; known are {', '.join(SAFETENSORS_TYPES)}")
+        dtype, shape = np.dtype(SAFETENSORS_TYPES[entry["dtype"]]), tuple(entry["shape"])
+        start = 8 + length + entry["data_offsets"][0]
+        tensors[name] = LazyTensor(shape, dtype, _view(mapped, dtype, shape, start))
+    return mapped
+
+
+def _view(mapped: mmap.mmap, dtype: np.dtype, shape: tuple[int, ...], start: int) -> Callable[[], np.ndarray]:
+    count = int(np.prod(shape, dtype=np.int64))
+    return lambda: np.frombuffer(mapped, dtype, count, start).reshape(shape) if count else np.empty(shape, dtype)
+
+
+class _Storage(NamedTuple):
+    """The raw file of a tensor."""
+
+    dtype: np.dtype
+    size: int
+    load: Callable[[], np.ndarray]  # flat
 
 
 class _Unpickler(pickle.Unpickler):
-    """Rebuilds tensors from the raw files of the zip; refuses every other global."""
+    """Describes the tensors of the zip; refuses every global but those of tensors."""
 
-    def __init__(self, archive: zipfile.ZipFile, root: str, path: pathlib.Path) -> None:
+    def __init__(self, archive: zipfile.ZipFile, root: str, path: pathlib.Path, mapped: mmap.mmap) -> None:
         super().__init__(archive.open(f"{root}/data.pkl"))
-        self._archive, self._root, self._path = archive, root, path
+        self._archive, self._root, self._path, self._mapped = archive, root, path, mapped
 
     def find_class(self, module: str, name: str) -> Any:
         """The few names a state dict needs."""
@@ -65,56 +210,88 @@ class _Unpickler(pickle.Unpickler):
             return _rebuild_tensor
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return lambda data, requires_grad, hooks: data
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
+        if (module, name) == ("torch", "Size"):
+            return tuple
+        if module == "torch" and _TORCH_CONSTANTS.fullmatch(name):
+            return name
         raise UserError(
             f"{self._path} asks to run {module}.{name} when it is opened, which plain weights never do; it was not read"
         )
 
-    def persistent_load(self, pid: Any) -> np.ndarray:
-        """One storage, as a flat array."""
-        kind, dtype, key, _, count = pid
+    def persistent_load(self, pid: Any) -> _Storage:
+        """One storage, not yet read."""
+        kind, storage_type, key, _, count = pid
         if kind != "storage":
             raise UserError(f"{self._path} refers to a {kind!r}; plain weights refer to storages only")
-        data = np.frombuffer(self._archive.read(f"{self._root}/data/{key}"), dtype)
-        if data.size != count:
-            raise UserError(f"{self._path} is damaged: a tensor has {data.size} of {count} values")
-        return data
+        dtype, info = np.dtype(storage_type), self._archive.getinfo(f"{self._root}/data/{key}")
+        if info.file_size != count * dtype.itemsize:
+            raise UserError(
+                f"{self._path} is damaged: a tensor has {info.file_size // dtype.itemsize} of {count} values"
+            )
+        if info.compress_type != zipfile.ZIP_STORED:  # PyTorch stores; who repacks the file may compress
+            return _Storage(dtype, count, lambda: np.frombuffer(self._inflated(info), dtype))
+        start = self._data_start(info)
+        return _Storage(dtype, count, _view(self._mapped, dtype, (count,), start))
+
+    def _inflated(self, info: zipfile.ZipInfo) -> bytes:
+        try:
+            return self._archive.read(info)
+        except Exception as error:  # as for the file as a whole
+            raise UserError(f"{self._path} is damaged: {info.filename} cannot be read ({error})") from error
+
+    def _data_start(self, info: zipfile.ZipInfo) -> int:
+        """Where the bytes of an entry begin: behind its local header, whose length the directory does not tell."""
+        header = self._mapped[info.header_offset : info.header_offset + 30]
+        name_length, extra_length = struct.unpack_from("<HH", header, 26)
+        start = info.header_offset + 30 + name_length + extra_length
+        if header[:4] != b"PK\x03\x04" or start + info.file_size > len(self._mapped):
+            raise UserError(f"{self._path} is damaged: {info.filename} lies outside of the file")
+        return start
 
 
 def _rebuild_tensor(
-    storage: np.ndarray, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *unused: Any
-) -> np.ndarray:
+    storage: _Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *unused: Any
+) -> LazyTensor:
     """A view of a storage, bounds checked."""
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if 0 not in size else offset - 1
-    if offset < 0 or min(stride, default=0) < 0 or last >= storage.size:
+    if offset < 0 or min(size, default=0) < 0 or min(stride, default=0) < 0 or last >= storage.size:
         raise UserError(f"a tensor of shape {size} does not fit its storage of {storage.size} values")
-    strides = tuple(step * storage.itemsize for step in stride)
-    return np.lib.stride_tricks.as_strided(storage[offset:], size, strides, writeable=False)
+    strides = tuple(step * storage.dtype.itemsize for step in stride)
+    return LazyTensor(
+        tuple(size),
+        storage.dtype,
+        lambda: np.lib.stride_tricks.as_strided(storage.load()[offset:], size, strides, writeable=False),
+    )
 
 
-def _read_pth(path: pathlib.Path) -> StateDict:
+def _open_pth(path: pathlib.Path, tensors: dict[str, LazyTensor]) -> mmap.mmap:
     try:
-        with zipfile.ZipFile(path) as archive:
-            pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            if len(pickles) != 1:
-                raise UserError(f"{path} is a zip file, but not one of weights: it holds no data.pkl")
-            loaded = _Unpickler(archive, pickles[0].removesuffix("/data.pkl"), path).load()
+        archive = zipfile.ZipFile(path)
+        mapped = _map(path)
+        pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise UserError(f"{path} is a zip file, but not one of weights: it holds no data.pkl")
+        root = pickles[0].removesuffix("/data.pkl")
+        order = [name for name in archive.namelist() if name == f"{root}/byteorder"]
+        if order and archive.read(order[0]) != b"little":
+            raise UserError(f"{path} was written by a big-endian machine; save it again on a little-endian one")
+        loaded = _Unpickler(archive, root, path, mapped).load()
+        _flatten(loaded, "", tensors)
     except UserError:
         raise
     except Exception as error:  # a damaged zip or pickle can end in nearly any of them
         raise UserError(
-            f"{path} is damaged or not in the zip form that PyTorch has written since 1.6: {error}"
+            f"{path} is damaged, cut short, or not in the zip form that PyTorch has written since 1.6: {error}"
         ) from error
-    tensors: StateDict = {}
-    _flatten(loaded, "", tensors)
     if not tensors:
         raise UserError(f"{path} holds no tensors")
-    return tensors
+    return mapped
 
 
-def _flatten(value: Any, prefix: str, tensors: StateDict) -> None:
-    if isinstance(value, np.ndarray):
+def _flatten(value: Any, prefix: str, tensors: dict[str, LazyTensor]) -> None:
+    if isinstance(value, LazyTensor):
         tensors[prefix] = value
     elif isinstance(value, dict):
         for name, item in value.items():

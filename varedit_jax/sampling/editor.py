@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from varedit_jax.config import EditorConfig, RunConfig, SamplingConfig, from_dict, per_scale
-from varedit_jax.conversion.folder import PARTS, is_folder, load_folder, read_config
+from varedit_jax.conversion.folder import PARTS, VOCABULARY, is_folder, load_folder, read_config
 from varedit_jax.errors import UserError
 from varedit_jax.parameters import abstract_params
 from varedit_jax.sampling import decode, images
@@ -49,8 +49,14 @@ class Editor:
         folder = pathlib.Path(folder)
         if is_folder(folder):
             config, sampling = read_config(folder)
-            params = {part: load_folder(folder, part, abstract_params(config, part)) for part in PARTS}
-            return cls(config, params, sampling)
+            folders = {"tokenizer": tokenizer, "text": text}
+            params = {
+                part: load_folder(folders.get(part) or folder, part, abstract_params(config, part)) for part in PARTS
+            }
+            editor = cls(config, params, sampling)
+            if (folder / VOCABULARY).is_file():
+                editor.vocabulary = Vocabulary.load(folder / VOCABULARY)
+            return editor
         return cls._from_run(folder, tokenizer, text)
 
     @classmethod

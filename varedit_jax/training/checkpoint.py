@@ -60,7 +60,7 @@ class Checkpoints:
         """
         if keep < 1:
             raise UserError(f"keep_checkpoints is {keep}; it must be at least 1")
-        _quiet_orbax()
+        quiet_orbax()
         self.folder = pathlib.Path(workdir).absolute() / CHECKPOINTS
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -165,7 +165,7 @@ def restore_params(folder: str | os.PathLike[str], abstract_params: Any, step: i
     Raises:
       UserError: no such folder, no checkpoint in it, no such step, another model's parameters, or damaged files.
     """
-    _quiet_orbax()
+    quiet_orbax()
     root = pathlib.Path(folder).absolute()
     if not root.is_dir():
         raise UserError(f"there is no folder {folder}")
@@ -357,7 +357,7 @@ def _damage_explained(checkpoints: pathlib.Path, step: int) -> Iterator[None]:
         ) from error
 
 
-def _quiet_orbax() -> None:
+def quiet_orbax() -> None:
     """Keeps Orbax's log lines off the screen: what it has to say to the user reaches him as an error."""
     logger = logging.getLogger("absl")
     if _not_from_orbax not in logger.filters:

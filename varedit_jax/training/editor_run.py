@@ -1,13 +1,16 @@
 """What a training run of an editor starts from: frozen weights, initial state, evaluation."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from varedit_jax.config import RunConfig
+from varedit_jax.conversion import names, ours
 from varedit_jax.conversion.folder import load_folder
 from varedit_jax.errors import UserError
 from varedit_jax.parameters import abstract_params, init_text, init_transformer
@@ -47,14 +50,57 @@ def make_init(config: RunConfig, optimizer: optax.GradientTransformation) -> Cal
     return init
 
 
-def start(config: RunConfig, init: Callable[[], TrainState]) -> TrainState:
-    """The state of step 0: random, or with what is trained (the transformer, the text encoder) from `init_from`."""
+# What may differ between a model and the one it starts from, and is then initialized anew, as the recipe does: the maps
+# from and to bits of another tokenizer; everything about a text encoder of another width; what published models lack.
+_MAY_DIFFER = {
+    "transformer": (
+        r"word_embed/kernel|head/.*",
+        r"text_.*",
+        r"position_embed/.*",
+    ),
+}
+
+
+def start(config: RunConfig, init: Callable[[], TrainState], log: Callable[[str], None] = print) -> TrainState:
+    """The state of step 0: random, or with what is trained (the transformer, the text encoder) from `init_from`.
+
+    `init_from` is a folder of weights or of a run. What does not fit is initialized, if the recipe allows it to differ;
+    `log` gets what was loaded and what was not. Raises UserError naming anything else that does not fit.
+    """
     state = jax.jit(init)()
-    if config.init_from:
-        parts = list(state.params)
-        loaded = {part: load_folder(config.init_from, part, abstract_params(config.model, part)) for part in parts}
-        state = state.replace(params=jax.device_put(loaded))
-    return state
+    if not config.init_from:
+        return state
+    params = {}
+    for part, initial in state.params.items():
+        loaded, anew = _fitting(config.init_from, part, abstract_params(config.model, part))
+        log(f"{part} from {config.init_from}: {len(loaded)} arrays loaded: {', '.join(loaded) or 'none'}")
+        if anew:
+            log(f"{part}: {len(anew)} arrays do not fit and are initialized: {'; '.join(anew.values())}")
+        values = names.flat(initial)
+        params[part] = names.tree({path: loaded.get(path, value) for path, value in values.items()})
+    return state.replace(params=jax.device_put(params))
+
+
+def _fitting(folder: str, part: str, expected: Params) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Arrays of a part that a run can start from, by path; and, by path, how the others differ."""
+    wanted = names.flat(expected)
+    found = ours.find_part(folder, part)
+    differ = {
+        path: f"{path} (there {list(found[path].shape) if path in found else 'none'}, here {list(leaf.shape)})"
+        for path, leaf in wanted.items()
+        if path not in found or tuple(found[path].shape) != tuple(leaf.shape)
+    }
+    groups = [re.compile(pattern) for pattern in _MAY_DIFFER.get(part, ())]
+    anew: set[str] = set()
+    for group in groups:  # one that differs takes its group with it, as the recipe has it
+        members = {path for path in wanted if group.fullmatch(path)}
+        if members & set(differ):
+            anew |= members
+    refused = [text for path, text in differ.items() if path not in anew]
+    if refused:
+        raise UserError(f"a run of this configuration cannot start from {folder}: {part} {'; '.join(refused)}")
+    loaded = {path: found[path].as_float32() for path in wanted if path not in anew}
+    return loaded, {path: differ.get(path, f"{path} (goes with them)") for path in wanted if path in anew}
 
 
 def make_evaluate(config: RunConfig, pyramid: Pyramid) -> Callable[[Params, Params, Batch], Metrics]:

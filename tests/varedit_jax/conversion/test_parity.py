@@ -93,5 +93,5 @@ def test_missing_field_is_named(copy: pathlib.Path) -> None:
 def test_weights_of_another_size_are_refused(copy: pathlib.Path) -> None:
     values = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(values | {"base_ch": 64}))
-    with pytest.raises(UserError, match=r"coder\.\S+ has shape \[.*\], which does not give the model's \[.*\]"):
+    with pytest.raises(UserError, match=r"vae\.pth: .*coder\.\S+ has shape \[.*\], the model's is \[.*\]"):
         parity.read_golden(copy)

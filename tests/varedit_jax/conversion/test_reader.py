@@ -108,9 +108,9 @@ GOOD = archive(pickled(), VALUES.tobytes())
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"", "damaged or not in the zip form"),
-        (pickle.dumps({"w": 1}), "damaged or not in the zip form that PyTorch has written since 1.6"),
-        (GOOD[:-30], "damaged or not in the zip form"),
+        (b"", "damaged, cut short, or not in the zip form"),
+        (pickle.dumps({"w": 1}), "damaged, cut short, or not in the zip form that PyTorch has written since 1.6"),
+        (GOOD[:-30], "damaged, cut short, or not in the zip form"),
         (archive(b"x", b"", ("model.onnx", "x")), "a zip file, but not one of weights"),
         (archive(pickled(), VALUES.tobytes(), ("data.pkl", "data/1")), "damaged"),
         (archive(b"(d.", b""), "holds no tensors"),

@@ -1,5 +1,6 @@
 """The T5 encoder against Hugging Face's, and the sizes of the published ones."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -11,44 +12,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from varedit_jax import config as configs
+from varedit_jax.conversion import names
+from varedit_jax.parameters import abstract_params
 from varedit_jax.text.t5 import T5Encoder, relative_buckets
 
 DATA = pathlib.Path(__file__).parents[2] / "data"
 ENCODERS = json.loads((DATA / "t5_encoders.json").read_text())
-
-
-def load_parameters(arrays: dict[str, np.ndarray], config: configs.TextConfig) -> dict:
-    """Our tree from published names: one line a parameter, as the conversion table will have it."""
-    width, heads, head_size = config.width, config.heads, config.head_size
-
-    def stack(name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
-        layers = [arrays.pop(f"encoder.block.{layer}.layer.{name}.weight") for layer in range(config.layers)]
-        # A published matrix is [out, in]; `shape` is that of our kernel [in, out].
-        return np.stack([value.T.reshape(shape) if shape else value for value in layers])
-
-    into, out_of = (width, heads, head_size), (heads, head_size, width)
-    return {
-        "embedding": {"embedding": arrays.pop("shared.weight")},
-        "relative_bias": {
-            "table": arrays.pop("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"),
-        },
-        "layers": {
-            "attention_norm": {"scale": stack("0.layer_norm")},
-            "attention": {
-                "query": {"kernel": stack("0.SelfAttention.q", into)},
-                "key": {"kernel": stack("0.SelfAttention.k", into)},
-                "value": {"kernel": stack("0.SelfAttention.v", into)},
-                "out": {"kernel": stack("0.SelfAttention.o", out_of)},
-            },
-            "mlp_norm": {"scale": stack("1.layer_norm")},
-            "mlp": {
-                "gate": {"kernel": stack("1.DenseReluDense.wi_0", (width, config.mlp_width))},
-                "up": {"kernel": stack("1.DenseReluDense.wi_1", (width, config.mlp_width))},
-                "down": {"kernel": stack("1.DenseReluDense.wo", (config.mlp_width, width))},
-            },
-        },
-        "final_norm": {"scale": arrays.pop("encoder.final_layer_norm.weight")},
-    }
 
 
 def load_encoder(name: str) -> tuple[configs.TextConfig, dict, jax.Array, jax.Array, list[np.ndarray]]:
@@ -57,8 +26,12 @@ def load_encoder(name: str) -> tuple[configs.TextConfig, dict, jax.Array, jax.Ar
     arrays = load_file(DATA / f"t5_encoder_{name}.safetensors")
     ids_BT, length_B = jnp.asarray(arrays.pop("ids")), arrays.pop("lengths")
     features = np.split(arrays.pop("features"), np.cumsum(length_B)[:-1])
-    parameters = load_parameters(arrays, config)
-    assert not arrays, f"not mapped: {sorted(arrays)}"
+    editor = dataclasses.replace(
+        configs.preset("tiny"),
+        text=config,
+        transformer=dataclasses.replace(configs.preset("tiny").transformer, text_width=config.width),
+    )
+    parameters = names.to_tree("text", arrays, abstract_params(editor, "text"))
     return config, parameters, ids_BT, jnp.asarray(length_B), features
 
 

@@ -1,6 +1,7 @@
 """What a training run of an editor starts from."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from varedit_jax.config import DataConfig, LossConfig, RunConfig, preset
+from varedit_jax.conversion import names
 from varedit_jax.conversion.folder import save_folder
 from varedit_jax.errors import UserError
 from varedit_jax.parameters import abstract_params
@@ -91,8 +93,42 @@ def test_start(shipped):
     jax.tree.map(np.testing.assert_array_equal, loaded.params, trained)
     jax.tree.map(np.testing.assert_array_equal, loaded.replace(params=None), state.replace(params=None))
     deeper = dataclasses.replace(MODEL, transformer=dataclasses.replace(MODEL.transformer, depth=3))
-    with pytest.raises(UserError, match="of another model"):
+    with pytest.raises(UserError, match=r"cannot start from .*: transformer blocks/ada_gss \(there \[1, .* here \[2, "):
         start(dataclasses.replace(RUN, model=deeper, init_from=folder), ones)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "transformer", "text", "anew"),
+    [
+        ({"bits": 8}, {"token_bits": 8}, {}, r"word_embed/kernel|head/(kernel|bias)"),
+        ({}, {"text_width": 48}, {"width": 48}, r"text_(unconditional|norm|pool|proj_in|proj_out)\b.*"),
+        ({}, {"absolute_positions": True}, {}, r"position_embed/kernel"),
+    ],
+    ids=["other bits", "other text encoder", "positions"],
+)
+def test_start_from_a_model_that_differs_where_it_may(shipped, tokenizer, transformer, text, anew):
+    """As a run starts from Infinity: what does not fit stays as initialized, the rest is loaded, the log lists both."""
+    params, folder = shipped
+    model = dataclasses.replace(
+        MODEL,
+        tokenizer=dataclasses.replace(MODEL.tokenizer, **tokenizer),
+        text=dataclasses.replace(MODEL.text, **text),
+        transformer=dataclasses.replace(MODEL.transformer, **transformer),
+    )
+    run = dataclasses.replace(RUN, model=model, init_from=folder, train_text=False)
+    abstract = jax.eval_shape(make_init(run, OPTIMIZER))
+    log: list[str] = []
+    state = start(run, lambda: jax.tree.map(lambda leaf: jnp.full(leaf.shape, 7, leaf.dtype), abstract), log.append)
+    found, theirs = names.flat(state.params["transformer"]), names.flat(params["transformer"])
+    for path, tensor in found.items():
+        if re.fullmatch(anew, path):
+            np.testing.assert_array_equal(tensor, np.full_like(tensor, 7))
+            assert path in log[1] and path not in log[0].split(": ")[-1].split(", ")
+        else:
+            np.testing.assert_array_equal(tensor, theirs[path])
+            assert path in log[0]
+    changed = [path for path in found if re.fullmatch(anew, path)]
+    assert log[1].startswith(f"transformer: {len(changed)} arrays do not fit and are initialized: ")
 
 
 def test_evaluation_has_no_noise():

@@ -1,0 +1,109 @@
+"""Converts weights: published PyTorch files to ours, and ours to published files or to safetensors of our own.
+
+    python -m experiments.convert --transformer=8B-512.pth --tokenizer=infinity_vae_d56_f8_14_patchify.pth \\
+        --text=flan-t5-xl --output=weights/varedit_8b_512
+    python -m experiments.convert --to=torch --input=runs/varedit_8b_512 --output=published --format=safetensors
+    python -m experiments.convert --to=folder --input=runs/varedit_8b_512 --output=shared --licence=apache-2.0
+    python -m experiments.convert --dry_run --preset=8b --to=torch
+    python -m experiments.convert --verify=weights/varedit_8b_512
+
+Memory does not grow with the model. A conversion that was ended goes on when the same command runs again; the output
+appears complete or not at all, with a manifest of the SHA-256 of every tensor.
+"""
+
+import resource
+import time
+
+from absl import flags
+
+from experiments import program
+from varedit_jax.config import PIXEL_BUDGETS, preset
+from varedit_jax.conversion import convert
+from varedit_jax.conversion.folder import PARTS, STORED_TYPES
+from varedit_jax.conversion.infer import FAMILIES
+from varedit_jax.errors import UserError
+
+_TO = flags.DEFINE_enum("to", "jax", ["jax", "torch", "folder"], "what to write")
+_OUTPUT = flags.DEFINE_string("output", "", "new folder")
+_FILES = {
+    "transformer": flags.DEFINE_string("transformer", "", "published transformer: .pth, .safetensors or shards"),
+    "tokenizer": flags.DEFINE_string("tokenizer", "", "published BSQ tokenizer"),
+    "text": flags.DEFINE_string("text", "", "Flan-T5 of any size: file or folder as on Hugging Face"),
+}
+_WEIGHTS = flags.DEFINE_enum("weights", "model", ["model", "ema"], "which weights of a trainer's checkpoint")
+_FAMILY = flags.DEFINE_enum("family", None, list(FAMILIES), "whose transformer; by the file's name if it says so")
+_ROPE = flags.DEFINE_enum("rope_layout", None, ["released", "paper"], "positions; by the family if not given")
+_BUDGET = flags.DEFINE_enum("pixel_budget", "0.25M", list(PIXEL_BUDGETS), "resolution the transformer works at")
+_INPUT = flags.DEFINE_string("input", "", "folder of weights, or of a training run, for --to=torch and --to=folder")
+_PARTS = flags.DEFINE_multi_enum("parts", [], list(PARTS), "parts to write, one a flag; all there are by default")
+_FORMAT = flags.DEFINE_enum("format", "pth", list(convert.FORMATS), "of published files")
+_SHARD = flags.DEFINE_float("shard_gb", 5.0, "largest safetensors file, in GB", lower_bound=1e-6)
+_DTYPE = flags.DEFINE_enum("dtype", "", ["", *STORED_TYPES], "type to round to; as published or stored by default")
+_CHUNKS = flags.DEFINE_integer("chunks", None, "chunks of blocks in published names, 0 for none", lower_bound=0)
+_LICENCE = flags.DEFINE_string("licence", "", "what the card states, as in apache-2.0")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "print every mapping, one published tensor a line, and write nothing")
+_PRESET = flags.DEFINE_string("preset", "", "size of a dry run that needs no weights, as in 8b")
+_VERIFY = flags.DEFINE_string("verify", "", "folder whose tensors are compared with its manifest; nothing is written")
+
+
+def _published() -> convert.Published:
+    files = {part: flag.value for part, flag in _FILES.items() if flag.value}
+    if not files:
+        raise UserError("give at least one of --transformer, --tokenizer and --text")
+    return convert.Published(
+        files=files,
+        weights=_WEIGHTS.value,
+        family=_FAMILY.value or "",
+        rope_layout=_ROPE.value or "",
+        pixel_budget=_BUDGET.value,
+    )
+
+
+def _dry_run() -> list[convert.Mapped]:
+    if _PRESET.value:
+        try:
+            config = preset(_PRESET.value)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return convert.mapping_out(config, _PARTS.value or ["transformer"], _DTYPE.value or "float32")
+    if _TO.value == "jax":
+        return convert.mapping_in(_published())
+    source = convert.open_source(_INPUT.value, _PARTS.value)
+    return convert.mapping_out(source.config, source.parts, _DTYPE.value or "float32")
+
+
+def _convert() -> int:
+    if not _OUTPUT.value:
+        raise UserError("--output is missing; give a new folder")
+    if _TO.value == "jax":
+        return convert.to_jax(_published(), _OUTPUT.value)
+    if not _INPUT.value:
+        raise UserError(f"--to={_TO.value} needs --input, a folder of weights or of a run")
+    source = convert.open_source(_INPUT.value, _PARTS.value)
+    if _TO.value == "folder":
+        return convert.to_folder(source, _OUTPUT.value, _DTYPE.value, _LICENCE.value)
+    shard_bytes = int(_SHARD.value * 1e9)
+    return convert.to_torch(source, _OUTPUT.value, _FORMAT.value, shard_bytes, _DTYPE.value, _CHUNKS.value)
+
+
+def main(argv: list[str]) -> None:
+    """Converts, verifies, or says what would be converted."""
+    del argv
+    if _VERIFY.value:
+        print(f"{convert.verify(_VERIFY.value)} tensors of {_VERIFY.value} are as they were written")
+        return
+    if _DRY_RUN.value:
+        print("\n".join(map(str, _dry_run())))
+        return
+    start = time.perf_counter()
+    size = _convert()
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(
+        f"{_OUTPUT.value}: {size / 1e9:.2f} GB in {seconds:.1f} s ({size / 1e6 / seconds:.0f} MB/s), "
+        f"peak memory {peak / 1e9:.2f} GB"
+    )
+
+
+if __name__ == "__main__":
+    program.run(main)

@@ -1,0 +1,53 @@
+"""The card beside exported weights: what they are, how they came about, how to use them."""
+
+from varedit_jax.config import EditorConfig, RunConfig
+
+_TEMPLATE = """---
+license: {licence}
+library_name: varedit_jax
+pipeline_tag: image-to-image
+---
+
+# {title}
+
+An editor of pictures by instruction: VAREdit (arXiv 2508.15772), weights of varedit_jax, {size:.2f} GB.
+
+    python -m experiments.edit --checkpoint=THIS_FOLDER --image=mine.png --instruction="..." --output=edited.png
+
+| | |
+|---|---|
+{rows}
+
+Files: `config.json` (model and sampling), one safetensors file a part (names are paths of the tree, slashes between),
+`t5_tokenizer.json` (vocabulary of the prompts), `manifest.json` (SHA-256 of every tensor;
+`python -m experiments.convert --verify=THIS_FOLDER` checks them).
+"""
+
+
+def model_card(config: EditorConfig, run: RunConfig | None, step: int | None, size: int, licence: str) -> str:
+    """Markdown with a header that Hugging Face reads. `size` is in bytes; `run` is None where there was none."""
+    transformer = config.transformer
+    rows = [
+        ("transformer", f"{transformer.depth} blocks, width {transformer.width}, {transformer.heads} heads"),
+        ("bits a token", str(transformer.token_bits)),
+        ("pictures", config.pixel_budget or f"own grids {config.grids}"),
+        ("conditioning, positions", f"{transformer.conditioning}, {transformer.rope_layout}"),
+    ]
+    if run is not None:
+        optimizer, data = run.optimizer, run.data
+        rows += [
+            ("recipe", f"{optimizer.algorithm}, rate {optimizer.learning_rate:g}, {optimizer.schedule}"),
+            ("batch", str(data.batch_size)),
+            ("step", f"{step:,} of {run.steps:,}"),
+            ("data", data.name),
+            ("started from", run.init_from or "random weights"),
+        ]
+    else:
+        rows.append(("recipe, step, data", "not recorded: converted weights"))
+    rows.append(("licence", licence or "not stated"))
+    return _TEMPLATE.format(
+        licence=licence or "unknown",
+        title=run.name if run is not None else f"varedit_jax, {transformer.depth} blocks",
+        size=size / 1e9,
+        rows="\n".join(f"| {name} | {value} |" for name, value in rows),
+    )

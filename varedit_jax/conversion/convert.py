@@ -1,0 +1,497 @@
+"""Published weights in, published weights out, one tensor at a time.
+
+    to_jax       published files -> an Orbax checkpoint a part, config.json, vocabulary: what `Editor` and runs load
+    to_torch     a folder of weights or a run -> files that the published code loads
+    to_folder    a folder of weights or a run -> safetensors with our own names, and a card
+
+Memory does not grow with the model: a tensor is a view of a memory map until it is written. Each output has a manifest
+with the SHA-256 of every tensor, on both sides.
+"""
+
+import dataclasses
+import importlib.resources
+import os
+import pathlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import ml_dtypes
+import numpy as np
+
+import varedit_jax
+from varedit_jax.config import EditorConfig, RopeLayout, RunConfig, SamplingConfig, TextConfig, from_dict, to_dict
+from varedit_jax.conversion import infer, names, ours, stream
+from varedit_jax.conversion.card import model_card
+from varedit_jax.conversion.folder import CONFIG, PARTS, STORED_TYPES, VOCABULARY, is_folder, read_config
+from varedit_jax.conversion.reader import WeightsFile, open_weights
+from varedit_jax.conversion.writer import (
+    Planned,
+    PthFile,
+    SafetensorsFile,
+    TensorFile,
+    safetensors_shards,
+    shard_index,
+)
+from varedit_jax.errors import UserError
+from varedit_jax.parameters import abstract_params
+from varedit_jax.training import checkpoint
+
+FORMATS = ("pth", "safetensors")
+_WRAPPERS = re.compile(r"^module\.|_orig_mod\.|_fsdp_wrapped_module\.")
+
+# Where a part lies inside of what files hold: bare, or in a trainer's own checkpoint.
+_PLACES = {
+    ("transformer", "model"): ("trainer.gpt_fsdp.", "gpt_fsdp."),
+    ("transformer", "ema"): ("trainer.gpt_ema_fsdp.", "gpt_ema_fsdp."),
+    ("tokenizer", "model"): ("vae.", "trainer.vae_local."),
+    ("tokenizer", "ema"): ("ema.",),
+    ("text", "model"): (),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Published:
+    """Published files to convert."""
+
+    files: Mapping[str, str]  # part -> file or folder
+    weights: str = "model"  # or "ema": which of the two that a trainer's checkpoint may hold
+    family: str = ""  # varedit or infinity; "": as the transformer file's name says
+    rope_layout: str = ""  # released or paper; "": what the family needs
+    pixel_budget: str = "0.25M"
+
+
+class _Opened(NamedTuple):
+    files: dict[str, WeightsFile]
+    config: EditorConfig
+    family: str
+
+    def release(self) -> None:
+        for file in self.files.values():
+            file.release()
+
+
+class Mapped(NamedTuple):
+    """A line of a dry run."""
+
+    part: str
+    link: names.Link
+    dtype: np.dtype
+
+    def __str__(self) -> str:
+        """`published name [shape] type <-> our path[index]`."""
+        place = f"{self.part}/{self.link.path}" + ("" if self.link.index is None else f"[{self.link.index}]")
+        what = f"made: {self.link.layout}" if self.link.is_buffer else f"{place} ({self.link.layout})"
+        return f"{self.link.name} {list(self.link.shape)} {self.dtype} <-> {what}"
+
+
+def _open(request: Published) -> _Opened:
+    files = {part: _select(request, part, path) for part, path in request.files.items()}
+    family = request.family or infer.family_of(pathlib.Path(request.files.get("transformer", "")).name)
+    if "transformer" in files and not family:
+        raise UserError(
+            f"{request.files['transformer']} does not say in its name whose weights it holds; give --family=varedit or "
+            f"--family=infinity (their positions differ)"
+        )
+    layout = cast(RopeLayout, request.rope_layout or infer.FAMILIES[family or "varedit"])
+    shapes = {part: {name: x.shape for name, x in file.items()} for part, file in files.items()}
+    return _Opened(files, infer.editor_config(shapes, request.pixel_budget, layout), family)
+
+
+def _select(request: Published, part: str, path: str) -> WeightsFile:
+    """The tensors of a part in a file that may hold more, without the names that wrappers add."""
+    whole = open_weights(path)
+    places = _PLACES.get((part, request.weights), _PLACES[part, "model"])
+    chosen = whole.under(*places)
+    if request.weights == "ema" and places != _PLACES[part, "model"] and chosen is whole:
+        raise UserError(f"{path} holds no averaged (EMA) {part} weights; use --weights=model")
+    return chosen.renamed(lambda name: _WRAPPERS.sub("", name))
+
+
+def _match(opened: _Opened, part: str) -> list[names.Link]:
+    file = opened.files[part]
+    try:
+        return names.match(part, {name: x.shape for name, x in file.items()}, abstract_params(opened.config, part))
+    except UserError as error:
+        raise UserError(f"{file.paths[0]}: {error}") from error
+
+
+def mapping_in(request: Published) -> list[Mapped]:
+    """Every mapping of published files, without reading a tensor. Raises UserError for what cannot be converted."""
+    opened = _open(request)
+    return [
+        Mapped(part, link, opened.files[part][link.name].dtype)
+        for part in opened.files
+        for link in _match(opened, part)
+    ]
+
+
+def mapping_out(config: EditorConfig, parts: Sequence[str], dtype: str = "float32") -> list[Mapped]:
+    """Every published tensor that an editor's parts become; nothing is allocated."""
+    kind = np.dtype(STORED_TYPES[dtype])
+    return [
+        Mapped(part, link, np.dtype(np.int64) if link.layout == "powers" else kind)
+        for part in parts
+        for link in names.links(part, abstract_params(config, part), _default_dialect(config))
+    ]
+
+
+def _default_dialect(config: EditorConfig) -> names.Dialect:
+    return names.Dialect(chunks=names.published_chunks(config.transformer.depth, config.transformer.width))
+
+
+def _stamp(paths: Sequence[pathlib.Path]) -> list[Any]:
+    """What tells whether files are the same as at an earlier attempt."""
+    return [[str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+
+
+def _stored_type(dtypes: set[np.dtype]) -> np.dtype:
+    """The type of a stack: that of its entries, or one that holds all of them exactly."""
+    if len(dtypes) == 1:
+        return next(iter(dtypes))
+    return np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
+
+
+def to_jax(request: Published, output: str | os.PathLike[str], quiet: bool = False) -> int:
+    """Converts published files to a folder of weights; returns its bytes.
+
+    Every tensor keeps its type; a stack whose entries differ in type takes one that holds all of them exactly.
+
+    Raises:
+      UserError: a file that is missing, damaged, of another model (every missing, unexpected or misshapen tensor is
+        named) or runs code; values that are not finite; no room; an output that exists.
+    """
+    opened = _open(request)
+    tasks: list[stream.Task] = []
+    writers: list[ours.OrbaxPart] = []
+    record: dict[str, Any] = {"form": "orbax", "family": opened.family, "weights": request.weights, "dialects": {}}
+    staging_parts = []
+    for part, file in opened.files.items():
+        links = _match(opened, part)
+        expected = names.flat(abstract_params(opened.config, part))
+        kinds: dict[str, set[np.dtype]] = {}
+        for link in links:
+            if not link.is_buffer:
+                stream.check_float(file[link.name].dtype, link.name)
+                kinds.setdefault(link.path, set()).add(np.dtype(file[link.name].dtype))
+        leaves = {path: ours.Leaf(tuple(expected[path].shape), _stored_type(kinds[path])) for path in expected}
+        staging_parts.append((part, file, links, leaves))
+        record["dialects"][part] = dataclasses.asdict(names.dialect_of(file))
+    paths = [path for file in opened.files.values() for path in file.paths]
+    fingerprint = {"to": "jax", "files": _stamp(paths), "request": dataclasses.asdict(request)}
+    with stream.Job(output, fingerprint) as job:
+        for part, file, links, leaves in staging_parts:
+            writer = ours.OrbaxPart(job.staging / part, leaves)
+            writers.append(writer)
+            tasks += [_import_task(part, file, link, leaves, writer) for link in links]
+        size = sum(task.nbytes for task in tasks)
+        job.check_room(tasks, size)
+        for writer in writers:
+            writer.begin()
+        job.run(tasks, opened.release, quiet)
+        _describe(job.staging, opened.config, SamplingConfig())
+        record["sources"] = [str(path.name) for path in paths]
+        job.finish(record | {"tensors": [job.done[task.key] for task in tasks]})
+    return size
+
+
+def _import_task(
+    part: str, file: WeightsFile, link: names.Link, leaves: Mapping[str, ours.Leaf], writer: ours.OrbaxPart
+) -> stream.Task:
+    lazy = file[link.name]
+    shape = leaves[link.path].shape[0 if link.index is None else 1 :]
+
+    def work() -> stream.Record:
+        tensor = lazy.load()
+        found = _record(part, link, tensor)
+        if link.is_buffer:
+            names.check_buffer(tensor, link)
+            return found
+        stream.check_finite(tensor, link.name)
+        mine = np.ascontiguousarray(names.to_ours(tensor, link, shape).astype(leaves[link.path].dtype, copy=False))
+        writer.write(link.path, link.index, mine)
+        return found | {"ours": stream.sha256(mine)}
+
+    return stream.Task(f"{part}/{link.name}", int(np.prod(lazy.shape)) * lazy.dtype.itemsize, work)
+
+
+def _record(part: str, link: names.Link, tensor: np.ndarray) -> stream.Record:
+    return {
+        "part": part,
+        "name": link.name,
+        "shape": list(link.shape),
+        "dtype": str(tensor.dtype),
+        "path": "" if link.is_buffer else link.path,
+        "index": link.index,
+        "sha256": stream.sha256(tensor),
+    }
+
+
+def _describe(folder: pathlib.Path, config: EditorConfig, sampling: SamplingConfig) -> None:
+    """config.json and the vocabulary of a folder of weights."""
+    stream.write_json(folder / CONFIG, {"model": to_dict(config), "sampling": to_dict(sampling)})
+    text = importlib.resources.files(varedit_jax).joinpath("text", VOCABULARY).read_bytes()
+    (folder / VOCABULARY).write_bytes(text)
+
+
+class Source(NamedTuple):
+    """Weights of ours to export: a folder of them, or the newest checkpoint of a run."""
+
+    folder: pathlib.Path
+    config: EditorConfig
+    sampling: SamplingConfig
+    parts: tuple[str, ...]
+    run: RunConfig | None  # of a run: what it was
+    step: int | None
+    manifest: dict[str, Any] | None
+
+    def open(self, part: str) -> dict[str, ours.Leaf]:
+        """Arrays of a part by path, not yet read."""
+        return ours.open_part(self.folder, part, abstract_params(self.config, part))
+
+    def stamp(self) -> list[Any]:
+        """What tells whether the weights are the same as at an earlier attempt."""
+        described = [self.folder / name for name in (CONFIG, stream.MANIFEST) if (self.folder / name).is_file()]
+        return [self.step, *_stamp(described)]
+
+
+def open_source(folder: str | os.PathLike[str], parts: Sequence[str] = ()) -> Source:
+    """Opens weights of ours; of a run, the parts that it trained. `parts` chooses among them.
+
+    Raises UserError if there are none, or a part is not among them.
+    """
+    root = pathlib.Path(folder)
+    run = step = manifest = None
+    if is_folder(root):
+        config, sampling = read_config(root)
+        found = tuple(part for part in PARTS if ours.is_part(root, part))
+        manifest = stream.read_manifest(root)
+    else:
+        record = checkpoint.read_config(root)
+        if "train_text" not in record:
+            raise UserError(f"{root} is neither a folder of weights nor a run of an editor")
+        run = from_dict(RunConfig, record)
+        config, sampling = run.model, run.sampling
+        found = ("transformer", "text") if run.train_text else ("transformer",)
+        step = next(reversed(checkpoint.checkpoint_steps(root)), None)
+        if step is None:
+            raise UserError(f"{root} has no checkpoint yet")
+    lost = [part for part in parts if part not in found]
+    if lost:
+        raise UserError(f"{root} holds no {lost[0]} weights, but {', '.join(found)}")
+    return Source(root, config, sampling, tuple(parts) or found, run, step, manifest)
+
+
+def to_torch(
+    source: Source,
+    output: str | os.PathLike[str],
+    file_format: str = "pth",
+    shard_bytes: int = 5 * 10**9,
+    dtype: str = "",
+    chunks: int | None = None,
+    quiet: bool = False,
+) -> int:
+    """Writes parts as files of the published code, buffers included; returns their bytes.
+
+    `pth`: transformer.pth, tokenizer.pth ({"vae": state dict}), text/pytorch_model.bin. `safetensors`: a folder a part,
+    in shards with an index. The text encoder comes with the config.json that the transformers library reads.
+
+    Args:
+      source: of `open_source`.
+      output: new folder.
+      file_format: pth or safetensors.
+      shard_bytes: largest size of a safetensors file.
+      dtype: float32, bfloat16 or float16; "" writes every tensor in the type it was published in, or is stored in.
+      chunks: of the transformer's blocks, 0 for none; None: as they were published.
+
+    Raises:
+      UserError: weights that have no published form, values that do not fit `dtype`, no room, an output that exists.
+    """
+    fingerprint = {
+        "to": "torch",
+        "source": [str(source.folder.absolute()), *source.stamp()],
+        "options": [list(source.parts), file_format, shard_bytes, dtype, chunks],
+    }
+    published = {(entry["part"], entry["name"]): entry["dtype"] for entry in (source.manifest or {}).get("tensors", [])}
+    with stream.Job(output, fingerprint) as job:
+        tasks: list[stream.Task] = []
+        files: list[tuple[str, list[TensorFile]]] = []
+        for part in source.parts:
+            leaves = source.open(part)
+            links = names.links(part, abstract_params(source.config, part), _dialect(source, part, chunks))
+            planned = []
+            for link in links:
+                known = published.get((part, link.name), str(leaves[link.path].dtype))
+                kind = np.dtype(np.int64) if link.layout == "powers" else _type(dtype or known)
+                planned.append(Planned(link.name, link.shape, kind))
+            mine = _files_of(part, job.staging, planned, file_format, shard_bytes)
+            files.append((part, mine))
+            homes = {tensor.name: file for file in mine for tensor in file.tensors}
+            tasks += [
+                _export_task(part, link, tensor, leaves[link.path], homes[link.name])
+                for link, tensor in zip(links, planned, strict=True)
+            ]
+        size = sum(file.size for _, group in files for file in group)
+        job.check_room(tasks, size)
+        for _, group in files:
+            for file in group:
+                file.begin()
+        job.run(tasks, lambda: None, quiet)
+        for part, group in files:
+            for file in group:
+                file.finish({tensor.name: job.done[f"{part}/{tensor.name}"]["crc32"] for tensor in file.tensors})
+            if len(group) > 1:
+                stream.write_json(group[0].path.parent / "model.safetensors.index.json", shard_index(group))
+            if part == "text":
+                stream.write_json(group[0].path.parent / CONFIG, _hugging_face_config(source.config.text))
+        job.finish({"form": "torch", "tensors": [job.done[task.key] for task in tasks]})
+    return size
+
+
+def _type(name: str) -> np.dtype:
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def _dialect(source: Source, part: str, chunks: int | None) -> names.Dialect:
+    """As the weights were published, or as published ones of their size are; `chunks` overrides."""
+    recorded = (source.manifest or {}).get("dialects", {}).get(part)
+    dialect = names.Dialect(**recorded) if recorded else _default_dialect(source.config)
+    return dialect if chunks is None else dataclasses.replace(dialect, chunks=chunks)
+
+
+def _files_of(
+    part: str, folder: pathlib.Path, planned: Sequence[Planned], file_format: str, shard_bytes: int
+) -> list[TensorFile]:
+    if file_format == "safetensors":
+        return list(safetensors_shards(folder / part, planned, shard_bytes))
+    name = "text/pytorch_model.bin" if part == "text" else f"{part}.pth"
+    return [PthFile(folder / name, planned, under="vae" if part == "tokenizer" else "")]
+
+
+def _export_task(part: str, link: names.Link, planned: Planned, leaf: ours.Leaf, file: TensorFile) -> stream.Task:
+    def work() -> stream.Record:
+        if link.is_buffer:
+            tensor = names.BUFFERS[link.layout](link.shape).astype(planned.dtype)
+        else:
+            mine = leaf.read(link.index)
+            tensor = _rounded(names.to_published(mine, link), planned.dtype, link.name)
+        found = _record(part, link, tensor)
+        return found | {"crc32": file.write(link.name, tensor)}
+
+    return stream.Task(f"{part}/{link.name}", planned.nbytes, work)
+
+
+def _rounded(tensor: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    with np.errstate(over="ignore"):  # what becomes infinite is refused, by name
+        rounded = np.ascontiguousarray(tensor.astype(dtype, copy=False))
+    stream.check_finite(rounded, name if rounded.dtype == tensor.dtype else f"{name}, as {dtype},")
+    return rounded
+
+
+def _hugging_face_config(text: TextConfig) -> dict[str, Any]:
+    """What the transformers library needs to know of an encoder of T5."""
+    return {
+        "architectures": ["T5EncoderModel"],
+        "model_type": "t5",
+        "d_model": text.width,
+        "d_kv": text.head_size,
+        "d_ff": text.mlp_width,
+        "num_layers": text.layers,
+        "num_heads": text.heads,
+        "vocab_size": text.vocabulary_size,
+        "relative_attention_num_buckets": text.relative_buckets,
+        "relative_attention_max_distance": text.relative_max_distance,
+        "feed_forward_proj": "gated-gelu",
+        "layer_norm_epsilon": 1e-6,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    }
+
+
+def to_folder(
+    source: Source, output: str | os.PathLike[str], dtype: str = "", licence: str = "", quiet: bool = False
+) -> int:
+    """Writes parts as safetensors with our own names, config.json, vocabulary and a card; returns their bytes.
+
+    `dtype` as in `to_torch`; `licence` goes into the card. Raises UserError as `to_torch` does.
+    """
+    fingerprint = {
+        "to": "folder",
+        "source": [str(source.folder.absolute()), *source.stamp()],
+        "options": [list(source.parts), dtype, licence],
+    }
+    with stream.Job(output, fingerprint) as job:
+        tasks: list[stream.Task] = []
+        files = []
+        for part in source.parts:
+            leaves = source.open(part)
+            planned = [Planned(path, leaf.shape, _type(dtype or str(leaf.dtype))) for path, leaf in leaves.items()]
+            file = SafetensorsFile(job.staging / f"{part}.safetensors", planned)
+            files.append(file)
+            tasks += [
+                _copy_task(part, tensor, index, leaves[tensor.name], file)
+                for tensor in planned
+                for index in (range(tensor.shape[0]) if ours.is_stack(tensor.name) else (None,))
+            ]
+        size = sum(file.size for file in files)
+        job.check_room(tasks, size)
+        for file in files:
+            file.begin()
+        job.run(tasks, lambda: None, quiet)
+        for file in files:
+            file.finish({})
+        _describe(job.staging, source.config, source.sampling)
+        (job.staging / "README.md").write_text(model_card(source.config, source.run, source.step, size, licence))
+        job.finish({"form": "safetensors", "tensors": [job.done[task.key] for task in tasks]})
+    return size
+
+
+def _copy_task(part: str, planned: Planned, index: int | None, leaf: ours.Leaf, file: TensorFile) -> stream.Task:
+    nbytes = planned.nbytes if index is None else planned.nbytes // planned.shape[0]
+
+    def work() -> stream.Record:
+        name = planned.name if index is None else f"{planned.name}[{index}]"
+        tensor = _rounded(np.asarray(leaf.read(index)), planned.dtype, name)
+        file.write(planned.name, tensor, start=nbytes * (index or 0))
+        return {"part": part, "path": planned.name, "index": index, "ours": stream.sha256(tensor)}
+
+    return stream.Task(f"{part}/{planned.name}/{index}", nbytes, work)
+
+
+def verify(folder: str | os.PathLike[str]) -> int:
+    """Reads every tensor of an output again and compares its checksum; returns their number.
+
+    Raises UserError naming every tensor that differs, or if there is no manifest.
+    """
+    root = pathlib.Path(folder)
+    manifest = stream.read_manifest(root)
+    if manifest is None:
+        raise UserError(f"{root} has no {stream.MANIFEST}: there is nothing to verify it by")
+    tensors = manifest["tensors"]
+    damaged = [what for what, wanted, found in _checksums(root, manifest["form"], tensors) if wanted != found]
+    if damaged:
+        raise UserError(f"{root} is damaged: the checksum of {', '.join(damaged)} differs from the manifest's")
+    return len(tensors)
+
+
+def _checksums(root: pathlib.Path, form: str, tensors: Sequence[stream.Record]) -> Iterator[tuple[str, str, str]]:
+    """(name, checksum in the manifest, checksum of what lies there)."""
+    for part in dict.fromkeys(entry["part"] for entry in tensors):
+        entries = [entry for entry in tensors if entry["part"] == part]
+        if form == "torch":
+            where = next(path for path in (root / f"{part}.pth", root / part) if path.exists())
+            file = open_weights(where).under("vae.")
+            for entry in entries:
+                yield entry["name"], entry["sha256"], stream.sha256(file[entry["name"]].load())
+                file.release()
+        else:
+            leaves = ours.open_part(root, part, abstract_params(read_config(root)[0], part))
+            for entry in entries:
+                if entry["path"]:  # buffers have no place in our tree
+                    name = f"{part}/{entry['path']}" + ("" if entry["index"] is None else f"[{entry['index']}]")
+                    try:
+                        found = stream.sha256(np.asarray(leaves[entry["path"]].read(entry["index"])))
+                    except UserError:  # a chunk is missing or cut short
+                        found = ""
+                    yield name, entry["ours"], found
