@@ -1,6 +1,6 @@
 """Converts weights: published PyTorch files to ours, and ours to published files or to safetensors of our own.
 
-    python -m experiments.convert --transformer=8B-512.pth --tokenizer=infinity_vae_d56_f8_14_patchify.pth \\
+    python -m experiments.convert --transformer=VAREdit/8B-512.pth --tokenizer=infinity_vae_d56_f8_14_patchify.pth \\
         --text=flan-t5-xl --output=weights/varedit_8b_512
     python -m experiments.convert --to=torch --input=runs/varedit_8b_512 --output=published --format=safetensors
     python -m experiments.convert --to=folder --input=runs/varedit_8b_512 --output=shared --licence=apache-2.0
@@ -22,6 +22,7 @@ from varedit_jax.conversion import convert
 from varedit_jax.conversion.folder import PARTS, STORED_TYPES
 from varedit_jax.conversion.infer import FAMILIES
 from varedit_jax.errors import UserError
+from varedit_jax.training.checkpoint import size_text
 
 _TO = flags.DEFINE_enum("to", "jax", ["jax", "torch", "folder"], "what to write")
 _OUTPUT = flags.DEFINE_string("output", "", "new folder")
@@ -100,8 +101,8 @@ def main(argv: list[str]) -> None:
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(
-        f"{_OUTPUT.value}: {size / 1e9:.2f} GB in {seconds:.1f} s ({size / 1e6 / seconds:.0f} MB/s), "
-        f"peak memory {peak / 1e9:.2f} GB"
+        f"{_OUTPUT.value}: {size_text(size)} in {seconds:.1f} s ({size / 1e6 / seconds:.0f} MB/s), "
+        f"peak memory {size_text(peak)}"
     )
 
 

@@ -147,10 +147,10 @@ LENGTHS = (1, 2, 16, 64, 512)  # a prompt is also cut to one of these
 
 
 def prompts() -> list[str]:
-    """The fixed prompts, and drawn ones up to 200."""
+    """The fixed prompts, and drawn ones up to 320."""
     draw = random.Random(0)
     texts = list(PROMPTS)
-    while len(texts) < 200:
+    while len(texts) < 320:
         a, b = draw.sample(COLOURS, 2)
         s, t = draw.sample(SHAPES, 2)
         text = draw.choice(TEMPLATES).format(a=a, b=b, s=s, t=t, n=draw.randint(2, 40))

@@ -1,15 +1,22 @@
 """The real training program: stopped and resumed equals uninterrupted, bit for bit; export; a user's mistakes."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 
+from varedit_jax.config import RunConfig, from_dict
+from varedit_jax.conversion import convert, names
+from varedit_jax.training import checkpoint, editor_run
 from varedit_jax.training.ledger import read_metrics
+from varedit_jax.training.optimizer import make_optimizer
 
 ROOT = pathlib.Path(__file__).parents[2]
 CARD = "experiments/configs/shapes.py:tiny"
@@ -71,6 +78,26 @@ def test_exported_folder_names_its_model(uninterrupted: pathlib.Path) -> None:
     record = json.loads((uninterrupted / "weights" / "config.json").read_text())
     assert record["model"]["transformer"]["depth"] == 4
     assert record["sampling"]["greedy"] is True
+
+
+def test_a_run_can_be_started_from_and_exported(uninterrupted: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """A second stage takes a run's folder as it is; `convert` makes of it what --export made."""
+    folder = uninterrupted / "run"
+    run = dataclasses.replace(from_dict(RunConfig, checkpoint.read_config(folder)), init_from=str(folder))
+    abstract = jax.eval_shape(editor_run.make_init(run, make_optimizer(run.optimizer, run.steps)))
+    state = editor_run.start(run, lambda: jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), abstract))
+    convert.to_folder(convert.open_source(folder), tmp_path / "shared", licence="mit", quiet=True)
+    assert convert.verify(tmp_path / "shared") > 0
+    for part in ("transformer", "text"):
+        exported = safetensors.numpy.load_file(uninterrupted / "weights" / f"{part}.safetensors")
+        converted = safetensors.numpy.load_file(tmp_path / "shared" / f"{part}.safetensors")
+        started = names.flat(state.params[part])
+        assert set(exported) == set(converted) == set(started)
+        for name, tensor in exported.items():
+            np.testing.assert_array_equal(converted[name], tensor)
+            np.testing.assert_array_equal(started[name], tensor)
+    card = (tmp_path / "shared" / "README.md").read_text()
+    assert f"| step | {run.steps} of {run.steps} |" in card and "license: mit" in card
 
 
 @pytest.mark.parametrize(

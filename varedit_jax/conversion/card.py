@@ -1,6 +1,7 @@
 """The card beside exported weights: what they are, how they came about, how to use them."""
 
 from varedit_jax.config import EditorConfig, RunConfig
+from varedit_jax.training.checkpoint import size_text
 
 _TEMPLATE = """---
 license: {licence}
@@ -10,7 +11,7 @@ pipeline_tag: image-to-image
 
 # {title}
 
-An editor of pictures by instruction: VAREdit (arXiv 2508.15772), weights of varedit_jax, {size:.2f} GB.
+An editor of pictures by instruction: VAREdit (arXiv 2508.15772), weights of varedit_jax, {size}.
 
     python -m experiments.edit --checkpoint=THIS_FOLDER --image=mine.png --instruction="..." --output=edited.png
 
@@ -48,6 +49,6 @@ def model_card(config: EditorConfig, run: RunConfig | None, step: int | None, si
     return _TEMPLATE.format(
         licence=licence or "unknown",
         title=run.name if run is not None else f"varedit_jax, {transformer.depth} blocks",
-        size=size / 1e9,
+        size=size_text(size),
         rows="\n".join(f"| {name} | {value} |" for name, value in rows),
     )

@@ -56,7 +56,7 @@ class Published:
 
     files: Mapping[str, str]  # part -> file or folder
     weights: str = "model"  # or "ema": which of the two that a trainer's checkpoint may hold
-    family: str = ""  # varedit or infinity; "": as the transformer file's name says
+    family: str = ""  # varedit or infinity; "": as the name of the transformer's file or folder says
     rope_layout: str = ""  # released or paper; "": what the family needs
     pixel_budget: str = "0.25M"
 
@@ -87,7 +87,7 @@ class Mapped(NamedTuple):
 
 def _open(request: Published) -> _Opened:
     files = {part: _select(request, part, path) for part, path in request.files.items()}
-    family = request.family or infer.family_of(pathlib.Path(request.files.get("transformer", "")).name)
+    family = request.family or infer.family_of(request.files.get("transformer", ""))
     if "transformer" in files and not family:
         raise UserError(
             f"{request.files['transformer']} does not say in its name whose weights it holds; give --family=varedit or "

@@ -1,5 +1,6 @@
 """Configurations read off the shapes of published tensors: nothing has to be told that a file says itself."""
 
+import pathlib
 import re
 from collections.abc import Mapping
 
@@ -19,10 +20,13 @@ Shapes = Mapping[str, tuple[int, ...]]  # published name -> shape
 FAMILIES: dict[str, RopeLayout] = {"varedit": "released", "infinity": "paper"}
 
 
-def family_of(name: str) -> str:
-    """Whose weights a file of this name holds: varedit or infinity; "" if the name does not say."""
-    found = [family for family in FAMILIES if family in name.lower()]
-    return found[0] if len(found) == 1 else ""
+def family_of(path: str) -> str:
+    """Whose weights a file is named after, itself or its folder: varedit or infinity; "" if neither says."""
+    for name in reversed(pathlib.Path(path).parts[-2:]):
+        found = [family for family in FAMILIES if family in name.lower()]
+        if len(found) == 1:
+            return found[0]
+    return ""
 
 
 def _shape(shapes: Shapes, name: str, part: str) -> tuple[int, ...]:

@@ -111,6 +111,11 @@ def _params(folder: pathlib.Path, name: str, part: str, expected: Any) -> Any:
     raise UserError(f"{folder} holds neither {name}.pth nor {name}.safetensors")
 
 
+def _by_scale(value: Any) -> float | tuple[float, ...]:
+    """A number for all scales, or a list with one a scale."""
+    return tuple(map(float, value)) if isinstance(value, list) else float(value)
+
+
 def read_golden(folder: str | os.PathLike[str]) -> Golden:
     """Reads a golden folder. Raises UserError for anything missing or damaged, naming it."""
     folder = pathlib.Path(folder)
@@ -122,7 +127,7 @@ def read_golden(folder: str | os.PathLike[str]) -> Golden:
         config = _editor_config(values)
         grids = tuple((rows, columns) for _, rows, columns in values["schedule"])
         full = published_pyramid("1M", nearest_aspect(*values["image_hw"])).grids
-        sampling = SamplingConfig(guidance=float(values["cfg"]), temperature=float(values["tau"]), greedy=True)
+        sampling = SamplingConfig(guidance=_by_scale(values["cfg"]), temperature=_by_scale(values["tau"]), greedy=True)
     except KeyError as error:
         raise UserError(f"{folder / 'config.json'} has no field {error}") from error
     pyramid = Pyramid(grids, full)

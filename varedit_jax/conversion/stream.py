@@ -19,6 +19,7 @@ import numpy as np
 import tqdm
 
 from varedit_jax.errors import UserError
+from varedit_jax.training.checkpoint import size_text
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
@@ -96,7 +97,7 @@ class Job:
         needed, free = size * left // max(whole, 1), shutil.disk_usage(self.staging).free
         if needed > free:
             raise _NoRoom(
-                f"{self.output} takes {needed / 1e9:.2f} GB more, but only {free / 1e9:.2f} GB are free there; "
+                f"{self.output} takes {size_text(needed)} more, but only {size_text(free)} are free there; "
                 f"make room, or write to another disk"
             )
 

@@ -133,7 +133,7 @@ class Checkpoints:
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise UserError(
-                f"a checkpoint takes up to {_size(needed)}, but only {_size(free)} are free in {self.folder}; "
+                f"a checkpoint takes up to {size_text(needed)}, but only {size_text(free)} are free in {self.folder}; "
                 f"make room and run the same command again{_going_on(self.latest())}"
             )
 
@@ -304,8 +304,8 @@ def _shape_text(found: tuple[tuple[int, ...], np.dtype] | None) -> str:
     return _ABSENT if found is None else f"{found[1]}{list(found[0])}"
 
 
-def _size(count: float) -> str:
-    """Bytes as text."""
+def size_text(count: float) -> str:
+    """Bytes as text, in MB or GB."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 

@@ -1,23 +1,25 @@
 """Whole conversions on small models: exact both ways, restartable, and with a sentence for what cannot be done."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from varedit_jax.config import preset
+from varedit_jax.config import TextConfig, preset
 from varedit_jax.conversion import convert, infer, names, ours, stream
 from varedit_jax.conversion.folder import load_folder, read_config
 from varedit_jax.conversion.reader import StateDict, open_weights, read_state_dict
 from varedit_jax.conversion.writer import Planned, PthFile, safetensors_shards, shard_index
 from varedit_jax.errors import UserError
-from varedit_jax.parameters import abstract_params
+from varedit_jax.parameters import abstract_params, init_text
 from varedit_jax.sampling.editor import Editor
 
 DATA = pathlib.Path(__file__).parents[2] / "data"
@@ -263,7 +265,7 @@ def test_refused_outputs(states: dict[str, StateDict], tmp_path: pathlib.Path, m
         convert.to_jax(request("transformer", path), tmp_path / "out", quiet=True)
     free = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
-    with pytest.raises(UserError, match=r"takes 0\.00 GB more, but only 0\.00 GB are free there; make room"):
+    with pytest.raises(UserError, match=r"takes 3\.3 MB more, but only 0\.0 MB are free there; make room"):
         convert.to_jax(request("transformer", path), tmp_path / "new", quiet=True)
     assert not (tmp_path / "new").exists()
 
@@ -398,6 +400,22 @@ def test_an_editor_of_converted_parts(states: dict[str, StateDict], tmp_path: pa
                 np.testing.assert_array_equal(found[path], tensor)
     with pytest.raises(UserError, match="holds no text weights"):
         Editor.load(tmp_path / "o")
+
+    fitting = TextConfig(width=128, layers=2, heads=2, head_size=8, mlp_width=16, vocabulary_size=40)
+    whole = dataclasses.replace(config, text=fitting)
+    text = init_text(whole, jax.random.key(0))
+    state = {
+        link.name: np.asarray(names.to_published(leaf if link.index is None else leaf[link.index], link))
+        for link in names.links("text", text)
+        for leaf in [np.asarray(names.flat(text)[link.path])]
+    }
+    files["text"] = str(write_pth(tmp_path / "t5.bin", state))
+    convert.to_jax(convert.Published(files=files, family="varedit", pixel_budget="0.06M"), tmp_path / "e", quiet=True)
+    editor = Editor.load(tmp_path / "e")
+    assert editor.config == whole
+    assert editor.vocabulary.path == str(tmp_path / "e" / "t5_tokenizer.json")
+    jax.tree.map(np.testing.assert_array_equal, editor.params["text"], text)
+    assert editor.params["transformer"].keys() == abstract_params(config, "transformer").keys()
 
 
 def test_memory_maps_are_views(states: dict[str, StateDict], tmp_path: pathlib.Path) -> None:

@@ -21,7 +21,7 @@ def vocabulary() -> Vocabulary:
 
 
 def test_ids_equal_hugging_face(vocabulary):
-    assert len(PROMPTS) == 200
+    assert len(PROMPTS) == 320
     wrong = [text for text, ids, _, _ in PROMPTS if vocabulary.tokens(text) != ids]
     assert not wrong
 
