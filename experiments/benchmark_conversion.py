@@ -46,7 +46,7 @@ class Measured(NamedTuple):
 
 def _make(path: pathlib.Path) -> int:
     """Writes random weights; returns their bytes."""
-    mapped = convert.mapping_out(preset(_PRESET.value), ["transformer"])
+    mapped = convert.mapping_of(preset(_PRESET.value), ["transformer"])
     file = PthFile(path, [Planned(m.link.name, m.link.shape, m.dtype) for m in mapped])
     file.begin()
     draw = np.random.default_rng(0)
@@ -134,7 +134,7 @@ def main(argv: list[str]) -> None:
     try:
         source, ours, back = folder / "varedit.pth", folder / "ours", folder / "published"
         size = _make(source)
-        tensors = len(convert.mapping_out(preset(_PRESET.value), ["transformer"]))
+        tensors = len(convert.mapping_of(preset(_PRESET.value), ["transformer"]))
         inwards = [f"--transformer={source}"]
         measured = [_measure("published .pth to ours", *inwards, f"--output={ours}")]
         killed = 0

@@ -66,11 +66,12 @@ def _dry_run() -> list[convert.Mapped]:
             config = preset(_PRESET.value)
         except ValueError as error:
             raise UserError(str(error)) from error
-        return convert.mapping_out(config, _PARTS.value or ["transformer"], _DTYPE.value or "float32")
+        return convert.mapping_of(config, _PARTS.value or ["transformer"], _DTYPE.value or "float32")
     if _TO.value == "jax":
         return convert.mapping_in(_published())
-    source = convert.open_source(_INPUT.value, _PARTS.value)
-    return convert.mapping_out(source.config, source.parts, _DTYPE.value or "float32")
+    if not _INPUT.value:
+        raise UserError("--dry_run needs --preset, --input, or published files")
+    return convert.mapping_from(convert.open_source(_INPUT.value, _PARTS.value), _DTYPE.value, _CHUNKS.value)
 
 
 def _convert() -> int:

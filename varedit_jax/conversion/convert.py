@@ -126,7 +126,7 @@ def mapping_in(request: Published) -> list[Mapped]:
     ]
 
 
-def mapping_out(config: EditorConfig, parts: Sequence[str], dtype: str = "float32") -> list[Mapped]:
+def mapping_of(config: EditorConfig, parts: Sequence[str], dtype: str = "float32") -> list[Mapped]:
     """Every published tensor that an editor's parts become; nothing is allocated."""
     kind = np.dtype(STORED_TYPES[dtype])
     return [
@@ -251,8 +251,8 @@ class Source(NamedTuple):
 
     def stamp(self) -> list[Any]:
         """What tells whether the weights are the same as at an earlier attempt."""
-        described = [self.folder / name for name in (CONFIG, stream.MANIFEST) if (self.folder / name).is_file()]
-        return [self.step, *_stamp(described)]
+        described = (CONFIG, stream.MANIFEST, *(f"{part}.safetensors" for part in self.parts))
+        return [self.step, *_stamp([self.folder / name for name in described if (self.folder / name).is_file()])]
 
 
 def open_source(folder: str | os.PathLike[str], parts: Sequence[str] = ()) -> Source:
@@ -312,18 +312,14 @@ def to_torch(
         "source": [str(source.folder.absolute()), *source.stamp()],
         "options": [list(source.parts), file_format, shard_bytes, dtype, chunks],
     }
-    published = {(entry["part"], entry["name"]): entry["dtype"] for entry in (source.manifest or {}).get("tensors", [])}
+    mapping = mapping_from(source, dtype, chunks)
     with stream.Job(output, fingerprint) as job:
         tasks: list[stream.Task] = []
         files: list[tuple[str, list[TensorFile]]] = []
         for part in source.parts:
             leaves = source.open(part)
-            links = names.links(part, abstract_params(source.config, part), _dialect(source, part, chunks))
-            planned = []
-            for link in links:
-                known = published.get((part, link.name), str(leaves[link.path].dtype))
-                kind = np.dtype(np.int64) if link.layout == "powers" else _type(dtype or known)
-                planned.append(Planned(link.name, link.shape, kind))
+            links = [line.link for line in mapping if line.part == part]
+            planned = [Planned(line.link.name, line.link.shape, line.dtype) for line in mapping if line.part == part]
             mine = _files_of(part, job.staging, planned, file_format, shard_bytes)
             files.append((part, mine))
             homes = {tensor.name: file for file in mine for tensor in file.tensors}
@@ -346,6 +342,19 @@ def to_torch(
                 stream.write_json(group[0].path.parent / CONFIG, _hugging_face_config(source.config.text))
         job.finish({"form": "torch", "tensors": [job.done[task.key] for task in tasks]})
     return size
+
+
+def mapping_from(source: Source, dtype: str = "", chunks: int | None = None) -> list[Mapped]:
+    """Every published tensor that weights of ours become; `dtype` and `chunks` as in `to_torch`. None is read."""
+    published = {(entry["part"], entry.get("name")): entry for entry in (source.manifest or {}).get("tensors", [])}
+    found = []
+    for part in source.parts:
+        leaves = source.open(part)
+        for link in names.links(part, abstract_params(source.config, part), _dialect(source, part, chunks)):
+            known = published.get((part, link.name), {}).get("dtype", str(leaves[link.path].dtype))
+            kind = np.dtype(np.int64) if link.layout == "powers" else _type(dtype or known)
+            found.append(Mapped(part, link, kind))
+    return found
 
 
 def _type(name: str) -> np.dtype:

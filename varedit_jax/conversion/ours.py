@@ -8,6 +8,7 @@ Forms, of a part (tokenizer, text, transformer) in a folder:
     checkpoints/{step}/state    of a training run; the newest step
 """
 
+import errno
 import json
 import math
 import os
@@ -166,7 +167,12 @@ class OrbaxPart:
     def write(self, path: str, index: int | None, tensor: np.ndarray) -> None:
         """Writes an array, or one entry along its leading axis, durably."""
         array = self._arrays[path]
-        (array if index is None else array[index]).write(tensor).result()
+        try:
+            (array if index is None else array[index]).write(tensor).result()
+        except ValueError as error:  # tensorstore's, with the system's error inside
+            if "No space left" in str(error) or "Disk quota" in str(error):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+            raise
 
 
 def is_stack(path: str) -> bool:

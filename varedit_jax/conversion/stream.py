@@ -59,23 +59,22 @@ class Job:
         except OSError as error:
             raise UserError(f"cannot write {self.output}: {error.strerror}") from error
         path = self.staging / _JOURNAL
-        lines = _read_lines(path)
-        if lines and lines[0] != {"job": self._fingerprint}:
-            lines = []
-        # Not emptied before it is known that nobody else writes here.
-        self._journal = path.open("a")
+        self._journal = path.open("a")  # and nothing changed before it is known that nobody else writes here
         try:
             fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._journal.close()
             raise UserError(f"another conversion is writing {self.output}; wait for it, or end it first") from error
-        if not lines:
+        lines, end = _read_lines(path)
+        if lines and lines[0] == {"job": self._fingerprint}:
+            self._journal.truncate(end)  # the last line may have been cut short
+        else:
+            lines = []
+            self._journal.truncate(0)
             for other in self.staging.iterdir():
                 if other != path:
                     shutil.rmtree(other) if other.is_dir() else other.unlink()
-        self._journal.truncate(0)  # and written again without a line that was cut short
-        for line in [{"job": self._fingerprint}, *lines[1:]]:
-            self._write(line)
+            self._write({"job": self._fingerprint})
         self.done = {line["key"]: line["record"] for line in lines[1:]}
         return self
 
@@ -154,17 +153,17 @@ def _in_flight(pool: concurrent.futures.Executor, tasks: Sequence[Task]) -> Iter
             future.cancel()
 
 
-def _read_lines(path: pathlib.Path) -> list[Record]:
-    """The whole lines of a journal; the last may be cut short."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
+def _read_lines(path: pathlib.Path) -> tuple[list[Record], int]:
+    """The whole lines of a journal, and where they end in bytes: the last may be cut short."""
+    lines: list[Record] = []
+    end = 0
+    if path.exists():
+        for text in path.read_bytes().splitlines(keepends=True):
+            if not text.endswith(b"\n"):
+                break
             lines.append(json.loads(text))
-        except ValueError:
-            break
-    return lines
+            end += len(text)
+    return lines, end
 
 
 def sha256(tensor: np.ndarray) -> str:

@@ -1,7 +1,9 @@
 """Whole conversions on small models: exact both ways, restartable, and with a sentence for what cannot be done."""
 
 import dataclasses
+import errno
 import json
+import os
 import pathlib
 import shutil
 import zipfile
@@ -174,7 +176,7 @@ def test_what_is_converted_chooses_the_positions(states: dict[str, StateDict], t
 def test_full_size_names_shapes_and_types(file: str, size: str, part: str) -> None:
     """Exactly those of the published models; nothing is allocated."""
     published = json.loads((DATA / "state_dict" / f"{file}.json").read_text())
-    mapped = convert.mapping_out(preset(size), [part])
+    mapped = convert.mapping_of(preset(size), [part])
     assert {m.link.name: [list(m.link.shape), str(m.dtype)] for m in mapped} == published
     shapes = {name: tuple(shape) for name, (shape, _) in published.items()}
     config = infer.editor_config({part: shapes}, "0.25M", "released")
@@ -188,7 +190,7 @@ def test_full_size_names_shapes_and_types(file: str, size: str, part: str) -> No
 def test_other_sizes_convert_by_shape(size: str) -> None:
     """Both ways: the names of a size give its configuration again, and a place for each."""
     config = preset(size)
-    shapes = {m.link.name: m.link.shape for m in convert.mapping_out(config, ["transformer"])}
+    shapes = {m.link.name: m.link.shape for m in convert.mapping_of(config, ["transformer"])}
     assert infer.transformer_config(shapes, "released") == config.transformer
     links = names.match("transformer", shapes, abstract_params(config, "transformer"))
     assert [link.name for link in links] == list(shapes)
@@ -268,6 +270,38 @@ def test_refused_outputs(states: dict[str, StateDict], tmp_path: pathlib.Path, m
     with pytest.raises(UserError, match=r"takes 3\.3 MB more, but only 0\.0 MB are free there; make room"):
         convert.to_jax(request("transformer", path), tmp_path / "new", quiet=True)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_disk_that_runs_full(
+    states: dict[str, StateDict], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sentence, nothing lost: the same command goes on when there is room."""
+    path = write_pth(tmp_path / "in.pth", states["transformer"])
+    convert.to_jax(request("transformer", path), tmp_path / "ours", quiet=True)
+    source = convert.open_source(tmp_path / "ours")
+    calls = []
+
+    def full(descriptor: int, data: memoryview, offset: int) -> int:
+        calls.append(offset)
+        if len(calls) > 30:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(descriptor, data, offset)
+
+    pwrite = os.pwrite
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(UserError, match="out failed: No space left on device; make room and run the same command"):
+            convert.to_torch(source, tmp_path / "out", quiet=True)
+    assert (tmp_path / ".out.partial").is_dir()
+    convert.to_torch(source, tmp_path / "out", quiet=True)
+    assert same(read_state_dict(tmp_path / "out" / "transformer.pth"), states["transformer"])
+
+
+def test_two_conversions_into_one_folder(states: dict[str, StateDict], tmp_path: pathlib.Path) -> None:
+    path = write_pth(tmp_path / "in.pth", states["transformer"])
+    first = stream.Job(tmp_path / "out", {"to": "jax"})
+    with first, pytest.raises(UserError, match="another conversion is writing .*out; wait for it, or end it first"):
+        convert.to_jax(request("transformer", path), tmp_path / "out", quiet=True)
 
 
 def test_values_that_do_not_fit_a_type_are_named(states: dict[str, StateDict], tmp_path: pathlib.Path) -> None:
