@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 Conditioning = Literal["sar", "finest", "full"]
 RopeLayout = Literal["released", "paper"]
+# Activations of a block that `remat_saved` can keep, in the order they are computed.
+REMAT_NAMES = ("qkv", "attention", "proj", "cross_q", "cross_attention", "cross_proj", "fc1")
 PIXEL_BUDGETS = ("0.06M", "0.25M", "0.60M", "1M")
 
 
@@ -80,7 +82,9 @@ class TransformerConfig:
     absolute_positions: bool = False  # tokens know their place in the picture; not in the published models
     drop_path: float = 0.1  # stochastic depth rate of the last block; rises linearly from 0
     dtype: str = "float32"  # compute type of the blocks; parameters are float32
-    remat: Literal["none", "full"] = "none"  # recompute block activations in the backward pass
+    attention: Literal["auto", "plain", "splash", "cudnn"] = "auto"  # kernel of self-attention; auto: by platform
+    remat: Literal["none", "named", "full"] = "none"  # what of a block the backward pass computes again
+    remat_saved: tuple[str, ...] = ("qkv", "attention", "proj", "cross_q", "cross_proj")  # kept with remat="named"
 
     def __post_init__(self) -> None:
         if self.width % self.heads or (self.width // self.heads) % 4:
@@ -96,7 +100,10 @@ class TransformerConfig:
         _check_choice("conditioning", self.conditioning, ("sar", "finest", "full"))
         _check_choice("rope_layout", self.rope_layout, ("released", "paper"))
         _check_choice("dtype", self.dtype, ("float32", "bfloat16"))
-        _check_choice("remat", self.remat, ("none", "full"))
+        _check_choice("attention", self.attention, ("auto", "plain", "splash", "cudnn"))
+        _check_choice("remat", self.remat, ("none", "named", "full"))
+        for name in self.remat_saved:
+            _check_choice("an entry of remat_saved", name, REMAT_NAMES)
 
     @property
     def head_size(self) -> int:
@@ -169,11 +176,16 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float = 5.0  # global gradient norm; 0 switches clipping off
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"  # of AdamW's first moment; the second is float32
+    ema_decay: float = 0.0  # of an average of the parameters beside them; 0 = none
     accumulation: int = 1  # microbatches summed into one update
 
     def __post_init__(self) -> None:
         _check_choice("optimizer.algorithm", self.algorithm, ("adamw", "muon"))
         _check_choice("optimizer.schedule", self.schedule, ("constant", "cosine"))
+        _check_choice("optimizer.moment_dtype", self.moment_dtype, ("float32", "bfloat16"))
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"optimizer.ema_decay is {self.ema_decay}; it must be at least 0 and below 1")
         if self.accumulation < 1:
             raise ValueError(f"optimizer.accumulation is {self.accumulation}; it must be at least 1")
         if self.decay_steps < 0 or (self.decay_steps and self.schedule != "cosine"):
@@ -237,6 +249,35 @@ class SamplingConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How devices are laid out: sizes of the mesh's axes; at most one is -1, which takes the devices that are left."""
+
+    data: int = -1  # copies of the parameters; several slices of a pod lie along it
+    fsdp: int = 1  # parameters and optimizer state are split over it, and the batch
+    tensor: int = 1  # attention heads, feed-forward width and, between blocks, tokens are split over it
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.asdict(self)
+        if any(size < 1 and size != -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
+            raise ValueError(
+                f"mesh {', '.join(f'{axis}={size}' for axis, size in sizes.items())}: sizes are at least 1, "
+                f"and one of them may be -1 for the devices that are left"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What watches a run (of an editor or a tokenizer)."""
+
+    nonfinite_limit: int = 10  # steps in a row that were skipped for loss or gradients not finite, after which it ends
+    spike_factor: float = 2.0  # a loss this many times the median of the last steps is reported; 0 = never
+    spike_window: int = 100  # steps of that median
+    hang_minutes: float = (
+        0.0  # without a finished step; then stacks are written and the process exits; 0 = never
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One training run of an editor: what an experiment card returns."""
 
@@ -246,6 +287,8 @@ class RunConfig:
     loss: LossConfig = LossConfig()
     data: DataConfig = DataConfig()
     sampling: SamplingConfig = SamplingConfig()
+    mesh: MeshConfig = MeshConfig()
+    guard: GuardConfig = GuardConfig()
     steps: int = 8000
     # (steps, scales): the run's first steps train so many scales of the pyramid alone, on features area-resized to the
     # last of them, many times cheaper; then come the next stage and, at last, all scales. It is the recipe's way from
@@ -253,6 +296,10 @@ class RunConfig:
     stages: tuple[tuple[int, int], ...] = ()
     seed: int = 0
     train_text: bool = False  # train the text encoder too, instead of keeping it frozen
+    text_dtype: Literal["float32", "bfloat16"] = "float32"  # of a frozen text encoder: weights and matrix products
+    # Of the frozen tokenizer's convolutions. A bit is the sign of a small difference: one pass of bfloat16, the default
+    # of a TPU, or TF32 on a GPU, turns some of them.
+    tokenizer_precision: Literal["default", "high", "highest"] = "highest"
     tokenizer_weights: str = ""  # folder of the frozen tokenizer
     text_weights: str = ""  # folder of the frozen text encoder; unused with train_text
     init_from: str = ""  # folder of an editor whose trained parts the run starts from
@@ -261,9 +308,13 @@ class RunConfig:
     eval_every: int = 500  # steps between evaluations on the held-out split; 0 = never
     eval_batches: int = 4
     save_every: int = 500  # steps
-    keep_checkpoints: int = 3
+    save_minutes: float = 0.0  # at least so often, too; 0 = by steps alone
+    keep_checkpoints: int = 3  # newest ones
+    keep_every: int = 0  # steps; checkpoints of multiples of it are kept for good; 0 = none
 
     def __post_init__(self) -> None:
+        _check_choice("text_dtype", self.text_dtype, ("float32", "bfloat16"))
+        _check_choice("tokenizer_precision", self.tokenizer_precision, ("default", "high", "highest"))
         if self.data.batch_size % self.optimizer.accumulation:
             raise ValueError(
                 f"data.batch_size {self.data.batch_size} does not divide into "
@@ -291,6 +342,7 @@ class TokenizerRunConfig:
     model: EditorConfig  # its tokenizer and its pyramid are used
     optimizer: OptimizerConfig = OptimizerConfig()
     data: DataConfig = DataConfig()
+    guard: GuardConfig = GuardConfig()
     steps: int = 2000
     seed: int = 0
     init_from: str = ""  # folder of a tokenizer that the run starts from
@@ -306,7 +358,9 @@ class TokenizerRunConfig:
     log_every: int = 10
     sample_every: int = 500
     save_every: int = 500
+    save_minutes: float = 0.0
     keep_checkpoints: int = 2
+    keep_every: int = 0
 
 
 # Infinity's and VAREdit's transformers (model.md, section 1): depth, width, heads.

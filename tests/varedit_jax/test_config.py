@@ -29,7 +29,7 @@ MISTAKES = {
     "conditioning": (lambda: TransformerConfig(conditioning="sra"), "conditioning is 'sra'.*sar, finest, full"),
     "rope": (lambda: TransformerConfig(rope_layout="new"), "rope_layout is 'new'.*released, paper"),
     "dtype": (lambda: TransformerConfig(dtype="float16"), "dtype is 'float16'.*float32, bfloat16"),
-    "remat": (lambda: TransformerConfig(remat="some"), "remat is 'some'.*none, full"),
+    "remat": (lambda: TransformerConfig(remat="some"), "remat is .some..*none, named, full"),
     "bits": (
         lambda: EditorConfig(transformer=TransformerConfig(token_bits=16)),
         r"token_bits is 16.*gives 32 \(32 bits\)",

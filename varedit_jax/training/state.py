@@ -13,3 +13,4 @@ class TrainState:
     step: jax.Array  # int32 scalar: updates done so far
     params: Any  # tree of parameters
     opt_state: Any  # optax state of `params`
+    ema: Any = None  # running average of `params` in float32, where the run keeps one
