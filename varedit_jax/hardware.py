@@ -1,0 +1,101 @@
+"""Accelerators that runs are sized for and measured against: peak speed and memory, by the names JAX gives them."""
+
+import dataclasses
+import re
+from typing import Any
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+    """One accelerator as it is sold: what an MFU is a share of. Figures are the vendor's, for dense products."""
+
+    name: str
+    tflops: float  # peak of bfloat16 products, 1e12 operations/s; a multiply-add is two
+    hbm_bytes: int
+    hbm_bandwidth: float  # bytes/s
+    link_bandwidth: float  # bytes/s to other chips of the pod or node, both directions and all links together
+    cores: int = 1  # tensor cores that JAX may show as devices of their own
+    devices: int = 1  # JAX devices a chip
+    usable_bytes: int = 0  # of hbm_bytes, what a program gets; 0 if not known
+
+    @property
+    def device_tflops(self) -> float:
+        """Peak of one JAX device."""
+        return self.tflops / self.devices
+
+    @property
+    def device_hbm(self) -> int:
+        """Bytes of HBM that a program gets on one JAX device."""
+        return (self.usable_bytes or self.hbm_bytes) // self.devices
+
+
+def _tpu(name: str, tflops: float, gib: float, hbm: float, link: float, usable: float, **more: Any) -> Chip:
+    return Chip(
+        name=name,
+        tflops=tflops,
+        hbm_bytes=int(gib * GIB),
+        hbm_bandwidth=hbm * 1e9,
+        link_bandwidth=link * 1e9,
+        usable_bytes=int(usable * GIB),
+        **more,
+    )
+
+
+def _gpu(name: str, tflops: float, gib: float, hbm: float, link: float) -> Chip:
+    # What vendors call GB is GiB, less a little that the driver keeps.
+    return Chip(name=name, tflops=tflops, hbm_bytes=int(gib * GIB), hbm_bandwidth=hbm * 1e9, link_bandwidth=link * 1e9)
+
+
+# Patterns of a whole `device_kind`. TPU kinds are those of libtpu's topologies; what a program gets of their memory is
+# what the compiler of libtpu 0.0.42 says when a program is too large. Other figures: the pages of Cloud TPU's
+# documentation on each version, and NVIDIA's data sheets (half of what they print with sparsity). The link of v4 is six
+# times 100 GB/s, as in the paper on it (arXiv 2304.01433); that of PCIe cards is PCIe.
+CHIPS: dict[str, Chip] = {
+    r"TPU v4": _tpu("TPU v4", 275, 32, 1200, 600, 30.5, cores=2),
+    r"TPU v5 ?(lite|e)": _tpu("TPU v5e", 197, 16, 819, 400, 15.75),
+    r"TPU v5p?": _tpu("TPU v5p", 459, 95, 2765, 1200, 95.74, cores=2),
+    r"TPU v6 ?(lite|e)": _tpu("TPU v6e", 918, 32, 1638, 800, 31.25),
+    r"TPU ?(v7x?|7x)": _tpu("TPU7x", 2307, 192, 7380, 1200, 189.5, cores=2, devices=2),
+    r"NVIDIA A100.*40GB.*": _gpu("A100 40 GB", 312, 40, 1555, 600),
+    r"NVIDIA A100.*80GB.*": _gpu("A100 80 GB", 312, 80, 2039, 600),
+    r"NVIDIA H100 PCIe": _gpu("H100 PCIe", 756, 80, 2000, 128),
+    r"NVIDIA H100 NVL": _gpu("H100 NVL", 835, 94, 3900, 600),
+    r"NVIDIA H100( 80GB HBM3)?": _gpu("H100", 989, 80, 3350, 900),
+    r"NVIDIA H200 NVL": _gpu("H200 NVL", 835, 141, 4800, 900),
+    r"NVIDIA H200": _gpu("H200", 989, 141, 4800, 900),
+    r"NVIDIA B200": _gpu("B200", 2250, 180, 8000, 1800),
+}
+
+
+def chip(device_kind: str, num_cores: int | None = None) -> Chip | None:
+    """The chip of a JAX `device_kind`; None for a CPU and for what the table does not have.
+
+    num_cores: of `device.num_cores`, where the backend has it: a v4 or v5p chip without megacore is two devices.
+    """
+    for pattern, found in CHIPS.items():
+        if re.fullmatch(pattern, device_kind):
+            if num_cores and found.cores > 1:
+                return dataclasses.replace(found, devices=max(found.cores // num_cores, 1))
+            return found
+    return None
+
+
+def chip_of(device: Any) -> Chip | None:
+    """The chip that a JAX device is, or is a part of: `chip` of what the device says of itself."""
+    return chip(device.device_kind, getattr(device, "num_cores", None))
+
+
+def memory(devices: list[Any]) -> dict[str, int]:
+    """Most bytes any of these devices of this process holds, and has held at its peak.
+
+    Keys `in_use` and `peak`; empty where the backend does not say, as on a CPU.
+    """
+    stats = [device.memory_stats() or {} for device in devices]
+    names = {"in_use": "bytes_in_use", "peak": "peak_bytes_in_use"}
+    return {
+        name: max(entry[key] for entry in stats)
+        for name, key in names.items()
+        if stats and all(key in entry for entry in stats)
+    }
