@@ -1,0 +1,214 @@
+"""Operations of a training example by formula, and of any program by counting: what an MFU is made of.
+
+The convention, which stands beside every MFU:
+
+  - a multiply-add is two operations; only products of matrices and convolutions count
+  - attention counts visible pairs of a query and a key only, of text all T padded tokens
+  - the backward pass is twice the forward pass of what is trained
+  - nothing counts twice: what rematerialization computes again is no model FLOP
+  - not counted: area and linear resizing, RoPE's product with its constant matrix, the table of positions, the loss and
+    the optimizer; together under 1 % of a step of the published models
+
+`MFU` is 3 x forward of the transformer (and of the text encoder where it is trained too) over peak; `MFU with encoders`
+adds one forward pass of the frozen text encoder and of the frozen tokenizer's encoder on source and target.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax.interpreters.partial_eval as pe
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+
+from varedit_jax.config import EditorConfig, RunConfig, TextConfig, TokenizerConfig
+from varedit_jax.scales import Grid, Pyramid, image_size
+from varedit_jax.transformer.attention import Visibility
+
+CONVENTION = (
+    "multiply-add = 2; attention counts visible pairs; training = 3 x forward; no recomputation; "
+    "MFU: the transformer alone, MFU with encoders: and the frozen encoders, forward"
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flops:
+    """Operations of one example's forward pass, by part; what of them is trained."""
+
+    tokens: int  # source and target tokens
+    linear: int  # products of the blocks with weights, source and target tokens
+    self_attention: int  # products of queries, keys and values over visible pairs
+    cross_attention: int  # to the text, with its keys and values
+    rest: int  # embedding of tokens, head, pooling and projection of the text, modulation
+    text: int  # text encoder
+    tokenizer: int  # tokenizer's encoder on both pictures; 0 with features computed ahead
+    trains_text: bool = False
+
+    @property
+    def transformer(self) -> int:
+        """Forward pass of the transformer."""
+        return self.linear + self.self_attention + self.cross_attention + self.rest
+
+    @property
+    def training(self) -> int:
+        """Of one training example, what is trained alone: 3 x its forward pass. What MFU counts."""
+        return 3 * (self.transformer + (self.text if self.trains_text else 0))
+
+    @property
+    def training_with_encoders(self) -> int:
+        """Of one training example, with the frozen encoders' forward passes."""
+        return self.training + self.tokenizer + (0 if self.trains_text else self.text)
+
+
+def example_flops(
+    config: EditorConfig, pyramid: Pyramid, text_tokens: int, *, train_text: bool = False, encode: bool = True
+) -> Flops:
+    """Operations of one example, by formula.
+
+    Args:
+      config: the editor.
+      pyramid: of the example: the whole one, or the first scales of a stage.
+      text_tokens: T, padding included.
+      train_text: whether the text encoder is trained too.
+      encode: whether the tokenizer's encoder runs in the step; not with features computed ahead.
+    """
+    model = config.transformer
+    width, depth, bits, text_width = model.width, model.depth, model.token_bits, model.text_width
+    source, target = pyramid.source_tokens(model.conditioning), pyramid.target_tokens
+    tokens = source + target
+    # qkv 3, proj 1, the text's q 1 and proj 1, feed-forward 4 + 4: C x C matrices each.
+    linear = depth * tokens * 2 * 14 * width**2
+    aligned = int(model.conditioning == "sar")
+    pairs = aligned * visible_pairs(Visibility(pyramid, model.conditioning, scale_aligned=True))
+    pairs += (depth - aligned) * visible_pairs(Visibility(pyramid, model.conditioning, scale_aligned=False))
+    cross_attention = depth * (4 * width * tokens * text_tokens + 2 * 2 * width**2 * text_tokens)
+    pooling = text_tokens * 2 * text_width * 2 * width + 4 * width * text_tokens + 2 * width**2
+    projection = text_tokens * 2 * (text_width * width + width**2)
+    modulation = 2 * width * (6 + 2) * width
+    embedding = (tokens - 1) * 2 * bits * width  # the first token is the pooled text
+    head = target * 2 * width * 2 * bits
+    size = image_size(config, pyramid)
+    return Flops(
+        tokens=tokens,
+        linear=linear,
+        self_attention=4 * width * pairs,
+        cross_attention=cross_attention,
+        rest=pooling + projection + modulation + embedding + head,
+        text=text_flops(config.text, text_tokens),
+        tokenizer=2 * encoder_flops(config.tokenizer, size) if encode else 0,
+        trains_text=train_text,
+    )
+
+
+def run_flops(config: RunConfig, pyramid: Pyramid) -> Flops:
+    """`example_flops` of a run on `pyramid`; pictures are encoded at the size that pyramid has."""
+    return example_flops(
+        config.model,
+        pyramid,
+        config.data.text_tokens,
+        train_text=config.train_text,
+        encode=config.data.features == "online",
+    )
+
+
+def visible_pairs(visibility: Visibility) -> int:
+    """Pairs of a query and a key that one block's self-attention has, over source and targets."""
+    pyramid = visibility.pyramid
+    pairs = sum(
+        (queries.stop - queries.start) * (keys.stop - keys.start) for queries, keys in visibility.source_groups()
+    )
+    for scale, length in enumerate(pyramid.lengths):
+        targets = pyramid.offsets[scale + 1]
+        if visibility.scale_aligned:
+            source = length
+        elif visibility.conditioning == "full":
+            source = targets
+        else:
+            source = visibility.source_tokens
+        pairs += length * (source + targets)
+    return pairs
+
+
+def text_flops(config: TextConfig, tokens: int) -> int:
+    """Forward pass of the text encoder over a sequence of `tokens`, padding included."""
+    inner = config.heads * config.head_size
+    token = 2 * 4 * config.width * inner + 2 * 3 * config.width * config.mlp_width + 4 * inner * tokens
+    return config.layers * tokens * token
+
+
+def encoder_flops(config: TokenizerConfig, size: Grid) -> int:
+    """Forward pass of the tokenizer's encoder on one picture of `size` (height, width) pixels, padding included."""
+    height, width = size
+    channels = [multiplier * config.base_channels for multiplier in config.channel_multipliers]
+
+    def conv(inputs: int, outputs: int, kernel: int = 3) -> int:
+        return 2 * kernel**2 * inputs * outputs * height * width
+
+    def blocks(inputs: int, outputs: int, count: int) -> int:
+        shortcut = conv(inputs, outputs, 1) if inputs != outputs else 0
+        return shortcut + conv(inputs, outputs) + (2 * count - 1) * conv(outputs, outputs)
+
+    total = conv(3, config.base_channels)
+    before = config.base_channels
+    for level, level_channels in enumerate(channels):
+        total += blocks(before, level_channels, config.encoder_blocks)
+        before = level_channels
+        if level < len(channels) - 1:
+            height, width = height // 2, width // 2
+            total += conv(before, before)
+    return total + blocks(before, before, 2) + conv(before, config.bits)
+
+
+def count_jaxpr(jaxpr: Jaxpr | ClosedJaxpr) -> int:
+    """Operations of the matrix products and convolutions of a program, as `jax.make_jaxpr` gives it.
+
+    A scanned body counts as often as it runs, what no output needs not at all, and what is rematerialized again. Zeros
+    that the gradient of a strided convolution puts between its inputs do not count. Inside of `shard_map` the
+    operations of all shards count.
+
+    Raises:
+      ValueError: for a loop of unknown length with products in it, and for kernels (pallas, cuDNN), which cannot be
+        looked into: count a program with plain attention.
+    """
+    inner = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+    live, _ = pe.dce_jaxpr(inner, [True] * len(inner.outvars))
+    return sum(_count(equation) for equation in live.eqns)
+
+
+def _count(equation: JaxprEqn) -> int:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        left = equation.invars[0].aval.shape
+        return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+    if name == "conv_general_dilated":
+        return _count_convolution(equation)
+    if name in ("pallas_call", "cudnn_fmha") or "dot_product_attention" in name:
+        raise ValueError(f"operations inside of {name} cannot be counted; count with plain attention")
+    bodies = [count_jaxpr(body) for body in _bodies(params)]
+    if name == "scan":
+        return params["length"] * sum(bodies)
+    if name == "while" and sum(bodies):
+        raise ValueError("a loop of unknown length has matrix products in it, which cannot be counted")
+    if name == "cond":
+        return max(bodies)
+    if name == "shard_map":
+        return math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"]) * sum(bodies)
+    return sum(bodies)
+
+
+def _count_convolution(equation: JaxprEqn) -> int:
+    params = equation.params
+    numbers = params["dimension_numbers"]
+    kernel = equation.invars[1].aval.shape
+    output = math.prod(equation.outvars[0].aval.shape)
+    taps = math.prod(kernel[axis] for axis in numbers.rhs_spec[1:])  # input channels of a group, and the window
+    return 2 * output * taps // math.prod(params["lhs_dilation"])
+
+
+def _bodies(params: Mapping[str, Any]) -> Iterator[Jaxpr | ClosedJaxpr]:
+    """The programs among an equation's parameters."""
+    for value in params.values():
+        for entry in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(entry, (Jaxpr, ClosedJaxpr)):
+                yield entry
