@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.interpreters.partial_eval as pe
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from varedit_jax.config import EditorConfig, RunConfig, TextConfig, TokenizerConfig
 from varedit_jax.scales import Grid, Pyramid, image_size
@@ -175,7 +175,7 @@ def count_jaxpr(jaxpr: Jaxpr | ClosedJaxpr) -> int:
     return sum(_count(equation) for equation in live.eqns)
 
 
-def _count(equation: JaxprEqn) -> int:
+def _count(equation: Any) -> int:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
@@ -185,7 +185,7 @@ def _count(equation: JaxprEqn) -> int:
         return _count_convolution(equation)
     if name in ("pallas_call", "cudnn_fmha") or "dot_product_attention" in name:
         raise ValueError(f"operations inside of {name} cannot be counted; count with plain attention")
-    bodies = [count_jaxpr(body) for body in _bodies(params)]
+    bodies: list[int] = [count_jaxpr(body) for body in _bodies(params)]
     if name == "scan":
         return params["length"] * sum(bodies)
     if name == "while" and sum(bodies):
@@ -197,7 +197,7 @@ def _count(equation: JaxprEqn) -> int:
     return sum(bodies)
 
 
-def _count_convolution(equation: JaxprEqn) -> int:
+def _count_convolution(equation: Any) -> int:
     params = equation.params
     numbers = params["dimension_numbers"]
     kernel = equation.invars[1].aval.shape
