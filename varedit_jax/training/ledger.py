@@ -26,7 +26,7 @@ SAMPLES = "samples"
 
 
 class Stopwatch:
-    """Seconds spent in each named part of a run: data, step, compile, evaluate, sample, save."""
+    """Seconds spent in each named part of a run: data, step, compile, evaluate, sample, save, restore."""
 
     def __init__(self) -> None:
         """Starts now."""
@@ -41,6 +41,11 @@ class Stopwatch:
             yield
         finally:
             self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
+
+    def move(self, part: str, other: str, seconds: float) -> None:
+        """Counts so many seconds of `part` as time of `other` instead."""
+        self.seconds[part] = self.seconds.get(part, 0.0) - seconds
+        self.seconds[other] = self.seconds.get(other, 0.0) + seconds
 
     def share(self, part: str) -> float:
         """Time of `part` as a share of all the time since the start."""
@@ -78,7 +83,13 @@ class Ledger:
             if first_step:  # hides what an earlier process wrote from this step on
                 self._publish(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
         if self._screen.isatty():
-            self._bar = tqdm.tqdm(total=steps, initial=first_step, file=self._screen, dynamic_ncols=True)
+            self._bar = tqdm.tqdm(
+                total=steps,
+                initial=first_step,
+                file=self._screen,
+                dynamic_ncols=True,
+                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+            )
 
     def record(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes the metrics of one step; a vector [K] becomes `name/scale_k`. A value that is not finite is null."""
@@ -107,14 +118,25 @@ class Ledger:
                 (self._folder / SAMPLES / f"{name}_{step:07d}.png").write_bytes(encoded.getvalue())
                 self._publish(Event(step=step, summary=Summary(value=[Summary.Value(tag=name, image=image)])))
 
-    def progress(self, step: int, metrics: Mapping[str, Any], *, examples_per_second: float, eta: float) -> None:
-        """Shows where the run is after `step` updates. `eta` is the seconds that are left."""
+    def progress(
+        self,
+        step: int,
+        metrics: Mapping[str, Any],
+        *,
+        examples_per_second: float,
+        eta: float,
+        mfu: float | None = None,
+    ) -> None:
+        """Shows where the run is after `step` updates. `eta` is the seconds that are left, `mfu` a share."""
         shown = [f"{name} {float(metrics[name]):.4g}" for name in ("loss", "bit_accuracy") if name in metrics]
         shown.append(f"{examples_per_second:.3g} examples/s")
+        if mfu is not None:
+            shown.append(f"MFU {mfu:.1%}")
+        shown.append(f"{duration(eta)} left")
         if self._bar is not None:
             self._bar.set_postfix_str(", ".join(shown), refresh=False)
         else:
-            self.say(", ".join([f"step {step}/{self._steps}", *shown, f"{duration(eta)} left"]))
+            self.say(", ".join([f"step {step}/{self._steps}", *shown]))
 
     def advance(self) -> None:
         """Counts one step on the progress bar, where there is one."""

@@ -95,11 +95,11 @@ def test_progress_off_a_terminal_is_a_line(tmp_path: pathlib.Path) -> None:
     screen = io.StringIO()
     ledger = Ledger(tmp_path, first_step=0, steps=1000, screen=screen)
     ledger.progress(20, {"loss": 0.69314, "bit_accuracy": 0.5, "other": 1.0}, examples_per_second=12.34, eta=7325)
-    ledger.progress(30, {"loss": 0.5}, examples_per_second=12.34, eta=42)
+    ledger.progress(30, {"loss": 0.5}, examples_per_second=12.34, eta=42, mfu=0.4567)
     ledger.close()
     assert screen.getvalue().splitlines() == [
         "step 20/1000, loss 0.6931, bit_accuracy 0.5, 12.3 examples/s, 2 h 02 min left",
-        "step 30/1000, loss 0.5, 12.3 examples/s, 42 s left",
+        "step 30/1000, loss 0.5, 12.3 examples/s, MFU 45.7%, 42 s left",
     ]
 
 
@@ -109,11 +109,12 @@ def test_progress_on_a_terminal_is_a_bar(tmp_path: pathlib.Path) -> None:
     ledger = Ledger(tmp_path, first_step=3, steps=5, screen=screen)
     ledger.say("going on")
     for step in (4, 5):
-        ledger.progress(step, {"loss": 0.25}, examples_per_second=1.0, eta=0)
+        ledger.progress(step, {"loss": 0.25}, examples_per_second=1.0, eta=300)
         ledger.advance()
     ledger.close()
     shown = screen.getvalue()
     assert "3/5" in shown and "5/5" in shown and "loss 0.25" in shown and "going on\n" in shown
+    assert "5 min left" in shown and "?" not in shown  # no guess of the bar's own beside it
 
 
 @pytest.mark.parametrize("file", ["metrics", "events"])
@@ -150,6 +151,8 @@ def test_stopwatch_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
             pass
     assert clock.seconds == {"step": 3.0}
     assert clock.share("step") == 3.0 / 20.0
+    clock.move("step", "data", 1.0)
+    assert clock.seconds == {"step": 2.0, "data": 1.0}
 
 
 def test_duration() -> None:

@@ -1,0 +1,188 @@
+"""What the loop reports of its steps."""
+
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from varedit_jax import hardware
+from varedit_jax.config import preset
+from varedit_jax.errors import UserError
+from varedit_jax.scales import editor_pyramid
+from varedit_jax.training.flops import example_flops
+from varedit_jax.training.goodput import Goodput, read_goodput
+from varedit_jax.training.ledger import Stopwatch
+from varedit_jax.training.report import NONFINITE_LIMIT, Report, Work
+
+H100 = hardware.chip("NVIDIA H100 80GB HBM3")
+WORK = Work(flops=2 * 10**12, flops_with_encoders=3 * 10**12, tokens=100, devices=4, chip=H100)
+
+
+class Ledger:
+    """Keeps what it gets."""
+
+    def __init__(self):
+        self.lines, self.shown, self.steps = {}, [], 0
+
+    def record(self, step, metrics):
+        self.lines[step] = {name: float(value) for name, value in metrics.items()}
+
+    def progress(self, step, metrics, **shown):
+        self.shown.append((step, shown))
+
+    def advance(self):
+        self.steps += 1
+
+
+class Loop:
+    """A loop whose time goes by as told."""
+
+    def __init__(self, monkeypatch, **arguments):
+        self.time = 0.0
+        monkeypatch.setattr("time.perf_counter", lambda: self.time)
+        self.ready = True
+        monkeypatch.setattr("varedit_jax.training.report._ready", lambda metrics: self.ready)
+        self.clock, self.ledger = Stopwatch(), Ledger()
+        self.report = Report(self.ledger, self.clock, 2, 100, None, **arguments)
+        self.step = 0
+
+    def run(self, data=0.0, compute=1.0, examples=8, loss=0.5, part=None, spent=0.0):
+        """One step: some other part of the loop, the data, the step; then the one before it is written down."""
+        for name, seconds in ((part, spent), ("data", data), ("step", compute)):
+            if name:
+                with self.clock.time(name):
+                    self.time += seconds
+        ids = np.arange(self.step * 8, self.step * 8 + 8)
+        self.report.later(self.step, {"loss": jnp.float32(loss)}, examples, ids)
+        self.step += 1
+
+
+def test_speed_of_a_window(monkeypatch):
+    """Steps of a second after a quarter of a second of data; compiling and evaluating are not their time."""
+    loop = Loop(monkeypatch, work=WORK)
+    loop.run(part="compile", spent=60.0, data=0.25)
+    for _ in range(4):
+        loop.run(data=0.25)
+    loop.run(part="evaluate", spent=30.0, data=0.25)
+    loop.report.finish()
+    # Step n ends when step n + 1 has been dispatched, so the first line holds two steps' time.
+    line = loop.ledger.lines[4]
+    assert line["time/step_seconds"] == pytest.approx(1.25)
+    assert line["time/examples_per_second"] == pytest.approx(8 / 1.25)
+    assert line["time/tokens_per_second"] == pytest.approx(800 / 1.25)
+    assert line["time/data_share"] == pytest.approx(0.2)
+    assert line["time/tflops_per_chip"] == pytest.approx(8 * 2 / 1.25 / 4)
+    assert line["time/mfu"] == pytest.approx(8 * 2 / 1.25 / 4 / 989)
+    assert line["time/mfu_with_encoders"] == pytest.approx(8 * 3 / 1.25 / 4 / 989)
+    assert line["loss"] == 0.5 and "memory/peak_gib" not in line  # a CPU does not say
+    assert loop.ledger.lines.keys() == {0, 2, 4} and loop.ledger.steps == 6
+
+
+def test_data_behind_a_running_step_keep_nobody_waiting(monkeypatch):
+    loop = Loop(monkeypatch)
+    loop.ready = False
+    for _ in range(4):
+        loop.run(data=0.25)
+    assert loop.ledger.lines[2]["time/data_share"] == 0
+    assert loop.ledger.lines[2]["time/step_seconds"] == pytest.approx(1.25)
+    assert loop.clock.seconds["data"] == pytest.approx(0.25)  # of the first step, which nothing hid
+    loop.ready = True
+    for _ in range(3):
+        loop.run(data=0.25)
+    assert loop.ledger.lines[4]["time/data_share"] > 0
+
+
+def test_time_left_is_by_the_median(monkeypatch):
+    """One slow step says nothing about the rest."""
+    loop = Loop(monkeypatch, work=WORK)
+    for compute in (1.0, 1.0, 1.0, 1.0, 500.0, 1.0, 1.0):
+        loop.run(compute=compute)
+    step, shown = loop.ledger.shown[-1]
+    assert (step, shown["eta"]) == (5, pytest.approx(95.0))
+    assert shown["mfu"] == pytest.approx(loop.ledger.lines[4]["time/mfu"])
+    assert loop.ledger.lines[4]["time/step_seconds"] > 200
+
+
+def test_no_peak_no_mfu(monkeypatch):
+    """Absent, not 0; the speed is there."""
+    loop = Loop(monkeypatch, work=Work.of(example_flops(preset("tiny"), editor_pyramid(preset("tiny")), 5), [_cpu()]))
+    for _ in range(2):
+        loop.run()
+    line = loop.ledger.lines[0]
+    assert line["time/tflops_per_chip"] > 0 and not [name for name in line if "mfu" in name]
+    assert loop.ledger.shown[0][1]["mfu"] is None
+
+
+def _cpu():
+    return types.SimpleNamespace(device_kind="cpu")
+
+
+def test_work_of_devices():
+    flops = example_flops(preset("tiny"), editor_pyramid(preset("tiny")), 5)
+    work = Work.of(flops, iter([types.SimpleNamespace(device_kind="TPU7x", num_cores=1)] * 8))
+    assert (work.flops, work.flops_with_encoders) == (flops.training, flops.training_with_encoders)
+    assert (work.tokens, work.devices) == (37, 8)
+    # Eight devices are four chips.
+    assert work.speed(4, 2.0)["tflops_per_chip"] == pytest.approx(flops.training / 2 / 1e12)
+    assert work.speed(4, 2.0)["mfu"] == pytest.approx(flops.training / 2 / 1e12 / 2307)
+
+
+def test_stages_count_what_they_cost(monkeypatch):
+    small = Work(flops=10**12, flops_with_encoders=10**12, tokens=10, devices=4, chip=H100)
+    loop = Loop(monkeypatch, work=lambda step: small if step < 2 else WORK)
+    for _ in range(4):
+        loop.run()
+    line = loop.ledger.lines[2]  # of steps 1 and 2
+    assert line["time/tokens_per_second"] == pytest.approx((10 + 100) * 8 / 2)
+    assert line["time/tflops_per_chip"] == pytest.approx((1 + 2) * 8 / 2 / 4)
+
+
+def test_the_guard_sees_every_step(monkeypatch):
+    """Each with its own examples; what it adds is written with the next line; it replaces the check of the loss."""
+    seen = []
+
+    def check(step, metrics, example_ids):
+        seen.append((step, float(metrics["loss"]), example_ids[0]))
+        return {"loss_spike": 3.0} if step == 1 else {"skipped_steps": float(step)}
+
+    loop = Loop(monkeypatch, guard=types.SimpleNamespace(check=check))
+    for step in range(NONFINITE_LIMIT + 3):
+        loop.run(loss=np.nan if step else 1.0)
+    loop.report.finish()
+    assert [step for step, *_ in seen] == list(range(NONFINITE_LIMIT + 3))
+    assert seen[0] == (0, 1.0, 0) and seen[2][2] == 16
+    lines = loop.ledger.lines
+    assert "loss_spike" not in lines[0] and "loss_spike" not in lines[4]
+    assert (lines[2]["loss_spike"], lines[2]["skipped_steps"]) == (3.0, 2.0)
+
+
+def test_a_loss_that_stays_bad_ends_a_run_without_a_guard(monkeypatch):
+    loop = Loop(monkeypatch)
+    with pytest.raises(UserError, match=f"the loss was nan in {NONFINITE_LIMIT} steps in a row, up to step 9"):
+        for _ in range(NONFINITE_LIMIT + 1):
+            loop.run(loss=np.nan)
+    assert loop.step == NONFINITE_LIMIT
+
+
+def test_memory_is_reported_where_it_is_known(monkeypatch):
+    stats = {"in_use": 3 * hardware.GIB, "peak": 5 * hardware.GIB}
+    monkeypatch.setattr("varedit_jax.hardware.memory", lambda devices: stats)
+    loop = Loop(monkeypatch)
+    loop.run()
+    loop.report.finish()
+    assert (loop.ledger.lines[0]["memory/in_use_gib"], loop.ledger.lines[0]["memory/peak_gib"]) == (3.0, 5.0)
+
+
+def test_goodput_goes_with_the_log(monkeypatch, tmp_path):
+    """A line of goodput.jsonl for every line of the log, and its shares in it."""
+    loop = Loop(monkeypatch)
+    with Goodput(tmp_path, loop.clock, 0, start=0.0, now=lambda: loop.time) as goodput:
+        loop.report = Report(loop.ledger, loop.clock, 2, 100, None, goodput=goodput)
+        for _ in range(4):
+            loop.run(part="compile" if loop.step == 0 else None, spent=2.0, data=1.0)
+    line = loop.ledger.lines[2]
+    assert line["time/goodput"] == line["time/share/productive"] == pytest.approx(4 / 10)
+    assert (line["time/share/compile"], line["time/share/data"]) == (pytest.approx(0.2), pytest.approx(0.4))
+    assert sum(value for name, value in line.items() if name.startswith("time/share/")) == pytest.approx(1)
+    assert [moment.step for moment in read_goodput(tmp_path)] == [0, 1, 3, 3]

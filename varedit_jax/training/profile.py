@@ -1,0 +1,81 @@
+"""A profile of a few steps on demand, for TensorBoard, XProf or Perfetto."""
+
+import os
+import pathlib
+import re
+from typing import Any
+
+import jax
+
+from varedit_jax.errors import UserError
+
+PROFILE = "profile"
+
+
+class Profiler:
+    """Traces the steps [first, last) of a run into `workdir`/profile. The first process of several does it.
+
+    Regions named by `jax.named_scope` are part of the names of operations in it.
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str], first: int, last: int) -> None:
+        """Nothing happens before `step`. An empty range is never traced."""
+        self._folder = pathlib.Path(workdir) / PROFILE
+        self._first, self._last = first, last
+        self._waits = jax.process_index() == 0 and first < last
+        self._tracing = False
+        self._annotation: Any = None
+
+    def step(self, step: int, state: Any = None) -> None:
+        """To be called before step `step` is dispatched.
+
+        Args:
+          step: counted from 0. A run that goes on in the midst of the range is traced from there.
+          state: what the step before gives; the trace ends when it is there, not before.
+
+        Raises:
+          UserError: the folder cannot be written.
+        """
+        if self._waits and self._first <= step < self._last:
+            self._waits = False
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"no profile can be written in {self._folder}: {error.strerror}") from error
+            jax.profiler.start_trace(self._folder)
+            self._tracing = True
+        if self._tracing and step >= self._last:
+            self.close(state)
+        if self._tracing:
+            self._end_step()
+            self._annotation = jax.profiler.StepTraceAnnotation("train", step_num=step)
+            self._annotation.__enter__()
+
+    def close(self, state: Any = None) -> None:
+        """Ends a trace that has begun, when `state` is there, and writes it."""
+        if not self._tracing:
+            return
+        self._tracing = False
+        jax.block_until_ready(state)
+        self._end_step()
+        jax.profiler.stop_trace()
+
+    def _end_step(self) -> None:
+        if self._annotation is not None:
+            self._annotation.__exit__(None, None, None)
+            self._annotation = None
+
+
+def parse_steps(text: str) -> tuple[int, int]:
+    """The steps [first, last) as users write them: "10,13"; "" is no step at all, (0, 0).
+
+    Raises UserError for another form or an empty range.
+    """
+    if not text:
+        return 0, 0
+    found = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", text)
+    if not found or int(found[1]) >= int(found[2]):
+        raise UserError(
+            f"--profile_steps is {text!r}; give the first step and the one to end before, as in --profile_steps=10,13"
+        )
+    return int(found[1]), int(found[2])
