@@ -224,5 +224,4 @@ class Report:
 
 def _ready(metrics: Metrics) -> bool:
     """Whether the step that gives these metrics has ended."""
-    leaves: list[Any] = jax.tree.leaves(dict(metrics))
-    return all(leaf.is_ready() for leaf in leaves if isinstance(leaf, jax.Array))
+    return all(getattr(leaf, "is_ready", lambda: True)() for leaf in jax.tree.leaves(dict(metrics)))

@@ -67,6 +67,7 @@ def test_speed_of_a_window(monkeypatch):
     loop.run(part="evaluate", spent=30.0, data=0.25)
     loop.report.finish()
     # Step n ends when step n + 1 has been dispatched, so the first line holds two steps' time.
+    assert loop.ledger.lines[0]["time/step_seconds"] == pytest.approx(2 * 1.25)
     line = loop.ledger.lines[4]
     assert line["time/step_seconds"] == pytest.approx(1.25)
     assert line["time/examples_per_second"] == pytest.approx(8 / 1.25)

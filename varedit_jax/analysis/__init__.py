@@ -1,0 +1,1 @@
+"""Looks at models from the outside: speed and memory."""

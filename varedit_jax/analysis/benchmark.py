@@ -1,0 +1,267 @@
+"""Times and memory of the complete training step and of editing, on random weights and pictures, on any device."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from varedit_jax import hardware
+from varedit_jax.config import RunConfig
+from varedit_jax.parallel.mesh import put_batch
+from varedit_jax.parameters import init_text, init_tokenizer, init_transformer
+from varedit_jax.sampling import decode
+from varedit_jax.scales import editor_pyramid, image_size
+from varedit_jax.training.editor_run import make_init
+from varedit_jax.training.flops import count_jaxpr, run_flops
+from varedit_jax.training.optimizer import make_optimizer
+from varedit_jax.training.report import Work
+from varedit_jax.training.sharded import abstract_batch, abstract_frozen, abstract_key, abstract_state, sharded_step
+from varedit_jax.training.step import make_step
+
+Row = dict[str, Any]  # what was measured, ready for JSON
+
+OUT_OF_MEMORY = "out of memory"
+FAST_ATTENTION = {"gpu": "cudnn", "tpu": "splash"}  # by platform
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """What is measured, and how often."""
+
+    run: RunConfig  # model, batch, optimizer and precision of the step
+    mesh: Mesh
+    repeats: int = 10
+    warmup: int = 2  # calls before them, which are not counted
+    _measured: dict[RunConfig, Row] = dataclasses.field(default_factory=dict)  # what rows share is measured once
+
+    def train(self, **transformer: Any) -> Row:
+        """The training step, with some fields of the transformer's configuration replaced."""
+        run = _with(self.run, **transformer)
+        chosen = run.model.transformer
+        row = {"what": "train", "batch": run.data.batch_size, "attention": chosen.attention, "remat": chosen.remat}
+        if chosen.attention == "auto":
+            run = _with(run, attention=FAST_ATTENTION.get(self._device.platform, "plain"))
+        if run not in self._measured:
+            self._measured[run] = _guarded(lambda: self._train(run))
+        return row | self._measured[run]
+
+    def edit(self, batch: int) -> Row:
+        """A complete edit of so many pictures, from pixels to pixels, on the first device."""
+        return {"what": "edit", "batch": batch} | _guarded(lambda: self._edit(batch))
+
+    def attention(self) -> Iterator[Row]:
+        """The training step with plain attention, and with the platform's fast kernel where it has one."""
+        yield {**self.train(attention="plain"), "what": "attention"}
+        fast = FAST_ATTENTION.get(self._device.platform)
+        if fast is None:
+            note = f"no fast kernel for the platform {self._device.platform}"
+            yield {"what": "attention", "batch": self.run.data.batch_size, "attention": "auto", "note": note}
+        else:
+            yield {**self.train(attention=fast), "what": "attention"}
+
+    def remat(self) -> Iterator[Row]:
+        """The training step with each way of keeping activations, the thriftiest first.
+
+        A device tells its peak memory since the process began; in this order it is that of the row.
+        `again_of_forward` is what is computed again in the backward pass, as a share of the transformer's forward pass.
+        """
+        plain = _with(self.run, attention="plain", remat="none")  # operations inside of kernels cannot be counted
+        forward = self.run.data.batch_size * run_flops(self.run, editor_pyramid(self.run.model)).transformer
+        base = _count(plain)
+        for remat in ("full", "named", "none"):
+            again = (_count(_with(plain, remat=remat)) - base) / forward if remat != "none" else 0.0
+            yield {**self.train(remat=remat), "what": "remat", "again_of_forward": again}
+
+    @property
+    def _device(self) -> jax.Device:
+        return self.mesh.devices.flat[0]
+
+    @functools.cached_property
+    def _initial(self) -> dict[str, Callable[[], Any]]:
+        """What makes random weights on the devices: the same, whatever the rows differ in."""
+        run = self.run
+        optimizer = make_optimizer(run.optimizer, run.steps)
+
+        def maker(init: Callable[[], Any], abstract: Any = None) -> Callable[[], Any]:
+            places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+            function = jax.jit(init, out_shardings=places)
+
+            def make() -> Any:
+                with jax.default_prng_impl("rbg"):  # compiled in a fraction of the time of the default
+                    return jax.block_until_ready(function())
+
+            return make
+
+        return {
+            "state": maker(make_init(run, optimizer), abstract_state(run, optimizer, self.mesh)),
+            "frozen": maker(lambda: _random_frozen(run), abstract_frozen(run, self.mesh)),
+            "editor": maker(lambda: _random_editor(run)),
+        }
+
+    def _train(self, run: RunConfig) -> Row:
+        pyramid = editor_pyramid(run.model)
+        optimizer = make_optimizer(run.optimizer, run.steps)
+        abstract = (
+            abstract_state(run, optimizer, self.mesh),
+            abstract_frozen(run, self.mesh),
+            abstract_batch(run, pyramid, self.mesh),
+            abstract_key(self.mesh),
+        )
+        with jax.set_mesh(self.mesh):
+            began = time.perf_counter()
+            step = sharded_step(run, pyramid, optimizer, self.mesh).lower(*abstract).compile()
+            compiling = time.perf_counter() - began
+            state, frozen = self._initial["state"](), self._initial["frozen"]()
+            batch = put_batch(self.mesh, _random_batch(dict(abstract[2])))
+            key = jax.device_put(jax.random.key(0), abstract[3].sharding)
+
+            def once() -> Any:
+                nonlocal state
+                state, metrics = step(state, frozen, batch, key)
+                return metrics
+
+            seconds = self._times(once)
+        flops = run_flops(run, pyramid)
+        work = Work.of(flops, self.mesh.devices.flat)
+        median = float(np.median(seconds))
+        examples = run.data.batch_size
+        return {
+            **_spread(seconds),
+            "compile_s": compiling,
+            "examples_per_s": examples / median,
+            "tokens_per_s": examples * flops.tokens / median,
+            **work.speed(examples, median),
+            **self._memory(step),
+        }
+
+    def _edit(self, batch: int) -> Row:
+        run = self.run
+        model, pyramid = run.model, editor_pyramid(run.model)
+        draw = np.random.default_rng(0)
+        pictures = draw.integers(0, 256, (batch, *image_size(model, pyramid), 3), np.uint8)
+        tokens = min(32, run.data.text_tokens)  # of an instruction
+        ids = draw.integers(1, model.text.vocabulary_size, (batch, tokens), np.int32)
+        lengths = np.full((batch,), tokens, np.int32)
+
+        def function(*arguments: Any) -> jax.Array:
+            return decode.edit(*arguments, config=model, pyramid=pyramid, sampling=run.sampling)
+
+        with jax.default_device(self._device):
+            params = self._initial["editor"]()
+            keys = jax.vmap(jax.random.key)(np.arange(batch, dtype=np.uint32))
+            arguments = (params, *jax.device_put((pictures, ids, lengths), self._device), keys)
+            began = time.perf_counter()
+            edit = jax.jit(function).lower(*arguments).compile()
+            compiling = time.perf_counter() - began
+            seconds = self._times(lambda: edit(*arguments))
+        row = _spread(seconds)
+        return row | {"compile_s": compiling, "examples_per_s": batch / row["median_s"], **self._memory(edit)}
+
+    def _times(self, once: Callable[[], Any]) -> list[float]:
+        """Seconds of each call, from its dispatch until its results are there."""
+        seconds = []
+        for _ in range(self.warmup + self.repeats):
+            began = time.perf_counter()
+            jax.block_until_ready(once())
+            seconds.append(time.perf_counter() - began)
+        return seconds[self.warmup :]
+
+    def _memory(self, program: Any) -> Row:
+        """GiB a device: what the compiler plans for the program, and what the fullest device has held so far."""
+        planned = program.memory_analysis()
+        sizes: Row = {}
+        if planned is not None:
+            total = planned.argument_size_in_bytes + planned.output_size_in_bytes - planned.alias_size_in_bytes
+            sizes["planned_gib"] = (total + planned.temp_size_in_bytes) / hardware.GIB
+            sizes["temporary_gib"] = planned.temp_size_in_bytes / hardware.GIB
+        peak = hardware.memory(jax.local_devices()).get("peak")
+        return sizes | {"peak_gib": None if peak is None else peak / hardware.GIB}
+
+
+def environment(mesh: Mesh) -> Row:
+    """What a figure depends on besides the program: device, its peak, versions."""
+    device = mesh.devices.flat[0]
+    chip = hardware.chip_of(device)
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "devices": mesh.size,
+        "mesh": dict(mesh.shape),
+        "peak_tflops_per_chip": chip.tflops if chip else None,
+        "jax": jax.__version__,
+    }
+
+
+def _with(run: RunConfig, **transformer: Any) -> RunConfig:
+    model = dataclasses.replace(run.model, transformer=dataclasses.replace(run.model.transformer, **transformer))
+    return dataclasses.replace(run, model=model)
+
+
+def _guarded(measure: Callable[[], Row]) -> Row:
+    """What `measure` gives; a row that says so where it needs more memory than there is."""
+    try:
+        return measure()
+    except jax.errors.JaxRuntimeError as error:
+        if not any(text in str(error) for text in ("RESOURCE_EXHAUSTED", "Out of memory", "OOM")):
+            raise
+        return {"note": OUT_OF_MEMORY}
+
+
+def _count(run: RunConfig) -> int:
+    """Operations of one step, counted."""
+    pyramid, optimizer = editor_pyramid(run.model), make_optimizer(run.optimizer, run.steps)
+    one = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    arguments = (
+        abstract_state(run, optimizer, one),
+        abstract_frozen(run, one),
+        abstract_batch(run, pyramid, one),
+        abstract_key(one),
+    )
+    return count_jaxpr(jax.make_jaxpr(make_step(run, pyramid, optimizer))(*arguments))
+
+
+def _random_frozen(run: RunConfig) -> Any:
+    frozen = {"tokenizer": init_tokenizer(run.model, jax.random.key(1))}
+    if not run.train_text:
+        dtype = jnp.dtype(run.text_dtype)
+        frozen["text"] = jax.tree.map(lambda x: x.astype(dtype), init_text(run.model, jax.random.key(2)))
+    return frozen
+
+
+def _random_editor(run: RunConfig) -> Any:
+    return {
+        "tokenizer": init_tokenizer(run.model, jax.random.key(1)),
+        "text": init_text(run.model, jax.random.key(2)),
+        "transformer": init_transformer(run.model, jax.random.key(3)),
+    }
+
+
+def _random_batch(abstract: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Random pictures (or features) and texts of all lengths."""
+    draw = np.random.default_rng(0)
+    text_tokens = abstract["text_ids"].shape[1]
+    highest = {"text_ids": 1000, "text_length": text_tokens + 1}
+    batch = {}
+    for name, leaf in abstract.items():
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            batch[name] = draw.normal(size=leaf.shape).astype(leaf.dtype)
+        else:
+            batch[name] = draw.integers(1, highest.get(name, 256), leaf.shape).astype(leaf.dtype)
+    return batch
+
+
+def _spread(seconds: list[float]) -> Row:
+    """Median, least and quartiles."""
+    low, median, high = np.percentile(seconds, [25, 50, 75])
+    return {
+        "median_s": float(median),
+        "min_s": float(min(seconds)),
+        "quartiles_s": [float(low), float(high)],
+        "repeats": len(seconds),
+    }
