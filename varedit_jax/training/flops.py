@@ -61,7 +61,13 @@ class Flops:
 
 
 def example_flops(
-    config: EditorConfig, pyramid: Pyramid, text_tokens: int, *, train_text: bool = False, encode: bool = True
+    config: EditorConfig,
+    pyramid: Pyramid,
+    text_tokens: int,
+    *,
+    train_text: bool = False,
+    encode: bool = True,
+    whole: Pyramid | None = None,
 ) -> Flops:
     """Operations of one example, by formula.
 
@@ -71,6 +77,7 @@ def example_flops(
       text_tokens: T, padding included.
       train_text: whether the text encoder is trained too.
       encode: whether the tokenizer's encoder runs in the step; not with features computed ahead.
+      whole: the pyramid that the pictures are encoded for, where `pyramid` is the first scales of it.
     """
     model = config.transformer
     width, depth, bits, text_width = model.width, model.depth, model.token_bits, model.text_width
@@ -87,7 +94,7 @@ def example_flops(
     modulation = 2 * width * (6 + 2) * width
     embedding = (tokens - 1) * 2 * bits * width  # the first token is the pooled text
     head = target * 2 * width * 2 * bits
-    size = image_size(config, pyramid)
+    size = image_size(config, whole or pyramid)
     return Flops(
         tokens=tokens,
         linear=linear,
@@ -100,14 +107,15 @@ def example_flops(
     )
 
 
-def run_flops(config: RunConfig, pyramid: Pyramid) -> Flops:
-    """`example_flops` of a run on `pyramid`; pictures are encoded at the size that pyramid has."""
+def run_flops(config: RunConfig, pyramid: Pyramid, whole: Pyramid | None = None) -> Flops:
+    """`example_flops` of a run on `pyramid`, a stage's first scales of `whole` perhaps."""
     return example_flops(
         config.model,
         pyramid,
         config.data.text_tokens,
         train_text=config.train_text,
         encode=config.data.features == "online",
+        whole=whole,
     )
 
 

@@ -16,6 +16,7 @@ wrote up to then. A line has seconds since the start of its process, by kind:
 Lines are written as often as the log, and what a process did between two lines is taken to be spread evenly.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -26,7 +27,8 @@ from typing import Any
 
 import jax
 
-from varedit_jax.training.ledger import Stopwatch
+from varedit_jax.errors import UserError
+from varedit_jax.training.ledger import Stopwatch, writing
 
 GOODPUT_FILE = "goodput.jsonl"
 
@@ -59,7 +61,7 @@ class Moment:
 class Goodput:
     """Writes the lines of this process and knows those of the ones before it. A context manager: it ends with a line.
 
-    Only the first process of several writes; for the others everything is empty.
+    Only the first process of several writes; for the others everything is empty. A full disk is a UserError.
     """
 
     def __init__(
@@ -92,11 +94,13 @@ class Goodput:
         self._process = f"{os.getpid()}-{now():.6f}"
         self._before = _totals(earlier, first_step, self._start)
         self._startup = max(now() - self._start - sum(clock.seconds.values()), 0.0)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-        self._file = path.open("ab", buffering=0)  # what is written is safe from a kill
-        if torn:
-            self._file.write(b"\n")
+        self._folder = path.parent
+        with writing(self._folder):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+            self._file = path.open("ab", buffering=0)  # what is written is safe from a kill
+            if torn:
+                self._file.write(b"\n")
         self._step = first_step
         self.record(first_step)
 
@@ -121,14 +125,15 @@ class Goodput:
             step=step,
             seconds={kind: round(value, 3) for kind, value in seconds.items()},
         )
-        self._file.write(json.dumps(dataclasses.asdict(moment)).encode() + b"\n")
+        with writing(self._folder):
+            self._file.write(json.dumps(dataclasses.asdict(moment)).encode() + b"\n")
         return _shares({kind: self._before[kind] + seconds[kind] for kind in KINDS})
 
     def close(self) -> None:
         """Writes the last line: to be called when all is saved."""
         if self._writes and not self._file.closed:
-            self.record(self._step)
-            self._file.close()
+            with contextlib.closing(self._file), contextlib.suppress(UserError):  # that has been said before
+                self.record(self._step)
 
     def __enter__(self) -> "Goodput":
         return self

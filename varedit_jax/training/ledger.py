@@ -73,7 +73,7 @@ class Ledger:
         if not self._writes:
             return
         self._folder = pathlib.Path(workdir)
-        with _writing(self._folder):
+        with writing(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             _drop_from(self._folder / METRICS_FILE, first_step)
             # Unbuffered, and TensorBoard's file without a thread of its own: nothing written is lost, whatever ends
@@ -98,7 +98,7 @@ class Ledger:
         values = dict(flat_metrics(metrics))
         line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in values.items()}
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        with _writing(self._folder):
+        with writing(self._folder):
             self._lines.write(json.dumps(line).encode() + b"\n")
             self._publish(Event(step=step, summary=Summary(value=scalars)))
 
@@ -113,7 +113,7 @@ class Ledger:
             PIL.Image.fromarray(picture).save(encoded, format="png")
             height, width, _ = picture.shape
             image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded.getvalue())
-            with _writing(self._folder):
+            with writing(self._folder):
                 (self._folder / SAMPLES).mkdir(exist_ok=True)
                 (self._folder / SAMPLES / f"{name}_{step:07d}.png").write_bytes(encoded.getvalue())
                 self._publish(Event(step=step, summary=Summary(value=[Summary.Value(tag=name, image=image)])))
@@ -168,7 +168,7 @@ class Ledger:
 
 
 @contextlib.contextmanager
-def _writing(folder: pathlib.Path) -> Iterator[None]:
+def writing(folder: pathlib.Path) -> Iterator[None]:
     """Turns a failure to write in `folder` into a UserError."""
     try:
         yield

@@ -167,7 +167,8 @@ def test_what_is_trained_counts_three_times():
         dataclasses.replace(run_of(model), data=DataConfig(text_tokens=TEXT, features="precomputed")), pyramid
     )
     assert ahead.tokenizer == 0 and ahead.training == frozen.training
-    assert run_flops(run_of(model), pyramid.first(2)).tokens == 4 + 5
+    stage = run_flops(run_of(model), pyramid.first(2), pyramid)
+    assert stage.tokens == 4 + 5 and stage.tokenizer == frozen.tokenizer  # pictures are those of the whole pyramid
 
 
 def test_counting():

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from varedit_jax.errors import UserError
 from varedit_jax.training.goodput import (
     GOODPUT_FILE,
     KINDS,
@@ -161,6 +162,16 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
     with Goodput(tmp_path, Stopwatch(), 0) as goodput:
         assert goodput.record(1) == {}
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    """The device that is always full stands for the disk."""
+    process = Process(tmp_path, 0.0, 0)
+    process.goodput._file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+    with pytest.raises(UserError, match=r"writing in .* failed: No space left on device"):
+        process.goodput.record(1)
+    process.goodput.close()
+    assert process.goodput._file.closed
 
 
 LOOP = """
