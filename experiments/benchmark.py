@@ -155,7 +155,10 @@ def _line(row: Row) -> str:
     cells.append(f"{row['tflops_per_chip']:.4g}" if "tflops_per_chip" in row else "")
     cells.append(f"{row['mfu']:.1%}, with encoders {row['mfu_with_encoders']:.1%}" if "mfu" in row else "")
     memory = [f"{row['planned_gib']:.3g} planned"] if "planned_gib" in row else []
-    memory += [f"{row['peak_gib']:.3g} peak"] if row.get("peak_gib") is not None else []
+    if row.get("peak_gib") is not None:
+        memory.append(f"{row['peak_gib']:.3g} peak")
+    elif "peak_at_most_gib" in row:
+        memory.append(f"peak at most {row['peak_at_most_gib']:.3g}")
     return f"| {' | '.join(map(str, cells))} | {', '.join(memory)} |"
 
 

@@ -1,11 +1,13 @@
 """The benchmark: what it prints and writes at the smallest preset, and what it says to mistakes."""
 
 import json
+import types
 
 import jax
 import pytest
 
 from experiments import benchmark
+from varedit_jax import hardware
 from varedit_jax.analysis import benchmark as benchmark_lib
 from varedit_jax.config import DataConfig, MeshConfig, RunConfig, preset
 from varedit_jax.parallel.mesh import make_mesh
@@ -112,6 +114,17 @@ def test_too_little_memory_is_a_row():
     assert shown == "| remat | 8 | auto | none | out of memory | | | | |"
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         benchmark_lib._guarded(lambda: fail("INTERNAL: a defect"))
+
+
+def test_a_peak_is_a_rows_own_only_where_it_rose(bench, monkeypatch):
+    """The device's peak is that of all rows so far."""
+    monkeypatch.setattr("varedit_jax.hardware.memory", lambda devices: {"peak": 3 * hardware.GIB})
+    program = types.SimpleNamespace(memory_analysis=lambda: None)
+    assert bench[0]._memory(program, 2 * hardware.GIB) == {"peak_gib": 3.0, "peak_at_most_gib": 3.0}
+    row = bench[0]._memory(program, 3 * hardware.GIB)
+    assert row == {"peak_gib": None, "peak_at_most_gib": 3.0}
+    shown = {"what": "edit", "batch": 1, "quartiles_s": [1, 1], "min_s": 1, "median_s": 1, "examples_per_s": 1, **row}
+    assert benchmark._line(shown).endswith("| peak at most 3 |")
 
 
 def test_a_known_chip_has_an_mfu():

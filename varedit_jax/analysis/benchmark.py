@@ -45,8 +45,8 @@ class Benchmark:
         run = _with(self.run, **transformer)
         chosen = run.model.transformer
         row = {"what": "train", "batch": run.data.batch_size, "attention": chosen.attention, "remat": chosen.remat}
-        if chosen.attention == "auto":
-            run = _with(run, attention=FAST_ATTENTION.get(self._device.platform, "plain"))
+        if chosen.attention == "auto" and self._device.platform not in FAST_ATTENTION:
+            run = _with(run, attention="plain")
         if run not in self._measured:
             self._measured[run] = _guarded(lambda: self._train(run))
         return row | self._measured[run]
@@ -68,7 +68,6 @@ class Benchmark:
     def remat(self) -> Iterator[Row]:
         """The training step with each way of keeping activations, the thriftiest first.
 
-        A device tells its peak memory since the process began; in this order it is that of the row.
         `again_of_forward` is what is computed again in the backward pass, as a share of the transformer's forward pass.
         """
         plain = _with(self.run, attention="plain", remat="none")  # operations inside of kernels cannot be counted
@@ -105,6 +104,7 @@ class Benchmark:
         }
 
     def _train(self, run: RunConfig) -> Row:
+        before = _peak()
         pyramid = editor_pyramid(run.model)
         optimizer = make_optimizer(run.optimizer, run.steps)
         abstract = (
@@ -137,11 +137,11 @@ class Benchmark:
             "examples_per_s": examples / median,
             "tokens_per_s": examples * flops.tokens / median,
             **work.speed(examples, median),
-            **self._memory(step),
+            **self._memory(step, before),
         }
 
     def _edit(self, batch: int) -> Row:
-        run = self.run
+        before, run = _peak(), self.run
         model, pyramid = run.model, editor_pyramid(run.model)
         draw = np.random.default_rng(0)
         pictures = draw.integers(0, 256, (batch, *image_size(model, pyramid), 3), np.uint8)
@@ -161,7 +161,7 @@ class Benchmark:
             compiling = time.perf_counter() - began
             seconds = self._times(lambda: edit(*arguments))
         row = _spread(seconds)
-        return row | {"compile_s": compiling, "examples_per_s": batch / row["median_s"], **self._memory(edit)}
+        return row | {"compile_s": compiling, "examples_per_s": batch / row["median_s"], **self._memory(edit, before)}
 
     def _times(self, once: Callable[[], Any]) -> list[float]:
         """Seconds of each call, from its dispatch until its results are there."""
@@ -172,16 +172,23 @@ class Benchmark:
             seconds.append(time.perf_counter() - began)
         return seconds[self.warmup :]
 
-    def _memory(self, program: Any) -> Row:
-        """GiB a device: what the compiler plans for the program, and what the fullest device has held so far."""
+    def _memory(self, program: Any, before: int | None) -> Row:
+        """GiB a device: what the compiler plans for the program, and what the fullest device has held.
+
+        A device tells its peak since the process began. Where it has not risen above `before`, that of earlier rows,
+        `peak_gib` is None and `peak_at_most_gib` all that is known.
+        """
         planned = program.memory_analysis()
         sizes: Row = {}
         if planned is not None:
             total = planned.argument_size_in_bytes + planned.output_size_in_bytes - planned.alias_size_in_bytes
             sizes["planned_gib"] = (total + planned.temp_size_in_bytes) / hardware.GIB
             sizes["temporary_gib"] = planned.temp_size_in_bytes / hardware.GIB
-        peak = hardware.memory(jax.local_devices()).get("peak")
-        return sizes | {"peak_gib": None if peak is None else peak / hardware.GIB}
+        peak = _peak()
+        if peak is None:
+            return sizes | {"peak_gib": None}
+        rose = before is None or peak > before
+        return sizes | {"peak_gib": peak / hardware.GIB if rose else None, "peak_at_most_gib": peak / hardware.GIB}
 
 
 def environment(mesh: Mesh) -> Row:
@@ -196,6 +203,11 @@ def environment(mesh: Mesh) -> Row:
         "peak_tflops_per_chip": chip.tflops if chip else None,
         "jax": jax.__version__,
     }
+
+
+def _peak() -> int | None:
+    """Most bytes that any device of this process has held; None where the backend does not say."""
+    return hardware.memory(jax.local_devices()).get("peak")
 
 
 def _with(run: RunConfig, **transformer: Any) -> RunConfig:

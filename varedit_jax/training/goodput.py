@@ -10,8 +10,9 @@ wrote up to then. A line has seconds since the start of its process, by kind:
   evaluate     evaluation and sampled pictures
   startup      from the start of the process to the first step, but for the kinds above
   other        anything else: writing metrics, say
-  lost         steps that an earlier process made after its last checkpoint, with all it did since; and the time from
-               the last line of a process to the start of the next, whether it was dead, waiting or never noticed
+  lost         steps that were skipped, their numbers not being finite; steps that an earlier process made after its
+               last checkpoint, with all it did since; and the time from the last line of a process to the start of the
+               next, whether it was dead, waiting or never noticed
 
 Lines are written as often as the log, and what a process did between two lines is taken to be spread evenly.
 """
@@ -35,6 +36,7 @@ GOODPUT_FILE = "goodput.jsonl"
 KINDS = ("productive", "data", "compile", "checkpoint", "evaluate", "startup", "other", "lost")
 _KIND_OF = {
     "step": "productive",
+    "skipped": "lost",
     "data": "data",
     "compile": "compile",
     "save": "checkpoint",

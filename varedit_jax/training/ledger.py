@@ -26,7 +26,7 @@ SAMPLES = "samples"
 
 
 class Stopwatch:
-    """Seconds spent in each named part of a run: data, step, compile, evaluate, sample, save, restore."""
+    """Seconds spent in each named part of a run: data, step, skipped, compile, evaluate, sample, save, restore."""
 
     def __init__(self) -> None:
         """Starts now."""

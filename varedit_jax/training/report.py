@@ -141,7 +141,7 @@ class Report:
         self._pending = None
         with self._clock.time("step"):
             metrics = jax.device_get(dict(device_metrics))
-        self._measure(step, examples)
+        self._measure(step, examples, skipped=float(metrics.get("skipped", 0)) > 0)
         if self._guard is None:
             self._check_finite(step, metrics)
         else:
@@ -154,12 +154,14 @@ class Report:
         """Seconds of a part since the step before ended."""
         return self._clock.seconds.get(part, 0.0) - self._spent.get(part, 0.0)
 
-    def _measure(self, step: int, examples: int) -> None:
+    def _measure(self, step: int, examples: int, *, skipped: bool) -> None:
         """Adds the step that just ended to the window: all the time since the one before, but for other parts."""
         now = time.perf_counter()
         others = sum(self._since(part) for part in self._clock.seconds if part not in ("data", "step"))
         seconds = max(now - self._last - others, 1e-9)
         data = self._since("data")
+        if skipped:  # it changed nothing
+            self._clock.move("step", "skipped", self._since("step"))
         self._last, self._spent = now, dict(self._clock.seconds)
         self._recent.append(seconds)
         window = self._window

@@ -47,14 +47,14 @@ class Loop:
         self.report = Report(self.ledger, self.clock, 2, 100, None, **arguments)
         self.step = 0
 
-    def run(self, data=0.0, compute=1.0, examples=8, loss=0.5, part=None, spent=0.0):
+    def run(self, data=0.0, compute=1.0, examples=8, loss=0.5, part=None, spent=0.0, **metrics):
         """One step: some other part of the loop, the data, the step; then the one before it is written down."""
         for name, seconds in ((part, spent), ("data", data), ("step", compute)):
             if name:
                 with self.clock.time(name):
                     self.time += seconds
         ids = np.arange(self.step * 8, self.step * 8 + 8)
-        self.report.later(self.step, {"loss": jnp.float32(loss)}, examples, ids)
+        self.report.later(self.step, {"loss": jnp.float32(loss), **metrics}, examples, ids)
         self.step += 1
 
 
@@ -164,6 +164,18 @@ def test_a_loss_that_stays_bad_ends_a_run_without_a_guard(monkeypatch):
         for _ in range(NONFINITE_LIMIT + 1):
             loop.run(loss=np.nan)
     assert loop.step == NONFINITE_LIMIT
+
+
+def test_a_skipped_step_is_not_productive(monkeypatch, tmp_path):
+    """It takes its time, but what it took is lost."""
+    loop = Loop(monkeypatch)
+    for step in range(4):
+        loop.run(skipped=jnp.float32(step == 1))
+    loop.report.finish()
+    assert loop.clock.seconds["skipped"] == pytest.approx(1.0) and loop.clock.seconds["step"] == pytest.approx(3.0)
+    assert loop.ledger.lines[2]["time/step_seconds"] == pytest.approx(1.0)
+    with Goodput(tmp_path, loop.clock, 0, start=0.0, now=lambda: loop.time) as goodput:
+        assert goodput.record(4)["lost"] == pytest.approx(0.25)
 
 
 def test_memory_is_reported_where_it_is_known(monkeypatch):
