@@ -1,4 +1,4 @@
-"""What the loop reports of its steps: metrics one step late, speed, memory, and whether the numbers are sound."""
+"""What the loop reports of its steps, one step late: metrics, speed, memory, and what the guard makes of them."""
 
 import collections
 import dataclasses
@@ -12,14 +12,12 @@ import jax
 import numpy as np
 
 from varedit_jax import hardware
-from varedit_jax.errors import UserError
 from varedit_jax.training.flops import Flops
 from varedit_jax.training.goodput import Goodput
 from varedit_jax.training.ledger import Ledger, Stopwatch
 
 Metrics = Mapping[str, Any]
 
-NONFINITE_LIMIT = 10  # steps in a row whose loss is not finite, after which a run without a guard ends
 RECENT_STEPS = 50  # whose median says how long the rest takes
 
 
@@ -110,7 +108,6 @@ class Report:
         self._log_every, self._learning_rate = log_every, learning_rate
         self._work, self._guard, self._goodput = work, guard, goodput
         self._pending: tuple[int, Metrics, int, np.ndarray | None] | None = None
-        self._nonfinite = 0  # steps in a row, up to now
         self._window = _Window()
         self._recent: collections.deque[float] = collections.deque(maxlen=RECENT_STEPS)
         self._last = time.perf_counter()  # when the step before ended
@@ -142,9 +139,7 @@ class Report:
         with self._clock.time("step"):
             metrics = jax.device_get(dict(device_metrics))
         self._measure(step, examples, skipped=float(metrics.get("skipped", 0)) > 0)
-        if self._guard is None:
-            self._check_finite(step, metrics)
-        else:
+        if self._guard is not None:
             self._window.extra |= self._guard.check(step, metrics, example_ids)
         self._ledger.advance()
         if self._log_every and (step % self._log_every == 0 or step + 1 == self._steps):
@@ -212,16 +207,6 @@ class Report:
             eta=(self._steps - step - 1) * statistics.median(self._recent),
             mfu=times.get("time/mfu"),
         )
-
-    def _check_finite(self, step: int, metrics: Metrics) -> None:
-        if "loss" not in metrics:
-            return
-        self._nonfinite = 0 if math.isfinite(metrics["loss"]) else self._nonfinite + 1
-        if self._nonfinite >= NONFINITE_LIMIT:
-            raise UserError(
-                f"the loss was {float(metrics['loss'])} in {NONFINITE_LIMIT} steps in a row, up to step {step}; "
-                f"lower optimizer.learning_rate or optimizer.clip_norm, or look at the data of those steps"
-            )
 
 
 def _ready(metrics: Metrics) -> bool:
