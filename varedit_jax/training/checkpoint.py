@@ -1,12 +1,15 @@
 """Checkpoints of a run: the training state and the data iterator, saved together in one step.
 
-A run's folder holds `config.json` (the configuration it was started with) and `checkpoints/<step>/`. A step folder
-appears under its name only when it is complete, and an older one goes only after that; so a full disk, a crash or a
-kill while saving leaves the last complete checkpoint loadable.
+A run's folder holds `config.json` (the configuration it was started with), `checkpoints/<step>/` and `saved.json` (the
+step of the last save, so that lost checkpoints are noticed). A step folder appears under its name only when it is
+complete, and an older one goes only after that; so a full disk, a crash or a kill while saving leaves the last complete
+checkpoint loadable.
+
+What was saved on one mesh by so many processes can be restored on another by another number of them.
 """
 
 import contextlib
-import errno
+import dataclasses
 import json
 import logging
 import os
@@ -19,88 +22,108 @@ from typing import Any, Self
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
 
 from varedit_jax.errors import UserError
+from varedit_jax.training.ledger import read_metrics
+from varedit_jax.training.record import (
+    CONFIG_FILE,
+    check_config,
+    make_folder,
+    read_config,
+    room_explained,
+    write_config,
+    write_json,
+)
 from varedit_jax.training.state import TrainState
 
-CONFIG_FILE = "config.json"
+__all__ = [
+    "CHECKPOINTS",
+    "CONFIG_FILE",
+    "Checkpoints",
+    "check_config",
+    "check_resume",
+    "checkpoint_steps",
+    "quiet_orbax",
+    "read_config",
+    "read_tree",
+    "restore_params",
+    "restore_state",
+    "save_tree",
+    "size_text",
+    "write_config",
+]
+
 CHECKPOINTS = "checkpoints"
+SAVED_FILE = "saved.json"
 
-# Fields of a run's configuration that may change between the processes of one run: none of them changes the model, the
-# examples or their order. `steps`, and how they divide, are among them so that a run can be lengthened.
-FREE_FIELDS = (
-    r"name",
-    r"steps",
-    r"stages",
-    r"optimizer\.decay_steps",
-    r"(log|sample|eval|save)_every",
-    r"eval_batches",
-    r"keep_checkpoints",
-    r"sampling\..*",
-    r"data\.(directory|read_threads|prefetch_batches|eval_examples)",
-    r"model\.transformer\.remat",
-    r"init_from",  # read at the first step only
-    r"(tokenizer|text|perceptual)_weights",  # where the frozen weights lie, which may move
-)
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OURS = re.compile(r"\d+|\d+\.orbax-checkpoint-tmp.*|\..*")  # names in a folder of checkpoints; .nfs... comes with NFS
-_ABSENT = "absent"
 
 
 class Checkpoints:
-    """The checkpoints of one run, newest `keep` of them. A context manager: leaving it finishes a save under way."""
+    """The checkpoints of one run. A context manager: leaving it finishes a save under way."""
 
-    def __init__(self, workdir: str | os.PathLike[str], *, keep: int = 3) -> None:
+    def __init__(self, workdir: str | os.PathLike[str], *, keep: int = 3, keep_every: int = 0) -> None:
         """Opens, and creates where needed, `workdir`/checkpoints.
 
-        Raises UserError if that is not a folder, or holds something other than checkpoints.
+        Of the checkpoints there, the newest `keep` stay, and those of steps that are multiples of `keep_every` (0: no
+        others). Raises UserError if that is not a folder, or holds something other than checkpoints.
         """
         if keep < 1:
             raise UserError(f"keep_checkpoints is {keep}; it must be at least 1")
+        if keep_every < 0:
+            raise UserError(f"keep_every is {keep_every}; it is a number of steps, or 0 for none")
         quiet_orbax()
         self.folder = pathlib.Path(workdir).absolute() / CHECKPOINTS
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise UserError(f"{error.filename} is a file, where the folder of a run should be") from error
-        except OSError as error:
-            raise UserError(f"cannot create {self.folder}: {error.strerror}") from error
+        # The save that was begun last, until it is known to be complete: its step, and whether that was looked at.
+        self._saving: tuple[int, bool] | None = None
+        make_folder(self.folder)
         foreign = [path for path in sorted(self.folder.iterdir()) if not _OURS.fullmatch(path.name)]
         if foreign:
             raise UserError(f"{foreign[0]} is no checkpoint; use another --workdir, where no one else keeps files")
         self._manager = ocp.CheckpointManager(
-            self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [policies.LatestN(keep), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
+                ),
+                cleanup_tmp_directories=True,  # of processes that were killed
+                enable_async_checkpointing=True,
+            ),
         )
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, iterator: grain.DatasetIterator) -> None:
+    def save(self, step: int, state: TrainState, iterator: grain.DatasetIterator, *, looked: bool = True) -> None:
         """Saves `state` and the position of `iterator` as they are now; the writing goes on in the background.
 
-        An error of the previous save surfaces here. Raises UserError if the disk is full.
+        `looked` is False where evaluation or pictures of this very step are still to be made. An error of the previous
+        save surfaces here. Raises UserError if the disk is full.
         """
         self.wait()
         self._check_room(state)
-        with _explained(f"checkpoint of step {step}", self.folder):
+        with room_explained(f"checkpoint of step {step}", self.folder):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state),
+                    state=ocp.args.StandardSave(_fields(state)),
                     data=grain.checkpoint.CheckpointSave(iterator),
                 ),
             )
+        self._saving = step, looked
 
     def restore(self, abstract_state: TrainState, iterator: grain.DatasetIterator) -> TrainState:
         """The newest checkpoint: returns its state and sets `iterator` to the batch that comes next.
 
         `abstract_state` is a tree of jax.ShapeDtypeStruct (as of jax.eval_shape); the state comes back with their
-        shardings, or on one device where they have none. Raises UserError if there is no checkpoint, if it belongs
-        to another model, or if it is damaged.
+        shardings, or on one device where they have none. If it has an average of the parameters (`ema`) and the
+        checkpoint does not, the average starts from the parameters; the other way round it is dropped. Raises UserError
+        if there is no checkpoint, if it belongs to another model or to a newer version, or if it is damaged.
         """
         step = self.latest()
         if step is None:
@@ -110,26 +133,36 @@ class Checkpoints:
                 f"{self.folder / str(step)} is no checkpoint of a run: it holds {_listing(self.folder / str(step))} "
                 f"instead of state and data; use another --workdir"
             )
-        _check_same(self.folder, step, abstract_state)
-        _check_processes(self.folder, step)
+        state = restore_state(self.folder.parent, abstract_state, step)
+        place = _place_in_data(self.folder, step)
         with _damage_explained(self.folder, step):
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(jax.tree.map(_placed, abstract_state)),
-                    data=grain.checkpoint.CheckpointRestore(iterator),
-                ),
-            )
-        return restored.state
+            iterator.set_state(place)
+            iterator.start_prefetch()
+        return state
 
     def wait(self) -> None:
         """Returns when the last save is complete. Raises UserError if the disk was full."""
-        with _explained("checkpoint", self.folder):
+        with room_explained("checkpoint", self.folder):
             self._manager.wait_until_finished()
+            if self._saving is not None:
+                self._note(*self._saving)
+        self._saving = None
+
+    def looked(self) -> bool:
+        """Whether nothing is left to be done at the step of the newest checkpoint but the next step."""
+        return _saved(self.folder.parent).get("looked") is not False
+
+    def mark_looked(self) -> None:
+        """Notes that nothing is left there."""
+        self._note(self.latest(), True)
+
+    def _note(self, step: int | None, looked: bool) -> None:
+        if jax.process_index() == 0:
+            write_json(self.folder.parent / SAVED_FILE, {"step": step, "looked": looked})
 
     def _check_room(self, state: TrainState) -> None:
         """Refuses to start a save that the disk has no room for."""
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(_fields(state)))
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise UserError(
@@ -154,16 +187,41 @@ class Checkpoints:
             self._manager.close()
 
 
-def restore_params(folder: str | os.PathLike[str], abstract_params: Any, step: int | None = None) -> Any:
+def restore_state(folder: str | os.PathLike[str], abstract_state: TrainState, step: int) -> TrainState:
+    """The state alone of the checkpoint of `step` of a run: as `Checkpoints.restore`, with the same errors."""
+    checkpoints = pathlib.Path(folder).absolute() / CHECKPOINTS
+    _check_version(checkpoints.parent)
+    wanted = _fields(abstract_state)
+    starts_ema = "ema" in wanted and not _stored(checkpoints, step).get("ema")
+    if starts_ema:
+        del wanted["ema"]
+    _check_same(checkpoints, step, wanted)
+    restored = _read(checkpoints, step, wanted)
+    if starts_ema:
+        places = jax.tree.map(lambda leaf: _placed(leaf).sharding, abstract_state.ema)
+        # Copies: the state is donated to each step, and no array can be given away twice.
+        types = jax.tree.map(lambda leaf: leaf.dtype, abstract_state.ema)
+        copy = jax.jit(
+            lambda tree: jax.tree.map(lambda x, dtype: jnp.copy(x).astype(dtype), tree, types), out_shardings=places
+        )
+        restored["ema"] = copy(restored["params"])
+    return dataclasses.replace(abstract_state, **restored)
+
+
+def restore_params(
+    folder: str | os.PathLike[str], abstract_params: Any, step: int | None = None, *, ema: bool = False
+) -> Any:
     """The parameters alone of a run's checkpoint; nothing of the optimizer is read.
 
     Args:
       folder: folder of a run (the one with config.json and checkpoints/).
       abstract_params: tree of jax.ShapeDtypeStruct; shardings as in `Checkpoints.restore`.
       step: which checkpoint; None is the newest.
+      ema: their running average instead of the parameters themselves.
 
     Raises:
-      UserError: no such folder, no checkpoint in it, no such step, another model's parameters, or damaged files.
+      UserError: no such folder, no checkpoint in it, no such step, another model's parameters, no average, a newer
+        version's checkpoint, or damaged files.
     """
     quiet_orbax()
     root = pathlib.Path(folder).absolute()
@@ -178,18 +236,30 @@ def restore_params(folder: str | os.PathLike[str], abstract_params: Any, step: i
     step = steps[-1] if step is None else step
     if step not in steps:
         raise UserError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+    _check_version(root)
     checkpoints = root / CHECKPOINTS
-    _check_same(checkpoints, step, {"params": abstract_params})
-    placed = jax.tree.map(_placed, abstract_params)
-    restore_args = ocp.checkpoint_utils.construct_restore_args(placed)
-    with _damage_explained(checkpoints, step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        restored = checkpointer.restore(
-            checkpoints / str(step) / "state",
-            args=ocp.args.PyTreeRestore(
-                item={"params": placed}, restore_args={"params": restore_args}, partial_restore=True
-            ),
+    field = "ema" if ema else "params"
+    if ema and not _stored(checkpoints, step).get(field):
+        raise UserError(
+            f"{checkpoints / str(step)} has no average of the parameters, for the run kept none "
+            f"(optimizer.ema_decay); take the parameters themselves"
         )
-    return restored["params"]
+    _check_same(checkpoints, step, {field: abstract_params})
+    return _read(checkpoints, step, {field: abstract_params})[field]
+
+
+def save_tree(folder: pathlib.Path, state: TrainState) -> None:
+    """Writes a state alone to a folder of its own, as `read_tree` reads it. Returns when it is complete."""
+    quiet_orbax()
+    with room_explained("state", folder.parent), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        checkpointer.save(folder.absolute(), args=ocp.args.StandardSave(_fields(state)), force=True)
+
+
+def read_tree(folder: pathlib.Path, abstract_state: TrainState) -> TrainState:
+    """Reads what `save_tree` wrote. Raises UserError if it is damaged."""
+    quiet_orbax()
+    with _damage_explained(folder.parent, folder.name):
+        return dataclasses.replace(abstract_state, **_read_fields(folder.absolute(), _fields(abstract_state)))
 
 
 def checkpoint_steps(folder: str | os.PathLike[str]) -> list[int]:
@@ -198,59 +268,50 @@ def checkpoint_steps(folder: str | os.PathLike[str]) -> list[int]:
     return sorted(int(path.parts[-3]) for path in found if path.parts[-3].isdecimal())
 
 
-def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The configuration in the config.json of a run's folder. Raises UserError if there is none, or it is broken."""
-    path = pathlib.Path(folder) / CONFIG_FILE
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} is not the folder of a run: it has no {CONFIG_FILE}") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} does not hold a configuration, but {type(values).__name__}")
-    return values
+def check_resume(workdir: str | os.PathLike[str], resume: bool | None) -> None:
+    """Refuses to go on, or to start anew, where that cannot be what is wanted.
 
+    Args:
+      workdir: folder of a run, or of one to be.
+      resume: True: there has to be a checkpoint; False: there must be none; None: if there is none, the run must not
+        have had one, for then it would silently start from nothing.
 
-def write_config(folder: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
-    """Writes a run's configuration to its config.json, replacing it at once or not at all."""
-    path = pathlib.Path(folder) / CONFIG_FILE
-    draft = path.with_suffix(".draft")
-    with _explained(CONFIG_FILE, path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps(values, indent=2) + "\n")
-        draft.replace(path)
-
-
-def check_config(workdir: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
-    """Refuses to go on in the folder of a run that was configured otherwise (`FREE_FIELDS` aside).
-
-    Passes if `workdir` has no config.json. Raises UserError with the first differing field and both values.
+    Raises:
+      UserError: says what to do instead.
     """
-    if not (pathlib.Path(workdir) / CONFIG_FILE).exists():
+    root = pathlib.Path(workdir)
+    steps = checkpoint_steps(root)
+    if resume is False and steps:
+        raise UserError(
+            f"{workdir} has a checkpoint of step {steps[-1]}, but --resume=no starts a new run; use another "
+            f"--workdir, or --resume=auto to go on with this one"
+        )
+    if steps or resume is False:
         return
-    # What JSON does to tuples has to be done to both.
-    recorded, asked = _flat(read_config(workdir)), _flat(json.loads(json.dumps(values)))
-    for field in dict.fromkeys([*asked, *recorded]):
-        if any(re.fullmatch(pattern, field) for pattern in FREE_FIELDS):
-            continue
-        ours, theirs = asked.get(field, _ABSENT), recorded.get(field, _ABSENT)
-        if ours != theirs:
-            raise UserError(
-                f"{workdir} holds a run with {field} = {theirs!r}, but this one has {ours!r}; "
-                f"use another --workdir, or the configuration in {pathlib.Path(workdir) / CONFIG_FILE}"
-            )
+    if resume:
+        raise UserError(
+            f"there is no checkpoint in {workdir} to go on from, and --resume=yes starts no new run; give the "
+            f"folder of the run as --workdir, or --resume=auto"
+        )
+    made = None
+    if (root / SAVED_FILE).exists():
+        made = f"a checkpoint of step {_saved(root).get('step', 'an unknown number')} was saved"
+    elif (root / CONFIG_FILE).exists() and not (root / CHECKPOINTS).exists():
+        lines = [line["step"] + 1 for line in read_metrics(root) if "loss" in line]
+        made = f"{max(lines)} steps were made" if lines else None
+    if made:
+        raise UserError(
+            f"{workdir} has lost its checkpoints: {made}, but there is none in {root / CHECKPOINTS}; bring them back, "
+            f"use another --workdir, or start from nothing with --resume=no"
+        )
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, with dotted names."""
-    flat = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value
-    return flat
+def _saved(root: pathlib.Path) -> dict[str, Any]:
+    """What saved.json says; nothing, if it cannot be read."""
+    try:
+        return dict(json.loads((root / SAVED_FILE).read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -268,18 +329,35 @@ def _shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     }
 
 
-def _check_same(checkpoints: pathlib.Path, step: int, abstract: Any) -> None:
-    """Raises UserError naming the first array that differs between a checkpoint and a model.
+def _fields(state: TrainState) -> dict[str, Any]:
+    """The fields of a state that there are, by name: what is saved."""
+    return {name: value for name, value in vars(state).items() if value is not None}
 
-    `abstract` is a TrainState, or a dict with some of its fields.
-    """
+
+def _check_version(root: pathlib.Path) -> None:
+    """Raises UserError if the run was written by a newer version."""
+    if (root / CONFIG_FILE).exists():
+        read_config(root)
+
+
+def _stored(checkpoints: pathlib.Path, step: int) -> dict[str, Any]:
+    """What a checkpoint holds: trees of what is known of each array, by field of TrainState."""
     with _damage_explained(checkpoints, step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         metadata = checkpointer.metadata(checkpoints / str(step) / "state").item_metadata
         if metadata is None:
             raise ValueError("it does not say what it holds")
-        fields = abstract if isinstance(abstract, dict) else vars(abstract)
-        stored = _shapes({name: metadata.tree[name] for name in fields})
-    wanted = _shapes(abstract)
+        return dict(metadata.tree)
+
+
+def _check_same(checkpoints: pathlib.Path, step: int, wanted_fields: Mapping[str, Any]) -> None:
+    """Raises UserError naming the first array that differs between a checkpoint and these fields of a TrainState."""
+    found = _stored(checkpoints, step)
+    stored: dict[str, Any] = {}
+    wanted: dict[str, Any] = {}
+    # The parameters first: what differs there differs in their moments, too.
+    for field in sorted(wanted_fields, key=lambda name: name != "params"):
+        stored |= _shapes({field: found.get(field)})
+        wanted |= _shapes({field: wanted_fields[field]})
     for path in dict.fromkeys([*wanted, *stored]):
         if stored.get(path) != wanted.get(path):
             field, _, name = path.partition("/")
@@ -290,18 +368,44 @@ def _check_same(checkpoints: pathlib.Path, step: int, abstract: Any) -> None:
             )
 
 
-def _check_processes(checkpoints: pathlib.Path, step: int) -> None:
-    """Raises UserError if the data iterator was saved by another number of processes."""
-    counts = {path.stem.rpartition("-")[2] for path in (checkpoints / str(step) / "data").glob("process_*-of-*.json")}
-    if counts and str(jax.process_count()) not in counts:
-        raise UserError(
-            f"{checkpoints / str(step)} was saved by {counts.pop()} processes, each at its own place in the data; "
-            f"there are {jax.process_count()} now: go on with as many"
+def _read(checkpoints: pathlib.Path, step: int, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """These fields (abstract trees) of a checkpoint's state, and nothing else of it."""
+    with _damage_explained(checkpoints, step):
+        return _read_fields(checkpoints / str(step) / "state", fields)
+
+
+def _read_fields(folder: pathlib.Path, fields: Mapping[str, Any]) -> dict[str, Any]:
+    item = jax.tree.map(_placed, dict(fields))
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        restored = checkpointer.restore(
+            folder,
+            args=ocp.args.PyTreeRestore(
+                item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+            ),
         )
+    return dict(restored)
+
+
+def _place_in_data(checkpoints: pathlib.Path, step: int) -> dict[str, Any]:
+    """The state of the data iterator in a checkpoint: what this process saved, or what all did.
+
+    Raises UserError if it was saved by another number of processes, and not all at the same place.
+    """
+    with _damage_explained(checkpoints, step):
+        files = {path.name: path.read_text() for path in (checkpoints / str(step) / "data").glob("process_*-of-*.json")}
+        if not files:
+            raise ValueError("it does not say which batch comes next")
+        own = f"process_{jax.process_index()}-of-{jax.process_count()}.json"
+        if own not in files and len(set(files.values())) > 1:
+            raise UserError(
+                f"{checkpoints / str(step)} was saved by {len(files)} processes, each at its own place in the data; "
+                f"there are {jax.process_count()} now: go on with as many"
+            )
+        return json.loads(files.get(own, next(iter(files.values()))))
 
 
 def _shape_text(found: tuple[tuple[int, ...], np.dtype] | None) -> str:
-    return _ABSENT if found is None else f"{found[1]}{list(found[0])}"
+    return "absent" if found is None else f"{found[1]}{list(found[0])}"
 
 
 def size_text(count: float) -> str:
@@ -322,26 +426,7 @@ def _going_on(step: int | None) -> str:
 
 
 @contextlib.contextmanager
-def _explained(what: str, folder: pathlib.Path) -> Iterator[None]:
-    """Turns a failure to write `what` under `folder` for lack of room into a UserError.
-
-    Orbax reports a failed write in its own words, of various types, with the system's error number inside.
-    """
-    try:
-        yield
-    except Exception as error:
-        found = re.search(r"os_error_code='(\d+)'", str(error))
-        code = error.errno if isinstance(error, OSError) else int(found.group(1)) if found else None
-        if code not in _NO_ROOM:
-            raise
-        raise UserError(
-            f"writing the {what} failed in {folder}: {os.strerror(code)}; earlier checkpoints are intact; make room "
-            f"and run the same command again"
-        ) from error
-
-
-@contextlib.contextmanager
-def _damage_explained(checkpoints: pathlib.Path, step: int) -> Iterator[None]:
+def _damage_explained(checkpoints: pathlib.Path, step: int | str) -> Iterator[None]:
     """Turns a failure to read a complete checkpoint into a UserError that says how to get past it."""
     try:
         yield

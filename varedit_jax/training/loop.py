@@ -3,22 +3,28 @@
 import contextlib
 import dataclasses
 import os
-import signal
-import threading
-import types
-from collections.abc import Callable, Mapping
-from typing import Any, Self
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import grain
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from varedit_jax.config import GuardConfig
 from varedit_jax.errors import UserError
 from varedit_jax.training import checkpoint
-from varedit_jax.training.ledger import Ledger, Stopwatch, say
-from varedit_jax.training.report import Metrics, Report
+from varedit_jax.training.goodput import Goodput
+from varedit_jax.training.guard import Guard, was_skipped
+from varedit_jax.training.ledger import Ledger, Stopwatch, read_metrics, say
+from varedit_jax.training.lock import Lock
+from varedit_jax.training.profile import Profiler
+from varedit_jax.training.replay import EXAMPLE_IDS, Inputs
+from varedit_jax.training.report import Metrics, Report, Work
 from varedit_jax.training.state import TrainState
+from varedit_jax.training.stop import Stopped, StopSignal, poll
+from varedit_jax.training.watchdog import Watchdog
 
 StepFn = Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]
 
@@ -31,7 +37,9 @@ class Cadence:
     eval_every: int = 0
     sample_every: int = 0
     save_every: int = 500
+    save_minutes: float = 0.0  # at least so often, too; 0 = by steps alone
     keep: int = 3  # newest checkpoints that are kept
+    keep_every: int = 0  # checkpoints of multiples of it are kept for good
 
 
 def train(
@@ -50,6 +58,11 @@ def train(
     sample: Callable[[TrainState, int], Mapping[str, np.ndarray]] | None = None,
     learning_rate: Callable[[int], float] | None = None,
     stop_after: int | None = None,
+    resume: bool | None = None,
+    guard: GuardConfig | None = None,
+    work: Work | Callable[[int], Work] | None = None,
+    profile_steps: tuple[int, int] = (0, 0),
+    dump_step: int | None = None,
 ) -> TrainState:
     """Trains up to `steps` updates, going on from the newest checkpoint in `workdir` if there is one.
 
@@ -61,11 +74,19 @@ def train(
       3. dispatch the update, with the key fold_in(key, n); no implicit transfer may happen in it
       4. fetch and write down the metrics of step n - 1, while step n runs
 
-    After the last step: evaluate, sample and save once more. What is due is a matter of n alone, and so a run that
-    was stopped and resumed equals one that was not, bit for bit. A run that goes on at step n repeats an evaluation
-    of step n, because the ledger drops whatever an earlier process wrote for n and later.
+    After the last step: evaluate, sample and save once more. What is due is a matter of n alone (`save_minutes` aside,
+    which changes nothing else), and so a run that was stopped and resumed equals one that was not, bit for bit. A run
+    that goes on at step n repeats an evaluation of step n, because the ledger drops whatever an earlier process wrote
+    for n and later.
 
-    SIGTERM and SIGINT finish the step, save, and exit with 128 + the signal's number; a second SIGINT does not wait.
+    SIGTERM and SIGINT, at any moment, end the step, save, and exit with 128 + the signal's number. An evaluation or a
+    sample that calls `stop.poll` is broken off, and repeated when the run goes on. A compilation cannot be broken off,
+    and a cluster may kill the process before it has ended (a preempted TPU after about 10 s): so where `step_fn` gives
+    another function than before, a checkpoint is saved before that is compiled, and nothing is lost then. A kill
+    without a signal loses what was done since the last checkpoint. A second signal does not wait for the step.
+
+    A batch with an entry `example_ids` (int [B]) has it for those who watch: it is taken out before `put`. The batch of
+    a step that was skipped because it was not finite is written to `workdir`/replay (replay.py).
 
     Args:
       workdir: folder of the run, which all processes see.
@@ -74,84 +95,132 @@ def train(
       abstract_state: shapes, types and shardings of the state (jax.eval_shape of `init_state`).
       init_state: makes the state of step 0; called only for a new run.
       step_fn: n -> the function of step n, (state, batch, key) -> (state, metrics); compiled, and free to donate the
-        state. Metrics are scalars or vectors [K]; a `loss` among them is watched for being finite.
+        state. Metrics are scalars or vectors [K], the same in all processes; the guard reads `loss`, `gradient_norm`
+        and `skipped`.
       batches: endless iterator over dicts of numpy arrays with the examples of this process in front, [B, ...].
-      put: places such a batch on the devices, explicitly.
+      put: places such a batch on the devices, explicitly; as arrays of the whole batch where there are several
+        processes.
       run_record: the configuration of the run as a dict, for config.json.
       cadence: when to log, evaluate, sample and save.
       evaluate: metrics of a state on held-out data; written down as eval/NAME.
       sample: (state, step) -> uint8 pictures [y, x, 3] by name.
       learning_rate: of a step, for the log.
       stop_after: end, after saving, when this process has made so many steps.
+      resume: True: only go on with a run; False: only start a new one; None: whichever it is, but do not start from
+        nothing where checkpoints were lost.
+      guard: what is too many skipped steps, a jump of the loss, too long without a step; None: as GuardConfig has it.
+      work: what an example costs, for TFLOP/s and MFU; a function of the step where stages differ.
+      profile_steps: steps [first, last) that are traced into `workdir`/profile.
+      dump_step: a step whose state and batch are written to `workdir`/replay.
 
     Returns:
       The state after `steps` updates, or after `stop_after`.
 
     Raises:
-      UserError: `workdir` holds another run; a full disk; data that ends; a loss that stays infinite or NaN.
-      SystemExit: after a signal, when all is saved.
+      UserError: `workdir` holds another run, is in use, or lost its checkpoints; a full disk; data that ends; too many
+        steps in a row that are not finite, before any of them is saved.
+      SystemExit: after a signal, when all is saved; code 75 when the watchdog ends a run that hangs.
     """
     clock = Stopwatch()
-    checkpoint.check_config(workdir, run_record)
+    guard = guard or GuardConfig()
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(_StopSignal())
-        checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir, keep=cadence.keep))
+        stack.enter_context(Lock(workdir))
+        checkpoint.check_config(workdir, run_record)
+        checkpoint.check_resume(workdir, resume)
+        watchdog = stack.enter_context(Watchdog(guard.hang_minutes, workdir))
+        stop = stack.enter_context(StopSignal(watchdog.beat))
+        checkpoints = stack.enter_context(
+            checkpoint.Checkpoints(workdir, keep=cadence.keep, keep_every=cadence.keep_every)
+        )
+
+        @contextlib.contextmanager
+        def phase(name: str) -> Iterator[None]:
+            watchdog.beat(name)
+            with clock.time(name):
+                yield
+            watchdog.beat()
+
         resumed = checkpoints.latest() is not None
-        state = checkpoints.restore(abstract_state, batches) if resumed else init_state()
+        with phase("restore"):
+            state = checkpoints.restore(abstract_state, batches) if resumed else init_state()
         start = int(jax.device_get(state.step))
-        if start >= steps:
+        if start >= steps and checkpoints.looked():
             say(f"the run in {workdir} is finished: it has made {start} of {steps} steps")
             return state
+        key = jax.device_put(key, state.step.sharding)
         ledger = stack.enter_context(contextlib.closing(Ledger(workdir, first_step=start, steps=steps)))
+        goodput = stack.enter_context(Goodput(workdir, clock, start))
         if jax.process_index() == 0:
             checkpoint.write_config(workdir, run_record)
         if resumed:
             ledger.say(f"going on from the checkpoint of step {start} in {workdir}")
 
-        report = Report(ledger, clock, cadence.log_every, steps, learning_rate)
+        inputs = Inputs(workdir)
+        checks = _Checks(Guard(guard, ledger.say), inputs)
+        checks.guard.recall(line for line in read_metrics(workdir) if line["step"] < start)
+        report = Report(
+            ledger, clock, cadence.log_every, steps, learning_rate, work=work, guard=checks, goodput=goodput
+        )
+        profiler = Profiler(workdir, *profile_steps)
+        stack.callback(profiler.close)
+        timer = _Timer(cadence.save_minutes)
 
-        def look(step: int) -> None:
-            """Evaluates and samples, where due."""
-            if evaluate is not None and _due(step, cadence.eval_every, steps):
-                report.finish()
-                with clock.time("evaluate"):
-                    ledger.record(step, {f"eval/{name}": value for name, value in evaluate(state).items()})
-            if sample is not None and _due(step, cadence.sample_every, steps):
-                report.finish()
-                with clock.time("sample"):
-                    ledger.pictures(step, sample(state, step))
+        def look(step: int) -> bool:
+            """Evaluates and samples, where due. False if it was broken off because the run is to stop."""
+            try:
+                if evaluate is not None and _due(step, cadence.eval_every, steps):
+                    report.finish()
+                    with phase("evaluate"):
+                        ledger.record(step, {f"eval/{name}": value for name, value in evaluate(state).items()})
+                    poll()
+                if sample is not None and _due(step, cadence.sample_every, steps):
+                    report.finish()
+                    with phase("sample"):
+                        ledger.pictures(step, sample(state, step))
+                    poll()
+            except Stopped:
+                return False
+            return True
 
-        def save(step: int) -> None:
+        def save(step: int, looked: bool = True) -> None:
             report.finish()  # so that a run with broken numbers ends before it is saved
-            with clock.time("save"):
-                checkpoints.save(step, state, batches)
+            with phase("save"):
+                checkpoints.save(step, state, batches, looked=looked)
+            timer.saved()
 
         last = steps if stop_after is None else min(steps, start + stop_after)
         step = start
         run: StepFn | None = None
-        while step < last and not stop.requested(step):
-            look(step)
-            if step > start and _due(step, cadence.save_every, steps):
+        while step < last and not stop.requested() and look(step):
+            run, before = step_fn(step), run
+            anew = before is not None and run is not before and cadence.save_every > 0
+            if step > start and (_due(step, cadence.save_every, steps) or anew or timer.due(step)):
                 save(step)
 
-            with clock.time("data"):
+            with phase("data"):
                 batch = next(batches, None)
                 if batch is None:
                     raise UserError(f"the data ended after {step} of {steps} steps; training needs an endless iterator")
-                examples = len(jax.tree.leaves(batch)[0]) * jax.process_count()
-                batch = put(batch)
-            run, before = step_fn(step), run
-            with clock.time("step" if run is before else "compile"), jax.transfer_guard("disallow"):
+                inputs.keep(step, batch)
+                example_ids = batch.get(EXAMPLE_IDS)
+                batch = put({name: value for name, value in batch.items() if name != EXAMPLE_IDS})
+                examples = len(jax.tree.leaves(batch)[0])
+            if step == dump_step:
+                inputs.dump(step, "asked for", state)
+            profiler.step(step, state)
+            with phase("step" if run is before else "compile"), jax.transfer_guard("disallow"):
                 state, metrics = run(state, batch, jax.random.fold_in(key, state.step))
-            report.later(step, metrics, examples)
+            watchdog.beat("step")
+            report.later(step, metrics, examples, example_ids)
             step += 1
 
         report.finish()
-        if step == steps:
-            look(step)
+        looked = step < steps or look(step)
         if step > start:
-            save(step)
+            save(step, looked)
             checkpoints.wait()
+        elif step == steps and looked:
+            checkpoints.mark_looked()
         if stop.signal is not None or step < steps:
             by = "" if stop.signal is None else f" by {stop.signal.name}"
             saved = ", which is saved" if step else ""
@@ -166,33 +235,49 @@ def _due(step: int, every: int, steps: int) -> bool:
     return every > 0 and (step % every == 0 or step == steps)
 
 
-class _StopSignal:
-    """Notes SIGTERM and SIGINT, for the loop to end between two steps.
+@dataclasses.dataclass(frozen=True)
+class _Checks:
+    """The guard, with the inputs of bad steps written down for it."""
 
-    With several processes all of them have to stop at one step; there JAX's preemption service tells when.
+    guard: Guard
+    inputs: Inputs
+
+    def check(self, step: int, metrics: Metrics, example_ids: np.ndarray | None) -> dict[str, float]:
+        """As Guard.check."""
+        if was_skipped(metrics):
+            self.inputs.dump(step, "not finite")
+        return self.guard.check(step, metrics, example_ids)
+
+
+class _Timer:
+    """Says when a checkpoint is due by the clock. Clocks differ, so that of process 0 counts for all.
+
+    Asking it takes a broadcast, which waits for the step that runs. So its answer tells also how many steps to wait
+    before asking again, about a tenth of the time between two saves.
     """
 
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-        self._previous: dict[signal.Signals, Any] = {}
+    def __init__(self, minutes: float) -> None:
+        self._seconds = minutes * 60
+        self._saved = time.monotonic()
+        self._asked: tuple[int, float] | None = None  # step and time of the last question
+        self._next = 0  # step of the next one
 
-    def requested(self, step: int) -> bool:
-        """Whether to stop before `step`."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            self.signal = signal.SIGTERM
-        return self.signal is not None
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is due before `step`; to be asked of every step, in every process."""
+        if self._seconds <= 0 or step < self._next:
+            return False
+        now = time.monotonic()
+        wait = 1
+        if self._asked is not None and step > self._asked[0]:
+            a_step = (now - self._asked[1]) / (step - self._asked[0])
+            wait = max(1, min(1000, int(self._seconds / 10 / max(a_step, 1e-6))))
+        self._asked = step, now
+        due = now - self._saved >= self._seconds
+        if jax.process_count() > 1:
+            answer = multihost_utils.broadcast_one_to_all(np.array([due, wait], np.int32))
+            due, self._next = bool(answer[0]), step + int(answer[1])
+        return due
 
-    def _note(self, number: int, frame: types.FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = signal.Signals(number)
-
-    def __enter__(self) -> Self:
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+    def saved(self) -> None:
+        """Begins anew."""
+        self._saved = time.monotonic()

@@ -1,9 +1,14 @@
 """Checkpoints: what comes back, what is kept, and what the user is told when it does not work."""
 
 import collections
+import dataclasses
+import json
+import os
 import pathlib
 import resource
 import shutil
+import subprocess
+import sys
 
 import grain
 import jax
@@ -12,11 +17,12 @@ import numpy as np
 import optax
 import pytest
 
-from varedit_jax.config import preset, to_dict
+from varedit_jax.config import DataConfig, GuardConfig, MeshConfig, OptimizerConfig, RunConfig, preset, to_dict
 from varedit_jax.errors import UserError
 from varedit_jax.training.checkpoint import (
     Checkpoints,
     check_config,
+    check_resume,
     checkpoint_steps,
     read_config,
     restore_params,
@@ -101,6 +107,102 @@ def test_keeps_the_newest(tmp_path: pathlib.Path) -> None:
         Checkpoints(tmp_path, keep=0)
 
 
+def test_keeps_some_for_good(tmp_path: pathlib.Path) -> None:
+    with Checkpoints(tmp_path, keep=2, keep_every=3) as checkpoints:
+        for step in range(1, 9):
+            checkpoints.save(step, make_state(seed=step), make_iterator())
+    assert checkpoint_steps(tmp_path) == [3, 6, 7, 8]
+    with pytest.raises(UserError, match="keep_every is -1; it is a number of steps, or 0"):
+        Checkpoints(tmp_path, keep_every=-1)
+
+
+def test_what_a_killed_save_left_is_removed(tmp_path: pathlib.Path) -> None:
+    save(tmp_path, 1)
+    rest = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
+    shutil.copytree(tmp_path / "checkpoints" / "1", rest)
+    (rest / "_CHECKPOINT_METADATA").unlink()
+    save(tmp_path, 3)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "3"]
+
+
+RESHARD = """
+import sys, jax, numpy as np, optax, grain
+import jax.numpy as jnp
+from varedit_jax.config import MeshConfig
+from varedit_jax.parallel.mesh import make_mesh
+from varedit_jax.training.checkpoint import Checkpoints
+from varedit_jax.training.state import TrainState
+
+def make():
+    params = {"kernel": jax.random.normal(jax.random.key(0), (16, 64)), "bias": jnp.arange(8.0)}
+    return TrainState(step=jnp.int32(3), params=params, opt_state=optax.adam(1e-3).init(params), ema=params)
+
+def batches():
+    return iter(grain.MapDataset.source(np.arange(50)).seed(1).shuffle().repeat().batch(4).to_iter_dataset())
+
+def placed(mesh, axes):
+    def place(leaf):
+        spec = {0: jax.P(), 1: jax.P(axes[0]), 2: jax.P(*axes)}[leaf.ndim]
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, spec))
+    return jax.tree.map(place, jax.eval_shape(make))
+
+one = placed(make_mesh(MeshConfig(data=1, fsdp=8)), ("fsdp",))
+two = placed(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), ("fsdp", "tensor"))
+state = jax.jit(make, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, one))()
+assert len({shard.device for shard in state.params["kernel"].addressable_shards}) == 8
+assert state.params["kernel"].addressable_shards[0].data.shape == (2, 64)
+with Checkpoints(sys.argv[1]) as checkpoints:
+    checkpoints.save(3, state, batches())
+    checkpoints.wait()
+    for abstract in (two, jax.eval_shape(make)):
+        restored = checkpoints.restore(abstract, batches())
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(state))
+        if abstract is two:
+            assert jax.tree.map(lambda leaf: leaf.sharding, restored) == jax.tree.map(lambda leaf: leaf.sharding, two)
+        kernel = restored.params["kernel"].addressable_shards
+        print(len(kernel), kernel[0].data.shape)
+"""
+
+
+def test_restores_onto_another_mesh(tmp_path: pathlib.Path) -> None:
+    """Saved over eight devices, restored over eight otherwise and on one, bit for bit."""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run(
+        [sys.executable, "-c", RESHARD, str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["8 (8, 32)", "1 (16, 64)"]
+
+
+def test_an_average_of_the_parameters_comes_and_goes(tmp_path: pathlib.Path) -> None:
+    """Switched on, it starts from the parameters; switched off, it is dropped; kept, it comes back."""
+    plain = make_state(seed=3)
+    average = jax.tree.map(lambda leaf: leaf + 1, plain.params)
+    with Checkpoints(tmp_path / "off") as checkpoints:
+        checkpoints.save(1, plain, make_iterator())
+        checkpoints.wait()
+        restored = checkpoints.restore(jax.eval_shape(lambda: plain.replace(ema=average)), make_iterator())
+    assert_same(restored, plain.replace(ema=plain.params))
+    for ours, theirs in zip(jax.tree.leaves(restored.ema), jax.tree.leaves(restored.params), strict=True):
+        assert ours.unsafe_buffer_pointer() != theirs.unsafe_buffer_pointer()  # both can be donated
+    with Checkpoints(tmp_path / "on") as checkpoints:
+        checkpoints.save(1, plain.replace(ema=average), make_iterator())
+        checkpoints.wait()
+        assert checkpoints.restore(jax.eval_shape(lambda: plain), make_iterator()).ema is None
+        both = checkpoints.restore(jax.eval_shape(lambda: plain.replace(ema=average)), make_iterator())
+    assert_same(both, plain.replace(ema=average))
+    abstract = jax.eval_shape(lambda: plain.params)
+    assert_same(restore_params(tmp_path / "on", abstract, ema=True), average)
+    assert_same(restore_params(tmp_path / "on", abstract), plain.params)
+    with pytest.raises(UserError, match="checkpoints/1 has no average of the parameters, for the run kept none"):
+        restore_params(tmp_path / "off", abstract, ema=True)
+
+
 def test_restore_params(tmp_path: pathlib.Path) -> None:
     save(tmp_path, 1, 2)
     abstract = jax.eval_shape(make_state).params
@@ -168,14 +270,22 @@ def test_checkpoint_without_its_index(tmp_path: pathlib.Path) -> None:
 
 
 def test_other_number_of_processes(tmp_path: pathlib.Path) -> None:
-    save(tmp_path, 1)
-    place = tmp_path / "checkpoints" / "1" / "data" / "process_0-of-1.json"
-    place.rename(place.with_name("process_0-of-4.json"))
-    with (
-        Checkpoints(tmp_path) as checkpoints,
-        pytest.raises(UserError, match="was saved by 4 processes, .* there are 1 now"),
-    ):
-        checkpoints.restore(jax.eval_shape(make_state), make_iterator())
+    """Where all processes were at the same place in the data, any number of them goes on from there."""
+    iterator = make_iterator()
+    next(iterator)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, make_state(), iterator)
+    own = tmp_path / "checkpoints" / "1" / "data" / "process_0-of-1.json"
+    for index in range(4):
+        shutil.copy(own, own.with_name(f"process_{index}-of-4.json"))
+    own.unlink()
+    fresh = make_iterator()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.restore(jax.eval_shape(make_state), fresh)
+        np.testing.assert_array_equal(next(fresh), next(iterator))
+        own.with_name("process_3-of-4.json").write_text("{}")
+        with pytest.raises(UserError, match="was saved by 4 processes, each at its own place .* there are 1 now"):
+            checkpoints.restore(jax.eval_shape(make_state), make_iterator())
 
 
 def test_folder_that_is_a_file(tmp_path: pathlib.Path) -> None:
@@ -253,3 +363,64 @@ def test_config_that_cannot_be_read(tmp_path: pathlib.Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(UserError, match="does not hold a configuration, but list"):
         read_config(tmp_path)
+
+
+def test_a_newer_versions_run(tmp_path: pathlib.Path) -> None:
+    save(tmp_path, 1)
+    write_config(tmp_path, {"name": "a"})
+    assert read_config(tmp_path) == {"name": "a"}
+    newer = json.loads((tmp_path / "config.json").read_text()) | {"format_version": 2}
+    (tmp_path / "config.json").write_text(json.dumps(newer))
+    words = "was written by a newer version of this program: its format is 2, and this version knows none above 1"
+    abstract = jax.eval_shape(make_state)
+    with pytest.raises(UserError, match=words):
+        check_config(tmp_path, {"name": "a"})
+    with pytest.raises(UserError, match=words):
+        restore_params(tmp_path, abstract.params)
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match=words):
+        checkpoints.restore(abstract, make_iterator())
+
+
+def test_a_field_that_is_newer_than_the_run_has_its_default(tmp_path: pathlib.Path) -> None:
+    run = RunConfig(name="a", model=preset("tiny"), data=DataConfig(text_tokens=16))
+    old = to_dict(run)
+    for name in ("mesh", "guard", "tokenizer_precision"):
+        del old[name]
+    del old["model"]["transformer"]["remat_saved"], old["optimizer"]["moment_dtype"]
+    write_config(tmp_path, old)
+    check_config(tmp_path, to_dict(run))
+    free = dataclasses.replace(run, mesh=MeshConfig(fsdp=4), guard=GuardConfig(spike_factor=3.0), save_minutes=5.0)
+    free = dataclasses.replace(free, keep_every=10, optimizer=OptimizerConfig(ema_decay=0.9))
+    check_config(tmp_path, to_dict(free))
+    precise = dataclasses.replace(run, tokenizer_precision="high")
+    with pytest.raises(UserError, match="tokenizer_precision = 'highest', but this one has 'high'"):
+        check_config(tmp_path, to_dict(precise))
+    moments = dataclasses.replace(run, optimizer=OptimizerConfig(moment_dtype="bfloat16"))
+    with pytest.raises(UserError, match="optimizer.moment_dtype = 'float32', but this one has 'bfloat16'"):
+        check_config(tmp_path, to_dict(moments))
+
+
+def test_a_run_that_lost_its_checkpoints_does_not_start_anew(tmp_path: pathlib.Path) -> None:
+    for resume in (None, False):
+        check_resume(tmp_path / "new", resume)
+    with pytest.raises(UserError, match=r"there is no checkpoint in .*/new to go on from, and --resume=yes"):
+        check_resume(tmp_path / "new", True)
+    save(tmp_path, 1, 2)
+    check_resume(tmp_path, None)
+    check_resume(tmp_path, True)
+    with pytest.raises(UserError, match="has a checkpoint of step 2, but --resume=no starts a new run; use another"):
+        check_resume(tmp_path, False)
+    shutil.rmtree(tmp_path / "checkpoints" / "2")
+    check_resume(tmp_path, None)  # deleted by hand, as the user is told where one is damaged
+    shutil.rmtree(tmp_path / "checkpoints" / "1")
+    with pytest.raises(UserError, match="lost its checkpoints: a checkpoint of step 2 was saved, but there is none"):
+        check_resume(tmp_path, None)
+    check_resume(tmp_path, False)
+    # A run from before that was noted.
+    (tmp_path / "saved.json").unlink()
+    write_config(tmp_path, {"name": "a"})
+    (tmp_path / "metrics.jsonl").write_text('{"step": 6, "loss": 1.0}\n{"step": 7, "eval/loss": 1.0}\n')
+    check_resume(tmp_path, None)  # killed before its first save
+    (tmp_path / "checkpoints").rmdir()
+    with pytest.raises(UserError, match="has lost its checkpoints: 7 steps were made, but there is none in"):
+        check_resume(tmp_path, None)

@@ -1,0 +1,63 @@
+"""A run that hangs is ended, and says where; one that lives is left alone."""
+
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+
+from varedit_jax.training.watchdog import EXIT_CODE, Watchdog
+
+HANGING = """
+import ctypes, sys, threading
+from varedit_jax.training.watchdog import Watchdog
+
+def where_it_hangs():
+    {hang}
+
+with Watchdog(1 / 60, sys.argv[1]) as watchdog:
+    watchdog.beat("step")
+    threading.Thread(target=where_it_hangs if {in_thread} else print, daemon=True).start()
+    where_it_hangs()
+"""
+
+
+def hang(folder: pathlib.Path, how: str, in_thread: bool = False) -> tuple[subprocess.CompletedProcess[str], str]:
+    """A process that hangs, and the file it left."""
+    done = subprocess.run(
+        [sys.executable, "-c", HANGING.format(hang=how, in_thread=in_thread), str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    (file,) = folder.glob("hang_*.txt")
+    return done, file.read_text()
+
+
+def test_a_hang_writes_the_stacks_of_all_threads_and_exits(tmp_path: pathlib.Path) -> None:
+    done, written = hang(tmp_path / "run", "threading.Event().wait()", in_thread=True)
+    assert done.returncode == EXIT_CODE
+    for text in (done.stderr, written):
+        assert "minutes (guard.hang_minutes is 0.0166667) while step; the stacks of all threads are in" in text
+        assert text.count("in where_it_hangs") == 2
+
+
+def test_a_hang_that_holds_the_interpreter(tmp_path: pathlib.Path) -> None:
+    """C code that never gives the interpreter back stops the watchdog's thread too."""
+    done, written = hang(tmp_path, "ctypes.PyDLL(None).sleep(60)")
+    assert done.returncode == 1
+    assert "in where_it_hangs" in written
+
+
+def test_a_run_that_lives_is_left_alone(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends: list[int] = []
+    monkeypatch.setattr("os._exit", ends.append)
+    with Watchdog(0.3 / 60, tmp_path) as watchdog:
+        for _ in range(8):
+            time.sleep(0.1)
+            watchdog.beat()
+    assert ends == [] and list(tmp_path.iterdir()) == []
+    with Watchdog(0, tmp_path):
+        assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,136 @@
+"""The inputs of single steps on disk, and one step done again on them alone.
+
+`workdir`/replay/step_N/ holds
+
+    inputs_process_0-of-1.npz   the batch of each process as it came from the pipeline, `example_ids` among it
+    step.json                   {"step": N, "reason": "..."}
+    state/                      the state before the step, if it was asked for
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from varedit_jax.errors import UserError
+from varedit_jax.training import checkpoint
+from varedit_jax.training.ledger import say
+from varedit_jax.training.record import make_folder, room_explained
+from varedit_jax.training.state import TrainState
+
+REPLAY = "replay"
+EXAMPLE_IDS = "example_ids"
+MOST = 10  # steps of a run that are dumped without being asked for
+
+Batch = dict[str, np.ndarray]
+
+
+class Inputs:
+    """Keeps the last two batches, for a step is known to be bad when the next one has been dispatched already."""
+
+    def __init__(self, workdir: str | os.PathLike[str]) -> None:
+        """Dumps go to `workdir`/replay, which is created when there is one."""
+        self._folder = pathlib.Path(workdir).absolute() / REPLAY
+        self._dumped = len(list(self._folder.glob("step_*")))  # by earlier processes too
+        self._batches: dict[int, Batch] = {}
+
+    def keep(self, step: int, batch: Batch) -> None:
+        """Takes the batch of a step as it came from the pipeline."""
+        self._batches = {number: kept for number, kept in self._batches.items() if number >= step - 1}
+        self._batches[step] = batch
+
+    def dump(self, step: int, reason: str, state: TrainState | None = None) -> None:
+        """Writes down the batch of a step that was kept, and the state before it, if given; every process its part.
+
+        Steps that `state` is not given for are dumped up to 10 times a run. Raises UserError if the disk is full.
+        """
+        if state is None and self._dumped >= MOST:
+            return
+        self._dumped += 1
+        folder = self._folder / f"step_{step}"
+        make_folder(folder)
+        process = f"{jax.process_index()}-of-{jax.process_count()}"
+        with room_explained("inputs of a step", folder):
+            np.savez(folder / f"inputs_process_{process}.npz", allow_pickle=False, **self._batches[step])
+            if jax.process_index() == 0:
+                (folder / "step.json").write_text(json.dumps({"step": step, "reason": reason}) + "\n")
+        if state is not None:
+            checkpoint.save_tree(folder / "state", state)
+
+
+def read_inputs(folder: str | os.PathLike[str]) -> tuple[int, Batch, np.ndarray | None]:
+    """The number of the step dumped in `folder`, its batch without `example_ids`, and these; of this process.
+
+    Raises UserError if it is no such folder, or was written by another number of processes.
+    """
+    root = pathlib.Path(folder)
+    try:
+        step = int(json.loads((root / "step.json").read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} holds no inputs of a step; give a folder as RUN/{REPLAY}/step_12") from error
+    files = sorted(path.name for path in root.glob("inputs_process_*.npz"))
+    own = f"inputs_process_{jax.process_index()}-of-{jax.process_count()}.npz"
+    if own not in files:
+        raise UserError(
+            f"{folder} holds {', '.join(files) or 'no inputs'}, but {own} is needed; replay it with as many processes "
+            f"as it was written by"
+        )
+    try:
+        with np.load(root / own) as arrays:
+            batch = dict(arrays)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{root / own} cannot be read: {error}") from error
+    return step, batch, batch.pop(EXAMPLE_IDS, None)
+
+
+def replay(
+    folder: str | os.PathLike[str],
+    *,
+    key: jax.Array,
+    abstract_state: TrainState,
+    step_fn: Callable[[int], Any],
+    put: Callable[[Batch], Any],
+    say: Callable[[str], None] = say,
+) -> dict[str, Any]:
+    """Does one step of a run alone, on the inputs that were dumped of it; nothing is written.
+
+    With the state that was dumped too, the metrics are those of the run, bit for bit on the same devices. Without, the
+    step is done from the newest checkpoint at or before it, and `say` tells from which.
+
+    Args:
+      folder: `workdir`/replay/step_N of a run.
+      key, abstract_state, step_fn, put: as the run gave them to `loop.train`.
+      say: shows a line to the user.
+
+    Returns:
+      The metrics of the step, on the host.
+
+    Raises:
+      UserError: no such folder, or no checkpoint to do the step from.
+    """
+    step, batch, ids = read_inputs(folder)
+    root = pathlib.Path(folder).absolute()
+    if (root / "state").is_dir():
+        state = checkpoint.read_tree(root / "state", abstract_state)
+        say(f"step {step} is done again, from the state before it")
+    else:
+        run = root.parent.parent
+        earlier = [number for number in checkpoint.checkpoint_steps(run) if number <= step]
+        if not earlier:
+            raise UserError(
+                f"{folder} holds no state, and {run} has no checkpoint of step {step} or before; make the run dump "
+                f"both, with --dump_step={step}"
+            )
+        state = checkpoint.restore_state(run, abstract_state, earlier[-1])
+        say(f"step {step} is done again, from the checkpoint of step {earlier[-1]}")
+    if ids is not None:
+        say(f"its examples are {', '.join(map(str, ids.tolist()))}")
+    number = jax.device_put(jnp.asarray(step, jnp.int32), state.step.sharding)
+    key = jax.device_put(key, state.step.sharding)
+    _, metrics = step_fn(step)(state, put(batch), jax.random.fold_in(key, number))
+    return jax.device_get(dict(metrics))

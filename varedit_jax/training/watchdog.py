@@ -1,0 +1,91 @@
+"""Ends a run that hangs, and says where it hung."""
+
+import contextlib
+import faulthandler
+import os
+import pathlib
+import sys
+import threading
+import time
+from typing import Self, TextIO
+
+EXIT_CODE = 75  # of a process that the watchdog ended: EX_TEMPFAIL, "try again": the same command goes on
+_CHECKS = 20  # looks at the clock in the time it allows
+
+
+class Watchdog:
+    """Writes the stacks of all threads and exits with code 75, if `beat` is not called for so long. A context manager.
+
+    The loop calls `beat` when a step has finished and when a phase begins (compiling, evaluating, saving ...); what
+    takes long within a phase does so by `stop.poll`. So `minutes` has to be more than the longest of these takes
+    alone, which is compilation: minutes for a small editor, ten or more for 8B.
+
+    A collective operation in which another process takes no part hangs inside XLA, where no Python code of the main
+    thread runs any more: a thread of its own looks at the clock. If that one cannot run either, because something
+    holds the interpreter, faulthandler's C thread writes the stacks and exits, a while later and with code 1.
+    """
+
+    def __init__(self, minutes: float, workdir: str | os.PathLike[str]) -> None:
+        """Does nothing where `minutes` is 0. Stacks go to `workdir`/hang_PID.txt and to standard error."""
+        self._seconds = minutes * 60
+        self._path = pathlib.Path(workdir) / f"hang_{os.getpid()}.txt"
+        self._last = time.monotonic()
+        self._phase = "starting"
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._file: TextIO | None = None
+
+    def beat(self, phase: str = "") -> None:
+        """Says that the run lives, and what it does now, if that changes."""
+        self._last = time.monotonic()
+        self._phase = phase or self._phase
+
+    def __enter__(self) -> Self:
+        """Starts watching."""
+        if self._seconds > 0:
+            self._last = time.monotonic()
+            # Opened now, for then it may be too late; removed if it was not needed.
+            with contextlib.suppress(OSError):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self._path.open("w")
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Ends watching."""
+        self._ended.set()
+        if self._thread is None:
+            return
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+        if self._file is not None:
+            self._file.close()
+            self._path.unlink(missing_ok=True)
+
+    def _watch(self) -> None:
+        interval = self._seconds / _CHECKS
+        while True:
+            # For the case that this thread is not heard of again.
+            faulthandler.dump_traceback_later(
+                self._seconds + 2 * interval, exit=True, file=self._file or sys.__stderr__ or sys.stderr
+            )
+            if self._ended.wait(interval):
+                return
+            idle = time.monotonic() - self._last
+            if idle > self._seconds:
+                self._end(idle)
+
+    def _end(self, idle: float) -> None:
+        sentence = (
+            f"no sign of life for {idle / 60:.3g} minutes (guard.hang_minutes is {self._seconds / 60:g}) while "
+            f"{self._phase}; the stacks of all threads are in {self._path}; exit code {EXIT_CODE}\n"
+        )
+        for file in (self._file, sys.__stderr__):
+            with contextlib.suppress(OSError, ValueError):
+                if file is not None:
+                    file.write(sentence)
+                    file.flush()
+                    faulthandler.dump_traceback(file, all_threads=True)
+                    file.flush()
+        os._exit(EXIT_CODE)  # nothing else would end a thread that hangs in C
