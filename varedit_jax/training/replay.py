@@ -10,6 +10,7 @@
 import json
 import os
 import pathlib
+import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -56,7 +57,11 @@ class Inputs:
         make_folder(folder)
         process = f"{jax.process_index()}-of-{jax.process_count()}"
         with room_explained("inputs of a step", folder):
-            np.savez(folder / f"inputs_process_{process}.npz", allow_pickle=False, **self._batches[step])
+            path = folder / f"inputs_process_{process}.npz"
+            draft = path.with_suffix(".draft")
+            with draft.open("wb") as file:
+                np.savez(file, allow_pickle=False, **self._batches[step])
+            draft.replace(path)
             if jax.process_index() == 0:
                 (folder / "step.json").write_text(json.dumps({"step": step, "reason": reason}) + "\n")
         if state is not None:
@@ -81,9 +86,9 @@ def read_inputs(folder: str | os.PathLike[str]) -> tuple[int, Batch, np.ndarray 
             f"as it was written by"
         )
     try:
-        with np.load(root / own) as arrays:
+        with (root / own).open("rb") as file, np.load(file) as arrays:
             batch = dict(arrays)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{root / own} cannot be read: {error}") from error
     return step, batch, batch.pop(EXAMPLE_IDS, None)
 

@@ -1,9 +1,15 @@
 """The training loop: resumed equals uninterrupted, and what the user is told."""
 
 import dataclasses
+import functools
 import os
 import pathlib
+import shutil
 import signal
+import socket
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,13 +21,17 @@ import numpy as np
 import optax
 import pytest
 
-from varedit_jax.config import OptimizerConfig
+from varedit_jax.config import GuardConfig, MeshConfig, OptimizerConfig
 from varedit_jax.errors import UserError
-from varedit_jax.training.checkpoint import checkpoint_steps
+from varedit_jax.parallel.mesh import make_mesh, put_batch
+from varedit_jax.training import loop as loop_lib
+from varedit_jax.training.checkpoint import Checkpoints, checkpoint_steps, restore_state
 from varedit_jax.training.ledger import read_metrics
 from varedit_jax.training.loop import Cadence, train
 from varedit_jax.training.optimizer import make_optimizer
+from varedit_jax.training.replay import read_inputs
 from varedit_jax.training.state import TrainState
+from varedit_jax.training.stop import poll
 
 WIDTH = 300  # large enough that an update in place would show in a checkpoint being written
 BATCH = 8
@@ -94,6 +104,10 @@ class Run:
         )
         return state, iterator
 
+    def latest(self) -> TrainState:
+        """The state in the newest checkpoint, as another process would read it."""
+        return restore_state(self.workdir, jax.eval_shape(init_state), checkpoint_steps(self.workdir)[-1])
+
 
 def assert_same(ours: Any, theirs: Any) -> None:
     """Two trees are equal, bit for bit."""
@@ -101,9 +115,10 @@ def assert_same(ours: Any, theirs: Any) -> None:
 
 
 def without_times(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """Metrics that do not depend on the clock."""
+    """Metrics that do not depend on the clock or the machine."""
     return [
-        {name: value for name, value in line.items() if not name.startswith("time/")} for line in read_metrics(workdir)
+        {name: value for name, value in line.items() if not name.startswith(("time/", "memory/"))}
+        for line in read_metrics(workdir)
     ]
 
 
@@ -304,7 +319,7 @@ def test_data_that_ends(tmp_path: pathlib.Path) -> None:
         Run(tmp_path)(batches=iter(source.to_iter_dataset().batch(BATCH)))
 
 
-def test_a_loss_that_stays_nan(tmp_path: pathlib.Path) -> None:
+def test_a_loss_that_stays_nan(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Single bad steps pass; too many in a row end the run, and are not saved."""
 
     def broken_at(*bad: int) -> Callable:
@@ -316,12 +331,366 @@ def test_a_loss_that_stays_nan(tmp_path: pathlib.Path) -> None:
         return broken
 
     Run(tmp_path / "now and then", step_fn=broken_at(0, 3, 4, 5, 6, 7, 8, 9, 10, 11))()
-    with pytest.raises(UserError, match="the loss was nan in 10 steps in a row, up to step 11; lower"):
-        Run(tmp_path / "always", step_fn=broken_at(*range(2, 12)), cadence=Cadence(save_every=12))()
+    assert "step 11 was skipped: loss nan; 9 in a row, 10 in all" in capsys.readouterr().err
+    cadence = Cadence(save_every=12)
+    with pytest.raises(
+        UserError, match="10 steps in a row, 2 to 11, were not finite, the last one with loss nan; .* lower"
+    ):
+        Run(tmp_path / "always", step_fn=broken_at(*range(2, 12)), cadence=cadence)()
     assert checkpoint_steps(tmp_path / "always") == []
+
+
+@jax.jit(donate_argnums=0)
+def guarded_step(state: TrainState, batch: Any, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update, or none where it is not finite, as the step of an editor does it."""
+    loss, grads = jax.value_and_grad(loss_fn)(state.params, batch, key)
+    grads = jax.tree.map(lambda leaf: jnp.where(batch["y"][0, 0] == GRADIENT_POISON, jnp.nan, leaf), grads)
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    updates, opt_state = OPTIMIZER.update(grads, state.opt_state, state.params)
+    new = TrainState(step=state.step, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+    new = jax.tree.map(lambda changed, old: jnp.where(finite, changed, old), new, state)
+    metrics = {"loss": loss, "gradient_norm": norm, "skipped": 1 - finite.astype(jnp.float32)}
+    return new.replace(step=state.step + 1), metrics
+
+
+GRADIENT_POISON = 77.0
+
+
+def named(poisoned: dict[int, str]) -> grain.DatasetIterator:
+    """The batches with the numbers of their examples, in order; batch n is poisoned in one of two ways."""
+
+    def make(index: int) -> dict[str, np.ndarray]:
+        entry = example(index) | {"example_ids": np.int64(index)}
+        how = poisoned.get(index // BATCH)
+        if how == "batch" and index % BATCH == 3:
+            entry["x"][5] = np.nan
+        if how == "gradient":
+            entry["y"][0] = GRADIENT_POISON
+        return entry
+
+    source = grain.MapDataset.range(10**6).map(make)
+    return iter(source.to_iter_dataset().batch(BATCH, drop_remainder=True))
+
+
+def test_exactly_the_poisoned_steps_are_skipped(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By batch and by gradient: the run survives, they are named, and their batches are kept; a run that is stopped
+    among them goes on with its count."""
+    poisoned = {2: "batch", 5: "gradient", 6: "batch"}
+    run = Run(tmp_path, step_fn=guarded_step, steps=9, cadence=Cadence(log_every=1, save_every=0))
+    run(batches=named(poisoned), stop_after=6)
+    state, _ = run(batches=named(poisoned))
+    lines = [line for line in read_metrics(tmp_path) if "loss" in line]
+    assert [line["skipped"] for line in lines] == [0, 0, 1, 0, 0, 1, 1, 0, 0]
+    assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 1, 1, 2, 3, 3, 3]
+    assert [line["loss"] is None for line in lines] == [step in (2, 6) for step in range(9)]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state)))
+    assert int(state.opt_state[1][0].count) == 6  # the others did not count
+    said = capsys.readouterr().err
+    for step in poisoned:
+        ids = ", ".join(map(str, range(step * BATCH, (step + 1) * BATCH)))
+        assert f"step {step} was skipped: loss " in said and f"; examples {ids}; " in said
+    assert sorted(path.name for path in (tmp_path / "replay").iterdir()) == ["step_2", "step_5", "step_6"]
+    _, batch, ids = read_inputs(tmp_path / "replay" / "step_6")
+    assert ids is not None and ids.tolist() == list(range(48, 56))
+    assert np.isnan(batch["x"][3, 5]) and np.isfinite(batch["x"]).sum() == batch["x"].size - 1
+
+
+def test_the_last_good_checkpoint_survives_too_many_bad_steps(tmp_path: pathlib.Path) -> None:
+    run = Run(tmp_path, step_fn=guarded_step, cadence=Cadence(log_every=1, save_every=4))
+    with pytest.raises(UserError, match="3 steps in a row, 5 to 7, were not finite"):
+        run(batches=named(dict.fromkeys(range(5, 12), "batch")), guard=GuardConfig(nonfinite_limit=3))
+    assert checkpoint_steps(tmp_path) == [4]
+    state, _ = run(batches=named({}))
+    assert int(state.step) == 12 and np.isfinite(jax.device_get(state.params["linear"]["kernel"])).all()
+
+
+def test_a_jump_of_the_loss_is_said(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def jumping(state: TrainState, batch: Any, key: jax.Array) -> Any:
+        step = int(jax.device_get(state.step))
+        return step_fn(state, batch, key)[0], {"loss": np.float32(5.0 if step == 4 else 1.0)}
+
+    Run(tmp_path, step_fn=jumping, steps=6, cadence=Cadence(log_every=2, save_every=0))(
+        batches=named({}), guard=GuardConfig(spike_window=3)
+    )
+    ids = ", ".join(map(str, range(32, 40)))
+    assert (
+        f"step 4 has a loss of 5, 5.0 times the median 1 of the last 3 steps; examples {ids}" in capsys.readouterr().err
+    )
+    assert [line["loss_spike"] for line in read_metrics(tmp_path) if "loss_spike" in line] == [5.0]
+
+
+@pytest.mark.parametrize("at", [0, 4, 12])
+def test_a_signal_in_an_evaluation(whole: Outcome, tmp_path: pathlib.Path, at: int) -> None:
+    """It is broken off, what was reached is saved, and it is made again when the run goes on; the last one, too."""
+    calls: list[int] = []
+
+    def evaluate(state: TrainState) -> dict[str, Any]:
+        calls.append(int(state.step))
+        if calls.count(at) == 1 and calls[-1] == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+            poll()
+            raise AssertionError("the evaluation went on")
+        return {"norm": jax.jit(optax.tree.norm)(state.params)}
+
+    run = Run(tmp_path)
+    with pytest.raises(SystemExit) as exit_:
+        run(evaluate=evaluate)
+    assert exit_.value.code == 128 + signal.SIGTERM
+    assert checkpoint_steps(tmp_path)[-1:] == ([at] if at else [])
+    if at:
+        assert_same(int(run.latest().step), at)
+    state, iterator = run(evaluate=evaluate)
+    assert calls == [step for step in (0, 4, 8, 12) for _ in range(1 + (step == at))]
+    assert_same_outcome(outcome(run, state, iterator), whole)
+    run(evaluate=evaluate)
+    assert calls[-1] == 12 and calls.count(12) == 1 + (at == 12)  # finished is finished
+
+
+def test_a_signal_during_compilation(whole: Outcome, tmp_path: pathlib.Path) -> None:
+    """What a later stage's compilation could lose has been saved before it begins."""
+    seen: list[list[str]] = []
+
+    @jax.jit(donate_argnums=0)
+    def second(*arguments: Any) -> Any:  # runs as Python code when it is compiled
+        deadline = time.monotonic() + 20
+        while not (tmp_path / "checkpoints" / "7").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)  # the writing goes on beside the compilation
+        seen.append(sorted(path.name for path in (tmp_path / "checkpoints").iterdir()))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step_fn.__wrapped__(*arguments)
+
+    run = Run(tmp_path)
+    with pytest.raises(SystemExit):
+        run(step_fn=lambda number: step_fn if number < 7 else second)
+    assert seen == [["5", "7"]]
+    assert checkpoint_steps(tmp_path) == [7, 8]  # the step that was compiled has been made
+    assert_same_outcome(outcome(run, *run()), whole)
+
+
+def test_a_second_sigterm_does_not_wait(tmp_path: pathlib.Path) -> None:
+    def hanging(*_: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as exit_:
+        Run(tmp_path, step_fn=hanging)()
+    assert exit_.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_saves_by_the_clock(whole: Outcome, tmp_path: pathlib.Path) -> None:
+    """However often they come, the run is the same."""
+    cadence = Cadence(log_every=1, eval_every=4, save_every=0, save_minutes=1e-9, keep=1, keep_every=4)
+    run = Run(tmp_path, cadence=cadence)
+    run(stop_after=6)
+    assert checkpoint_steps(tmp_path) == [4, 6]
+    assert_same_outcome(outcome(run, *run()), whole)
+    assert checkpoint_steps(tmp_path) == [4, 8, 12]
+
+
+def test_processes_save_when_the_first_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their clocks differ; the answer, and when to ask again, is that of process 0."""
+    now = 0.0
+    asked: list[list[int]] = []
+
+    def broadcast(values: np.ndarray) -> np.ndarray:
+        asked.append(values.tolist())
+        return np.array([now >= 60, 5], np.int32)
+
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr("jax.experimental.multihost_utils.broadcast_one_to_all", broadcast)
+    timer = loop_lib._Timer(1.0)
+    saved = []
+    for step in range(40):
+        now = step * 2.0
+        if timer.due(step):
+            saved.append(step)
+            timer.saved()
+    assert saved == [30, 35]  # the stand-in never begins anew
+    assert asked[:3] == [[0, 1], [0, 3], [0, 3]]  # steps of 2 s: after 3 of them a tenth of a minute is over
+    assert len(asked) == 8
+
+
+def test_resume_is_what_was_asked_for(tmp_path: pathlib.Path) -> None:
+    run = Run(tmp_path, steps=2, cadence=Cadence(save_every=1))
+    with pytest.raises(UserError, match=r"there is no checkpoint in .* to go on from, and --resume=yes starts no new"):
+        run(resume=True)
+    run(resume=False, stop_after=1)
+    with pytest.raises(UserError, match="has a checkpoint of step 1, but --resume=no starts a new run"):
+        run(resume=False)
+    assert int(run(resume=True)[0].step) == 2
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(UserError, match="has lost its checkpoints: a checkpoint of step 2 was saved"):
+        run()
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_folder_in_use(tmp_path: pathlib.Path) -> None:
+    """A second run in it is refused while the first one lasts."""
+
+    def evaluate(state: TrainState) -> dict[str, Any]:
+        del state
+        with pytest.raises(UserError, match=f"is in use by process {os.getpid()} on {socket.gethostname()}; wait"):
+            Run(tmp_path)()
+        return {}
+
+    Run(tmp_path, steps=1)(evaluate=evaluate)
+    Run(tmp_path, steps=2)()
+
+
+def test_a_run_that_hangs_is_ended(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches that come, and evaluations that poll, are signs of life; a step that never ends is not."""
+    ends: list[int] = []
+    monkeypatch.setattr("os._exit", ends.append)
+
+    def evaluate(state: TrainState) -> dict[str, Any]:
+        if int(state.step) == 0:
+            for _ in range(20):
+                time.sleep(0.1)
+                poll()
+            assert not ends
+        return {}
+
+    def hanging(*arguments: Any) -> Any:
+        deadline = time.monotonic() + 30
+        while not ends and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return step_fn(*arguments)
+
+    guard = GuardConfig(hang_minutes=1.5 / 60)
+    Run(tmp_path, steps=1, step_fn=hanging)(evaluate=evaluate, guard=guard)
+    assert ends[0] == 75
+
+
+def test_a_mesh_of_devices(tmp_path: pathlib.Path) -> None:
+    """The same loop on eight devices, its state split over them: stopped and gone on with is uninterrupted."""
+    done = run_here(tmp_path, "mesh", XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    assert done.returncode == 0, done.stderr
+    assert "going on from the checkpoint of step 5" in done.stderr
+
+
+def mesh_of_devices(folder: pathlib.Path) -> None:
+    """For `test_a_mesh_of_devices`: in a process of its own, for eight devices."""
+    mesh = make_mesh(MeshConfig(fsdp=8))
+    width = WIDTH // 8 * 8
+
+    def init() -> TrainState:
+        params = {"kernel": jax.random.normal(jax.random.key(3), (width, width))}
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=OPTIMIZER.init(params))
+
+    def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = jax.P("fsdp") if leaf.ndim == 2 else jax.P()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, spec))
+
+    def step(state: TrainState, batch: Any, key: jax.Array) -> Any:
+        def loss_of(params: Any) -> jax.Array:
+            noise = 0.1 * jax.random.normal(key, batch["x"].shape)
+            return jnp.mean(((batch["x"] + noise)[:, :width] @ params["kernel"] - batch["y"][:, :width]) ** 2)
+
+        loss, grads = jax.value_and_grad(loss_of)(state.params)
+        updates, opt_state = OPTIMIZER.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), {"loss": loss}
+
+    abstract = jax.tree.map(place, jax.eval_shape(init))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    everywhere = jax.NamedSharding(mesh, jax.P())
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
+    arguments = {
+        "abstract_state": abstract,
+        "init_state": jax.jit(init, out_shardings=shardings),
+        "step_fn": lambda number: compiled,
+        "put": functools.partial(put_batch, mesh),
+        "evaluate": None,
+    }
+    with jax.set_mesh(mesh):
+        whole, _ = Run(folder / "whole")(**arguments)
+        Run(folder / "stopped")(**arguments, stop_after=5)
+        resumed, _ = Run(folder / "stopped")(**arguments)
+    assert jax.tree.map(lambda leaf: leaf.sharding, resumed) == shardings
+    assert_same(resumed, whole)
+
+
+def run_here(folder: pathlib.Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """This file as a program (see its end)."""
+    return subprocess.run(
+        [sys.executable, __file__, str(folder), *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+# Of each process: the phase it is killed in, the number of its call, and so many seconds into that.
+KILLS = (
+    ("restore", 0, 0.0),  # a new run: making the state of step 0
+    ("step", 1, 0.002),
+    ("save", 0, 0.01),
+    ("save", 1, 0.02),
+    ("restore", 0, 0.02),
+    ("save", 2, 0.005),
+    ("step", 3, 0.0),
+    ("save", 1, 0.04),
+)
+SAVING = Cadence(log_every=1, eval_every=4, save_every=2, keep=2)
+
+
+def test_killed_again_and_again(whole: Outcome, tmp_path: pathlib.Path) -> None:
+    """SIGKILL in restores, steps and saves: the newest checkpoint can be read, and the end is that of a whole run."""
+    run = Run(tmp_path, cadence=SAVING)
+    newest = 0
+    for phase, call, delay in KILLS:
+        done = run_here(tmp_path, "killed", phase, str(call), str(delay))
+        assert done.returncode == -signal.SIGKILL, (phase, call, delay, done.stderr)
+        steps = checkpoint_steps(tmp_path)
+        assert not newest or steps[-1] >= newest
+        if steps:
+            newest = steps[-1]
+            assert int(run.latest().step) == newest
+    assert newest >= 6
+    assert_same_outcome(outcome(run, *run()), whole)
+
+
+def run_and_be_killed(folder: pathlib.Path, phase: str, call: int, delay: float) -> None:
+    """For `test_killed_again_and_again`: a run that dies without farewell."""
+    calls = 0
+
+    def kill_in(function: Callable) -> Callable:
+        def wrapped(*arguments: Any, **keywords: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == call + 1:
+                threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            return function(*arguments, **keywords)
+
+        return wrapped
+
+    for method in ("restore", "save"):
+        if phase == method:
+            setattr(Checkpoints, method, kill_in(getattr(Checkpoints, method)))
+    step = kill_in(step_fn) if phase == "step" else step_fn
+    state, _ = Run(folder, step_fn=step, cadence=SAVING)(
+        init_state=kill_in(init_state) if phase == "restore" else init_state
+    )
+    time.sleep(2)  # the kill may be due after the last save was begun
+    raise AssertionError(f"it was not killed, and made {int(state.step)} steps")
 
 
 def test_no_implicit_transfer_in_a_step(tmp_path: pathlib.Path) -> None:
     """A batch that was not put on the devices is found out, instead of slowing every step."""
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         Run(tmp_path)(put=lambda batch: batch)
+
+
+if __name__ == "__main__":
+    _folder, _what, *_arguments = sys.argv[1:]
+    if _what == "mesh":
+        mesh_of_devices(pathlib.Path(_folder))
+    else:
+        run_and_be_killed(pathlib.Path(_folder), _arguments[0], int(_arguments[1]), float(_arguments[2]))
