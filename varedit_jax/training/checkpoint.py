@@ -47,6 +47,7 @@ __all__ = [
     "check_config",
     "check_resume",
     "checkpoint_steps",
+    "data_place",
     "quiet_orbax",
     "read_config",
     "read_tree",
@@ -134,7 +135,7 @@ class Checkpoints:
                 f"instead of state and data; use another --workdir"
             )
         state = restore_state(self.folder.parent, abstract_state, step)
-        place = _place_in_data(self.folder, step)
+        place = data_place(self.folder.parent, step)
         with _damage_explained(self.folder, step):
             iterator.set_state(place)
             iterator.start_prefetch()
@@ -189,6 +190,7 @@ class Checkpoints:
 
 def restore_state(folder: str | os.PathLike[str], abstract_state: TrainState, step: int) -> TrainState:
     """The state alone of the checkpoint of `step` of a run: as `Checkpoints.restore`, with the same errors."""
+    quiet_orbax()
     checkpoints = pathlib.Path(folder).absolute() / CHECKPOINTS
     _check_version(checkpoints.parent)
     wanted = _fields(abstract_state)
@@ -246,6 +248,25 @@ def restore_params(
         )
     _check_same(checkpoints, step, {field: abstract_params})
     return _read(checkpoints, step, {field: abstract_params})[field]
+
+
+def data_place(folder: str | os.PathLike[str], step: int) -> dict[str, Any]:
+    """The state of the data iterator in a run's checkpoint: what this process saved, or what all did.
+
+    Raises UserError if it is damaged, or was saved by another number of processes, and not all at the same place.
+    """
+    checkpoints = pathlib.Path(folder).absolute() / CHECKPOINTS
+    with _damage_explained(checkpoints, step):
+        files = {path.name: path.read_text() for path in (checkpoints / str(step) / "data").glob("process_*-of-*.json")}
+        if not files:
+            raise ValueError("it does not say which batch comes next")
+        own = f"process_{jax.process_index()}-of-{jax.process_count()}.json"
+        if own not in files and len(set(files.values())) > 1:
+            raise UserError(
+                f"{checkpoints / str(step)} was saved by {len(files)} processes, each at its own place in the data; "
+                f"there are {jax.process_count()} now: go on with as many"
+            )
+        return json.loads(files.get(own, next(iter(files.values()))))
 
 
 def save_tree(folder: pathlib.Path, state: TrainState) -> None:
@@ -384,24 +405,6 @@ def _read_fields(folder: pathlib.Path, fields: Mapping[str, Any]) -> dict[str, A
             ),
         )
     return dict(restored)
-
-
-def _place_in_data(checkpoints: pathlib.Path, step: int) -> dict[str, Any]:
-    """The state of the data iterator in a checkpoint: what this process saved, or what all did.
-
-    Raises UserError if it was saved by another number of processes, and not all at the same place.
-    """
-    with _damage_explained(checkpoints, step):
-        files = {path.name: path.read_text() for path in (checkpoints / str(step) / "data").glob("process_*-of-*.json")}
-        if not files:
-            raise ValueError("it does not say which batch comes next")
-        own = f"process_{jax.process_index()}-of-{jax.process_count()}.json"
-        if own not in files and len(set(files.values())) > 1:
-            raise UserError(
-                f"{checkpoints / str(step)} was saved by {len(files)} processes, each at its own place in the data; "
-                f"there are {jax.process_count()} now: go on with as many"
-            )
-        return json.loads(files.get(own, next(iter(files.values()))))
 
 
 def _shape_text(found: tuple[tuple[int, ...], np.dtype] | None) -> str:

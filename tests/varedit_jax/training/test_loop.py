@@ -1,15 +1,11 @@
 """The training loop: resumed equals uninterrupted, and what the user is told."""
 
 import dataclasses
-import functools
 import os
 import pathlib
 import shutil
 import signal
 import socket
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,11 +17,10 @@ import numpy as np
 import optax
 import pytest
 
-from varedit_jax.config import GuardConfig, MeshConfig, OptimizerConfig
+from varedit_jax.config import GuardConfig, OptimizerConfig
 from varedit_jax.errors import UserError
-from varedit_jax.parallel.mesh import make_mesh, put_batch
 from varedit_jax.training import loop as loop_lib
-from varedit_jax.training.checkpoint import Checkpoints, checkpoint_steps, restore_state
+from varedit_jax.training.checkpoint import checkpoint_steps, restore_state
 from varedit_jax.training.ledger import read_metrics
 from varedit_jax.training.loop import Cadence, train
 from varedit_jax.training.optimizer import make_optimizer
@@ -566,131 +561,7 @@ def test_a_run_that_hangs_is_ended(tmp_path: pathlib.Path, monkeypatch: pytest.M
     assert ends[0] == 75
 
 
-def test_a_mesh_of_devices(tmp_path: pathlib.Path) -> None:
-    """The same loop on eight devices, its state split over them: stopped and gone on with is uninterrupted."""
-    done = run_here(tmp_path, "mesh", XLA_FLAGS="--xla_force_host_platform_device_count=8")
-    assert done.returncode == 0, done.stderr
-    assert "going on from the checkpoint of step 5" in done.stderr
-
-
-def mesh_of_devices(folder: pathlib.Path) -> None:
-    """For `test_a_mesh_of_devices`: in a process of its own, for eight devices."""
-    mesh = make_mesh(MeshConfig(fsdp=8))
-    width = WIDTH // 8 * 8
-
-    def init() -> TrainState:
-        params = {"kernel": jax.random.normal(jax.random.key(3), (width, width))}
-        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=OPTIMIZER.init(params))
-
-    def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        spec = jax.P("fsdp") if leaf.ndim == 2 else jax.P()
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, spec))
-
-    def step(state: TrainState, batch: Any, key: jax.Array) -> Any:
-        def loss_of(params: Any) -> jax.Array:
-            noise = 0.1 * jax.random.normal(key, batch["x"].shape)
-            return jnp.mean(((batch["x"] + noise)[:, :width] @ params["kernel"] - batch["y"][:, :width]) ** 2)
-
-        loss, grads = jax.value_and_grad(loss_of)(state.params)
-        updates, opt_state = OPTIMIZER.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), {"loss": loss}
-
-    abstract = jax.tree.map(place, jax.eval_shape(init))
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    everywhere = jax.NamedSharding(mesh, jax.P())
-    compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
-    arguments = {
-        "abstract_state": abstract,
-        "init_state": jax.jit(init, out_shardings=shardings),
-        "step_fn": lambda number: compiled,
-        "put": functools.partial(put_batch, mesh),
-        "evaluate": None,
-    }
-    with jax.set_mesh(mesh):
-        whole, _ = Run(folder / "whole")(**arguments)
-        Run(folder / "stopped")(**arguments, stop_after=5)
-        resumed, _ = Run(folder / "stopped")(**arguments)
-    assert jax.tree.map(lambda leaf: leaf.sharding, resumed) == shardings
-    assert_same(resumed, whole)
-
-
-def run_here(folder: pathlib.Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """This file as a program (see its end)."""
-    return subprocess.run(
-        [sys.executable, __file__, str(folder), *arguments],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
-# Of each process: the phase it is killed in, the number of its call, and so many seconds into that.
-KILLS = (
-    ("restore", 0, 0.0),  # a new run: making the state of step 0
-    ("step", 1, 0.002),
-    ("save", 0, 0.01),
-    ("save", 1, 0.02),
-    ("restore", 0, 0.02),
-    ("save", 2, 0.005),
-    ("step", 3, 0.0),
-    ("save", 1, 0.04),
-)
-SAVING = Cadence(log_every=1, eval_every=4, save_every=2, keep=2)
-
-
-def test_killed_again_and_again(whole: Outcome, tmp_path: pathlib.Path) -> None:
-    """SIGKILL in restores, steps and saves: the newest checkpoint can be read, and the end is that of a whole run."""
-    run = Run(tmp_path, cadence=SAVING)
-    newest = 0
-    for phase, call, delay in KILLS:
-        done = run_here(tmp_path, "killed", phase, str(call), str(delay))
-        assert done.returncode == -signal.SIGKILL, (phase, call, delay, done.stderr)
-        steps = checkpoint_steps(tmp_path)
-        assert not newest or steps[-1] >= newest
-        if steps:
-            newest = steps[-1]
-            assert int(run.latest().step) == newest
-    assert newest >= 6
-    assert_same_outcome(outcome(run, *run()), whole)
-
-
-def run_and_be_killed(folder: pathlib.Path, phase: str, call: int, delay: float) -> None:
-    """For `test_killed_again_and_again`: a run that dies without farewell."""
-    calls = 0
-
-    def kill_in(function: Callable) -> Callable:
-        def wrapped(*arguments: Any, **keywords: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == call + 1:
-                threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
-            return function(*arguments, **keywords)
-
-        return wrapped
-
-    for method in ("restore", "save"):
-        if phase == method:
-            setattr(Checkpoints, method, kill_in(getattr(Checkpoints, method)))
-    step = kill_in(step_fn) if phase == "step" else step_fn
-    state, _ = Run(folder, step_fn=step, cadence=SAVING)(
-        init_state=kill_in(init_state) if phase == "restore" else init_state
-    )
-    time.sleep(2)  # the kill may be due after the last save was begun
-    raise AssertionError(f"it was not killed, and made {int(state.step)} steps")
-
-
 def test_no_implicit_transfer_in_a_step(tmp_path: pathlib.Path) -> None:
     """A batch that was not put on the devices is found out, instead of slowing every step."""
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         Run(tmp_path)(put=lambda batch: batch)
-
-
-if __name__ == "__main__":
-    _folder, _what, *_arguments = sys.argv[1:]
-    if _what == "mesh":
-        mesh_of_devices(pathlib.Path(_folder))
-    else:
-        run_and_be_killed(pathlib.Path(_folder), _arguments[0], int(_arguments[1]), float(_arguments[2]))

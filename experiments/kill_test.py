@@ -1,0 +1,242 @@
+"""Kills a training run with SIGKILL at random moments, again and again, and compares its end with a run left alone.
+
+    python -m experiments.kill_test --folder=/tmp/kill_test --output=results/kill_test.md
+
+A real run (experiments.train on the smallest card) is killed while it starts, restores, makes steps, saves, and removes
+old checkpoints. After each kill the newest checkpoint must be readable, and no older than the one before. At the end
+state, data iterator and metrics must be those of the uninterrupted run, bit for bit; exit code 1 if not. The same seed
+gives the same order of phases and the same delays; what a kill hits depends on the machine.
+"""
+
+import collections
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from experiments import program
+from varedit_jax.config import RunConfig, from_dict
+from varedit_jax.errors import UserError
+from varedit_jax.training import checkpoint, editor_run
+from varedit_jax.training.goodput import run_shares
+from varedit_jax.training.ledger import read_metrics
+from varedit_jax.training.lock import LOCK_FILE
+from varedit_jax.training.optimizer import make_optimizer
+
+_FOLDER = flags.DEFINE_string("folder", None, "new folder to work in", required=True)
+_KILLS = flags.DEFINE_integer("kills", 20, "how often", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 200, "of the run; it must not end before the last kill", lower_bound=10)
+_SEED = flags.DEFINE_integer("seed", 0, "of the moments")
+_OUTPUT = flags.DEFINE_string("output", "", "Markdown file for the figures")
+
+CARD = "experiments/configs/shapes.py:tiny"
+SAVE_EVERY = 3
+
+
+@dataclasses.dataclass
+class Watched:
+    """A training process, and what its folder held when it was started."""
+
+    workdir: pathlib.Path
+    process: subprocess.Popen[bytes]
+    steps_more: int  # a number drawn for it
+    newest: int
+    unfinished: set[str]
+    lines: int
+
+    def restores(self) -> bool:
+        """It has taken the lock, which is the last thing before it restores."""
+        try:
+            return bool(json.loads((self.workdir / LOCK_FILE).read_text())["pid"] == self.process.pid)
+        except (OSError, ValueError):
+            return False
+
+    def steps(self) -> bool:
+        """It has written down some steps."""
+        return metric_lines(self.workdir) >= self.lines + self.steps_more
+
+    def saves(self) -> bool:
+        """It is writing a checkpoint."""
+        return bool(unfinished(self.workdir) - self.unfinished)
+
+    def removes(self) -> bool:
+        """It has completed a checkpoint, so an old one has to go."""
+        return newest(self.workdir) > self.newest
+
+
+# Phase: how many of 20 kills, what begins it, and how many seconds later the kill comes at most.
+PHASES: dict[str, tuple[int, Callable[[Watched], bool], float]] = {
+    "starting": (2, lambda _: True, 4.0),
+    "restoring": (5, Watched.restores, 0.5),
+    "stepping": (5, Watched.steps, 0.3),
+    "saving": (6, Watched.saves, 0.25),
+    "removing": (2, Watched.removes, 0.02),
+}
+
+
+def metric_lines(workdir: pathlib.Path) -> int:
+    """Lines in a run's metrics.jsonl."""
+    path = workdir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def unfinished(workdir: pathlib.Path) -> set[str]:
+    """Folders of saves that are not complete."""
+    folder = workdir / checkpoint.CHECKPOINTS
+    return {path.name for path in folder.iterdir() if not path.name.isdecimal()} if folder.exists() else set()
+
+
+def newest(workdir: pathlib.Path) -> int:
+    """Step of the newest checkpoint; 0 if there is none."""
+    return next(reversed(checkpoint.checkpoint_steps(workdir)), 0)
+
+
+def start(workdir: pathlib.Path) -> subprocess.Popen[bytes]:
+    """The training program, working in `workdir`; what it says goes to a file beside it."""
+    command = [sys.executable, "-m", "experiments.train", f"--config={CARD}", f"--workdir={workdir}"]
+    values = {
+        "steps": _STEPS.value,
+        "save_every": SAVE_EVERY,
+        "keep_checkpoints": 2,
+        "data.directory": workdir.parent / "data",
+    }
+    command += [f"--config.{name}={value}" for name, value in values.items()]
+    with workdir.with_suffix(".log").open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log)
+
+
+def read(workdir: pathlib.Path) -> tuple[Any, dict[str, Any]]:
+    """State and place in the data of the newest checkpoint. Raises UserError if they cannot be read."""
+    config = from_dict(RunConfig, checkpoint.read_config(workdir))
+    init = editor_run.make_init(config, make_optimizer(config.optimizer, config.steps))
+    step = newest(workdir)
+    state = checkpoint.restore_state(workdir, jax.eval_shape(init), step)
+    return jax.device_get(state), checkpoint.data_place(workdir, step)
+
+
+def metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """What a run wrote down, but for what depends on the clock and the machine."""
+    return [
+        {name: value for name, value in line.items() if not name.startswith(("time/", "memory/"))}
+        for line in read_metrics(workdir)
+    ]
+
+
+def finish(workdir: pathlib.Path) -> float:
+    """Lets the run go on to its end; gives the seconds. Raises UserError if it fails."""
+    begin = time.monotonic()
+    if start(workdir).wait():
+        raise UserError(f"the run failed; see {workdir.with_suffix('.log')}")
+    return time.monotonic() - begin
+
+
+def kill(workdir: pathlib.Path, phase: str, rng: np.random.Generator) -> dict[str, Any]:
+    """Starts the run, and kills it at a random moment of `phase`; gives what that left."""
+    _, reached, longest = PHASES[phase]
+    before = newest(workdir)
+    delay = float(rng.uniform(0, longest))
+    more = int(rng.integers(1, 7))
+    with start(workdir) as process:
+        watched = Watched(workdir, process, more, before, unfinished(workdir), metric_lines(workdir))
+        while process.poll() is None and not reached(watched):
+            time.sleep(0.001)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+    if process.returncode != -signal.SIGKILL:
+        raise UserError(f"the run ended before it was killed, with {process.returncode}; see {workdir}.log")
+    after = newest(workdir)
+    if after < before:
+        raise UserError(f"a checkpoint was lost: {before} was there before the kill, and {after} is the newest now")
+    if after:
+        state, _ = read(workdir)
+        if int(state.step) != after:
+            raise UserError(f"the checkpoint of step {after} holds step {int(state.step)}")
+    lines = read_metrics(workdir)
+    made = max((line["step"] + 1 for line in lines), default=0)
+    left = len(unfinished(workdir))
+    return {"phase": phase, "seconds after": round(delay, 3), "checkpoint": after, "steps": made, "left": left}
+
+
+def differences(killed: pathlib.Path, whole: pathlib.Path) -> list[str]:
+    """How the end of one run differs from that of another; nothing if it does not."""
+    (ours, our_place), (theirs, their_place) = read(killed), read(whole)
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(theirs)]
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    differ = [path for path, pair in zip(paths, pairs, strict=True) if pair[0].tobytes() != pair[1].tobytes()]
+    if our_place != their_place:
+        differ.append("the place in the data")
+    if metrics(killed) != metrics(whole):
+        differ.append("the metrics")
+    return differ
+
+
+def report(rows: list[dict[str, Any]], folder: pathlib.Path, seconds: dict[str, float]) -> str:
+    """The figures as Markdown."""
+    shares = ", ".join(f"{kind} {share:.1%}" for kind, share in run_shares(folder / "killed").items() if share)
+    left = sum(row["left"] > 0 for row in rows)
+    phases = ", ".join(f"{count} {phase}" for phase, count in collections.Counter(row["phase"] for row in rows).items())
+    again = sum(row["steps"] - row["checkpoint"] for row in rows)
+    table = "\n".join("| " + " | ".join(map(str, (i + 1, *row.values()))) + " |" for i, row in enumerate(rows))
+    return f"""# Killed at random moments
+
+    python -m experiments.kill_test --folder=... --kills={len(rows)} --steps={_STEPS.value} --seed={_SEED.value}
+
+{time.strftime("%Y-%m-%d")}, 2 cores, AMD EPYC; Python {sys.version.split()[0]}, jax {jax.__version__}. A run of
+`{CARD}` with {_STEPS.value} steps and a checkpoint every {SAVE_EVERY} of them got SIGKILL {len(rows)} times
+({phases}) and was started again each time.
+
+After every kill the newest checkpoint could be read and was no older than the one before it; {left} kills left an
+unfinished save behind, which the next process removed. At the end all arrays of the state, the place of the data
+iterator and the metrics of all {_STEPS.value} steps are equal to those of the uninterrupted run, bit for bit.
+
+{again} steps that were written down had to be made again. The uninterrupted run took {seconds["whole"]:.0f} s, the
+killed one {seconds["killed"]:.0f} s with {len(rows)} more starts. Where its time went: {shares}.
+
+| kill | phase | seconds into it | newest checkpoint | steps written down | unfinished saves |
+|---|---|---|---|---|---|
+{table}
+"""
+
+
+def main(argv: list[str]) -> None:
+    """Runs, kills, compares and writes down."""
+    del argv
+    folder = pathlib.Path(_FOLDER.value).absolute()
+    if folder.exists():
+        raise UserError(f"{folder} exists; give a new folder")
+    folder.mkdir(parents=True)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "cache"))
+    whole, killed = folder / "whole", folder / "killed"
+    seconds = {"whole": finish(whole)}
+    print(f"the uninterrupted run took {seconds['whole']:.0f} s")
+    rng = np.random.default_rng(_SEED.value)
+    all_phases = [phase for phase, (count, _, _) in PHASES.items() for _ in range(count)]
+    phases = [phase for _ in range(-(-_KILLS.value // len(all_phases))) for phase in rng.permutation(all_phases)]
+    rows = []
+    begin = time.monotonic()
+    for phase in phases[: _KILLS.value]:
+        rows.append(kill(killed, str(phase), rng))
+        print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
+    finish(killed)
+    seconds["killed"] = time.monotonic() - begin
+    differ = differences(killed, whole)
+    if differ:
+        raise UserError(f"the run that was killed ended otherwise: {', '.join(differ)} differ")
+    text = report(rows, folder, seconds)
+    print(text)
+    if _OUTPUT.value:
+        pathlib.Path(_OUTPUT.value).write_text(text)
+
+
+if __name__ == "__main__":
+    program.run(main)

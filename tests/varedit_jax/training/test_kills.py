@@ -1,0 +1,248 @@
+"""Runs in processes of their own: killed, on several devices, and by several processes."""
+
+import functools
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from varedit_jax.config import MeshConfig, OptimizerConfig
+from varedit_jax.parallel.mesh import batch_part, make_mesh, put_batch
+from varedit_jax.training.checkpoint import Checkpoints, checkpoint_steps, data_place, restore_state
+from varedit_jax.training.ledger import read_metrics
+from varedit_jax.training.loop import Cadence, train
+from varedit_jax.training.optimizer import make_optimizer
+from varedit_jax.training.state import TrainState
+from varedit_jax.training.stop import poll
+
+STEPS = 12
+WIDTH = 296  # large enough that a save takes a while; divides over eight devices
+BATCH = 8
+OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=3, weight_decay=0.1), STEPS)
+
+ORDER = grain.MapDataset.range(40).seed(7).shuffle().repeat()  # of the examples
+
+
+def example(index: int) -> dict[str, np.ndarray]:
+    """Example number `index`."""
+    rng = np.random.default_rng(index)
+    values = {name: rng.normal(size=WIDTH).astype(np.float32) for name in ("x", "y")}
+    return values | {"example_ids": np.int64(index)}
+
+
+class Run:
+    """A run whose state is split over all devices, of all processes; each process has its part of a batch."""
+
+    def __init__(self, workdir: pathlib.Path, **cadence: Any) -> None:
+        """Nothing is computed."""
+        self.workdir = workdir
+        self.mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
+        self.cadence = Cadence(**{"log_every": 1, "save_every": 2, "keep": 2, **cadence})
+        abstract = jax.tree.map(self._place, jax.eval_shape(self.init))
+        self.shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        everywhere = jax.NamedSharding(self.mesh, jax.P())
+        compiled = jax.jit(self.step, donate_argnums=0, out_shardings=(self.shardings, everywhere))
+        self.arguments: dict[str, Any] = {
+            "abstract_state": abstract,
+            "init_state": jax.jit(self.init, out_shardings=self.shardings),
+            "step_fn": lambda number: compiled,
+        }
+
+    def __call__(self, **arguments: Any) -> TrainState:
+        """Starts it, or goes on with it."""
+        part, parts = batch_part(self.mesh)
+        rows = slice(part * BATCH // parts, (part + 1) * BATCH // parts)
+        # Batches first, parts then: the place in the data is the same in all processes.
+        batches = ORDER.map(lambda index: example(int(index))).batch(BATCH)
+        mine = batches.map(lambda batch: {name: value[rows] for name, value in batch.items()})
+        with jax.set_mesh(self.mesh):
+            return train(
+                workdir=self.workdir,
+                steps=STEPS,
+                key=jax.random.key(1),
+                batches=iter(mine.to_iter_dataset()),
+                put=functools.partial(put_batch, self.mesh),
+                run_record={"name": "toy"},
+                cadence=self.cadence,
+                **(self.arguments | arguments),
+            )
+
+    def _place(self, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = jax.P("fsdp") if leaf.ndim == 2 else jax.P()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(self.mesh, spec))
+
+    @staticmethod
+    def init() -> TrainState:
+        """A linear model."""
+        params = {"kernel": jax.random.normal(jax.random.key(3), (WIDTH, WIDTH))}
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=OPTIMIZER.init(params))
+
+    @staticmethod
+    def step(state: TrainState, batch: Any, key: jax.Array) -> Any:
+        """One update. Step 2 says that it was skipped."""
+
+        def loss_of(params: Any) -> jax.Array:
+            noisy = batch["x"] + 0.1 * jax.random.normal(key, batch["x"].shape)
+            return jnp.mean((noisy @ params["kernel"] - batch["y"]) ** 2)
+
+        loss, grads = jax.value_and_grad(loss_of)(state.params)
+        updates, opt_state = OPTIMIZER.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": loss, "skipped": (state.step == 2).astype(jnp.float32)}
+        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    """Two trees are equal, bit for bit."""
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(ours), jax.device_get(theirs))
+
+
+def without_times(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """Metrics that do not depend on the clock or the machine."""
+    return [
+        {name: value for name, value in line.items() if not name.startswith(("time/", "memory/"))}
+        for line in read_metrics(workdir)
+    ]
+
+
+def run_here(folder: pathlib.Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """This file as a program (see its end)."""
+    return subprocess.run(
+        [sys.executable, __file__, str(folder), *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+# Of each process: the phase it is killed in, the number of its call, and so many seconds into that. A save waits for
+# the one before it, so that each of the last three finds a later checkpoint, however fast the machine.
+KILLS = (
+    ("restore", 0, 0.0),  # a new run: making the state of step 0
+    ("step", 1, 0.002),
+    ("save", 0, 0.01),
+    ("step", 7, 0.0),
+    ("restore", 0, 0.02),
+    ("save", 2, 0.005),
+    ("save", 0, 0.04),
+)
+
+
+def test_killed_again_and_again(tmp_path: pathlib.Path) -> None:
+    """SIGKILL in restores, steps and saves: the newest checkpoint can be read, and the end is that of a whole run."""
+    run, whole = Run(tmp_path / "killed"), Run(tmp_path / "whole")
+    newest = 0
+    for phase, call, delay in KILLS:
+        done = run_here(tmp_path / "killed", "killed", phase, str(call), str(delay))
+        assert done.returncode == -signal.SIGKILL, (phase, call, delay, done.stderr)
+        steps = checkpoint_steps(tmp_path / "killed")
+        assert not newest or steps[-1] >= newest
+        if steps:
+            newest = steps[-1]
+            state = restore_state(tmp_path / "killed", run.arguments["abstract_state"], newest)
+            assert int(state.step) == newest
+    assert newest >= 6
+    assert_same(run(), whole())
+    assert without_times(run.workdir) == without_times(whole.workdir)
+    assert len(without_times(run.workdir)) == STEPS
+    assert data_place(run.workdir, STEPS) == data_place(whole.workdir, STEPS)
+
+
+def be_killed(folder: pathlib.Path, phase: str, call: int, delay: float) -> None:
+    """For `test_killed_again_and_again`: a run that dies without farewell."""
+    calls = 0
+
+    def kill_in(function: Callable) -> Callable:
+        def wrapped(*arguments: Any, **keywords: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == call + 1:
+                threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            return function(*arguments, **keywords)
+
+        return wrapped
+
+    run = Run(folder)
+    if phase == "step":
+        step = kill_in(run.arguments["step_fn"](0))
+        run.arguments["step_fn"] = lambda number: step
+    else:
+        setattr(Checkpoints, phase, kill_in(getattr(Checkpoints, phase)))
+    if phase == "restore":
+        run.arguments["init_state"] = kill_in(run.arguments["init_state"])
+    state = run()
+    time.sleep(2)  # the kill may be due after the last save was begun
+    raise AssertionError(f"it was not killed, and made {int(state.step)} steps")
+
+
+def test_several_processes(tmp_path: pathlib.Path) -> None:
+    """Both save when the first one's clock says so, and stop at one point when one of them gets a signal; then a single
+    process with as many devices goes on, and its end is that of a run of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, __file__, str(tmp_path / "run"), "process", port]
+    both = [subprocess.Popen([*command, str(i)], stderr=subprocess.PIPE, text=True) for i in range(2)]
+    said = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [143, 143], said
+    assert "stopped by SIGTERM at step 8 of 12, which is saved" in said[0]
+    ids = [int(ORDER[i]) for i in range(2 * BATCH, 3 * BATCH)]
+    assert "step 2 was skipped: loss " in said[0] and f"; examples {', '.join(map(str, ids))}; " in said[0]
+    saved = checkpoint_steps(tmp_path / "run")
+    assert saved[-1] == 8 and len(saved) > 2, said
+    names = {path.name for path in (tmp_path / "run" / "checkpoints" / "8" / "data").glob("*.json")}
+    assert names == {"process_0-of-2.json", "process_1-of-2.json"}
+    parts = [np.load(tmp_path / "run/replay/step_2" / f"inputs_process_{i}-of-2.npz")["example_ids"] for i in range(2)]
+    assert np.concatenate(parts).tolist() == ids
+    done = run_here(tmp_path, "alone", XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    assert done.returncode == 0, done.stderr
+    assert "going on from the checkpoint of step 8" in done.stderr
+
+
+def one_of_two_processes(folder: pathlib.Path, port: str, index: int) -> None:
+    """For `test_several_processes`: gets a SIGTERM in an evaluation, if it is the second one."""
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=index)
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        if int(jax.device_get(state.step)) == 8:
+            if index == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(600):
+                time.sleep(0.05)
+                poll()
+            raise AssertionError("nobody stopped")
+        return {}
+
+    # Clocks of processes are not the same: only that of the first one counts.
+    minutes = 1e-9 if index == 0 else 1e9
+    Run(folder, eval_every=4, save_every=5, save_minutes=minutes, keep=20)(evaluate=evaluate)
+
+
+def alone(folder: pathlib.Path) -> None:
+    """For `test_several_processes`: ends their run, and does it all alone."""
+    assert_same(Run(folder / "run")(), Run(folder / "whole")())
+
+
+if __name__ == "__main__":
+    _folder, _what, *_rest = sys.argv[1:]
+    if _what == "process":
+        one_of_two_processes(pathlib.Path(_folder), _rest[0], int(_rest[1]))
+    elif _what == "alone":
+        alone(pathlib.Path(_folder))
+    else:
+        be_killed(pathlib.Path(_folder), _rest[0], int(_rest[1]), float(_rest[2]))
