@@ -141,23 +141,29 @@ def train(
             watchdog.beat()
 
         resumed = checkpoints.latest() is not None
-        with phase("restore"):
-            state = checkpoints.restore(abstract_state, batches) if resumed else init_state()
+        if resumed:
+            with phase("restore"):
+                state = checkpoints.restore(abstract_state, batches)
+        else:
+            state = init_state()
         start = int(jax.device_get(state.step))
         if start >= steps and checkpoints.looked():
             say(f"the run in {workdir} is finished: it has made {start} of {steps} steps")
             return state
         key = jax.device_put(key, state.step.sharding)
+        written = read_metrics(workdir)
         ledger = stack.enter_context(contextlib.closing(Ledger(workdir, first_step=start, steps=steps)))
         goodput = stack.enter_context(Goodput(workdir, clock, start))
         if jax.process_index() == 0:
             checkpoint.write_config(workdir, run_record)
         if resumed:
             ledger.say(f"going on from the checkpoint of step {start} in {workdir}")
+        elif written:
+            ledger.say(f"a run in {workdir} ended before it saved a checkpoint; it starts from nothing again")
 
         inputs = Inputs(workdir)
         checks = _Checks(Guard(guard, ledger.say), inputs)
-        checks.guard.recall(line for line in read_metrics(workdir) if line["step"] < start)
+        checks.guard.recall(line for line in written if line["step"] < start)
         report = Report(
             ledger, clock, cadence.log_every, steps, learning_rate, work=work, guard=checks, goodput=goodput
         )

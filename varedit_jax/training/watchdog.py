@@ -22,7 +22,8 @@ class Watchdog:
 
     A collective operation in which another process takes no part hangs inside XLA, where no Python code of the main
     thread runs any more: a thread of its own looks at the clock. If that one cannot run either, because something
-    holds the interpreter, faulthandler's C thread writes the stacks and exits, a while later and with code 1.
+    holds the interpreter, faulthandler's C thread writes the stacks, to standard error alone, and exits a while later
+    and with code 1.
     """
 
     def __init__(self, minutes: float, workdir: str | os.PathLike[str]) -> None:
@@ -33,7 +34,6 @@ class Watchdog:
         self._phase = "starting"
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
-        self._file: TextIO | None = None
 
     def beat(self, phase: str = "") -> None:
         """Says that the run lives, and what it does now, if that changes."""
@@ -44,10 +44,6 @@ class Watchdog:
         """Starts watching."""
         if self._seconds > 0:
             self._last = time.monotonic()
-            # Opened now, for then it may be too late; removed if it was not needed.
-            with contextlib.suppress(OSError):
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self._path.open("w")
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
         return self
@@ -59,16 +55,13 @@ class Watchdog:
             return
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
-        if self._file is not None:
-            self._file.close()
-            self._path.unlink(missing_ok=True)
 
     def _watch(self) -> None:
         interval = self._seconds / _CHECKS
         while True:
             # For the case that this thread is not heard of again.
             faulthandler.dump_traceback_later(
-                self._seconds + 2 * interval, exit=True, file=self._file or sys.__stderr__ or sys.stderr
+                self._seconds + 2 * interval, exit=True, file=sys.__stderr__ or sys.stderr
             )
             if self._ended.wait(interval):
                 return
@@ -81,11 +74,14 @@ class Watchdog:
             f"no sign of life for {idle / 60:.3g} minutes (guard.hang_minutes is {self._seconds / 60:g}) while "
             f"{self._phase}; the stacks of all threads are in {self._path}; exit code {EXIT_CODE}\n"
         )
-        for file in (self._file, sys.__stderr__):
-            with contextlib.suppress(OSError, ValueError):
-                if file is not None:
-                    file.write(sentence)
-                    file.flush()
-                    faulthandler.dump_traceback(file, all_threads=True)
-                    file.flush()
+        with contextlib.suppress(OSError, ValueError), self._path.open("w") as file:
+            _write(file, sentence)
+        with contextlib.suppress(OSError, ValueError):
+            _write(sys.__stderr__ or sys.stderr, sentence)
         os._exit(EXIT_CODE)  # nothing else would end a thread that hangs in C
+
+
+def _write(file: TextIO, sentence: str) -> None:
+    file.write(sentence)
+    file.flush()
+    faulthandler.dump_traceback(file, all_threads=True)

@@ -1,12 +1,14 @@
 """The training loop: resumed equals uninterrupted, and what the user is told."""
 
 import dataclasses
+import itertools
 import os
 import pathlib
 import shutil
 import signal
 import socket
 import time
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -21,10 +23,12 @@ from varedit_jax.config import GuardConfig, OptimizerConfig
 from varedit_jax.errors import UserError
 from varedit_jax.training import loop as loop_lib
 from varedit_jax.training.checkpoint import checkpoint_steps, restore_state
+from varedit_jax.training.goodput import read_goodput
 from varedit_jax.training.ledger import read_metrics
 from varedit_jax.training.loop import Cadence, train
 from varedit_jax.training.optimizer import make_optimizer
 from varedit_jax.training.replay import read_inputs
+from varedit_jax.training.report import Work
 from varedit_jax.training.state import TrainState
 from varedit_jax.training.stop import poll
 
@@ -463,6 +467,19 @@ def test_a_signal_during_compilation(whole: Outcome, tmp_path: pathlib.Path) -> 
     assert_same_outcome(outcome(run, *run()), whole)
 
 
+def test_a_signal_before_the_first_step(tmp_path: pathlib.Path) -> None:
+    """There is nothing to save, and nothing that looks like a run which lost something."""
+
+    def struck() -> TrainState:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return init_state()
+
+    with pytest.raises(SystemExit) as exit_:
+        Run(tmp_path, steps=1)(init_state=struck)
+    assert exit_.value.code == 143 and checkpoint_steps(tmp_path) == []
+    assert int(Run(tmp_path, steps=1)()[0].step) == 1
+
+
 def test_a_second_sigterm_does_not_wait(tmp_path: pathlib.Path) -> None:
     def hanging(*_: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -479,11 +496,19 @@ def test_a_second_sigterm_does_not_wait(tmp_path: pathlib.Path) -> None:
 def test_saves_by_the_clock(whole: Outcome, tmp_path: pathlib.Path) -> None:
     """However often they come, the run is the same."""
     cadence = Cadence(log_every=1, eval_every=4, save_every=0, save_minutes=1e-9, keep=1, keep_every=4)
-    run = Run(tmp_path, cadence=cadence)
+    run = Run(tmp_path / "often", cadence=cadence)
     run(stop_after=6)
-    assert checkpoint_steps(tmp_path) == [4, 6]
+    assert checkpoint_steps(run.workdir) == [4, 6]
     assert_same_outcome(outcome(run, *run()), whole)
-    assert checkpoint_steps(tmp_path) == [4, 8, 12]
+    assert checkpoint_steps(run.workdir) == [4, 8, 12]
+
+
+def test_saves_when_minutes_have_passed(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Minutes since the last save, whatever made it: here a second goes by whenever the time is asked for."""
+    seconds = itertools.count()
+    monkeypatch.setattr(loop_lib, "time", types.SimpleNamespace(monotonic=lambda: float(next(seconds))))
+    Run(tmp_path, cadence=Cadence(save_every=6, save_minutes=3.5 / 60, keep=20))()
+    assert checkpoint_steps(tmp_path) == [4, 6, 10, 12]
 
 
 def test_processes_save_when_the_first_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -522,6 +547,34 @@ def test_resume_is_what_was_asked_for(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match="has lost its checkpoints: a checkpoint of step 2 was saved"):
         run()
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_starting_from_nothing_is_said(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Steps were made, but the process died before it saved any."""
+
+    def dying(state: TrainState, batch: Any, key: jax.Array) -> Any:
+        if int(jax.device_get(state.step)) == 3:
+            raise ZeroDivisionError
+        return step_fn(state, batch, key)
+
+    with pytest.raises(ZeroDivisionError):
+        Run(tmp_path, step_fn=dying)()
+    words = f"a run in {tmp_path} ended before it saved a checkpoint; it starts from nothing again"
+    assert words not in capsys.readouterr().err
+    Run(tmp_path)(stop_after=1)
+    assert words in capsys.readouterr().err
+
+
+def test_what_a_run_leaves_for_those_who_measure(tmp_path: pathlib.Path) -> None:
+    """A profile of the steps that were asked for, goodput, and FLOP/s."""
+    work = Work(flops=10**6, flops_with_encoders=10**6, tokens=5, devices=1, chip=None)
+    Run(tmp_path, steps=4, cadence=Cadence(log_every=1, save_every=2))(work=work, profile_steps=(1, 2))
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    lines = [line for line in read_metrics(tmp_path) if "loss" in line]
+    assert all(line["time/tokens_per_second"] > 0 and line["time/tflops_per_chip"] > 0 for line in lines)
+    last = read_goodput(tmp_path)[-1]
+    assert last.step == 4
+    assert {kind for kind, seconds in last.seconds.items() if seconds > 0} >= {"productive", "compile", "checkpoint"}
 
 
 def test_a_folder_in_use(tmp_path: pathlib.Path) -> None:
