@@ -184,23 +184,26 @@ def report(rows: list[dict[str, Any]], folder: pathlib.Path, seconds: dict[str, 
     """The figures as Markdown."""
     shares = ", ".join(f"{kind} {share:.1%}" for kind, share in run_shares(folder / "killed").items() if share)
     left = sum(row["left"] > 0 for row in rows)
-    phases = ", ".join(f"{count} {phase}" for phase, count in collections.Counter(row["phase"] for row in rows).items())
+    counts = collections.Counter(row["phase"] for row in rows)
+    phases = ", ".join(f"{counts[phase]} while {phase}" for phase in PHASES)
     again = sum(row["steps"] - row["checkpoint"] for row in rows)
     table = "\n".join("| " + " | ".join(map(str, (i + 1, *row.values()))) + " |" for i, row in enumerate(rows))
     return f"""# Killed at random moments
 
     python -m experiments.kill_test --folder=... --kills={len(rows)} --steps={_STEPS.value} --seed={_SEED.value}
 
-{time.strftime("%Y-%m-%d")}, 2 cores, AMD EPYC; Python {sys.version.split()[0]}, jax {jax.__version__}. A run of
-`{CARD}` with {_STEPS.value} steps and a checkpoint every {SAVE_EVERY} of them got SIGKILL {len(rows)} times
-({phases}) and was started again each time.
+{time.strftime("%Y-%m-%d")}, {os.cpu_count()} cores, AMD EPYC; Python {sys.version.split()[0]}, jax {jax.__version__}.
+A run of `{CARD}` with {_STEPS.value} steps and a checkpoint every
+{SAVE_EVERY} of them got SIGKILL {len(rows)} times, and was started again each time:
+{phases}.
 
 After every kill the newest checkpoint could be read and was no older than the one before it; {left} kills left an
 unfinished save behind, which the next process removed. At the end all arrays of the state, the place of the data
 iterator and the metrics of all {_STEPS.value} steps are equal to those of the uninterrupted run, bit for bit.
 
-{again} steps that were written down had to be made again. The uninterrupted run took {seconds["whole"]:.0f} s, the
-killed one {seconds["killed"]:.0f} s with {len(rows)} more starts. Where its time went: {shares}.
+{again} steps that were written down had to be made again. The uninterrupted run took {seconds["whole"]:.0f} s, with
+all compilation; the killed one took {seconds["killed"]:.0f} s. Where its time went:
+{shares}.
 
 | kill | phase | seconds into it | newest checkpoint | steps written down | unfinished saves |
 |---|---|---|---|---|---|

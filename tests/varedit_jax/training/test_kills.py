@@ -133,8 +133,6 @@ def run_here(folder: pathlib.Path, *arguments: str, **environment: str) -> subpr
 # the one before it, so that each of the last three finds a later checkpoint, however fast the machine.
 KILLS = (
     ("restore", 0, 0.0),  # a new run: making the state of step 0
-    ("step", 1, 0.002),
-    ("save", 0, 0.01),
     ("step", 7, 0.0),
     ("restore", 0, 0.02),
     ("save", 2, 0.005),
