@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import platform
 import signal
 import subprocess
 import sys
@@ -180,6 +181,14 @@ def differences(killed: pathlib.Path, whole: pathlib.Path) -> list[str]:
     return differ
 
 
+def machine() -> str:
+    """Processors, as the system names them."""
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{os.cpu_count()} cores, {next(iter(names), platform.machine())}"
+
+
 def report(rows: list[dict[str, Any]], folder: pathlib.Path, seconds: dict[str, float]) -> str:
     """The figures as Markdown."""
     shares = ", ".join(f"{kind} {share:.1%}" for kind, share in run_shares(folder / "killed").items() if share)
@@ -192,7 +201,7 @@ def report(rows: list[dict[str, Any]], folder: pathlib.Path, seconds: dict[str, 
 
     python -m experiments.kill_test --folder=... --kills={len(rows)} --steps={_STEPS.value} --seed={_SEED.value}
 
-{time.strftime("%Y-%m-%d")}, {os.cpu_count()} cores, AMD EPYC; Python {sys.version.split()[0]}, jax {jax.__version__}.
+{time.strftime("%Y-%m-%d")}, {machine()}; Python {sys.version.split()[0]}, jax {jax.__version__}.
 A run of `{CARD}` with {_STEPS.value} steps and a checkpoint every
 {SAVE_EVERY} of them got SIGKILL {len(rows)} times, and was started again each time:
 {phases}.
