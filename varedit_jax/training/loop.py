@@ -26,6 +26,8 @@ from varedit_jax.training.state import TrainState
 from varedit_jax.training.stop import Stopped, StopSignal, poll
 from varedit_jax.training.watchdog import Watchdog
 
+__all__ = ["Cadence", "Metrics", "StepFn", "train"]
+
 StepFn = Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]
 
 
