@@ -272,9 +272,7 @@ class GuardConfig:
     nonfinite_limit: int = 10  # steps in a row that were skipped for loss or gradients not finite, after which it ends
     spike_factor: float = 2.0  # a loss this many times the median of the last steps is reported; 0 = never
     spike_window: int = 100  # steps of that median
-    hang_minutes: float = (
-        0.0  # without a finished step; then stacks are written and the process exits; 0 = never
-    )
+    hang_minutes: float = 0.0  # without a finished step; then stacks are written and the process exits; 0 = never
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

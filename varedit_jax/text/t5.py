@@ -1,6 +1,7 @@
 """The encoder of Flan-T5 (model.md, section 4; Raffel et al., arXiv 1910.10683; gated GELU as in T5 1.1)."""
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -9,6 +10,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from varedit_jax.config import TextConfig
+from varedit_jax.parallel.constrain import batch_only, has_mesh
+from varedit_jax.parallel.rules import gather
 
 
 def relative_buckets(distances: np.ndarray, buckets: int, max_distance: int) -> np.ndarray:
@@ -165,13 +168,20 @@ class T5Encoder(nn.Module):
         """
         config = self.config
         length = ids_BT.shape[1]
-        embed = nn.Embed(
+        on_mesh = has_mesh() and not self.is_initializing()
+        embedding: Any = nn.Embed
+        if on_mesh:
+            embedding = nn.map_variables(embedding, "params", gather("text/embedding/", self.dtype))
+        embed = embedding(
             config.vocabulary_size, config.width, embedding_init=nn.initializers.normal(1.0), name="embedding"
         )
-        x_BTE = embed(ids_BT).astype(jnp.float32)
+        x_BTE = batch_only(embed(ids_BT).astype(jnp.float32))
         bias_HTT = RelativeBias(config, name="relative_bias")(length)
+        layer: Any = Layer
+        if on_mesh:
+            layer = nn.map_variables(layer, "params", gather("text/layers/", self.dtype))
         layers = nn.scan(
-            Layer,
+            layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast),

@@ -45,7 +45,9 @@ def make_init(config: RunConfig, optimizer: optax.GradientTransformation) -> Cal
         params = {"transformer": init_transformer(config.model, transformer_key)}
         if config.train_text:
             params["text"] = init_text(config.model, text_key)
-        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+        # Copies: the state is donated to each step, and no array can be given away twice.
+        ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params), ema=ema)
 
     return init
 

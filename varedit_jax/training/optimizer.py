@@ -75,7 +75,8 @@ def make_optimizer(
     """Clipping by the global norm, then AdamW with decoupled weight decay on the parameters that `decays` names.
 
     With `config.algorithm` "muon", what `MATRICES` names is updated by Muon (momentum 0.95) instead, at the same rates
-    and with the same decay. Moments are float32 trees like the parameters. The state has the same structure whatever
+    and with the same decay. Moments are trees like the parameters, in float32; AdamW's
+    first one in `config.moment_dtype`. The state has the same structure whatever
     the configuration (but for `algorithm`), so that a run can be gone on with under another.
     """
 
@@ -86,7 +87,16 @@ def make_optimizer(
     betas = config.beta1, config.beta2
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     if config.algorithm == "adamw":
-        steps = [optax.adamw(rate, *betas, eps=config.epsilon, weight_decay=config.weight_decay, mask=mask)]
+        steps = [
+            optax.adamw(
+                rate,
+                *betas,
+                eps=config.epsilon,
+                weight_decay=config.weight_decay,
+                mask=mask,
+                mu_dtype=config.moment_dtype,
+            )
+        ]
     else:
         steps = [
             contrib.muon(

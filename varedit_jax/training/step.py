@@ -1,5 +1,6 @@
 """Training step of the editor: `(state, frozen, batch, key) -> (state, metrics)` (model.md, sections 3 to 7)."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from varedit_jax.config import EditorConfig, RunConfig
+from varedit_jax.config import RunConfig
+from varedit_jax.parallel.constrain import batch_only, constrain
+from varedit_jax.parallel.mesh import BATCH
 from varedit_jax.scales import Pyramid
 from varedit_jax.text.t5 import T5Encoder
 from varedit_jax.tokenizer.resize import area_resize
@@ -23,13 +26,17 @@ Params = dict[str, Any]
 Step = Callable[[TrainState, Params, Batch, jax.Array], tuple[TrainState, Metrics]]
 
 
-def _features(batch: Batch, frozen: Params, config: EditorConfig, cells: Pyramid) -> tuple[jax.Array, jax.Array]:
+def _features(batch: Batch, frozen: Params, config: RunConfig, cells: Pyramid) -> tuple[jax.Array, jax.Array]:
     """Source and target features at the last grid of `cells`: computed ahead, else by the frozen encoder."""
     if "source_features" in batch:
         source, target = batch["source_features"], batch["target_features"]
     else:
-        both = jnp.concatenate([batch["source"], batch["target"]])
-        source, target = jnp.split(encode_images(frozen["tokenizer"], both, config), 2)
+        # Side by side, not one after the other: so the pictures of a device stay on it.
+        both = jnp.stack([batch["source"], batch["target"]], axis=1)
+        both = batch_only(both.reshape(-1, *both.shape[2:]))
+        with jax.named_scope("encode"), jax.default_matmul_precision(config.tokenizer_precision):
+            features = encode_images(frozen["tokenizer"], both, config.model)
+        source, target = jnp.moveaxis(features.reshape(-1, 2, *features.shape[1:]), 1, 0)
     return area_resize(source, cells.last), area_resize(target, cells.last)
 
 
@@ -48,11 +55,19 @@ def make_loss(
     """
     model = config.model
     transformer = Transformer(model.transformer, pyramid)
-    text_encoder = T5Encoder(model.text)
+    text_encoder = T5Encoder(model.text, jnp.dtype("float32" if config.train_text else config.text_dtype))
     cells = pyramid.cells(model.patchify)
 
+    @functools.partial(jax.checkpoint, prevent_cse=True)  # logits are made again rather than kept: float32, every bit
+    @jax.named_scope("loss")
+    def head_loss(
+        params: Params, hidden_BLC: jax.Array, cond_BC: jax.Array, residuals_BLN: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        logits_BLN2 = transformer.apply({"params": params}, hidden_BLC, cond_BC, method=Transformer.logits)
+        return bitwise_loss(logits_BLN2, residuals_BLN, pyramid, config.loss)
+
     def loss_fn(params: Params, frozen: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
-        source, target = _features(batch, frozen, model, cells)
+        source, target = _features(batch, frozen, config, cells)
         flip_key, drop_key, depth_key = jax.random.split(key, 3)
         flips: tuple[jax.Array, ...] = ()
         unconditional_B = None
@@ -63,8 +78,9 @@ def make_loss(
             unconditional_B = jax.random.bernoulli(drop_key, config.loss.text_drop, (len(target),))
         tokens = make_tokens(source, target, model, pyramid, flips)
         text_params = params["text"] if config.train_text else frozen["text"]
-        features_BTE = text_encoder.apply({"params": text_params}, batch["text_ids"], batch["text_length"])
-        logits_BLN2 = transformer.apply(
+        with jax.named_scope("text"):
+            features_BTE = text_encoder.apply({"params": text_params}, batch["text_ids"], batch["text_length"])
+        hidden_BLC, cond_BC = transformer.apply(
             {"params": params["transformer"]},
             tokens.source_BSN,
             tokens.inputs_BLN,
@@ -73,15 +89,20 @@ def make_loss(
             unconditional_B,
             deterministic=not training,
             rngs={"drop_path": depth_key},
+            method=Transformer.hidden,
         )
-        loss, metrics = bitwise_loss(logits_BLN2, tokens.residuals_BLN, pyramid, config.loss)
+        loss, metrics = head_loss(params["transformer"], hidden_BLC, cond_BC, tokens.residuals_BLN)
         return loss, {"loss": loss, **metrics}
 
     return loss_fn
 
 
 def make_step(config: RunConfig, pyramid: Pyramid, optimizer: optax.GradientTransformation) -> Step:
-    """One update, with gradients averaged over `optimizer.accumulation` microbatches."""
+    """One update, with gradients averaged over `optimizer.accumulation` microbatches.
+
+    Where the loss or a gradient is not finite, everything but the count of steps stays as it was, and the metric
+    `skipped` is 1 instead of 0. Metrics besides it: those of the loss, and `gradient_norm` before clipping.
+    """
     gradient_fn = jax.grad(make_loss(config, pyramid, training=True), has_aux=True)
     parts = config.optimizer.accumulation
 
@@ -90,10 +111,20 @@ def make_step(config: RunConfig, pyramid: Pyramid, optimizer: optax.GradientTran
             gradients, metrics = gradient_fn(state.params, frozen, batch, key)
         else:
             gradients, metrics = _accumulated(gradient_fn, state.params, frozen, batch, key, parts)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics = metrics | {"gradient_norm": optax.tree.norm(gradients)}
-        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        with jax.named_scope("optimizer"):
+            norm = optax.tree.norm(gradients)
+            finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            ema = state.ema
+            if ema is not None:
+                decay = config.optimizer.ema_decay
+                ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
+            new = TrainState(step=state.step, params=params, opt_state=opt_state, ema=ema)
+            # A choice, not a product: 0 * NaN is NaN.
+            new = jax.tree.map(lambda changed, old: jnp.where(finite, changed, old), new, state)
+        metrics = metrics | {"gradient_norm": norm, "skipped": 1 - finite.astype(jnp.float32)}
+        return new.replace(step=state.step + 1), metrics
 
     return step
 
@@ -101,8 +132,12 @@ def make_step(config: RunConfig, pyramid: Pyramid, optimizer: optax.GradientTran
 def _accumulated(
     gradient_fn: Callable[..., Any], params: Params, frozen: Params, batch: Batch, key: jax.Array, parts: int
 ) -> tuple[Params, Metrics]:
-    """Gradients and metrics averaged over `parts` equal slices of the batch, one after the other."""
-    slices = jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), batch)
+    """Gradients and metrics averaged over `parts` slices of the batch, one after the other.
+
+    A slice is every `parts`-th example, so that each device works on its own examples in every slice.
+    """
+    slices = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
+    slices = jax.tree.map(lambda x: constrain(x, None, BATCH), slices)
 
     def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
         microbatch, index = part

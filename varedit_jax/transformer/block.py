@@ -5,8 +5,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from varedit_jax.config import TransformerConfig
+from varedit_jax.parallel.constrain import constrain
+from varedit_jax.parallel.mesh import BATCH
 from varedit_jax.transformer.attention import CrossAttention, SelfAttention, Visibility, kernel_init
 
 Cache = dict[str, jax.Array]
@@ -31,6 +34,7 @@ class Mlp(nn.Module):
         config = self.config
         dtype = jnp.dtype(config.dtype)
         h_BLF = nn.Dense(4 * config.width, dtype=dtype, kernel_init=kernel_init(), name="fc1")(x_BLC)
+        h_BLF = checkpoint_name(constrain(h_BLF, BATCH, None, "tensor"), "fc1")
         h_BLF = nn.gelu(h_BLF, approximate=True)
         out_init = kernel_init((2 * config.depth) ** -0.5)
         return nn.Dense(config.width, dtype=dtype, kernel_init=out_init, name="fc2")(h_BLF)

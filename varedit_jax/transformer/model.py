@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from varedit_jax.config import TransformerConfig
+from varedit_jax.parallel.constrain import batch_only, has_mesh, tokens_between_blocks
+from varedit_jax.parallel.rules import gather
 from varedit_jax.scales import Grid, Pyramid
 from varedit_jax.transformer import rope
 from varedit_jax.transformer.attention import Visibility, attend, kernel_init
@@ -107,7 +109,7 @@ class Transformer(nn.Module):
         mask_BT = jnp.arange(rows)[None] < length_B[:, None]
         text_BTE = self.text_norm(features_BTE)
         cond_BC = self.text_pool(text_BTE, mask_BT)
-        memory_BTC = self.text_proj_out(nn.gelu(self.text_proj_in(text_BTE), approximate=True))
+        memory_BTC = batch_only(self.text_proj_out(nn.gelu(self.text_proj_in(text_BTE), approximate=True)))
         return TextMemory(cond_BC, memory_BTC, mask_BT)
 
     def __call__(
@@ -119,7 +121,22 @@ class Transformer(nn.Module):
         unconditional_B: jax.Array | None = None,
         deterministic: bool = True,
     ) -> jax.Array:
-        """Teacher-forced logits of all scales.
+        """Teacher-forced logits of all scales: float32 [B, L, N, 2], of values 0 and 1 of every bit.
+
+        Arguments and errors as of `hidden`.
+        """
+        return self.logits(*self.hidden(source_BSN, inputs_BLN, features_BTE, length_B, unconditional_B, deterministic))
+
+    def hidden(
+        self,
+        source_BSN: jax.Array,
+        inputs_BLN: jax.Array,
+        features_BTE: jax.Array,
+        length_B: jax.Array,
+        unconditional_B: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The target tokens after the last block, and the pooled text: what `logits` takes.
 
         Args:
           source_BSN: float32 source tokens: of the last grid, or of all scales for "full" conditioning.
@@ -128,7 +145,7 @@ class Transformer(nn.Module):
           deterministic: no stochastic depth; otherwise the rng `drop_path` is used.
 
         Returns:
-          float32 [B, L, N, 2]: logits of values 0 and 1 of every bit.
+          (float32 [B, L, C], float32 [B, C]).
 
         Raises:
           ValueError: if the number of source or input tokens does not fit the pyramid.
@@ -146,7 +163,7 @@ class Transformer(nn.Module):
         targets_BLC += self._places(range(self.pyramid.scales))
         x_BLC = jnp.concatenate([self._embed_source(source_BSN), targets_BLC], axis=1)
         x_BLC, _ = self._blocks(x_BLC, text, None, slice(None), deterministic=deterministic)
-        return self._logits(x_BLC[:, source:], text)
+        return x_BLC[:, source:], text.cond_BC
 
     def start(
         self,
@@ -181,7 +198,7 @@ class Transformer(nn.Module):
         x_BLC, new = self._blocks(x_BLC, text, caches, slice(start, stop), scale=scale)
         if scale < self.pyramid.scales - 1:  # nobody reads the last scale's keys and values
             caches = {block: _write(caches[block], new[block], start) for block in caches}
-        return self._logits(x_BLC, text), caches
+        return self.logits(x_BLC, text.cond_BC), caches
 
     def _embed_source(self, source_BSN: jax.Array) -> jax.Array:
         scales = self.pyramid.scales
@@ -199,8 +216,9 @@ class Transformer(nn.Module):
         centres_LF = np.concatenate([centre_features(self.pyramid.grids[scale]) for scale in scales])
         return (levels_LC + self.position_embed(centres_LF))[None]
 
-    def _logits(self, x_BLC: jax.Array, text: TextMemory) -> jax.Array:
-        ada_BC = self.head_ada(nn.silu(text.cond_BC))[:, None]
+    def logits(self, x_BLC: jax.Array, cond_BC: jax.Array) -> jax.Array:
+        """The head, in float32: tokens after the last block [B, L, C] and pooled text [B, C] to [B, L, N, 2]."""
+        ada_BC = self.head_ada(nn.silu(cond_BC))[:, None]
         scale, shift = jnp.split(ada_BC, 2, axis=-1)
         logits = self.head(layer_norm(x_BLC) * (1 + scale) + shift)
         return logits.reshape(*logits.shape[:2], self.config.token_bits, 2)
@@ -222,18 +240,19 @@ class Transformer(nn.Module):
         ada_B6C = self.shared_ada(nn.silu(text.cond_BC)).reshape(-1, 6, config.width)
         drop_rates = jnp.linspace(0, config.drop_path, config.depth)
         # Without a cache the backward pass needs the blocks' activations, unless they are made again.
-        block = nn.remat(Block, prevent_cse=False) if config.remat == "full" and caches is None else Block
+        remat = config.remat if caches is None else "none"
         caches = caches or {"block_0": None, "blocks": None}
         shared = (ada_B6C, text.memory_BTC, text.mask_BT, rotation_2LD)
 
         aligned = Visibility(pyramid, config.conditioning, scale_aligned=config.conditioning == "sar")
-        first = block(config, aligned, scale, deterministic, name="block_0")
+        first = self._block("block_0", remat)(config, aligned, scale, deterministic, name="block_0")
+        x_BLC = tokens_between_blocks(x_BLC)
         x_BLC, first_cache = first(x_BLC, drop_rates[0], caches["block_0"], *shared)
         new = {"block_0": first_cache}
         if config.depth > 1:
             plain = Visibility(pyramid, config.conditioning, scale_aligned=False)
             scanned = nn.scan(
-                block,
+                self._block("blocks", remat),
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "drop_path": True},
                 in_axes=(0, 0, *[nn.broadcast] * len(shared)),
@@ -242,6 +261,19 @@ class Transformer(nn.Module):
             rest = scanned(config, plain, scale, deterministic, name="blocks")
             x_BLC, new["blocks"] = rest(x_BLC, drop_rates[1:], caches["blocks"], *shared)
         return x_BLC, new
+
+    def _block(self, name: str, remat: str) -> type[Block]:
+        """The class of the blocks `name`: their parameters come gathered from a mesh, their activations go as told."""
+        block: Any = Block
+        if has_mesh() and not self.is_initializing():
+            # Inside of what is rematerialized: the backward pass gathers them again instead of keeping them.
+            block = nn.map_variables(block, "params", gather(f"transformer/{name}/", self.config.dtype))
+        if remat == "full":
+            return nn.remat(block, prevent_cse=False)
+        if remat == "named":
+            policy = jax.checkpoint_policies.save_only_these_names(*self.config.remat_saved)
+            return nn.remat(block, prevent_cse=False, policy=policy)
+        return block
 
 
 def _write(cache: dict[str, jax.Array], new: dict[str, jax.Array], start: int) -> dict[str, jax.Array]:

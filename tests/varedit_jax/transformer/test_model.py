@@ -52,7 +52,7 @@ def everything(model: Transformer, source: Any, targets: Any, text: Any) -> tupl
     x, caches = model._blocks(x, memory, None, slice(None))
     S = source.shape[1]
     kept = [caches[block][name][..., :S, :, :] for block in caches for name in ("k", "v")]
-    return model._logits(x[:, S:], memory), [x[:, :S], *kept]
+    return model.logits(x[:, S:], memory.cond_BC), [x[:, :S], *kept]
 
 
 class Influence(NamedTuple):
