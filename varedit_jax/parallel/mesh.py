@@ -95,7 +95,7 @@ def batch_part(mesh: Mesh) -> tuple[int, int]:
     """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     held = batch_sharding(mesh).addressable_devices_indices_map((shards,)).values()
-    rows = sorted({row for (piece,) in held for row in range(*piece.indices(shards))})
+    rows = sorted({row for index in held if index is not None for row in range(*index[0].indices(shards))})
     first, size = rows[0], len(rows)
     if rows != list(range(first, first + size)) or first % size or shards % size:
         raise UserError(

@@ -15,7 +15,7 @@ from varedit_jax.parameters import abstract_params
 from varedit_jax.scales import Pyramid, editor_pyramid, image_size
 from varedit_jax.training.editor_run import make_init
 from varedit_jax.training.state import TrainState
-from varedit_jax.training.step import Batch, Params, make_step
+from varedit_jax.training.step import Params, make_step
 
 
 def abstract_state(config: RunConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -39,7 +39,7 @@ def abstract_frozen(config: RunConfig, mesh: Mesh) -> Params:
     return with_shardings(frozen, param_shardings(frozen, mesh))
 
 
-def abstract_batch(config: RunConfig, pyramid: Pyramid, mesh: Mesh) -> Batch:
+def abstract_batch(config: RunConfig, pyramid: Pyramid, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch of pictures, or of features where the card has them computed ahead, likewise.
 
     Raises UserError if the batch does not divide over the mesh.

@@ -210,7 +210,11 @@ class Transformer(nn.Module):
 
     def _places(self, scales: range) -> jax.Array:
         """Embedding of the level of every token of `scales`, and of its place if configured so: [1, tokens, C]."""
-        levels_LC = self.level_embed[np.repeat(scales, [self.pyramid.lengths[scale] for scale in scales])]
+        # Not looked up by an index of tokens: the gradient of that is a scatter, which XLA's partitioner made a wrong one
+        # of on a mesh that splits examples and tokens.
+        width = self.config.width
+        rows = [jnp.broadcast_to(self.level_embed[scale], (self.pyramid.lengths[scale], width)) for scale in scales]
+        levels_LC = jnp.concatenate(rows)
         if not self.config.absolute_positions:
             return levels_LC[None]
         centres_LF = np.concatenate([centre_features(self.pyramid.grids[scale]) for scale in scales])
