@@ -92,6 +92,8 @@ def make_loss(
             method=Transformer.hidden,
         )
         loss, metrics = head_loss(params["transformer"], hidden_BLC, cond_BC, tokens.residuals_BLN)
+        # A target that is not a number would become bits like any other.
+        loss = jnp.where(jnp.all(jnp.isfinite(target)), loss, jnp.nan)
         return loss, {"loss": loss, **metrics}
 
     return loss_fn

@@ -91,6 +91,55 @@ def test_loss_falls(step, state):
     assert losses[-1] < 0.8 * losses[0], losses
 
 
+def unchanged(new: TrainState, old: TrainState) -> bool:
+    """Whether two states are the same but for the count of steps."""
+    same = jax.tree.map(np.array_equal, new.replace(step=0), old.replace(step=0))
+    return all(jax.tree.leaves(same))
+
+
+def test_exactly_the_poisoned_steps_change_nothing(step, state):
+    """A batch with one NaN is skipped, counted and forgotten: the next step is as if it had never come."""
+    poisoned = batch_of()
+    poisoned["target_features"][2, 0, 1, 0] = np.nan
+    expected, kept = state, state
+    for number, batch in enumerate((batch_of(), poisoned, batch_of(), poisoned, poisoned)):
+        new, metrics = step(kept, {}, batch, jax.random.fold_in(KEY, number))
+        assert float(metrics["skipped"]) == (batch is poisoned)
+        assert int(new.step) == int(kept.step) + 1
+        assert unchanged(new, kept) == (batch is poisoned)
+        if batch is not poisoned:
+            expected, _ = step(expected, {}, batch, jax.random.fold_in(KEY, number))
+        kept = new
+    assert unchanged(kept, expected)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(kept))
+
+
+def test_a_poisoned_gradient_changes_nothing(monkeypatch, state, quick_jit):
+    """A loss that is finite does not let a gradient through that is not."""
+    bitwise_loss = step_module.bitwise_loss
+
+    def poisoned(logits, residuals, *rest):
+        loss, metrics = bitwise_loss(logits, residuals, *rest)
+        return loss + jnp.sqrt(0 * jnp.sum(jnp.square(logits))), metrics  # the root of 0 has no finite gradient
+
+    monkeypatch.setattr(step_module, "bitwise_loss", poisoned)
+    config = dataclasses.replace(accumulating(1), optimizer=OptimizerConfig(ema_decay=0.5))
+    state = state.replace(ema=jax.tree.map(lambda x: x + 1, state.params))
+    new, metrics = quick_jit(make_step(config, PYRAMID, SGD))(state, {}, batch_of(), KEY)
+    assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["gradient_norm"])
+    assert float(metrics["skipped"]) == 1 and unchanged(new, state)
+
+
+def test_the_average_follows_the_parameters(state, quick_jit):
+    config = dataclasses.replace(accumulating(1), optimizer=OptimizerConfig(ema_decay=0.75))
+    state = state.replace(ema=jax.tree.map(np.copy, state.params))
+    new, _ = quick_jit(make_step(config, PYRAMID, SGD))(state, {}, batch_of(), KEY)
+    jax.tree.map(
+        lambda ema, now, before: np.testing.assert_allclose(ema, 0.75 * before + 0.25 * now, atol=1e-6),
+        new.ema, new.params, state.params,
+    )  # fmt: skip
+
+
 def test_quiet_training_equals_evaluation(step, state, params, evaluate):
     """Without noise, drop and stochastic depth training adds nothing; a frozen text encoder gives the same loss."""
     _, metrics = step(state, {}, batch_of(), KEY)
