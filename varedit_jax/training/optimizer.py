@@ -75,9 +75,9 @@ def make_optimizer(
     """Clipping by the global norm, then AdamW with decoupled weight decay on the parameters that `decays` names.
 
     With `config.algorithm` "muon", what `MATRICES` names is updated by Muon (momentum 0.95) instead, at the same rates
-    and with the same decay. Moments are trees like the parameters, in float32; AdamW's
-    first one in `config.moment_dtype`. The state has the same structure whatever
-    the configuration (but for `algorithm`), so that a run can be gone on with under another.
+    and with the same decay. Moments are trees like the parameters, in float32; AdamW's first one in
+    `config.moment_dtype`. The state has the same structure whatever the configuration (but for `algorithm`), so that a
+    run can be gone on with under another.
     """
 
     def mask(params: Any) -> Any:

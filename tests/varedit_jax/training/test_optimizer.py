@@ -176,6 +176,27 @@ def test_muon_updates_matrices_head_by_head() -> None:
     np.testing.assert_allclose(update["mlp"]["fc1"]["bias"], -size * np.sign(grad["mlp"]["fc1"]["bias"]), rtol=1e-4)
 
 
+def test_first_moments_can_be_bfloat16() -> None:
+    """Two bytes instead of four in the state; the second moment, and with it the size of a step, stays float32."""
+    draw = np.random.default_rng(0)
+    params = {"kernel": jnp.asarray(draw.normal(size=(8, 4)), jnp.float32)}
+    results = {}
+    for dtype in ("float32", "bfloat16"):
+        config = OptimizerConfig(learning_rate=0.1, epsilon=1e-2, clip_norm=0.0, moment_dtype=dtype)
+        optimizer = make_optimizer(config, 10)
+        state, result = optimizer.init(params), params
+        for seed in range(4):
+            grads = {"kernel": jnp.asarray(np.random.default_rng(seed).normal(size=(8, 4)), jnp.float32)}
+            updates, state = jax.jit(optimizer.update)(grads, state, result)
+            result = optax.apply_updates(result, updates)
+        moments = state[1][0]
+        assert (moments.mu["kernel"].dtype, moments.nu["kernel"].dtype) == (dtype, jnp.float32)
+        assert result["kernel"].dtype == jnp.float32
+        results[dtype] = np.asarray(result["kernel"])
+    change = np.abs(results["bfloat16"] - results["float32"]).max()
+    assert 0 < change < 4 * 0.1 * 2**-7  # four steps, each off by a rounding or two of bfloat16
+
+
 def test_state_keeps_its_structure() -> None:
     """A run can go on with another configuration: neither clipping nor decay nor schedule changes the state's tree."""
     params = {"kernel": jnp.ones((2, 3))}
