@@ -1,7 +1,8 @@
 """What the published runs have in common; the cards `varedit_*` say the rest.
 
 AdamW with betas 0.9 / 0.97 at a constant rate, gradients clipped at 5, bfloat16 compute over float32 weights,
-self-correction up to 0.3 on 13 scales, the loss reweighted by scale, text dropped with probability 0.1.
+self-correction up to 0.3 on 13 scales, the loss reweighted by scale, text dropped with probability 0.1. The precision
+of the frozen encoders is as measured in results/precision.md.
 """
 
 import dataclasses
@@ -29,6 +30,8 @@ def card(
         data=data,
         steps=20 if tiny else steps,
         train_text=tiny,
+        text_dtype="bfloat16",
+        tokenizer_precision="high",
         tokenizer_weights=shapes.SHIPPED if tiny else "",
     )
 

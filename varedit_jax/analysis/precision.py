@@ -1,0 +1,69 @@
+"""What cheaper products of the frozen encoders change: bits of the tokenizer, features of the text encoder.
+
+A TPU multiplies in bfloat16. `default` precision is one such product, `high` is three of the parts of a float32 (its
+upper 8 bits of mantissa, and the next 8), `highest` six of them. Here the first two are emulated with float32 products
+of rounded parts, so that any device can tell what a TPU would make of them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from varedit_jax.config import EditorConfig
+from varedit_jax.scales import Pyramid
+from varedit_jax.tokenizer.quantizer import quantize
+from varedit_jax.tokenizer.tokens import encode_images
+
+Params = dict[str, Any]
+
+
+def _rounded(x: jax.Array) -> jax.Array:
+    # Not a pair of casts, which the compiler may take for none.
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+
+def _one_product(left: jax.Array, right: jax.Array, *strides: Any, **how: Any) -> jax.Array:
+    return jax.lax.conv_general_dilated(_rounded(left), _rounded(right), *strides, **how)
+
+
+def _three_products(left: jax.Array, right: jax.Array, *strides: Any, **how: Any) -> jax.Array:
+    upper_left, upper_right = _rounded(left), _rounded(right)
+    small = _one_product(upper_left, right - upper_right, *strides, **how)
+    small += _one_product(left - upper_left, upper_right, *strides, **how)
+    return small + _one_product(upper_left, upper_right, *strides, **how)
+
+
+_PRODUCTS: dict[str, Callable[..., jax.Array]] = {"default": _one_product, "high": _three_products}
+
+
+def bits_at(
+    precision: str, params: Params, images_uint8: jax.Array, config: EditorConfig, pyramid: Pyramid
+) -> tuple[jax.Array, ...]:
+    """Bits of every scale, bool [B, h, w, Z] each, with the encoder's convolutions as a TPU does them.
+
+    Args:
+      precision: default, high or highest.
+      params: of the tokenizer.
+      images_uint8: [B, y, x, 3].
+      config, pyramid: of the editor.
+    """
+
+    def convolve(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        if isinstance(context.module, nn.Conv) and precision in _PRODUCTS:
+            object.__setattr__(context.module, "conv_general_dilated", _PRODUCTS[precision])
+        return call(*args, **kwargs)
+
+    with jax.default_matmul_precision("highest"):
+        with nn.intercept_methods(convolve):
+            features = encode_images(params, images_uint8, config)
+        return tuple(residual > 0 for residual in quantize(features, pyramid.cells(config.patchify)).residuals)
+
+
+def changed_bits(ours: tuple[jax.Array, ...], others: tuple[jax.Array, ...]) -> list[float]:
+    """Share of the bits of each scale that differ, and of all of them as the last entry."""
+    differ = [jnp.not_equal(a, b) for a, b in zip(ours, others, strict=True)]
+    everything = jnp.concatenate([scale.ravel() for scale in differ])
+    return [float(jnp.mean(scale, dtype=jnp.float32)) for scale in (*differ, everything)]
