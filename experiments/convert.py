@@ -21,6 +21,7 @@ from varedit_jax.config import PIXEL_BUDGETS, preset
 from varedit_jax.conversion import convert
 from varedit_jax.conversion.folder import PARTS, STORED_TYPES
 from varedit_jax.conversion.infer import FAMILIES
+from varedit_jax.conversion.source import open_source
 from varedit_jax.errors import UserError
 from varedit_jax.training.checkpoint import size_text
 
@@ -31,10 +32,16 @@ _FILES = {
     "tokenizer": flags.DEFINE_string("tokenizer", "", "published BSQ tokenizer"),
     "text": flags.DEFINE_string("text", "", "Flan-T5 of any size: file or folder as on Hugging Face"),
 }
-_WEIGHTS = flags.DEFINE_enum("weights", "model", ["model", "ema"], "which weights of a trainer's checkpoint")
+_WEIGHTS = flags.DEFINE_enum("weights", "model", ["model", "ema"], "which transformer of a trainer's checkpoint")
+_TOKENIZER_WEIGHTS = flags.DEFINE_enum("tokenizer_weights", "model", ["model", "ema"], "which weights of its file")
 _FAMILY = flags.DEFINE_enum("family", None, list(FAMILIES), "whose transformer; by the file's name if it says so")
 _ROPE = flags.DEFINE_enum("rope_layout", None, ["released", "paper"], "positions; by the family if not given")
-_BUDGET = flags.DEFINE_enum("pixel_budget", "0.25M", list(PIXEL_BUDGETS), "resolution the transformer works at")
+_BUDGET = flags.DEFINE_enum(
+    "pixel_budget",
+    None,
+    list(PIXEL_BUDGETS),
+    "resolution the transformer works at; by the file's name, or 0.25M",
+)
 _INPUT = flags.DEFINE_string("input", "", "folder of weights, or of a training run, for --to=torch and --to=folder")
 _PARTS = flags.DEFINE_multi_enum("parts", [], list(PARTS), "parts to write, one a flag; all there are by default")
 _FORMAT = flags.DEFINE_enum("format", "pth", list(convert.FORMATS), "of published files")
@@ -54,9 +61,10 @@ def _published() -> convert.Published:
     return convert.Published(
         files=files,
         weights=_WEIGHTS.value,
+        tokenizer_weights=_TOKENIZER_WEIGHTS.value,
         family=_FAMILY.value or "",
         rope_layout=_ROPE.value or "",
-        pixel_budget=_BUDGET.value,
+        pixel_budget=_BUDGET.value or "",
     )
 
 
@@ -71,7 +79,7 @@ def _dry_run() -> list[convert.Mapped]:
         return convert.mapping_in(_published())
     if not _INPUT.value:
         raise UserError("--dry_run needs --preset, --input, or published files")
-    return convert.mapping_from(convert.open_source(_INPUT.value, _PARTS.value), _DTYPE.value, _CHUNKS.value)
+    return convert.mapping_from(open_source(_INPUT.value, _PARTS.value), _DTYPE.value, _CHUNKS.value)
 
 
 def _convert() -> int:
@@ -81,7 +89,7 @@ def _convert() -> int:
         return convert.to_jax(_published(), _OUTPUT.value)
     if not _INPUT.value:
         raise UserError(f"--to={_TO.value} needs --input, a folder of weights or of a run")
-    source = convert.open_source(_INPUT.value, _PARTS.value)
+    source = open_source(_INPUT.value, _PARTS.value)
     if _TO.value == "folder":
         return convert.to_folder(source, _OUTPUT.value, _DTYPE.value, _LICENCE.value)
     shard_bytes = int(_SHARD.value * 1e9)

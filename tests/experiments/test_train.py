@@ -14,6 +14,7 @@ import safetensors.numpy
 
 from varedit_jax.config import RunConfig, from_dict
 from varedit_jax.conversion import convert, names
+from varedit_jax.conversion.source import open_source
 from varedit_jax.training import checkpoint, editor_run
 from varedit_jax.training.ledger import read_metrics
 from varedit_jax.training.optimizer import make_optimizer
@@ -86,7 +87,7 @@ def test_a_run_can_be_started_from_and_exported(uninterrupted: pathlib.Path, tmp
     run = dataclasses.replace(from_dict(RunConfig, checkpoint.read_config(folder)), init_from=str(folder))
     abstract = jax.eval_shape(editor_run.make_init(run, make_optimizer(run.optimizer, run.steps)))
     state = editor_run.start(run, lambda: jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), abstract))
-    convert.to_folder(convert.open_source(folder), tmp_path / "shared", licence="mit", quiet=True)
+    convert.to_folder(open_source(folder), tmp_path / "shared", licence="mit", quiet=True)
     assert convert.verify(tmp_path / "shared") > 0
     for part in ("transformer", "text"):
         exported = safetensors.numpy.load_file(uninterrupted / "weights" / f"{part}.safetensors")

@@ -20,11 +20,12 @@ import ml_dtypes
 import numpy as np
 
 import varedit_jax
-from varedit_jax.config import EditorConfig, RopeLayout, RunConfig, SamplingConfig, TextConfig, from_dict, to_dict
+from varedit_jax.config import EditorConfig, RopeLayout, SamplingConfig, to_dict
 from varedit_jax.conversion import infer, names, ours, stream
 from varedit_jax.conversion.card import model_card
-from varedit_jax.conversion.folder import CONFIG, PARTS, STORED_TYPES, VOCABULARY, is_folder, read_config
+from varedit_jax.conversion.folder import CONFIG, STORED_TYPES, VOCABULARY, read_config
 from varedit_jax.conversion.reader import WeightsFile, open_weights
+from varedit_jax.conversion.source import Source, stamp
 from varedit_jax.conversion.writer import (
     Planned,
     PthFile,
@@ -35,7 +36,6 @@ from varedit_jax.conversion.writer import (
 )
 from varedit_jax.errors import UserError
 from varedit_jax.parameters import abstract_params
-from varedit_jax.training import checkpoint
 
 FORMATS = ("pth", "safetensors")
 _WRAPPERS = re.compile(r"^module\.|_orig_mod\.|_fsdp_wrapped_module\.")
@@ -55,10 +55,11 @@ class Published:
     """Published files to convert."""
 
     files: Mapping[str, str]  # part -> file or folder
-    weights: str = "model"  # or "ema": which of the two that a trainer's checkpoint may hold
+    weights: str = "model"  # or "ema": which of the two transformers that a trainer's checkpoint may hold
+    tokenizer_weights: str = "model"  # likewise, of a tokenizer's file
     family: str = ""  # varedit or infinity; "": as the name of the transformer's file or folder says
     rope_layout: str = ""  # released or paper; "": what the family needs
-    pixel_budget: str = "0.25M"
+    pixel_budget: str = ""  # "": as the name of the transformer's file or folder says, 0.25M if it does not
 
 
 class _Opened(NamedTuple):
@@ -69,6 +70,22 @@ class _Opened(NamedTuple):
     def release(self) -> None:
         for file in self.files.values():
             file.release()
+
+    def __str__(self) -> str:
+        """What was found in the files, and decided about it."""
+        config, found = self.config, []
+        if "transformer" in self.files:
+            transformer = config.transformer
+            found.append(
+                f"transformer of {self.family}: {transformer.depth} blocks, width {transformer.width}, "
+                f"{transformer.token_bits} bits a token, {config.pixel_budget} pixels, "
+                f"rope_layout={transformer.rope_layout}"
+            )
+        if "tokenizer" in self.files:
+            found.append(f"tokenizer: {config.tokenizer.bits} bits, stride {config.tokenizer.stride}")
+        if "text" in self.files:
+            found.append(f"text encoder: {config.text.layers} layers, width {config.text.width}")
+        return "\n".join(found)
 
 
 class Mapped(NamedTuple):
@@ -94,17 +111,22 @@ def _open(request: Published) -> _Opened:
             f"--family=infinity (their positions differ)"
         )
     layout = cast(RopeLayout, request.rope_layout or infer.FAMILIES[family or "varedit"])
+    budget = request.pixel_budget or infer.pixel_budget_of(request.files.get("transformer", "")) or "0.25M"
     shapes = {part: {name: x.shape for name, x in file.items()} for part, file in files.items()}
-    return _Opened(files, infer.editor_config(shapes, request.pixel_budget, layout), family)
+    return _Opened(files, infer.editor_config(shapes, budget, layout), family)
 
 
 def _select(request: Published, part: str, path: str) -> WeightsFile:
     """The tensors of a part in a file that may hold more, without the names that wrappers add."""
     whole = open_weights(path)
-    places = _PLACES.get((part, request.weights), _PLACES[part, "model"])
-    chosen = whole.under(*places)
-    if request.weights == "ema" and places != _PLACES[part, "model"] and chosen is whole:
-        raise UserError(f"{path} holds no averaged (EMA) {part} weights; use --weights=model")
+    which, flag = {
+        "transformer": (request.weights, "weights"),
+        "tokenizer": (request.tokenizer_weights, "tokenizer_weights"),
+        "text": ("model", ""),
+    }[part]
+    chosen = whole.under(*_PLACES[part, which])
+    if which == "ema" and chosen is whole:
+        raise UserError(f"{path} holds no averaged (EMA) {part} weights; use --{flag}=model")
     return chosen.renamed(lambda name: _WRAPPERS.sub("", name))
 
 
@@ -140,11 +162,6 @@ def _default_dialect(config: EditorConfig) -> names.Dialect:
     return names.Dialect(chunks=names.published_chunks(config.transformer.depth, config.transformer.width))
 
 
-def _stamp(paths: Sequence[pathlib.Path]) -> list[Any]:
-    """What tells whether files are the same as at an earlier attempt."""
-    return [[str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
-
-
 def _stored_type(dtypes: set[np.dtype]) -> np.dtype:
     """The type of a stack: that of its entries, or one that holds all of them exactly."""
     if len(dtypes) == 1:
@@ -164,7 +181,8 @@ def to_jax(request: Published, output: str | os.PathLike[str], quiet: bool = Fal
     opened = _open(request)
     tasks: list[stream.Task] = []
     writers: list[ours.OrbaxPart] = []
-    record: dict[str, Any] = {"form": "orbax", "family": opened.family, "weights": request.weights, "dialects": {}}
+    record: dict[str, Any] = {"form": "orbax", "family": opened.family, "dialects": {}}
+    record |= {"weights": request.weights, "tokenizer_weights": request.tokenizer_weights}
     staging_parts = []
     for part, file in opened.files.items():
         links = _match(opened, part)
@@ -178,7 +196,9 @@ def to_jax(request: Published, output: str | os.PathLike[str], quiet: bool = Fal
         staging_parts.append((part, file, links, leaves))
         record["dialects"][part] = dataclasses.asdict(names.dialect_of(file))
     paths = [path for file in opened.files.values() for path in file.paths]
-    fingerprint = {"to": "jax", "files": _stamp(paths), "request": dataclasses.asdict(request)}
+    fingerprint = {"to": "jax", "files": stamp(paths), "request": dataclasses.asdict(request)}
+    if not quiet:
+        print(opened)
     with stream.Job(output, fingerprint) as job:
         for part, file, links, leaves in staging_parts:
             writer = ours.OrbaxPart(job.staging / part, leaves)
@@ -232,54 +252,6 @@ def _describe(folder: pathlib.Path, config: EditorConfig, sampling: SamplingConf
     stream.write_json(folder / CONFIG, {"model": to_dict(config), "sampling": to_dict(sampling)})
     text = importlib.resources.files(varedit_jax).joinpath("text", VOCABULARY).read_bytes()
     (folder / VOCABULARY).write_bytes(text)
-
-
-class Source(NamedTuple):
-    """Weights of ours to export: a folder of them, or the newest checkpoint of a run."""
-
-    folder: pathlib.Path
-    config: EditorConfig
-    sampling: SamplingConfig
-    parts: tuple[str, ...]
-    run: RunConfig | None  # of a run: what it was
-    step: int | None
-    manifest: dict[str, Any] | None
-
-    def open(self, part: str) -> dict[str, ours.Leaf]:
-        """Arrays of a part by path, not yet read."""
-        return ours.open_part(self.folder, part, abstract_params(self.config, part))
-
-    def stamp(self) -> list[Any]:
-        """What tells whether the weights are the same as at an earlier attempt."""
-        described = (CONFIG, stream.MANIFEST, *(f"{part}.safetensors" for part in self.parts))
-        return [self.step, *_stamp([self.folder / name for name in described if (self.folder / name).is_file()])]
-
-
-def open_source(folder: str | os.PathLike[str], parts: Sequence[str] = ()) -> Source:
-    """Opens weights of ours; of a run, the parts that it trained. `parts` chooses among them.
-
-    Raises UserError if there are none, or a part is not among them.
-    """
-    root = pathlib.Path(folder)
-    run = step = manifest = None
-    if is_folder(root):
-        config, sampling = read_config(root)
-        found = tuple(part for part in PARTS if ours.is_part(root, part))
-        manifest = stream.read_manifest(root)
-    else:
-        record = checkpoint.read_config(root)
-        if "train_text" not in record:
-            raise UserError(f"{root} is neither a folder of weights nor a run of an editor")
-        run = from_dict(RunConfig, record)
-        config, sampling = run.model, run.sampling
-        found = ("transformer", "text") if run.train_text else ("transformer",)
-        step = next(reversed(checkpoint.checkpoint_steps(root)), None)
-        if step is None:
-            raise UserError(f"{root} has no checkpoint yet")
-    lost = [part for part in parts if part not in found]
-    if lost:
-        raise UserError(f"{root} holds no {lost[0]} weights, but {', '.join(found)}")
-    return Source(root, config, sampling, tuple(parts) or found, run, step, manifest)
 
 
 def to_torch(
@@ -339,13 +311,15 @@ def to_torch(
             if len(group) > 1:
                 stream.write_json(group[0].path.parent / "model.safetensors.index.json", shard_index(group))
             if part == "text":
-                stream.write_json(group[0].path.parent / CONFIG, _hugging_face_config(source.config.text))
+                stream.write_json(group[0].path.parent / CONFIG, infer.hugging_face_config(source.config.text))
         job.finish({"form": "torch", "tensors": [job.done[task.key] for task in tasks]})
     return size
 
 
 def mapping_from(source: Source, dtype: str = "", chunks: int | None = None) -> list[Mapped]:
     """Every published tensor that weights of ours become; `dtype` and `chunks` as in `to_torch`. None is read."""
+    if "transformer" in source.parts:
+        _check_published_code_computes(source.config)
     published = {(entry["part"], entry.get("name")): entry for entry in (source.manifest or {}).get("tensors", [])}
     found = []
     for part in source.parts:
@@ -355,6 +329,19 @@ def mapping_from(source: Source, dtype: str = "", chunks: int | None = None) -> 
             kind = np.dtype(np.int64) if link.layout == "powers" else _type(dtype or known)
             found.append(Mapped(part, link, kind))
     return found
+
+
+def _check_published_code_computes(config: EditorConfig) -> None:
+    """Raises UserError for a transformer whose tensors the published code would load, and use in another way."""
+    for name, value, published in (
+        ("conditioning", config.transformer.conditioning, "sar"),
+        ("quantized_source", config.quantized_source, False),
+    ):
+        if value != published:
+            raise UserError(
+                f"the editor was trained with {name}={value}, but published code computes {name}={published} only; "
+                f"export it in our own names (--to=folder)"
+            )
 
 
 def _type(name: str) -> np.dtype:
@@ -397,27 +384,6 @@ def _rounded(tensor: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     return rounded
 
 
-def _hugging_face_config(text: TextConfig) -> dict[str, Any]:
-    """What the transformers library needs to know of an encoder of T5."""
-    return {
-        "architectures": ["T5EncoderModel"],
-        "model_type": "t5",
-        "d_model": text.width,
-        "d_kv": text.head_size,
-        "d_ff": text.mlp_width,
-        "num_layers": text.layers,
-        "num_heads": text.heads,
-        "vocab_size": text.vocabulary_size,
-        "relative_attention_num_buckets": text.relative_buckets,
-        "relative_attention_max_distance": text.relative_max_distance,
-        "feed_forward_proj": "gated-gelu",
-        "layer_norm_epsilon": 1e-6,
-        "tie_word_embeddings": False,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-    }
-
-
 def to_folder(
     source: Source, output: str | os.PathLike[str], dtype: str = "", licence: str = "", quiet: bool = False
 ) -> int:
@@ -451,7 +417,9 @@ def to_folder(
         for file in files:
             file.finish({})
         _describe(job.staging, source.config, source.sampling)
-        (job.staging / "README.md").write_text(model_card(source.config, source.run, source.step, size, licence))
+        (job.staging / "README.md").write_text(
+            model_card(source.config, source.parts, source.run, source.step, size, licence)
+        )
         job.finish({"form": "safetensors", "tensors": [job.done[task.key] for task in tasks]})
     return size
 
@@ -489,10 +457,11 @@ def _checksums(root: pathlib.Path, form: str, tensors: Sequence[stream.Record]) 
     for part in dict.fromkeys(entry["part"] for entry in tensors):
         entries = [entry for entry in tensors if entry["part"] == part]
         if form == "torch":
-            where = next(path for path in (root / f"{part}.pth", root / part) if path.exists())
-            file = open_weights(where).under("vae.")
+            pth = root / f"{part}.pth"
+            file = open_weights(pth if pth.exists() or not (root / part).exists() else root / part).under("vae.")
             for entry in entries:
-                yield entry["name"], entry["sha256"], stream.sha256(file[entry["name"]].load())
+                name = entry["name"]
+                yield name, entry["sha256"], stream.sha256(file[name].load()) if name in file else ""
                 file.release()
         else:
             leaves = ours.open_part(root, part, abstract_params(read_config(root)[0], part))

@@ -254,6 +254,17 @@ def block_prefixes(depth: int, chunks: int) -> list[str]:
     return [f"block_chunks.{block // each}.module.{block % each}." for block in range(depth)]
 
 
+def block_counts(names: Iterable[str]) -> tuple[int, int]:
+    """Depth of a transformer and number of chunks (0: none), by the largest numbers in the published names."""
+    numbers = [
+        (int(match[2] or -1) + 1, int(match[3]) + 1)
+        for name in names
+        if (match := re.match(r"(block_chunks\.(\d+)\.module|blocks)\.(\d+)\.", name))
+    ]
+    chunks, each = (max((number[place] for number in numbers), default=0) for place in (0, 1))
+    return max(chunks, 1) * each, chunks
+
+
 def _text_links(shapes: Mapping[str, Shape], dialect: Dialect) -> Iterator[Link]:
     for row in _TEXT_AROUND:
         yield _link(row, shapes)
@@ -279,8 +290,7 @@ def _tokenizer_links(shapes: Mapping[str, Shape], dialect: Dialect) -> Iterator[
 def dialect_of(names: Iterable[str]) -> Dialect:
     """The dialect in which a file's names are written."""
     names = list(names)
-    chunks = {match[1] for name in names if (match := re.match(r"block_chunks\.(\d+)\.", name))}
-    return Dialect(chunks=len(chunks), inner="encoder.conv_in.weight" not in names)
+    return Dialect(chunks=block_counts(names)[1], inner="encoder.conv_in.weight" not in names)
 
 
 def match(part: str, shapes: Mapping[str, Shape], expected: Params) -> list[Link]:

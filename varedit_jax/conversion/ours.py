@@ -21,8 +21,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from varedit_jax.conversion import stream
 from varedit_jax.conversion.names import Params, flat, tree
-from varedit_jax.conversion.reader import open_weights
+from varedit_jax.conversion.reader import SAFETENSORS, open_weights
 from varedit_jax.errors import UserError
 from varedit_jax.training import checkpoint
 
@@ -37,6 +38,7 @@ class Leaf(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype
     source: Any = None  # supports [index], and np.asarray of what comes back
+    name: str = ""  # where it lies
 
     def read(self, index: int | None = None) -> np.ndarray:
         """All of it, or one entry along its leading axis. Raises UserError for what is gone or cut short."""
@@ -46,11 +48,13 @@ class Leaf(NamedTuple):
         try:
             return found.read().result()
         except ValueError as error:
-            raise UserError(f"weights are damaged: {str(error).split(' [')[0]}") from error
+            raise UserError(f"{self.name} is damaged: {str(error).split(' [')[0]}") from error
 
     def as_float32(self) -> np.ndarray:
-        """All of it in memory, as float32. Raises UserError as `read` does."""
-        return np.array(self.read(), np.float32)
+        """All of it in memory, as float32. Raises UserError as `read` does, and for NaN and infinite values."""
+        values = np.array(self.read(), np.float32)
+        stream.check_finite(values, self.name)
+        return values
 
 
 def is_part(folder: str | os.PathLike[str], part: str) -> bool:
@@ -64,10 +68,9 @@ def find_part(folder: str | os.PathLike[str], part: str) -> dict[str, Leaf]:
 
     Raises UserError for a missing or damaged part.
     """
-    root = pathlib.Path(folder)
-    if (root / f"{part}.safetensors").is_file():
-        return {name: Leaf(x.shape, x.dtype, x.load()) for name, x in open_weights(_form(root, part)).items()}
-    where = _form(root, part)
+    where = _form(pathlib.Path(folder), part)
+    if where.suffix == SAFETENSORS:
+        return {name: Leaf(x.shape, x.dtype, x.load(), f"{where}: {name}") for name, x in open_weights(where).items()}
     if where.name == part:
         return _open_orbax(where, {"driver": "file", "path": f"{where.absolute()}/"}, ())
     return _open_orbax(where, {"driver": "ocdbt", "base": f"file://{where.absolute()}/", "path": ""}, ("params", part))
@@ -121,7 +124,8 @@ def _open_orbax(where: pathlib.Path, store: dict[str, str], prefix: tuple[str, .
             place = store | {"path": f"{store['path']}{'.'.join(path)}/"}
             spec = {"driver": "zarr", "kvstore": place, "fill_missing_data_reads": False}
             array = ts.open(spec, open=True, read=True).result()
-            found["/".join(path[len(prefix) :])] = Leaf(tuple(array.shape), array.dtype.numpy_dtype, array)
+            name = "/".join(path[len(prefix) :])
+            found[name] = Leaf(tuple(array.shape), array.dtype.numpy_dtype, array, f"{where}: {name}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{where} is damaged or not a checkpoint: {str(error).split(' [')[0]}") from error
     return found

@@ -147,9 +147,11 @@ def _in_folder(folder: pathlib.Path) -> pathlib.Path:
 def _open_index(path: pathlib.Path) -> WeightsFile:
     try:
         places: dict[str, str] = json.loads(path.read_text())["weight_map"]
-        shards = {name: open_weights(path.parent / pathlib.Path(name).name) for name in sorted(set(places.values()))}
+        files = sorted({pathlib.Path(name).name for name in places.values()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not an index of shards: {error}") from error
+        raise UserError(f"{path} is not an index of shards: {error!r}") from error
+    shards = {name: open_weights(path.parent / name) for name in files}
+    places = {name: pathlib.Path(shard).name for name, shard in places.items()}
     lost = [f"{name} (in {shard})" for name, shard in places.items() if name not in shards[shard]]
     if lost:
         raise UserError(f"{path} lists tensors that its shards do not hold: {', '.join(lost)}")
@@ -214,6 +216,8 @@ class _Unpickler(pickle.Unpickler):
             return STORAGES[name]
         if (module, name) == ("torch", "Size"):
             return tuple
+        if (module, name) == ("torch", "device"):  # in a trainer's record of its settings
+            return lambda *place: ":".join(map(str, place))
         if module == "torch" and _TORCH_CONSTANTS.fullmatch(name):
             return name
         raise UserError(

@@ -19,6 +19,7 @@ from varedit_jax.config import TextConfig, preset
 from varedit_jax.conversion import convert, infer, names, ours, stream
 from varedit_jax.conversion.folder import load_folder, read_config
 from varedit_jax.conversion.reader import StateDict, open_weights, read_state_dict
+from varedit_jax.conversion.source import open_source
 from varedit_jax.conversion.writer import Planned, PthFile, safetensors_shards, shard_index
 from varedit_jax.errors import UserError
 from varedit_jax.parameters import abstract_params, init_text
@@ -79,7 +80,7 @@ def test_round_trip_is_exact(states: dict[str, StateDict], tmp_path: pathlib.Pat
     path = write_pth(tmp_path / "in.pth", state, under="vae" if part == "tokenizer" else "")
     convert.to_jax(request(part, path), tmp_path / "ours", quiet=True)
     assert convert.verify(tmp_path / "ours") == len(state)
-    source = convert.open_source(tmp_path / "ours")
+    source = open_source(tmp_path / "ours")
     assert source.parts == (part,)
     for file_format in convert.FORMATS:
         output = tmp_path / file_format
@@ -114,7 +115,7 @@ def test_a_stack_of_mixed_types_is_exact(states: dict[str, StateDict], tmp_path:
     state = {name: _as(x, types[place % 3]) for place, (name, x) in enumerate(states["text"].items())}
     path = write_pth(tmp_path / "in.bin", state)
     convert.to_jax(request("text", path), tmp_path / "ours", quiet=True)
-    convert.to_torch(convert.open_source(tmp_path / "ours"), tmp_path / "out", quiet=True)
+    convert.to_torch(open_source(tmp_path / "ours"), tmp_path / "out", quiet=True)
     assert same(read_state_dict(tmp_path / "out" / "text"), state)
 
 
@@ -133,9 +134,9 @@ def test_files_that_hold_more(states: dict[str, StateDict], tmp_path: pathlib.Pa
         found = load_folder(tmp_path / weights, "transformer", abstract_params(config, "transformer"))
         for path, tensor in names.flat(wanted).items():
             np.testing.assert_array_equal(names.flat(found)[path], tensor)
+    alone = write_pth(tmp_path / "in.pth", plain)
     with pytest.raises(UserError, match=r"in\.pth holds no averaged \(EMA\) transformer weights; use --weights=model"):
-        alone = write_pth(tmp_path / "in.pth", plain)
-        convert.to_jax(request("transformer", alone, weights="ema"), tmp_path / "none", quiet=True)
+        convert.mapping_in(request("transformer", alone, weights="ema"))
 
     whole = states["text"] | {"decoder.block.0.x": np.zeros(2, np.float32), "lm_head.weight": np.zeros(2, np.float32)}
     folder = tmp_path / "flan-t5"
@@ -148,6 +149,28 @@ def test_files_that_hold_more(states: dict[str, StateDict], tmp_path: pathlib.Pa
         convert.to_jax(request("text", folder), tmp_path / "lost", quiet=True)
 
 
+def test_each_part_has_its_own_averaged_weights(states: dict[str, StateDict], tmp_path: pathlib.Path) -> None:
+    """A trainer's checkpoint with an average goes together with a tokenizer that has none, and the other way round."""
+    vae = states["tokenizer"]
+    averaged = {name: x if x.dtype.kind == "i" else x * np.float32(0.5) for name, x in vae.items()}
+    both = {f"vae.{name}": x for name, x in vae.items()} | {f"ema.{name}": x for name, x in averaged.items()}
+    files = {
+        "transformer": str(write_pth(tmp_path / "varedit.pth", states["transformer"], under="gpt_ema_fsdp")),
+        "tokenizer": str(write_pth(tmp_path / "vae.pth", both)),
+    }
+    wanted: dict[str, StateDict] = {"model": vae, "ema": averaged}
+    for weights, state in wanted.items():
+        published = convert.Published(files=files, weights="ema", tokenizer_weights=weights)
+        convert.to_jax(published, tmp_path / weights, quiet=True)
+        source = open_source(tmp_path / weights, ["tokenizer"])
+        convert.to_torch(source, tmp_path / f"{weights} back", quiet=True)
+        back = read_state_dict(tmp_path / f"{weights} back" / "tokenizer.pth")
+        assert same({name.removeprefix("vae."): x for name, x in back.items()}, state)
+    files["tokenizer"] = str(write_pth(tmp_path / "in.pth", vae, under="vae"))
+    with pytest.raises(UserError, match=r"in\.pth holds no averaged \(EMA\) tokenizer .* --tokenizer_weights=model"):
+        convert.mapping_in(convert.Published(files=files, weights="ema", tokenizer_weights="ema"))
+
+
 def test_what_is_converted_chooses_the_positions(states: dict[str, StateDict], tmp_path: pathlib.Path) -> None:
     """`released` for VAREdit, `paper` for Infinity, by file name or by word; it can be overridden; it must be known."""
     for name, options, layout in (
@@ -158,8 +181,17 @@ def test_what_is_converted_chooses_the_positions(states: dict[str, StateDict], t
     ):
         path = write_pth(tmp_path / name, states["transformer"])
         convert.to_jax(convert.Published(files={"transformer": str(path)}, **options), tmp_path / "out", quiet=True)
-        assert read_config(tmp_path / "out")[0].transformer.rope_layout == layout
+        config, _ = read_config(tmp_path / "out")
+        assert (config.transformer.rope_layout, config.pixel_budget) == (layout, "0.25M")
         shutil.rmtree(tmp_path / "out")
+    for name, budget in (
+        ("VAREdit/8B-1024.pth", "1M"),
+        ("VAREdit-2B-256.pth", "0.06M"),
+        ("infinity_8b_512x512_weights", "0.25M"),
+        ("varedit_512px/weights.pth", "0.25M"),
+        ("run1024/step.512000/256_to_512.pth", ""),
+    ):
+        assert infer.pixel_budget_of(name) == budget
     with pytest.raises(UserError, match=r"mine\.pth does not say .* give --family=varedit or --family=infinity"):
         convert.mapping_in(convert.Published(files={"transformer": str(tmp_path / "mine.pth")}))
 
@@ -221,7 +253,8 @@ def with_nan(state: StateDict) -> StateDict:
     return state | {"head.weight": damaged}
 
 
-WORD = "word_embed.weight"
+SIZES = ("word_embed.weight", "pos_start", "cfg_uncond", "lvl_embed.weight")
+HEADS = "block_chunks.1.module.0.sa.scale_mul_1H11"
 REFUSED: dict[str, tuple[Callable[[pathlib.Path, StateDict], pathlib.Path], str]] = {
     "truncated": (truncated, r"in\.pth is damaged, cut short, or not in the zip form"),
     "code": (running_code, r"in\.pth asks to run os\.system when it is opened"),
@@ -232,6 +265,22 @@ REFUSED: dict[str, tuple[Callable[[pathlib.Path, StateDict], pathlib.Path], str]
     "missing": (
         spoilt(lambda state: {name: x for name, x in state.items() if name not in ("head.bias", "word_embed.bias")}),
         r"it lacks \(2\): word_embed\.bias, head\.bias",
+    ),
+    "what tells sizes is missing": (
+        spoilt(lambda state: {name: x for name, x in state.items() if name not in SIZES}),
+        r"it lacks \(4\): cfg_uncond, pos_start, lvl_embed\.weight, word_embed\.weight$",
+    ),
+    "what tells sizes is misshapen": (
+        spoilt(lambda state: state | {"pos_start": state["pos_start"][0], HEADS: state[HEADS][:, :-1]}),
+        rf"pos_start has shape \[1, 128\], the model's is \[1, 1, 128\]; {HEADS} has shape \[1, 3, 1, 1\], the model's",
+    ),
+    "a block is missing": (
+        spoilt(lambda state: {name: x for name, x in state.items() if not name.startswith("block_chunks.0.")}),
+        r"it lacks \(19\): block_chunks\.0\.module\.0\.ada_gss, ",
+    ),
+    "widths at odds": (
+        spoilt(lambda state: state | {name: x[:, :3] for name, x in state.items() if "scale_mul" in name}),
+        r"these parts do not make an editor: width 128 over 3 heads",
     ),
     "unexpected": (
         spoilt(lambda state: state | {"b.x": np.zeros(1, np.float32), "a": np.zeros(1, np.float32)}),
@@ -278,7 +327,7 @@ def test_a_disk_that_runs_full(
     """One sentence, nothing lost: the same command goes on when there is room."""
     path = write_pth(tmp_path / "in.pth", states["transformer"])
     convert.to_jax(request("transformer", path), tmp_path / "ours", quiet=True)
-    source = convert.open_source(tmp_path / "ours")
+    source = open_source(tmp_path / "ours")
     calls = []
 
     def full(descriptor: int, data: memoryview, offset: int) -> int:
@@ -304,13 +353,40 @@ def test_two_conversions_into_one_folder(states: dict[str, StateDict], tmp_path:
         convert.to_jax(request("transformer", path), tmp_path / "out", quiet=True)
 
 
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            {"transformer": {"conditioning": "full"}},
+            "conditioning=full, but published code computes conditioning=sar only",
+        ),
+        ({"quantized_source": True}, "quantized_source=True, but published code computes quantized_source=False only"),
+    ],
+    ids=["conditioning", "source"],
+)
+def test_what_published_code_would_compute_otherwise_is_not_exported(
+    states: dict[str, StateDict], tmp_path: pathlib.Path, change: dict, sentence: str
+) -> None:
+    """Its tensors have the published names, but mean something else."""
+    path = write_pth(tmp_path / "in.pth", states["transformer"])
+    convert.to_jax(request("transformer", path), tmp_path / "ours", quiet=True)
+    file = tmp_path / "ours" / "config.json"
+    record = json.loads(file.read_text())
+    for name, value in change.items():
+        record["model"][name] = record["model"][name] | value if isinstance(value, dict) else value
+    file.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=sentence):
+        convert.to_torch(open_source(tmp_path / "ours"), tmp_path / "out", quiet=True)
+    assert not list(tmp_path.glob("*out*"))
+
+
 def test_values_that_do_not_fit_a_type_are_named(states: dict[str, StateDict], tmp_path: pathlib.Path) -> None:
     state = states["transformer"] | {"head.bias": states["transformer"]["head.bias"] + np.float32(1e6)}
     convert.to_jax(request("transformer", write_pth(tmp_path / "in.pth", state)), tmp_path / "ours", quiet=True)
     with pytest.raises(UserError, match=r"head\.bias, as float16, holds 32 of 32 values that are NaN or infinite"):
-        convert.to_torch(convert.open_source(tmp_path / "ours"), tmp_path / "out", dtype="float16", quiet=True)
+        convert.to_torch(open_source(tmp_path / "ours"), tmp_path / "out", dtype="float16", quiet=True)
     with pytest.raises(UserError, match=r"ours holds no text weights, but transformer"):
-        convert.open_source(tmp_path / "ours", ["text"])
+        open_source(tmp_path / "ours", ["text"])
 
 
 # --- ended and gone on with
@@ -329,8 +405,8 @@ def test_an_ended_conversion_goes_on(
     convert.to_jax(request("transformer", path), tmp_path / "ours", quiet=True)
     start = {
         "jax": lambda output: convert.to_jax(request("transformer", path), output),
-        "torch": lambda output: convert.to_torch(convert.open_source(tmp_path / "ours"), output),
-        "folder": lambda output: convert.to_folder(convert.open_source(tmp_path / "ours"), output),
+        "torch": lambda output: convert.to_torch(open_source(tmp_path / "ours"), output),
+        "folder": lambda output: convert.to_folder(open_source(tmp_path / "ours"), output),
     }[direction]
     start(tmp_path / "whole")
 
@@ -386,7 +462,7 @@ def test_another_input_is_not_gone_on_with(
     write_pth(path, changed)
     convert.to_jax(request("transformer", path), tmp_path / "out", quiet=True)
     assert convert.verify(tmp_path / "out") == len(changed)
-    convert.to_torch(convert.open_source(tmp_path / "out"), tmp_path / "back", quiet=True)
+    convert.to_torch(open_source(tmp_path / "out"), tmp_path / "back", quiet=True)
     assert same(read_state_dict(tmp_path / "back" / "transformer.pth"), changed)
 
 
@@ -411,6 +487,32 @@ def test_a_flipped_bit_is_found(states: dict[str, StateDict], tmp_path: pathlib.
         load_folder(tmp_path / "ours", "transformer", abstract_params(config, "transformer"))
 
 
+def test_damage_of_published_files_is_found(states: dict[str, StateDict], tmp_path: pathlib.Path) -> None:
+    """A file that is gone, a shard that is gone, and one that holds another tensor in its place."""
+    path = write_pth(tmp_path / "in.bin", states["text"])
+    convert.to_jax(request("text", path), tmp_path / "ours", quiet=True)
+    source = open_source(tmp_path / "ours")
+    convert.to_torch(source, tmp_path / "shards", "safetensors", shard_bytes=20_000, quiet=True)
+    convert.to_torch(source, tmp_path / "one", quiet=True)
+    name = "encoder.final_layer_norm.weight"
+    holder = next(x for x in (tmp_path / "shards" / "text").glob("*.safetensors") if name in open_weights(x))
+    held = safetensors.numpy.load_file(holder)
+    safetensors.numpy.save_file(held | {name: held[name] * 2}, holder)
+    with pytest.raises(UserError, match=f"shards is damaged: the checksum of {name} differs"):
+        convert.verify(tmp_path / "shards")
+    holder.unlink()
+    with pytest.raises(UserError, match=f"^[^:]*{holder.name} does not exist$"):
+        convert.verify(tmp_path / "shards")
+    state = {key: x for key, x in states["text"].items() if key != name}
+    (tmp_path / "one" / "text" / "pytorch_model.bin").unlink()
+    write_pth(tmp_path / "one" / "text" / "pytorch_model.bin", state)
+    with pytest.raises(UserError, match=f"the checksum of {name} differs"):
+        convert.verify(tmp_path / "one")
+    shutil.rmtree(tmp_path / "one" / "text")
+    with pytest.raises(UserError, match=r"one/text\.pth does not exist"):
+        convert.verify(tmp_path / "one")
+
+
 def test_an_editor_of_converted_parts(states: dict[str, StateDict], tmp_path: pathlib.Path) -> None:
     """All parts at once, loaded by `Editor`, from the Orbax form and from our own safetensors."""
     files = {
@@ -422,9 +524,11 @@ def test_an_editor_of_converted_parts(states: dict[str, StateDict], tmp_path: pa
     convert.to_jax(convert.Published(files=files, family="varedit", pixel_budget="0.06M"), tmp_path / "o", quiet=True)
     config, _ = read_config(tmp_path / "o")
     assert (tmp_path / "o" / "t5_tokenizer.json").is_file()
-    convert.to_folder(convert.open_source(tmp_path / "o"), tmp_path / "s", "float32", "apache-2.0", quiet=True)
+    convert.to_folder(open_source(tmp_path / "o"), tmp_path / "s", "float32", "apache-2.0", quiet=True)
     card = (tmp_path / "s" / "README.md").read_text()
-    assert "license: apache-2.0" in card and "| positions" not in card and "2 blocks, width 128" in card
+    assert (
+        "license: apache-2.0" in card and "2 blocks, width 128" in card and "THIS_FOLDER --text=FOLDER --image" in card
+    )
     assert convert.verify(tmp_path / "s")
     for part in ("transformer", "tokenizer"):
         wanted = names.flat(names.to_tree(part, states[part], abstract_params(config, part)))

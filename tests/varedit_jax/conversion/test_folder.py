@@ -9,6 +9,7 @@ import flax.traverse_util
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from varedit_jax.config import SamplingConfig, preset
 from varedit_jax.conversion.folder import is_folder, load_folder, read_config, save_folder, weights_hash
@@ -118,6 +119,16 @@ def test_missing_and_damaged_parts(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "weights" / "text.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"text\.safetensors is damaged"):
+        load_folder(tmp_path / "weights", "text", expect(SMALL))
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_values_that_are_not_finite_are_named_when_loaded(tmp_path: pathlib.Path, value: float) -> None:
+    """Whoever wrote them: the file may be of another program."""
+    save_folder(tmp_path / "weights", CONFIG, {"text": SMALL})
+    spoilt = {"a/kernel": np.array([[1, value, value], [1, 1, 1]], np.float16), "b": SMALL["b"]}
+    safetensors.numpy.save_file(spoilt, tmp_path / "weights" / "text.safetensors")
+    with pytest.raises(UserError, match=r"text\.safetensors: a/kernel holds 2 of 6 values that are NaN or infinite"):
         load_folder(tmp_path / "weights", "text", expect(SMALL))
 
 

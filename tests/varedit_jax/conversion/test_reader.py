@@ -71,6 +71,13 @@ def test_views_of_a_storage(tmp_path: pathlib.Path) -> None:
     np.testing.assert_array_equal(inside["outer.w"], [[2, 3], [4, 5]])
 
 
+def test_what_a_trainer_records_beside_tensors_is_passed_over(tmp_path: pathlib.Path) -> None:
+    """A device, a type and a size of tensors, among its settings: names that run nothing."""
+    settings = b"S'settings'\n(ctorch\ndevice\n(S'cuda'\nI0\ntRctorch\nbfloat16\nctorch\nSize\n((I2\nI3\nttRls"
+    tensors = read(tmp_path, archive(pickled()[:-1] + settings + b".", VALUES.tobytes()))
+    assert list(tensors) == ["outer.w"]
+
+
 @pytest.mark.parametrize("module", ["os", "posix", "builtins", "torch", "torch._utils", "numpy"])
 def test_a_pickle_that_asks_for_code_is_refused(tmp_path: pathlib.Path, module: str) -> None:
     """And the code has not run."""
