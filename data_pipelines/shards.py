@@ -1,0 +1,355 @@
+"""Records on disk: ArrayRecord shards, and an index of them.
+
+    FOLDER/index.json                                   shards with counts, sizes and SHA-256; names behind the columns
+    FOLDER/SPLIT/NAME-00000-of-00008.array_record       records, uncompressed (pictures are compressed already)
+    FOLDER/SPLIT/columns/*.npy                          what is known of each record without reading it
+
+Columns are memory maps, so that opening a million records takes no time and processes share the memory. Shards are
+written one by one, by any number of processes; `write_index` comes last. The same records give the same bytes.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from numpy.typing import NDArray
+
+from data_pipelines.record import BrokenRecord, Record, decode, encode
+from varedit_jax.errors import UserError
+from varedit_jax.scales import aspect_templates, nearest_aspect
+
+INDEX = "index.json"
+INDEX_VERSION = 1
+COLUMNS = "columns"
+
+_SHARD_NAME = re.compile(r"(?P<name>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})\.array_record")
+_NUMBERS = {
+    "width": np.int32, "height": np.int32, "aspect": np.int8, "turn": np.int32, "nbytes": np.int64
+}  # fmt: skip
+_TEXTS = ("id", "instruction")
+_CATEGORIES = ("dataset", "kind")
+
+
+def shard_path(folder: str | os.PathLike[str], name: str, index: int, count: int) -> pathlib.Path:
+    """File of shard `index` of `count`."""
+    if not 0 <= index < count <= 99_999:
+        raise ValueError(f"there is no shard {index} of {count}")
+    return pathlib.Path(folder) / f"{name}-{index:05d}-of-{count:05d}.array_record"
+
+
+def _notes(path: pathlib.Path) -> pathlib.Path:
+    """What a shard's writer leaves for the index; its presence says that the shard is whole."""
+    return path.with_name(f".{path.name}.npz")
+
+
+def is_written(path: str | os.PathLike[str]) -> bool:
+    """Whether a ShardWriter finished the shard at `path`, so that a job that was ended need not write it again."""
+    return pathlib.Path(path).is_file() and _notes(pathlib.Path(path)).is_file()
+
+
+class ShardWriter:
+    """Writes one shard, as a context manager: it appears under its name whole, or not at all.
+
+    An exception inside of the block leaves nothing behind.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """`path` is of `shard_path`. Raises UserError if it cannot be written."""
+        self.path = pathlib.Path(path)
+        if not _SHARD_NAME.fullmatch(self.path.name):
+            raise ValueError(f"{self.path.name} is not the name of a shard")
+        self._partial = self.path.with_name(f".{self.path.name}.partial")
+        self._rows: dict[str, list[Any]] = {name: [] for name in (*_NUMBERS, *_TEXTS, *_CATEGORIES)}
+
+    def __enter__(self) -> "ShardWriter":
+        """Opens the file."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._writer = ArrayRecordWriter(str(self._partial), "group_size:1,uncompressed")
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"cannot write {self.path}: {error}; give a folder that can be written") from error
+        return self
+
+    def write(self, record: Record, size: tuple[int, int]) -> None:
+        """Adds a record; `size` is (width, height) of its source in pixels, upright."""
+        width, height = size
+        data = encode(record)
+        aspect = aspect_templates().index(nearest_aspect(height, width))
+        row: dict[str, Any] = {
+            "width": width,
+            "height": height,
+            "aspect": aspect,
+            "turn": record.turn,
+            "nbytes": len(data),
+        }
+        row |= {"id": record.id, "instruction": record.instructions[0]}
+        row |= {"dataset": record.dataset, "kind": record.kind}
+        self._do(lambda: self._writer.write(data))
+        for name, value in row.items():
+            self._rows[name].append(value)
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        """Gives the shard its name."""
+        if error is not None:
+            self._writer.close()
+            self._partial.unlink(missing_ok=True)
+            return
+        self._do(self._writer.close)
+        notes: dict[str, Any] = {name: np.array(self._rows[name], dtype) for name, dtype in _NUMBERS.items()}
+        for name in _TEXTS:
+            encoded = [text.encode() for text in self._rows[name]]
+            notes[name] = np.frombuffer(b"".join(encoded), np.uint8)
+            notes[f"{name}_lengths"] = np.array([len(text) for text in encoded], np.int64)
+        for name in _CATEGORIES:
+            names = sorted(set(self._rows[name]))
+            notes[name] = np.array([names.index(value) for value in self._rows[name]], np.int32)
+            notes[f"{name}_names"] = np.frombuffer(json.dumps(names).encode(), np.uint8)
+        notes["sha256"] = np.frombuffer(bytes.fromhex(_sha256(self._partial)), np.uint8)
+        half = self._partial.with_suffix(".npz")
+        self._do(lambda: np.savez(half, **notes))
+        self._partial.replace(self.path)
+        half.replace(_notes(self.path))
+
+    def _do(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except (OSError, RuntimeError) as error:  # RuntimeError is what ArrayRecord has for a full disk
+            self._partial.unlink(missing_ok=True)
+            raise UserError(f"writing {self.path} failed: {error}; make room and run the same command again") from error
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_index(folder: str | os.PathLike[str]) -> dict[str, int]:
+    """Writes the index of all shards under `folder`, a subfolder for each split; returns records by split.
+
+    Raises UserError if there are no shards, or some of a set are missing or unfinished.
+    """
+    folder = pathlib.Path(folder)
+    splits: dict[str, Any] = {}
+    written: list[pathlib.Path] = []
+    for below in sorted(path for path in folder.iterdir() if path.is_dir()):
+        if shards := _complete(below):
+            splits[below.name] = _index_split(below, shards)
+            written += shards
+    if not splits:
+        raise UserError(f"{folder} has no shards in any subfolder; prepare a data set there first")
+    partial = folder / f".{INDEX}.partial"
+    partial.write_text(json.dumps({"version": INDEX_VERSION, "splits": splits}, indent=1) + "\n")
+    partial.replace(folder / INDEX)
+    for path in written:
+        _notes(path).unlink()
+    return {split: entry["records"] for split, entry in splits.items()}
+
+
+def _complete(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Shards of a split, in order."""
+    sets: dict[tuple[str, int], set[int]] = {}
+    for path in folder.glob("*.array_record"):
+        if match := _SHARD_NAME.fullmatch(path.name):
+            sets.setdefault((match["name"], int(match["count"])), set()).add(int(match["index"]))
+    paths = [shard_path(folder, name, index, count) for name, count in sorted(sets) for index in range(count)]
+    missing = [path for path in paths if not is_written(path)]
+    if missing:
+        raise UserError(f"{missing[0]} is missing or unfinished, as are {len(missing) - 1} more shards; write them all")
+    return paths
+
+
+def _index_split(folder: pathlib.Path, shards: Sequence[pathlib.Path]) -> dict[str, Any]:
+    notes = [np.load(_notes(path)) for path in shards]  # members are read when they are asked for
+    columns = folder / COLUMNS
+    columns.mkdir(exist_ok=True)
+
+    def write(name: str, dtype: Any, codes: Sequence[NDArray[Any]] | None = None) -> None:
+        """A column as it is in the notes, or with what `codes` of a shard has in its place."""
+        length = sum(len(note[name]) for note in notes)
+        column = np.lib.format.open_memmap(columns / f"{name}.npy", "w+", dtype, (length,))
+        start = 0
+        for shard, note in enumerate(notes):
+            piece = note[name] if codes is None else codes[shard][note[name]]
+            column[start : start + len(piece)] = piece
+            start += len(piece)
+        column.flush()
+
+    for name, dtype in _NUMBERS.items():
+        write(name, dtype)
+    for name in _TEXTS:
+        write(name, np.uint8)
+        lengths = np.concatenate([np.zeros(1, np.int64), *(note[f"{name}_lengths"] for note in notes)])
+        np.save(columns / f"{name}_offsets.npy", np.cumsum(lengths))
+    known: dict[str, list[str]] = {}
+    for name in _CATEGORIES:
+        names = [json.loads(note[f"{name}_names"].tobytes()) for note in notes]
+        known[name] = sorted(set().union(*names))
+        write(name, np.int32, [np.array([known[name].index(each) for each in some], np.int32) for some in names])
+    entries = [
+        {
+            "file": path.name,
+            "records": len(note["width"]),
+            "bytes": path.stat().st_size,
+            "sha256": note["sha256"].tobytes().hex(),
+        }
+        for path, note in zip(shards, notes, strict=True)
+    ]
+    for note in notes:
+        note.close()
+    loaded = {name: np.load(columns / f"{name}.npy") for name in ("dataset", "aspect")}
+    datasets, aspects = (Counter(column.tolist()) for column in loaded.values())
+    return {
+        "records": sum(entry["records"] for entry in entries),
+        "bytes": sum(entry["bytes"] for entry in entries),
+        "datasets": {name: datasets[code] for code, name in enumerate(known["dataset"])},
+        "aspects": {name: aspects[code] for code, name in enumerate(aspect_templates()) if aspects[code]},
+        "kinds": known["kind"],
+        "shards": entries,
+    }
+
+
+def read_index(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """index.json of a prepared data set. Raises UserError if there is none, it is damaged or of a newer version."""
+    path = pathlib.Path(folder) / INDEX
+    try:
+        index = json.loads(path.read_text())
+        version, _ = int(index["version"]), index["splits"]
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no prepared data set: {INDEX} is missing; prepare one there first") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error!r}; prepare the data set again") from error
+    if version > INDEX_VERSION:
+        raise UserError(f"{path} is of version {version}; this package reads up to {INDEX_VERSION}, use a newer one")
+    return index
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """A column of texts, of which one is decoded when it is asked for."""
+
+    data: NDArray[np.uint8]  # UTF-8, one after the other
+    offsets: NDArray[np.int64]  # [records + 1]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> str:
+        return self.data[self.offsets[index] : self.offsets[index + 1]].tobytes().decode()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Columns:
+    """What is known of each record without reading it: memory maps, a row a record."""
+
+    width: NDArray[np.int32]  # pixels of the source, upright
+    height: NDArray[np.int32]
+    aspect: NDArray[np.int8]  # template nearest to the source: index into `scales.aspect_templates()`
+    turn: NDArray[np.int32]
+    nbytes: NDArray[np.int64]  # of the encoded record
+    dataset: NDArray[np.int32]  # index into `datasets`
+    kind: NDArray[np.int32]  # index into `kinds`
+    id: Texts
+    instruction: Texts  # the default one
+    datasets: tuple[str, ...]
+    kinds: tuple[str, ...]
+
+
+class Records:
+    """A split of a prepared data set, to be read in any order, by any number of threads."""
+
+    def __init__(self, folder: str | os.PathLike[str], split: str) -> None:
+        """Opens the index; a shard is opened when it is first read.
+
+        Raises UserError if `folder` holds no such split, or its index is damaged or of a newer version.
+        """
+        self.folder, self.split = pathlib.Path(folder), split
+        splits = read_index(folder)["splits"]
+        if split not in splits:
+            raise UserError(f"{folder} has no split {split!r}; it has {', '.join(splits)}")
+        entry = splits[split]
+        try:
+            self._files = [str(self.folder / split / shard["file"]) for shard in entry["shards"]]
+            self._starts = np.cumsum([0, *(shard["records"] for shard in entry["shards"])])
+            self.columns = self._read_columns(tuple(entry["datasets"]), tuple(entry["kinds"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"the index of {folder} is damaged: {error!r}; prepare the data set again") from error
+        self._readers: dict[int, ArrayRecordReader] = {}
+        self._lock = threading.Lock()
+
+    def _read_columns(self, datasets: tuple[str, ...], kinds: tuple[str, ...]) -> Columns:
+        def column(name: str) -> NDArray[Any]:
+            path = self.folder / self.split / COLUMNS / f"{name}.npy"
+            # A memory map of nothing is not possible, and a data set may be empty, or without ids.
+            return np.load(path, mmap_mode="r") if path.stat().st_size > 128 else np.load(path)
+
+        columns = Columns(
+            **{name: column(name) for name in (*_NUMBERS, *_CATEGORIES)},  # type: ignore[arg-type]
+            **{name: Texts(column(name), column(f"{name}_offsets")) for name in _TEXTS},  # type: ignore[arg-type]
+            datasets=datasets,
+            kinds=kinds,
+        )
+        for name in (*_NUMBERS, *_CATEGORIES, *_TEXTS):
+            if len(getattr(columns, name)) != len(self):
+                raise ValueError(f"column {name} has not a row for each of {len(self)} records")
+        return columns
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens its own: readers cannot travel, memory maps need not."""
+        return Records, (self.folder, self.split)
+
+    def __len__(self) -> int:
+        """Number of records."""
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Record:
+        """One record. Raises BrokenRecord if its shard is missing, short or damaged there, IndexError past the end."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        try:
+            [data] = self._reader(shard).read([int(index - self._starts[shard])])
+        except (RuntimeError, ValueError) as error:
+            name = pathlib.Path(self._files[shard]).name
+            raise BrokenRecord(f"record {index - self._starts[shard]} of {name} cannot be read: {error}") from error
+        return decode(data)
+
+    def _reader(self, shard: int) -> ArrayRecordReader:
+        with self._lock:
+            if shard not in self._readers:
+                options = "readahead_buffer_size:0,max_parallelism:0"
+                self._readers[shard] = ArrayRecordReader(self._files[shard], options, file_reader_buffer_size=32768)
+            return self._readers[shard]
+
+    def id(self, index: int) -> str:
+        """`Record.id`, known even where the record is broken."""
+        return self.columns.id[index]
+
+    def dataset(self, index: int) -> str:
+        """`Record.dataset`, known even where the record is broken."""
+        return self.columns.datasets[self.columns.dataset[index]]
+
+    def instruction(self, index: int) -> str:
+        """The default instruction of a record; cheap, as the record is not read."""
+        return self.columns.instruction[index]
+
+
+def damaged_shards(folder: str | os.PathLike[str]) -> list[str]:
+    """Shards, as SPLIT/NAME, that are not what the index says of them: missing, of another size or SHA-256."""
+    folder = pathlib.Path(folder)
+    found = []
+    for split, entry in read_index(folder)["splits"].items():
+        for shard in entry["shards"]:
+            path = folder / split / shard["file"]
+            same = path.is_file() and path.stat().st_size == shard["bytes"] and _sha256(path) == shard["sha256"]
+            if not same:
+                found.append(f"{split}/{shard['file']}")
+    return found

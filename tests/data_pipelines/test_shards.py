@@ -1,0 +1,148 @@
+import hashlib
+import pathlib
+import pickle
+
+import numpy as np
+import pytest
+
+from data_pipelines.record import BrokenRecord, Record
+from data_pipelines.shards import (
+    Records,
+    ShardWriter,
+    damaged_shards,
+    is_written,
+    read_index,
+    shard_path,
+    write_index,
+)  # fmt: skip
+from varedit_jax.errors import UserError
+from varedit_jax.scales import aspect_templates
+
+COUNTS = (3, 0, 2)  # records of each shard
+
+
+def _record(number: int) -> Record:
+    return Record(
+        id=f"n{number}",
+        dataset="odd" if number % 2 else "even",
+        source=b"source%d" % number * 50,
+        target=b"target%d" % number * 50,
+        instructions=(f"edit {number} ü", "another wording"),
+        kind="add" if number < 4 else "remove",
+        turn=number % 3,
+    )
+
+
+def _write(folder: pathlib.Path) -> pathlib.Path:
+    numbers = iter(range(sum(COUNTS)))
+    for shard, count in enumerate(COUNTS):
+        with ShardWriter(shard_path(folder / "train", "made", shard, len(COUNTS))) as writer:
+            for _ in range(count):
+                number = next(numbers)
+                writer.write(_record(number), (100 + number, 50))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: pathlib.Path) -> pathlib.Path:
+    assert write_index(_write(tmp_path / "out")) == {"train": 5}
+    return tmp_path / "out"
+
+
+def _files(folder: pathlib.Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_records_come_back_in_order_with_their_columns(folder: pathlib.Path) -> None:
+    records = Records(folder, "train")
+    assert [records[i] for i in range(len(records))] == [_record(number) for number in range(5)]
+    assert [records.instruction(i) for i in range(5)] == [f"edit {number} ü" for number in range(5)]
+    assert [records.id(i) for i in range(5)] == ["n0", "n1", "n2", "n3", "n4"]
+    assert [records.dataset(i) for i in range(5)] == ["even", "odd", "even", "odd", "even"]
+    columns = records.columns
+    np.testing.assert_array_equal(columns.width, [100, 101, 102, 103, 104])
+    np.testing.assert_array_equal(columns.height, [50] * 5)
+    np.testing.assert_array_equal(columns.turn, [0, 1, 2, 0, 1])
+    assert [columns.kinds[code] for code in columns.kind] == ["add"] * 4 + ["remove"]
+    assert {aspect_templates()[code] for code in columns.aspect} == {"0.5"}
+    with pytest.raises(IndexError):
+        records[5]
+
+
+def test_index_counts_and_checksums_are_of_the_files(folder: pathlib.Path) -> None:
+    split = read_index(folder)["splits"]["train"]
+    assert [shard["records"] for shard in split["shards"]] == list(COUNTS)
+    assert split["datasets"] == {"even": 3, "odd": 2} and split["records"] == 5
+    for shard in split["shards"]:
+        data = (folder / "train" / shard["file"]).read_bytes()
+        assert (shard["bytes"], shard["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+
+
+def test_same_records_are_the_same_bytes_and_nothing_else_is_left(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    write_index(_write(tmp_path / "again"))
+    files = _files(folder)
+    assert files == _files(tmp_path / "again")
+    assert not [name for name in files if "/." in name]
+
+
+def test_another_process_opens_its_own_readers(folder: pathlib.Path) -> None:
+    records = Records(folder, "train")
+    assert records[4] == pickle.loads(pickle.dumps(records))[4]
+
+
+def test_a_shard_that_fails_leaves_nothing_and_one_that_is_finished_says_so(tmp_path: pathlib.Path) -> None:
+    path = shard_path(tmp_path / "train", "made", 0, 1)
+    with pytest.raises(KeyError), ShardWriter(path) as writer:
+        writer.write(_record(0), (10, 10))
+        raise KeyError
+    assert not _files(tmp_path) and not is_written(path)
+    with ShardWriter(path) as writer:
+        writer.write(_record(0), (10, 10))
+    assert is_written(path)
+
+
+def test_a_missing_shard_is_told_before_an_index_is_written(tmp_path: pathlib.Path) -> None:
+    _write(tmp_path)
+    shard_path(tmp_path / "train", "made", 1, 3).unlink()
+    with pytest.raises(UserError, match="00001-of-00003.*missing or unfinished, as are 0 more"):
+        write_index(tmp_path)
+    assert not (tmp_path / "index.json").exists()
+
+
+def test_damage_costs_the_records_it_is_in_and_is_found(folder: pathlib.Path) -> None:
+    assert damaged_shards(folder) == []
+    broken = shard_path(folder / "train", "made", 0, 3)
+    data = bytearray(broken.read_bytes())
+    at = data.index(b"source1source1")
+    data[at : at + 4] = b"sour"[::-1]
+    broken.write_bytes(data)
+    shard_path(folder / "train", "made", 2, 3).unlink()
+    records = Records(folder, "train")
+    lost = []
+    for i in range(5):
+        try:
+            assert records[i] == _record(i)
+        except BrokenRecord as error:
+            lost.append((records.id(i), "cannot be read" in str(error)))
+    assert lost == [("n1", True), ("n3", True), ("n4", True)]
+    assert damaged_shards(folder) == [
+        "train/made-00000-of-00003.array_record",
+        "train/made-00002-of-00003.array_record",
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"version": 1, "splits": {"train": {}}}'])
+def test_a_damaged_index_is_told_to_the_user(folder: pathlib.Path, text: str) -> None:
+    (folder / "index.json").write_text(text)
+    with pytest.raises(UserError, match="damaged.*prepare the data set again"):
+        Records(folder, "train")
+
+
+def test_unknown_folders_splits_and_versions_are_told_to_the_user(folder: pathlib.Path) -> None:
+    with pytest.raises(UserError, match="no split 'test'; it has train"):
+        Records(folder, "test")
+    with pytest.raises(UserError, match="index.json is missing"):
+        Records(folder / "train", "train")
+    (folder / "index.json").write_text('{"version": 2, "splits": {}}')
+    with pytest.raises(UserError, match="version 2"):
+        Records(folder, "train")
