@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from varedit_jax.conversion.reader import read_state_dict
+from varedit_jax.conversion.reader import open_weights, read_state_dict
 from varedit_jax.errors import UserError
 
 
@@ -69,6 +69,16 @@ def test_views_of_a_storage(tmp_path: pathlib.Path) -> None:
     np.testing.assert_array_equal(transposed["outer.w"], VALUES.reshape(2, 3).T)
     inside = read(tmp_path, archive(pickled(offset=2, size=(2, 2), stride=(2, 1)), VALUES.tobytes()))
     np.testing.assert_array_equal(inside["outer.w"], [[2, 3], [4, 5]])
+
+
+def test_tensors_are_views_of_the_file(tmp_path: pathlib.Path) -> None:
+    """A tensor is not copied before it is used, and what was read can be given back to the system."""
+    (tmp_path / "weights.pth").write_bytes(archive(pickled(), VALUES.tobytes()))
+    file = open_weights(tmp_path / "weights.pth")
+    tensor = file["outer.w"].load()
+    assert not tensor.flags.owndata and not tensor.flags.writeable
+    file.release()
+    np.testing.assert_array_equal(tensor, VALUES.reshape(2, 3))
 
 
 def test_what_a_trainer_records_beside_tensors_is_passed_over(tmp_path: pathlib.Path) -> None:
