@@ -27,6 +27,12 @@ def tokens_between_blocks(x_BLC: jax.Array) -> jax.Array:
     return constrain(x_BLC, BATCH, "tensor")
 
 
+def gather_tokens(x_BLC: jax.Array) -> jax.Array:
+    """The input of a branch, whole on every device of `tensor`. Cast it before: its type is what goes over the wires."""
+    # From pieces: its gradient, a sum over `tensor`, comes back as a reduce-scatter.
+    return constrain(tokens_between_blocks(x_BLC), BATCH)
+
+
 def batch_only(x: jax.Array) -> jax.Array:
     """An activation that is split by examples alone."""
     return constrain(x, BATCH)

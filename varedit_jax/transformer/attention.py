@@ -1,6 +1,7 @@
 """Attention by prefixes: every scale sees one prefix of the sequence, so no mask is ever made (model.md, section 6)."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,13 +9,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from varedit_jax.config import TransformerConfig
+from varedit_jax.parallel.constrain import constrain, gather_tokens, has_mesh, per_shard, tokens_between_blocks
+from varedit_jax.parallel.mesh import BATCH
 from varedit_jax.scales import Pyramid
 from varedit_jax.tokenizer.resize import area_resize
+from varedit_jax.transformer.kernels import Kernel, choose, cudnn, platform, splash
 from varedit_jax.transformer.rope import rotate
 
 MAX_LOG_SCALE = float(np.log(100.0))
+SMALL_GROUP = 256  # queries; neighbouring groups below it share one masked product in front of cuDNN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +57,18 @@ class Visibility:
             return x_BMHD[:, : source + target_stop]
         return jnp.concatenate([reference, x_BMHD[:, source : source + target_stop]], axis=1)
 
+    def all_keys(self, x_BMHD: jax.Array) -> jax.Array:
+        """Keys (or values) of the whole sequence that any of its tokens sees, in the order of `visibility_mask`.
+
+        [source][targets], and between them, where the block is scale-aligned, the source at every scale but the last,
+        which is the source itself.
+        """
+        if not self.scale_aligned:
+            return x_BMHD
+        source_BSHD, targets_BLHD = jnp.split(x_BMHD, [self.source_tokens], axis=1)
+        references = [self._reference(source_BSHD, scale) for scale in range(self.pyramid.scales - 1)]
+        return jnp.concatenate([source_BSHD, *references, targets_BLHD], axis=1)
+
     def _reference(self, x_BSHD: jax.Array, scale: int) -> jax.Array:
         """The source's keys or values, area-resized per head and channel to the grid of `scale`."""
         batch, _, heads, head_size = x_BSHD.shape
@@ -58,45 +77,154 @@ class Visibility:
         return resized.reshape(batch, -1, heads, head_size).astype(x_BSHD.dtype)
 
 
-def attend(q_BLHD: jax.Array, k_BMHD: jax.Array, v_BMHD: jax.Array, mask_BM: jax.Array | None = None) -> jax.Array:
+def attend(
+    q_BLHD: jax.Array,
+    k_BMHD: jax.Array,
+    v_BMHD: jax.Array,
+    mask_BM: jax.Array | None = None,
+    mask_LM: np.ndarray | None = None,
+) -> jax.Array:
     """Softmax attention over all keys, softmax in float32: [B, L, H, D]. No scaling: pre-scale the queries.
 
     mask_BM: bool, True where a key is real; None if all are.
+    mask_LM: bool, True where a query sees a key; None if each sees all.
     """
     logits_BHLM = jnp.einsum("blhd,bmhd->bhlm", q_BLHD, k_BMHD, preferred_element_type=jnp.float32)
     if mask_BM is not None:
         logits_BHLM = jnp.where(mask_BM[:, None, None, :], logits_BHLM, jnp.float32(-1e30))
+    if mask_LM is not None:
+        logits_BHLM = jnp.where(mask_LM[None, None], logits_BHLM, jnp.float32(-1e30))
     weights_BHLM = jax.nn.softmax(logits_BHLM, axis=-1).astype(v_BMHD.dtype)
     return jnp.einsum("bhlm,bmhd->blhd", weights_BHLM, v_BMHD)
 
 
-def prefix_attention(q_BLHD: jax.Array, k_BLHD: jax.Array, v_BLHD: jax.Array, visibility: Visibility) -> jax.Array:
-    """Self-attention of a whole sequence [source S][target scales], one product a scale: [B, S + L, H, D]."""
+def prefix_attention(
+    q_BLHD: jax.Array, k_BLHD: jax.Array, v_BLHD: jax.Array, visibility: Visibility, remat: bool = False
+) -> jax.Array:
+    """Self-attention of a whole sequence [source S][target scales], one product a scale: [B, S + L, H, D].
+
+    Of the source alone if there are no more tokens. With `remat` the backward pass makes the scores again, a group at a
+    time, instead of keeping those of all groups.
+    """
+    product = jax.checkpoint(attend, prevent_cse=False) if remat else attend
+    source, pyramid = visibility.source_tokens, visibility.pyramid
     outputs = [
-        attend(q_BLHD[:, queries], k_BLHD[:, keys], v_BLHD[:, keys]) for queries, keys in visibility.source_groups()
+        product(q_BLHD[:, queries], k_BLHD[:, keys], v_BLHD[:, keys]) for queries, keys in visibility.source_groups()
     ]
-    source = visibility.source_tokens
-    for scale, tokens in enumerate(visibility.pyramid.slices()):
+    for scale, tokens in enumerate(pyramid.slices() if q_BLHD.shape[1] > source else ()):
         queries = slice(source + tokens.start, source + tokens.stop)
         keys, values = (visibility.keys(x, scale, tokens.stop) for x in (k_BLHD, v_BLHD))
-        outputs.append(attend(q_BLHD[:, queries], keys, values))
-    return jnp.concatenate(outputs, axis=1)
+        outputs.append(product(q_BLHD[:, queries], keys, values))
+    return checkpoint_name(jnp.concatenate(outputs, axis=1), "attention")
 
 
 def visibility_mask(visibility: Visibility) -> np.ndarray:
-    """The same visibility as a dense mask, bool [S + L, S + L]: the slow reference that tests compare against.
+    """The same visibility as a dense mask, bool [S + L, M], over the keys that `Visibility.all_keys` gives.
 
-    Defined for blocks that are not scale-aligned.
+    What tests compare against, and where the fast kernels learn what to leave out.
     """
     source, pyramid = visibility.source_tokens, visibility.pyramid
-    mask = np.zeros((source + pyramid.target_tokens,) * 2, bool)
+    references = pyramid.offsets[-2] if visibility.scale_aligned else 0
+    targets = source + references
+    mask = np.zeros((source + pyramid.target_tokens, targets + pyramid.target_tokens), bool)
     for queries, keys in visibility.source_groups():
         mask[queries, keys] = True
     for scale, tokens in enumerate(pyramid.slices()):
-        seen = pyramid.offsets[scale + 1] if visibility.conditioning == "full" else source
-        mask[source + tokens.start : source + tokens.stop, :seen] = True
-        mask[source + tokens.start : source + tokens.stop, source : source + tokens.stop] = True
+        queries = slice(source + tokens.start, source + tokens.stop)
+        if visibility.scale_aligned and scale < pyramid.scales - 1:
+            seen = slice(source + tokens.start, source + tokens.stop)  # the source on this scale's grid
+        else:
+            seen = slice(0, pyramid.offsets[scale + 1] if visibility.conditioning == "full" else source)
+        mask[queries, seen] = True
+        mask[queries, targets : targets + tokens.stop] = True
     return mask
+
+
+@dataclasses.dataclass(frozen=True)
+class QueryGroup:
+    """Queries that see the same keys, or small scales that share one product under a mask."""
+
+    queries: slice
+    keys: tuple[slice, ...]  # pieces of `Visibility.all_keys`
+    mask: np.ndarray | None  # bool [queries, keys]; None if every query sees every key
+
+
+def query_groups(visibility: Visibility, tokens: int, small: int = SMALL_GROUP) -> list[QueryGroup]:
+    """The first `tokens` queries in groups: those of `small` tokens or more alone, neighbouring smaller ones together."""
+    mask = visibility_mask(visibility)[:tokens]
+    starts = [queries.start for queries, _ in visibility.source_groups()]
+    starts += [visibility.source_tokens + tokens.start for tokens in visibility.pyramid.slices()]
+    stops = [*starts[1:], len(mask)]
+    groups: list[list[int]] = []
+    for start, stop in zip(starts, stops, strict=True):
+        if groups and stop - start < small and groups[-1][2]:
+            groups[-1][1] = stop
+        elif start < tokens:
+            groups.append([start, stop, int(stop - start < small)])
+    found = []
+    for start, stop, _ in groups:
+        rows = mask[start:stop]
+        seen = np.flatnonzero(np.diff(rows.any(axis=0), prepend=False, append=False))
+        keys = tuple(slice(int(first), int(end)) for first, end in seen.reshape(-1, 2))
+        piece = np.concatenate([rows[:, key] for key in keys], axis=1)
+        found.append(QueryGroup(slice(start, stop), keys, None if piece.all() else piece))
+    return found
+
+
+def splash_attention(
+    q_BLHD: jax.Array, k_BLHD: jax.Array, v_BLHD: jax.Array, visibility: Visibility, *, interpret: bool
+) -> jax.Array:
+    """`prefix_attention` by one call of the splash kernel; `interpret` for other platforms than TPUs."""
+    mask_LM = visibility_mask(visibility)
+    if q_BLHD.shape[1] > visibility.source_tokens:
+        k_BLHD, v_BLHD = visibility.all_keys(k_BLHD), visibility.all_keys(v_BLHD)
+    mask_LM = mask_LM[: q_BLHD.shape[1], : k_BLHD.shape[1]]
+    return splash.masked_attention(q_BLHD, k_BLHD, v_BLHD, mask_LM, interpret=interpret)
+
+
+def grouped_attention(
+    q_BLHD: jax.Array,
+    k_BLHD: jax.Array,
+    v_BLHD: jax.Array,
+    visibility: Visibility,
+    implementation: str = "cudnn",
+    small: int = SMALL_GROUP,
+) -> jax.Array:
+    """`prefix_attention` by one call of a kernel without a mask for each large scale; small ones share a plain product.
+
+    To cuDNN a mask is a dense array to add, and its lengths must then be even; what is small is 7 % of the pairs at
+    512 px. `implementation` is as of `cudnn.full_attention`.
+    """
+    if q_BLHD.shape[1] > visibility.source_tokens:
+        k_BLHD, v_BLHD = visibility.all_keys(k_BLHD), visibility.all_keys(v_BLHD)
+    outputs = []
+    for group in query_groups(visibility, q_BLHD.shape[1], small):
+        queries = q_BLHD[:, group.queries]
+        keys, values = (
+            jnp.concatenate([x_BMHD[:, piece] for piece in group.keys], axis=1) for x_BMHD in (k_BLHD, v_BLHD)
+        )
+        if group.mask is None and queries.shape[1] >= small:
+            outputs.append(cudnn.full_attention(queries, keys, values, implementation))
+        else:
+            product = jax.checkpoint(functools.partial(attend, mask_LM=group.mask), prevent_cse=False)
+            outputs.append(checkpoint_name(product(queries, keys, values), "attention"))
+    return jnp.concatenate(outputs, axis=1)
+
+
+def self_attention(
+    q_BLHD: jax.Array, k_BLHD: jax.Array, v_BLHD: jax.Array, visibility: Visibility, kernel: Kernel, remat: bool = False
+) -> jax.Array:
+    """`prefix_attention` by `kernel`. Each device works on the examples and heads that it holds, over all tokens."""
+    functions: dict[Kernel, Callable[..., jax.Array]] = {
+        "plain": functools.partial(prefix_attention, remat=remat),
+        "splash": functools.partial(splash_attention, interpret=platform() != "tpu"),
+        "cudnn": grouped_attention,
+    }
+    attention = functools.partial(functions[kernel], visibility=visibility)
+    if kernel == "plain" or not has_mesh():
+        return attention(q_BLHD, k_BLHD, v_BLHD)
+    heads = PartitionSpec(BATCH, None, "tensor")
+    return per_shard(attention, (heads,) * 3, heads)(q_BLHD, k_BLHD, v_BLHD)
 
 
 def _normalized(x: jax.Array) -> jax.Array:
@@ -114,6 +242,15 @@ def kernel_init(scale: float = 1.0) -> Callable[..., jax.Array]:
         return jax.random.truncated_normal(key, -2, 2, shape, dtype) * jnp.asarray(deviation, dtype)
 
     return init
+
+
+def _heads(x_BLC: jax.Array, kernel_CHD: jax.Array, name: str = "") -> jax.Array:
+    """The product with a kernel, split by heads: [B, L, H, D]; with a name for `jax.checkpoint`, if one is given."""
+    width, heads, head_size = kernel_CHD.shape
+    out_BLC = constrain(x_BLC @ kernel_CHD.reshape(width, -1).astype(x_BLC.dtype), BATCH, None, "tensor")
+    if name:
+        out_BLC = checkpoint_name(out_BLC, name)
+    return out_BLC.reshape(*x_BLC.shape[:2], heads, head_size)
 
 
 class SelfAttention(nn.Module):
@@ -149,8 +286,9 @@ class SelfAttention(nn.Module):
         v_bias = self.param("v_bias", nn.initializers.zeros, (heads, head_size))
         initial_scale = nn.initializers.constant(np.log(config.initial_attention_scale))
         scale_mul = self.param("scale_mul", initial_scale, (heads,))
-        qkv = x_BLC.astype(dtype) @ qkv_kernel.reshape(width, -1).astype(dtype)
-        q, k, v = (part.reshape(*x_BLC.shape[:2], heads, head_size) for part in jnp.split(qkv, 3, axis=-1))
+        x_BLC = gather_tokens(x_BLC.astype(dtype))
+        # A product each: together they would be an array that cannot be split over its heads.
+        q, k, v = (_heads(x_BLC, qkv_kernel[:, part], "qkv") for part in range(3))
         q_scale = jnp.exp(jnp.minimum(scale_mul, MAX_LOG_SCALE))[None, None, :, None]
         q = _normalized(q + q_bias.astype(dtype)[None, None]) * q_scale
         k = _normalized(k)
@@ -162,15 +300,13 @@ class SelfAttention(nn.Module):
             keys = jnp.concatenate([self.visibility.keys(cache["k"], scale, seen), k], axis=1)
             values = jnp.concatenate([self.visibility.keys(cache["v"], scale, seen), v], axis=1)
             output = attend(q, keys, values)
-        elif x_BLC.shape[1] == self.visibility.source_tokens:
-            groups = self.visibility.source_groups()
-            output = jnp.concatenate([attend(q[:, a], k[:, b], v[:, b]) for a, b in groups], axis=1)
         else:
-            output = prefix_attention(q, k, v, self.visibility)
+            kernel = choose(config.attention, head_size, dtype)
+            output = self_attention(q, k, v, self.visibility, kernel, remat=config.remat != "none")
         output = output.reshape(*x_BLC.shape[:2], width)
         proj_init = kernel_init((2 * config.depth) ** -0.5)
         output = nn.Dense(width, dtype=dtype, kernel_init=proj_init, name="proj")(output)
-        return output, {"k": k, "v": v}
+        return checkpoint_name(tokens_between_blocks(output), "proj"), {"k": k, "v": v}
 
 
 class CrossAttention(nn.Module):
@@ -190,14 +326,17 @@ class CrossAttention(nn.Module):
         config = self.config
         dtype = jnp.dtype(config.dtype)
         heads, head_size, width = config.heads, config.head_size, config.width
-        q = nn.Dense(width, dtype=dtype, kernel_init=kernel_init(), name="q")(x_BLC)
+        q = nn.Dense(width, dtype=dtype, kernel_init=kernel_init(), name="q")(gather_tokens(x_BLC.astype(dtype)))
+        q = checkpoint_name(constrain(q, BATCH, None, "tensor"), "cross_q")
         q = q.reshape(*x_BLC.shape[:2], heads, head_size) * jnp.asarray(head_size**-0.5, dtype)
         kv_kernel = self.param("kv_kernel", kernel_init(), (width, 2, heads, head_size))
         v_bias = self.param("v_bias", nn.initializers.zeros, (heads, head_size))
         if cache is None:
-            kv = memory_BTC.astype(dtype) @ kv_kernel.reshape(width, -1).astype(dtype)
-            k, v = (part.reshape(*memory_BTC.shape[:2], heads, head_size) for part in jnp.split(kv, 2, axis=-1))
+            k, v = (_heads(memory_BTC.astype(dtype), kv_kernel[:, part]) for part in range(2))
             cache = {"text_k": k, "text_v": v + v_bias.astype(dtype)[None, None]}
-        output = attend(q, cache["text_k"], cache["text_v"], mask_BT).reshape(*x_BLC.shape[:2], width)
+        product = attend if config.remat == "none" else jax.checkpoint(attend, prevent_cse=False)
+        output = product(q, cache["text_k"], cache["text_v"], mask_BT).reshape(*x_BLC.shape[:2], width)
+        output = checkpoint_name(output, "cross_attention")
         proj_init = kernel_init((2 * config.depth) ** -0.5)
-        return nn.Dense(width, dtype=dtype, kernel_init=proj_init, name="proj")(output), cache
+        output = nn.Dense(width, dtype=dtype, kernel_init=proj_init, name="proj")(output)
+        return checkpoint_name(tokens_between_blocks(output), "cross_proj"), cache

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from varedit_jax.config import TransformerConfig
-from varedit_jax.parallel.constrain import constrain
+from varedit_jax.parallel.constrain import constrain, gather_tokens, tokens_between_blocks
 from varedit_jax.parallel.mesh import BATCH
 from varedit_jax.transformer.attention import CrossAttention, SelfAttention, Visibility, kernel_init
 
@@ -33,11 +33,14 @@ class Mlp(nn.Module):
         """[B, L, C] -> [B, L, C]."""
         config = self.config
         dtype = jnp.dtype(config.dtype)
-        h_BLF = nn.Dense(4 * config.width, dtype=dtype, kernel_init=kernel_init(), name="fc1")(x_BLC)
+        h_BLF = nn.Dense(4 * config.width, dtype=dtype, kernel_init=kernel_init(), name="fc1")(
+            gather_tokens(x_BLC.astype(dtype))
+        )
         h_BLF = checkpoint_name(constrain(h_BLF, BATCH, None, "tensor"), "fc1")
         h_BLF = nn.gelu(h_BLF, approximate=True)
         out_init = kernel_init((2 * config.depth) ** -0.5)
-        return nn.Dense(config.width, dtype=dtype, kernel_init=out_init, name="fc2")(h_BLF)
+        h_BLC = nn.Dense(config.width, dtype=dtype, kernel_init=out_init, name="fc2")(h_BLF)
+        return checkpoint_name(tokens_between_blocks(h_BLC), "fc2")
 
 
 def _initial_ada(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
@@ -101,4 +104,5 @@ class Block(nn.Module):
 
         h_BLC = Mlp(config, name="mlp")(layer_norm(x_BLC) * (1 + scale2) + shift2)
         x_BLC += drop_path(h_BLC.astype(jnp.float32) * gamma2)
+        x_BLC = tokens_between_blocks(x_BLC)
         return x_BLC, self_cache | {name: text_cache[name] for name in ("text_k", "text_v")}

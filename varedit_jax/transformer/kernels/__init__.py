@@ -1,0 +1,48 @@
+"""Fast self-attention, each kernel beside the plain one that it must equal, and which of them a program gets."""
+
+from typing import Literal, cast
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+Kernel = Literal["plain", "splash", "cudnn"]
+
+_FAST: dict[str, Kernel] = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}  # by platform
+
+
+def platform() -> str:
+    """The platform that is compiled for: that of the mesh that is set, else the default backend's.
+
+    Under a mesh of chips that are not there (compiling ahead) it is theirs. A program has one kernel, not a branch for
+    every platform: a branch would be compiled for each, and sharded for each.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.abstract_device is not None:
+        return mesh.abstract_device.platform
+    return jax.default_backend()
+
+
+def _obstacle(kernel: Kernel, head_size: int, dtype: DTypeLike) -> str:
+    """Why `kernel` cannot work on such heads; empty if it can."""
+    if kernel == "splash" and head_size % 128 and platform() == "tpu":
+        return f"needs heads of a multiple of 128 channels, not {head_size}"
+    if kernel == "cudnn" and (head_size % 8 or head_size > 128):
+        return f"needs heads of a multiple of 8 channels, at most 128, not {head_size}"
+    if kernel == "cudnn" and jnp.dtype(dtype).itemsize != 2:
+        return f"needs a compute type of 16 bits, as bfloat16, not {jnp.dtype(dtype).name}"
+    return ""
+
+
+def choose(attention: str, head_size: int, dtype: DTypeLike) -> Kernel:
+    """The kernel of `TransformerConfig.attention`; "auto" is the platform's fast one where it can work, else plain.
+
+    Raises ValueError if a kernel that was asked for by name cannot work.
+    """
+    if attention == "auto":
+        kernel = _FAST.get(platform(), "plain")
+        return "plain" if _obstacle(kernel, head_size, dtype) else kernel
+    kernel = cast(Kernel, attention)
+    if obstacle := _obstacle(kernel, head_size, dtype):
+        raise ValueError(f"attention is {attention!r}, which {obstacle}; choose attention='auto' or 'plain'")
+    return kernel

@@ -1,0 +1,57 @@
+"""Attention under a static mask by the splash kernel (blocks of scores that no query sees are left out) on a TPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes, make_splash_mha
+
+LANES = 128  # blocks are multiples of it
+LARGEST_BLOCK = 512  # tokens; blocks of 1024 save nothing
+
+
+def block_size(tokens: int) -> int:
+    """Tokens a block: as few blocks of at most LARGEST_BLOCK as cover `tokens`, and as small as so many can be."""
+    blocks = -(-tokens // LARGEST_BLOCK)
+    return -(-tokens // (blocks * LANES)) * LANES
+
+
+def masked_attention(
+    q_BLHD: jax.Array, k_BMHD: jax.Array, v_BMHD: jax.Array, mask_LM: np.ndarray, *, interpret: bool = False
+) -> jax.Array:
+    """Softmax attention of each query to the keys its row of the mask shows: [B, L, H, D]. No scaling.
+
+    What the backward pass needs of the forward one (output and log of the sum of exponents) has the name "attention"
+    for `jax.checkpoint`; where it is not saved the kernel runs again.
+
+    Args:
+      q_BLHD, k_BMHD, v_BMHD: queries, already scaled; keys; values.
+      mask_LM: bool, numpy; every row shows a key.
+      interpret: run the kernel's blocks as ordinary operations, on any platform, slowly.
+    """
+    queries, keys = mask_LM.shape
+    q_block, k_block = block_size(queries), block_size(keys)
+    sizes = BlockSizes(
+        block_q=q_block,
+        block_kv=k_block,
+        block_q_dkv=q_block,
+        block_kv_dkv=k_block,
+        block_q_dq=q_block,
+        block_kv_dq=k_block,
+    )
+    more_q, more_k = -queries % q_block, -keys % k_block
+    # What is padded is never seen, and sees what the last query does: a row without any key has no softmax.
+    mask_LM = np.pad(np.pad(mask_LM, ((0, more_q), (0, 0)), mode="edge"), ((0, 0), (0, more_k)))
+    kernel = make_splash_mha(
+        mask_LM[None],  # one mask serves all heads
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name="attention",
+        interpret=interpret,
+    )
+
+    def heads_first(x_BLHD: jax.Array, more: int) -> jax.Array:
+        return jnp.pad(jnp.swapaxes(x_BLHD, 1, 2), ((0, 0), (0, 0), (0, more), (0, 0)))
+
+    out_BHLD = jax.vmap(kernel)(heads_first(q_BLHD, more_q), heads_first(k_BMHD, more_k), heads_first(v_BMHD, more_k))
+    return jnp.swapaxes(out_BHLD[:, :, :queries], 1, 2)
