@@ -1,0 +1,62 @@
+"""Compiles the complete training step for TPUs that are not there, and says in one JSON line what it needs.
+
+    python -m experiments.compile_ahead --config=experiments/configs/varedit_8b_512.py --topology=v5p:4x4x4 \\
+        --global_batch=256 --mesh=fsdp=-1
+
+Pictures and token ids in; frozen encoders, forward and backward pass and the optimizer inside. It runs on any CPU, with
+libtpu installed (pip install 'varedit-jax[tpu]'); 8B takes some minutes. --find_batch looks for the largest batch of a
+chip that fits, with a line on standard error for each that it tries. Of the figures, memory, collectives and
+`compiled_tflop_per_device` are of one device and one step, other TFLOP of all of them. `needed_gib` against `hbm_gib`
+decides `fits`; a program too large for the memory is a line like any other.
+"""
+
+import dataclasses
+import json
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX shall not look for the TPU that libtpu compiles for
+
+import jax
+from absl import flags
+
+from experiments import program
+from varedit_jax.analysis.ahead import Target, compile_step, find_batch
+from varedit_jax.config import RunConfig
+from varedit_jax.errors import UserError
+from varedit_jax.parallel.mesh import parse_mesh
+from varedit_jax.training.ledger import say
+
+_CONFIG = program.config_flag(RunConfig)
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "machine: VERSION:SIDES, as in v5p:4x4x4, v5e:16x16, v6e:16x16", required=True
+)
+_SLICES = flags.DEFINE_integer("slices", 1, "so many machines, joined by the slow network along the axis data")
+_GLOBAL_BATCH = flags.DEFINE_integer("global_batch", None, "examples a step; the card's by default", lower_bound=1)
+_ACCUMULATION = flags.DEFINE_integer("accumulation", None, "microbatches a step; the card's by default", lower_bound=1)
+_MESH = flags.DEFINE_string("mesh", "", "sizes of the mesh's axes, as in fsdp=-1,tensor=4; the card's by default")
+_FIND_BATCH = flags.DEFINE_bool("find_batch", False, "find the largest batch of a chip that fits")
+_HBM_GIB = flags.DEFINE_float("hbm_gib", 0.0, "memory of a chip, instead of what it has", lower_bound=0.0)
+
+
+def main(argv: list[str]) -> None:
+    """Compiles and prints."""
+    jax.config.update("jax_enable_compilation_cache", False)  # nothing that is kept could be run here
+    config = _CONFIG.value
+    accumulation = _ACCUMULATION.value or config.optimizer.accumulation
+    batch = _GLOBAL_BATCH.value or config.data.batch_size
+    try:
+        config = dataclasses.replace(
+            config,
+            data=dataclasses.replace(config.data, batch_size=accumulation if _FIND_BATCH.value else batch),
+            optimizer=dataclasses.replace(config.optimizer, accumulation=accumulation),
+            mesh=parse_mesh(_MESH.value) if _MESH.value else config.mesh,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    target = Target(topology=_TOPOLOGY.value, slices=_SLICES.value, hbm_gib=_HBM_GIB.value)
+    row = find_batch(config, target, say) if _FIND_BATCH.value else compile_step(config, target)
+    print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    program.run(main)

@@ -1,0 +1,248 @@
+"""The complete training step compiled for machines that are not there: what it needs, and whether it fits."""
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from varedit_jax import hardware
+from varedit_jax.analysis import compiled, hlo
+from varedit_jax.config import RunConfig
+from varedit_jax.errors import UserError
+from varedit_jax.parallel.mesh import make_mesh
+from varedit_jax.parallel.topology import topology_devices
+from varedit_jax.scales import editor_pyramid
+from varedit_jax.training.flops import CONVENTION, count_jaxpr, run_flops
+from varedit_jax.training.optimizer import make_optimizer
+from varedit_jax.training.sharded import abstract_batch, abstract_frozen, abstract_key, abstract_state, sharded_step
+from varedit_jax.training.step import make_step
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a step is compiled for."""
+
+    topology: str  # as in "v5p:4x4x4"
+    slices: int = 1
+    hbm_gib: float = 0.0  # to be taken for what a chip's program gets; 0: what it is
+
+    @functools.cached_property
+    def devices(self) -> list[Any]:
+        """JAX devices that nothing can run on. Raises UserError as `topology_devices`."""
+        return topology_devices(self.topology, self.slices)
+
+    @property
+    def chip(self) -> hardware.Chip:
+        """The accelerator."""
+        found = hardware.chip_of(self.devices[0])
+        if found is None:
+            raise UserError(f"topology {self.topology!r}: varedit_jax/hardware.py does not know its chip")
+        return found
+
+    @property
+    def hbm_bytes(self) -> int:
+        """HBM that a program gets on one device."""
+        return int(self.hbm_gib * hardware.GIB) if self.hbm_gib else self.chip.device_hbm
+
+
+def compile_step(config: RunConfig, target: Target) -> Row:
+    """Compiles the step of a run, pictures and token ids in, for `target`: what `experiments.compile_ahead` prints.
+
+    Raises UserError for a topology, mesh or batch that do not go together. A program too large for the memory is a row
+    with `fits` false.
+    """
+    mesh = make_mesh(config.mesh, target.devices)
+    pyramid = editor_pyramid(config.model)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    state = abstract_state(config, optimizer, mesh)
+    frozen = abstract_frozen(config, mesh)
+    batch = abstract_batch(config, pyramid, mesh)
+    key = abstract_key(mesh)
+    began = time.perf_counter()
+    row = _about(config, target, mesh) | _flops(config, mesh)
+    with jax.set_mesh(mesh):
+        lowered = sharded_step(config, pyramid, optimizer, mesh).lower(state, frozen, batch, key)
+        traced = time.perf_counter()
+        try:
+            program = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            memory = _too_large(str(error), target)
+            if memory is None:
+                raise
+            program = None
+    seconds = {"lower_seconds": round(traced - began, 1), "compile_seconds": round(time.perf_counter() - traced, 1)}
+    if program is None:
+        return {**row, "fits": False, "memory": memory, **seconds}
+    memory = _memory(program, target)
+    module = hlo.parse(program.as_text())
+    found = compiled.collectives(module, mesh)
+    width, tokens = config.model.transformer.width, run_flops(config, pyramid).tokens
+    sizes = compiled.parameter_sizes((state.params, frozen))
+    return {
+        **row,
+        "fits": memory["needed_gib"] <= memory["hbm_gib"],
+        "memory": memory,
+        "collectives": compiled.summary(found, sizes, tokens * width // mesh.shape["tensor"]),
+        "link_seconds_at_least": round(compiled.link_seconds(found, target.chip), 3),
+        "compiled_tflop_per_device": round(hlo.product_flops(module) / 1e12, 3),
+        "kernel_calls": sum(
+            times
+            for instruction, _, times in module.instructions()
+            if instruction.opcode == "custom-call" and "tpu_custom_call" in instruction.text
+        ),
+        **seconds,
+    }
+
+
+def with_batch(config: RunConfig, mesh: Mesh, per_device: int) -> RunConfig:
+    """A run whose every microbatch has so many examples on each device along data x fsdp."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    batch = per_device * shards * config.optimizer.accumulation
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=batch))
+
+
+def find_batch(
+    config: RunConfig, target: Target, log: Callable[[str], None], compile: Callable[..., Row] = compile_step
+) -> Row:
+    """The row of the largest batch that fits, by bisection; `batch_per_device` is its examples a device and microbatch.
+
+    Memory grows about evenly with the batch, so the next try is where it would be full. `log` gets a line for each.
+    If not even one example fits, the row of one example, with `fits` false and `batch_per_device` 0.
+    """
+    mesh = make_mesh(config.mesh, target.devices)
+    rows: dict[int, Row] = {}
+
+    def fits(count: int) -> bool:
+        rows[count] = row = compile(with_batch(config, mesh, count), target)
+        memory = row["memory"]
+        log(
+            f"{count} a device: {'fits' if row['fits'] else 'does not fit'}, {memory['needed_gib']:.2f} of "
+            f"{memory['hbm_gib']:.2f} GiB, compiled in {row['compile_seconds']:.0f} s"
+        )
+        return row["fits"]
+
+    good, bad = 0, 0  # largest that is known to fit, smallest that is known not to; 0: none yet
+    count = 1
+    while not bad or bad - good > 1:
+        if fits(count):
+            good = count
+        else:
+            bad = count
+        count = _next(rows, good, bad)
+    return rows[good or 1] | {"batch_per_device": good, "tried": sorted(rows)}
+
+
+def _next(rows: dict[int, Row], good: int, bad: int) -> int:
+    """The batch to try: where memory would be full, along the line through the two largest that fit."""
+    known = sorted(count for count in rows if rows[count]["fits"])[-2:]
+    guess = 2 * good
+    if len(known) == 2:
+        low, high = (rows[count]["memory"]["needed_gib"] for count in known)
+        slope = (high - low) / (known[1] - known[0])
+        room = rows[known[1]]["memory"]["hbm_gib"] - high
+        guess = known[1] + int(room / slope) if slope > 0 else guess
+    if not bad:
+        return max(guess, good + 1)
+    return min(max(guess, good + 1), bad - 1) if len(known) == 2 else (good + bad) // 2
+
+
+def _about(config: RunConfig, target: Target, mesh: Mesh) -> Row:
+    transformer = config.model.transformer
+    remat = transformer.remat
+    return {
+        "name": config.name,
+        "depth": transformer.depth,
+        "topology": target.topology,
+        "slices": target.slices,
+        "chips": mesh.size // target.chip.devices,
+        "chip": target.chip.name,
+        "mesh": dict(mesh.shape),
+        "global_batch": config.data.batch_size,
+        "accumulation": config.optimizer.accumulation,
+        "remat": remat if remat != "named" else f"named: {', '.join(transformer.remat_saved)}",
+        "attention": transformer.attention,
+    }
+
+
+def _flops(config: RunConfig, mesh: Mesh) -> Row:
+    """Operations of a step over all devices, by formula and counted in the program as it is traced."""
+    flops = run_flops(config, editor_pyramid(config.model))
+    batch = config.data.batch_size
+    base, program = (count_step(config, remat) for remat in ("none", config.model.transformer.remat))
+    return {
+        "convention": CONVENTION,
+        "model_tflop": round(batch * flops.training / 1e12, 3),
+        "model_tflop_with_encoders": round(batch * flops.training_with_encoders / 1e12, 3),
+        "program_tflop": round(batch * program / 1e12, 3),
+        "program_tflop_per_device": round(batch * program / mesh.size / 1e12, 3),
+        "again_of_forward": round((program - base) / flops.transformer, 4),
+    }
+
+
+def count_step(config: RunConfig, remat: Any) -> float:
+    """Operations of a step an example, with `remat`'s recomputation and plain attention: kernels cannot be counted."""
+    transformer = dataclasses.replace(config.model.transformer, remat=remat, attention="plain")
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, transformer=transformer),
+        optimizer=dataclasses.replace(config.optimizer, accumulation=1),
+        data=dataclasses.replace(config.data, batch_size=1),
+    )
+    pyramid, optimizer = editor_pyramid(config.model), make_optimizer(config.optimizer, config.steps)
+    one = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    arguments = (
+        abstract_state(config, optimizer, one),
+        abstract_frozen(config, one),
+        abstract_batch(config, pyramid, one),
+        abstract_key(one),
+    )
+    return count_jaxpr(jax.make_jaxpr(make_step(config, pyramid, optimizer))(*arguments))
+
+
+def _memory(program: Any, target: Target) -> Row:
+    """GiB of one device. What has to fit are arguments, outputs that do not take the place of arguments, and peak."""
+    sizes = program.memory_analysis()
+    kept = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    needed = kept + sizes.temp_size_in_bytes + sizes.generated_code_size_in_bytes
+    values = {
+        "arguments": sizes.argument_size_in_bytes,
+        "outputs": sizes.output_size_in_bytes,
+        "donated": sizes.alias_size_in_bytes,
+        "temporaries": sizes.temp_size_in_bytes,
+        "code": sizes.generated_code_size_in_bytes,
+        "peak": sizes.peak_memory_in_bytes,
+        "needed": needed,
+        "hbm": target.hbm_bytes,
+    }
+    return {f"{name}_gib": round(value / hardware.GIB, 3) for name, value in values.items()}
+
+
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
+
+
+def _too_large(message: str, target: Target) -> Row | None:
+    """What a program would need, as the compiler says it when it gives up; None for another error."""
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
+    if found is None:
+        return None
+    needed, hbm = (float(found[part]) * _UNITS[found[part + 1]] / hardware.GIB for part in (1, 3))
+    largest: collections.Counter[str] = collections.Counter()
+    for size, unit, block in re.findall(r"Size: ([\d.]+)([KMGT]?)\n(.*?)={5}", message, re.DOTALL):
+        operator = re.search(r'op_name="([^"]*)"', block)
+        shape = re.search(r"Shape: (\S+)", block)
+        name = f"{shape[1] if shape else ''} {operator[1] if operator else ''}"
+        largest[name] = max(largest[name], math.ceil(float(size) * _UNITS[unit]))
+    return {
+        "needed_gib": round(needed, 3),
+        "hbm_gib": round(min(hbm, target.hbm_bytes / hardware.GIB), 3),
+        "largest": [f"{size / hardware.GIB:.2f} GiB {name}" for name, size in largest.most_common(8)],
+    }

@@ -1,0 +1,200 @@
+"""The text of a compiled program (XLA's HLO): computations, how often each runs, and what its products cost."""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+_BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16, "s32": 32}
+_BITS |= {"u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "f8e4m3fn": 8, "f8e5m2": 8}
+_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+_BODIES = re.compile(r"\b(?:body|calls|to_apply|branch_computations|called_computations)=\{?((?:%[\w.\-]+(?:, )?)+)\}?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """Type and shape of an array."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Without padding."""
+        return math.ceil(self.size * _BITS.get(self.dtype, 32) / 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation."""
+
+    name: str
+    opcode: str
+    results: tuple[Array, ...]  # one, or those of a tuple
+    operands: tuple[str, ...]  # names
+    text: str  # what stands behind the operands: attributes
+    root: bool
+
+    def attribute(self, pattern: str) -> str:
+        """The first group of a regular expression in the attributes; "" if there is none."""
+        found = re.search(pattern, self.text)
+        return found[1] if found else ""
+
+    @property
+    def op_name(self) -> str:
+        """Where in the Python program it comes from, as JAX names it."""
+        return self.attribute(r'op_name="([^"]*)"')
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A compiled program for one device."""
+
+    computations: dict[str, dict[str, Instruction]]  # by name, in order
+    entry: str
+
+    def executions(self) -> dict[str, int]:
+        """How often each computation runs when the program runs once: loops by their length, all branches once."""
+        times: collections.Counter[str] = collections.Counter()
+
+        def visit(name: str, count: int) -> None:
+            times[name] += count
+            for instruction in self.computations[name].values():
+                again = self._trips(instruction) if instruction.opcode == "while" else 1
+                for body in _called(instruction):
+                    visit(body, count * again)
+
+        visit(self.entry, 1)
+        return dict(times)
+
+    def instructions(self) -> Iterator[tuple[Instruction, str, int]]:
+        """Every instruction that runs, the computation it stands in, and how often it runs."""
+        for name, count in self.executions().items():
+            for instruction in self.computations[name].values():
+                yield instruction, name, count
+
+    def _trips(self, loop: Instruction) -> int:
+        """Length of a loop: what XLA says, or what the counter, which starts at 0, is compared with."""
+        known = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"')
+        if known:
+            return int(known)
+        condition = self.computations[loop.attribute(r"condition=%([\w.\-]+)")]
+        bounds = [
+            int(instruction.text)
+            for instruction in condition.values()
+            if instruction.opcode == "constant" and instruction.results[0] == Array("s32", ())
+        ]
+        if len(bounds) != 1:
+            raise ValueError(f"the loop {loop.name} has no length that can be read off its condition")
+        return bounds[0]
+
+
+def parse(text: str) -> Module:
+    """The module of `compiled.as_text()`. Raises ValueError for a text without an entry computation."""
+    computations: dict[str, dict[str, Instruction]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if line.startswith(("%", "ENTRY ")) and line.endswith("{"):
+            name = re.sub(r"^ENTRY ", "", line).split(" ", 1)[0].lstrip("%")
+            current = computations.setdefault(name, {})
+            if line.startswith("ENTRY "):
+                entry = name
+        elif line.startswith("}"):
+            current = None
+        elif current is not None and " = " in line:
+            instruction = _instruction(line.strip())
+            current[instruction.name] = instruction
+    if not entry:
+        raise ValueError("the text is no HLO module: it has no ENTRY computation")
+    return Module(computations, entry)
+
+
+def _instruction(line: str) -> Instruction:
+    name, _, rest = line.partition(" = ")
+    end = _closing(rest) if rest.startswith("(") else rest.index(" ")
+    opcode, _, call = rest[end:].strip().partition("(")
+    stop = _closing("(" + call) - 1
+    inside, attributes = call[: stop - 1], call[stop:]
+    return Instruction(
+        name=name.removeprefix("ROOT ").lstrip("%"),
+        opcode=opcode,
+        results=arrays(rest[:end]),
+        operands=tuple(re.findall(r"%([\w.\-]+)", inside)),
+        text=inside if opcode in ("constant", "parameter") else attributes,
+        root=name.startswith("ROOT "),
+    )
+
+
+def _closing(text: str) -> int:
+    """Behind the parenthesis that closes the one `text` begins with."""
+    depth = 0
+    for match in re.finditer(r"[()]", text):
+        depth += 1 if match[0] == "(" else -1
+        if depth == 0:
+            return match.end()
+    raise ValueError(f"unbalanced parentheses: {text[:80]}")
+
+
+def arrays(text: str) -> tuple[Array, ...]:
+    """The arrays of a type, tuples flattened."""
+    found = _ARRAY.findall(re.sub(r"\{[^{}]*\}", "", text))
+    return tuple(Array(dtype, tuple(int(side) for side in sides.split(",") if side)) for dtype, sides in found)
+
+
+def _called(instruction: Instruction) -> list[str]:
+    """Computations that an instruction runs; not the additions of reductions and the conditions of loops."""
+    if instruction.opcode not in ("while", "fusion", "call", "conditional", "async-start", "custom-call"):
+        return []
+    return [name for group in _BODIES.findall(instruction.text) for name in re.findall(r"%([\w.\-]+)", group)]
+
+
+def product_flops(module: Module) -> int:
+    """Operations of the matrix products and convolutions one device does; a multiply-add is two.
+
+    Windows that lie on padding or on zeros between inputs do not count. What custom calls (kernels) do is not seen.
+    """
+    total = 0
+    for instruction, name, count in module.instructions():
+        if instruction.opcode == "dot":
+            left = module.computations[name][instruction.operands[0]].results[0].shape
+            axes = instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}")
+            inner = math.prod(left[int(axis)] for axis in axes.split(",") if axis)
+            total += count * 2 * instruction.results[0].size * inner
+        elif instruction.opcode == "convolution":
+            left, right = (module.computations[name][operand].results[0].shape for operand in instruction.operands)
+            total += count * _convolution(instruction, left, right)
+    return total
+
+
+def _convolution(instruction: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> int:
+    labels = re.findall(r"[0-9bfio]+", instruction.attribute(r"dim_labels=([\w>\-]+)"))
+    sides = [dict(zip(names, shape, strict=True)) for names, shape in zip(labels, (left, right), strict=False)]
+    output = dict(zip(labels[2], instruction.results[0].shape, strict=True))
+    window = instruction.attribute(r"window=\{([^}]*)\}")
+    total = 2 * output["b"] * output["f"] * sides[1]["i"]
+    for axis in range(len(labels[0]) - 2):
+        total *= _positions(sides[0][str(axis)], sides[1][str(axis)], output[str(axis)], window, axis)
+    return total
+
+
+def _positions(inputs: int, taps: int, outputs: int, window: str, axis: int) -> int:
+    """Along one axis: pairs of an output and a tap of the window that meet an input."""
+
+    def of_axis(name: str, default: str) -> str:
+        found = re.search(rf"(?:^| ){name}=(\S+)", window)
+        return found[1].split("x")[axis] if found else default
+
+    stride, dilation = int(of_axis("stride", "1")), int(of_axis("rhs_dilate", "1"))
+    zeros, start = int(of_axis("lhs_dilate", "1")), -int(of_axis("pad", "0_0").split("_")[0])
+    last = (inputs - 1) * zeros
+    return sum(
+        0 <= place <= last and place % zeros == 0
+        for output in range(outputs)
+        for place in range(start + output * stride, start + output * stride + taps * dilation, dilation)
+    )
