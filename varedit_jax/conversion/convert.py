@@ -285,6 +285,11 @@ def to_torch(
         "options": [list(source.parts), file_format, shard_bytes, dtype, chunks],
     }
     mapping = mapping_from(source, dtype, chunks)
+    if not quiet and _has_own_positions(source):
+        print(
+            f"{source.folder} has rope_layout=paper below 1M pixels, but VAREdit's published code computes the released "
+            f"positions: it gives other pictures"
+        )
     with stream.Job(output, fingerprint) as job:
         tasks: list[stream.Task] = []
         files: list[tuple[str, list[TensorFile]]] = []
@@ -342,6 +347,12 @@ def _check_published_code_computes(config: EditorConfig) -> None:
                 f"the editor was trained with {name}={value}, but published code computes {name}={published} only; "
                 f"export it in our own names (--to=folder)"
             )
+
+
+def _has_own_positions(source: Source) -> bool:
+    """Whether published code places tokens elsewhere: VAREdit's, below 1M pixels. Infinity's is the paper's."""
+    paper = "transformer" in source.parts and source.config.transformer.rope_layout == "paper"
+    return paper and source.config.pixel_budget != "1M" and (source.manifest or {}).get("family") != "infinity"
 
 
 def _type(name: str) -> np.dtype:

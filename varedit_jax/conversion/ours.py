@@ -16,6 +16,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
@@ -40,8 +41,8 @@ class Leaf(NamedTuple):
     source: Any = None  # supports [index], and np.asarray of what comes back
     name: str = ""  # where it lies
 
-    def read(self, index: int | None = None) -> np.ndarray:
-        """All of it, or one entry along its leading axis. Raises UserError for what is gone or cut short."""
+    def read(self, index: int | tuple[slice, ...] | None = None) -> np.ndarray:
+        """All of it, one entry along its leading axis, or a block. Raises UserError for what is gone or cut short."""
         found = self.source if index is None else self.source[index]
         if not isinstance(found, ts.TensorStore):
             return found
@@ -50,9 +51,9 @@ class Leaf(NamedTuple):
         except ValueError as error:
             raise UserError(f"{self.name} is damaged: {str(error).split(' [')[0]}") from error
 
-    def as_float32(self) -> np.ndarray:
-        """All of it in memory, as float32. Raises UserError as `read` does, and for NaN and infinite values."""
-        values = np.array(self.read(), np.float32)
+    def as_float32(self, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """All of it, or a block, in memory as float32. UserError as of `read`, and for NaN and infinite values."""
+        values = np.array(self.read(index), np.float32)
         stream.check_finite(values, self.name)
         return values
 
@@ -112,6 +113,18 @@ def read_part(folder: str | os.PathLike[str], part: str, expected: Params) -> Pa
     """One part in memory, as float32 numpy arrays in the tree `expected`. Raises UserError as `open_part` does."""
     leaves = open_part(folder, part, expected)
     return tree({path: leaf.as_float32() for path, leaf in leaves.items()})
+
+
+def place(leaf: Leaf, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """An array on the devices that `like.sharding` names (the default device if it is None), of the type of `like`.
+
+    Every process reads what its own devices hold, so that it never has the whole of what is split in memory. Raises
+    UserError as `Leaf.as_float32`.
+    """
+    sharding = like.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.make_array_from_callback(
+        like.shape, sharding, lambda index: leaf.as_float32(index).astype(like.dtype), dtype=like.dtype
+    )
 
 
 def _open_orbax(where: pathlib.Path, store: dict[str, str], prefix: tuple[str, ...]) -> dict[str, Leaf]:

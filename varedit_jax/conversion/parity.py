@@ -130,6 +130,8 @@ def read_golden(folder: str | os.PathLike[str]) -> Golden:
         sampling = SamplingConfig(guidance=_by_scale(values["cfg"]), temperature=_by_scale(values["tau"]), greedy=True)
     except KeyError as error:
         raise UserError(f"{folder / 'config.json'} has no field {error}") from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{folder / 'config.json'} does not describe a model: {error}") from error
     pyramid = Pyramid(grids, full)
     tensors = read_state_dict(folder / "golden.safetensors")
     scales = [f"infer_{what}_{scale:02d}" for what in ("logits", "bits") for scale in range(pyramid.scales)]

@@ -166,20 +166,31 @@ def test_each_part_has_its_own_averaged_weights(
 
 
 def test_what_is_converted_chooses_the_positions(
-    states: dict[str, StateDict], tmp_path: pathlib.Path, write_pth: Callable[..., pathlib.Path]
+    states: dict[str, StateDict],
+    tmp_path: pathlib.Path,
+    write_pth: Callable[..., pathlib.Path],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """`released` for VAREdit, `paper` for Infinity, by file name or by word; it can be overridden; it must be known."""
+    """`released` for VAREdit, `paper` for Infinity, by file name or by word; it can be overridden; it must be known.
+
+    The way back says so where VAREdit's code would compute others.
+    """
     for name, options, layout in (
         ("VAREdit-8B-512.pth", {}, "released"),
         ("infinity_8b_512x512_weights.pth", {}, "paper"),
         ("infinity.pth", {"rope_layout": "released"}, "released"),
         ("mine.pth", {"family": "infinity"}, "paper"),
+        ("VAREdit-8B-512.pth", {"rope_layout": "paper"}, "paper"),
     ):
         path = write_pth(tmp_path / name, states["transformer"])
         convert.to_jax(convert.Published(files={"transformer": str(path)}, **options), tmp_path / "out", quiet=True)
         config, _ = read_config(tmp_path / "out")
         assert (config.transformer.rope_layout, config.pixel_budget) == (layout, "0.25M")
+        convert.to_torch(open_source(tmp_path / "out"), tmp_path / "back")
+        differs = name.startswith("VAREdit") and layout == "paper"
+        assert ("published code computes the released positions" in capsys.readouterr().out) == differs
         shutil.rmtree(tmp_path / "out")
+        shutil.rmtree(tmp_path / "back")
     with pytest.raises(UserError, match=r"mine\.pth does not say .* give --family=varedit or --family=infinity"):
         convert.mapping_in(convert.Published(files={"transformer": str(tmp_path / "mine.pth")}))
 

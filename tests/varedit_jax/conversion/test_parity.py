@@ -90,6 +90,14 @@ def test_missing_field_is_named(copy: pathlib.Path) -> None:
         parity.read_golden(copy)
 
 
+@pytest.mark.parametrize("change", [{"base_ch": 24}, {"heads": 5}, {"schedule": 3}], ids=str)
+def test_a_model_that_cannot_be_is_refused(copy: pathlib.Path, change: dict) -> None:
+    values = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(values | change))
+    with pytest.raises(UserError, match=r"config\.json does not describe a model: "):
+        parity.read_golden(copy)
+
+
 def test_weights_of_another_size_are_refused(copy: pathlib.Path) -> None:
     values = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(values | {"base_ch": 64}))
