@@ -287,8 +287,8 @@ def to_torch(
     mapping = mapping_from(source, dtype, chunks)
     if not quiet and _has_own_positions(source):
         print(
-            f"{source.folder} has rope_layout=paper below 1M pixels, but VAREdit's published code computes the released "
-            f"positions: it gives other pictures"
+            f"{source.folder} has rope_layout=paper below 1M pixels, but VAREdit's published code computes the "
+            f"released positions: it gives other pictures"
         )
     with stream.Job(output, fingerprint) as job:
         tasks: list[stream.Task] = []
