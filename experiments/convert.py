@@ -7,6 +7,8 @@
     python -m experiments.convert --dry_run --preset=8b --to=torch
     python -m experiments.convert --verify=weights/varedit_8b_512
 
+Whose transformer a file holds (VAREdit's and Infinity's differ in positions) and for which pictures is read from its
+name, or its folder's, unless --family, --rope_layout and --pixel_budget say it; what was taken is printed and recorded.
 Memory does not grow with the model. A conversion that was ended goes on when the same command runs again; the output
 appears complete or not at all, with a manifest of the SHA-256 of every tensor.
 """

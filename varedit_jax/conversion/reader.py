@@ -287,7 +287,8 @@ def _open_pth(path: pathlib.Path, tensors: dict[str, LazyTensor]) -> mmap.mmap:
         raise
     except Exception as error:  # a damaged zip or pickle can end in nearly any of them
         raise UserError(
-            f"{path} is damaged, cut short, or not in the zip form that PyTorch has written since 1.6: {error}"
+            f"{path} is damaged, cut short, or not in the zip form that PyTorch has written since 1.6 ({error}); "
+            f"if torch.load opens it, write it again with torch.save"
         ) from error
     if not tensors:
         raise UserError(f"{path} holds no tensors")
