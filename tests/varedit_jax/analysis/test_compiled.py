@@ -1,5 +1,6 @@
 """Collectives of a compiled program: kinds, purposes, who takes part, and what they move."""
 
+import pathlib
 import types
 
 import jax
@@ -14,42 +15,7 @@ from varedit_jax.parallel.topology import topology_devices
 
 # As the compiler writes for a TPU: a gather in a loop, a gather made of a sum with zeros, a sum that is cut at once, a
 # sum over everything, tokens gathered between chips with the same examples, an activation gathered, one sent on.
-TEXT = """HloModule jit_step
-
-%all-reduce-scatter (input: bf16[64,256]) -> bf16[32,256] {
-  %input = bf16[64,256]{1,0:T(8,128)(2,1)} parameter(0)
-  %all-reduce.2 = bf16[64,256]{1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=3, replica_groups={{0,2},{1,3},{4,6},{5,7}}, use_global_device_ids=true, to_apply=%add, metadata={op_name="jit(step)/transpose(jvp())/mlp/dot_general"}
-  ROOT %dynamic-slice.6 = bf16[32,256]{1,0:T(8,128)(2,1)} dynamic-slice(%all-reduce.2)
-}
-
-%condition (c0: (s32[], bf16[32,256])) -> pred[] {
-  %c0 = (s32[]{:T(128)}, bf16[32,256]{1,0:T(8,128)(2,1)}) parameter(0)
-  %index.1 = s32[]{:T(128)} get-tuple-element(%c0), index=0
-  %bound.1 = s32[]{:T(128)} constant(3)
-  ROOT %less.1 = pred[]{:T(512)} compare(%index.1, %bound.1), direction=LT
-}
-
-%body (b0: (s32[], bf16[32,256])) -> (s32[], bf16[32,256]) {
-  %b0 = (s32[]{:T(128)}, bf16[32,256]{1,0:T(8,128)(2,1)}) parameter(0)
-  %w.1 = bf16[32,256]{1,0:T(8,128)(2,1)} get-tuple-element(%b0), index=1
-  %all-gather.1 = bf16[64,256]{1,0:T(8,128)(2,1)} all-gather(%w.1), channel_id=1, replica_groups=[4,2]<=[2,2,2]T(0,2,1), dimensions={0}, use_global_device_ids=true
-  %fusion.1 = bf16[32,256]{1,0:T(8,128)(2,1)} fusion(%all-gather.1), kind=kCustom, calls=%all-reduce-scatter
-  ROOT %tuple.1 = (s32[]{:T(128)}, bf16[32,256]{1,0:T(8,128)(2,1)}) tuple(%w.1, %fusion.1)
-}
-
-ENTRY %main.7_spmd (x: bf16[32,256]) -> bf16[32,256] {
-  %x = bf16[32,256]{1,0:T(8,128)(2,1)} parameter(0)
-  %zero = s32[]{:T(128)} constant(0)
-  %tuple.2 = (s32[]{:T(128)}, bf16[32,256]{1,0:T(8,128)(2,1)}) tuple(%zero, %x)
-  %while.2 = (s32[]{:T(128)}, bf16[32,256]{1,0:T(8,128)(2,1)}) while(%tuple.2), condition=%condition, body=%body
-  %dynamic-update-slice.7 = f32[64,256]{1,0:T(8,128)} dynamic-update-slice(%x, %x, %zero)
-  %all-reduce.3 = f32[64,256]{1,0:T(8,128)} all-reduce(%dynamic-update-slice.7), channel_id=4, replica_groups=mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_1'}, to_apply=%add
-  %all-reduce.4 = (f32[10]{0:T(256)}, f32[]{:T(128)}) all-reduce(%x, %zero), channel_id=5, replica_groups={}, to_apply=%add, metadata={op_name="jit(step)/transpose(jvp())/bias"}
-  %all-gather.2 = bf16[4,512,64]{2,1,0:T(8,128)(2,1)} all-gather(%x), channel_id=6, replica_groups=mesh['axis_0'=8] {'axis_0':(4)2}, dimensions={1}
-  %all-gather-start.3 = (bf16[4,64]{1,0}, bf16[4,512]{1,0}) all-gather-start(%x), channel_id=7, replica_groups={{0,2},{1,3},{4,6},{5,7}}, dimensions={1}, metadata={op_name="jit(step)/ada"}
-  ROOT %collective-permute-start.4 = (bf16[32,256]{1,0}, bf16[32,256]{1,0}, u32[], u32[]) collective-permute-start(%x), channel_id=8, source_target_pairs={{0,1},{1,0}}
-}
-"""
+TEXT = (pathlib.Path(__file__).parents[2] / "data" / "hlo" / "collectives.txt").read_text()
 
 
 @pytest.fixture(scope="module")

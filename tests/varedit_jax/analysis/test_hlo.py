@@ -1,5 +1,7 @@
 """Reading HLO: how often what runs, and what its products cost, on texts as the TPU's compiler writes them."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,49 +9,7 @@ import pytest
 from varedit_jax.analysis import hlo
 from varedit_jax.analysis.hlo import Array
 
-LOOP = """HloModule jit_step, is_scheduled=true
-
-%fused.1 (p0: bf16[8,512], p1: bf16[512,256]) -> bf16[8,256] {
-  %p0 = bf16[8,512]{1,0:T(8,128)(2,1)} parameter(0)
-  %p1 = bf16[512,256]{1,0:T(8,128)(2,1)} parameter(1)
-  ROOT %convolution.1 = bf16[8,256]{1,0:T(8,128)(2,1)} convolution(%p0, %p1), dim_labels=bf_io->bf, metadata={op_name="jit(step)/while/body/mlp/dot_general"}
-}
-
-%inner_condition (c0: (s32[], bf16[8,512])) -> pred[] {
-  %c0 = (s32[]{:T(128)}, bf16[8,512]{1,0:T(8,128)(2,1)}) parameter(0)
-  %index.1 = s32[]{:T(128)} get-tuple-element(%c0), index=0
-  %bound.1 = s32[]{:T(128)} constant(3)
-  ROOT %less.1 = pred[]{:T(512)} compare(%index.1, %bound.1), direction=LT
-}
-
-%inner_body (b0: (s32[], bf16[8,512])) -> (s32[], bf16[8,512]) {
-  %b0 = (s32[]{:T(128)}, /*index=1*/bf16[8,512]{1,0:T(8,128)(2,1)}) parameter(0)
-  %x.1 = bf16[8,512]{1,0:T(8,128)(2,1)} get-tuple-element(%b0), index=1
-  %w.1 = bf16[512,256]{1,0:T(8,128)(2,1)} constant({...})
-  %y.1 = bf16[8,256]{1,0:T(8,128)(2,1)} fusion(%x.1, %w.1), kind=kOutput, calls=%fused.1
-  %index.2 = s32[]{:T(128)} get-tuple-element(%b0), index=0
-  ROOT %tuple.1 = (s32[]{:T(128)}, bf16[8,512]{1,0:T(8,128)(2,1)}) tuple(%index.2, %x.1)
-}
-
-%outer_condition (d0: (s32[], bf16[8,512])) -> pred[] {
-  %d0 = (s32[]{:T(128)}, bf16[8,512]{1,0:T(8,128)(2,1)}) parameter(0)
-  %index.3 = s32[]{:T(128)} get-tuple-element(%d0), index=0
-  %bound.2 = s32[]{:T(128)} constant(5)
-  ROOT %less.2 = pred[]{:T(512)} compare(%index.3, %bound.2), direction=LT
-}
-
-%outer_body (e0: (s32[], bf16[8,512])) -> (s32[], bf16[8,512]) {
-  %e0 = (s32[]{:T(128)}, bf16[8,512]{1,0:T(8,128)(2,1)}) parameter(0)
-  ROOT %while.1 = (s32[]{:T(128)}, bf16[8,512]{1,0:T(8,128)(2,1)}) while(%e0), condition=%inner_condition, body=%inner_body
-}
-
-ENTRY %main.7_spmd (x: bf16[8,512]) -> (s32[], bf16[8,512]) {
-  %x = bf16[8,512]{1,0:T(8,128)(2,1)} parameter(0)
-  %zero = s32[]{:T(128)} constant(0)
-  %tuple.2 = (s32[]{:T(128)}, bf16[8,512]{1,0:T(8,128)(2,1)}) tuple(%zero, %x)
-  ROOT %while.2 = (s32[]{:T(128)}, bf16[8,512]{1,0:T(8,128)(2,1)}) while(%tuple.2), condition=%outer_condition, body=%outer_body
-}
-"""
+LOOP = (pathlib.Path(__file__).parents[2] / "data" / "hlo" / "loops.txt").read_text()
 
 
 def test_loops_within_loops_multiply():
