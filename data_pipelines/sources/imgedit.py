@@ -1,0 +1,224 @@
+"""ImgEdit: tables of names and instructions, and the pictures in uncompressed tars that are split in parts.
+
+    Parquet/add_part0.parquet                                  input_images, output_images, prompt
+    Parquet/content_memory_part2.parquet                       data: the same for each turn of a session
+    Singleturn/results_add_laion_part0.tar.split.000           results_add_laion_part0/SAMPLE/original.png, result.png
+    Multiturn/results_content_memory_part2.tar.split.000
+    all_dataset_gpt_score.json                                 {"results_add_laion_part0/SAMPLE": score}
+
+A part is a table. Its pictures are read in the order of the table, by an index of where members lie. Which archive
+they are in is not said: their folder's name (`results_add_laion_part0`) is that of the folder in the archive for most
+tables, and for the others the name of the archive is that of the table, but for `results_` and `_laion`. Samples have
+the same names in different archives, so that archives are never searched one for another.
+
+A turn without pictures sets a rule for the turns after it; they get it in front of their own instruction.
+"""
+
+import contextlib
+import pathlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from data_pipelines.record import finite_scores
+from data_pipelines.sources.archives import TarIndex, first_name, group_parts, is_compressed
+from data_pipelines.sources.entries import (
+    Entry,
+    Part,
+    Reason,
+    Refused,
+    Source,
+    find,
+    json_items,
+    make_entry,
+    relative_name,
+    safe_name,
+)  # fmt: skip
+from data_pipelines.sources.tables import read_table
+from varedit_jax.errors import UserError
+
+_NAME = "imgedit"
+_SCORES = "all_dataset_gpt_score.json"
+
+# What scores are listed under where it is not the folder of the pictures.
+_SCORED_AS = {
+    "replace": "results",
+    "results_extract_ref_part1": "results_extract_laion_part1",
+    "results_compose_part6_fix": "results_compose_part6",
+}
+
+
+def _parts(inputs: Sequence[pathlib.Path], options: Mapping[str, str]) -> list[Part]:
+    tables = find(inputs, "*.parquet")
+    archives = find(inputs, "*.tar", "*.tar.split.*", "*.tar.part*")
+    archives = [file for file in archives if not file.name.startswith("Benchmark.tar")]
+    if not tables or not archives:
+        lacks = "*.parquet" if not tables else "*.tar.split.*"
+        raise UserError(f"there is no {lacks} under {', '.join(map(str, inputs))}; give the folder of ImgEdit")
+    scores = [str(file) for file in find(inputs, _SCORES)]
+    return [
+        Part(source=_NAME, name=relative_name(table, inputs), files=(str(table), *map(str, archives), *scores))
+        for table in tables
+    ]
+
+
+def _read(part: Part) -> Iterator[Entry]:
+    table, *others = part.files
+    archives = group_parts([pathlib.Path(file) for file in others if not file.endswith(".json")])
+    stem = pathlib.Path(table).stem
+    with contextlib.ExitStack() as stack:
+        pictures = _Pictures(stem, archives, stack)
+        scores = _Scores([file for file in others if file.endswith(".json")])
+        for number, row in read_table(part, *_columns(table)):
+            if isinstance(row, Refused):
+                yield row
+                continue
+            turns, id = row.get("data"), f"{stem}/{number}"
+            if turns is None:
+                yield _entry(id, stem, row, [row.get("prompt")], 0, pictures, scores)
+            else:
+                yield from _session(id, stem, turns, pictures, scores)
+        for index in pictures.indices.values():
+            for damage in index.damage:
+                yield Refused(id=damage.name, dataset=_NAME, reason=damage.reason, detail=damage.detail)
+
+
+def _columns(table: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Needed and other columns: a table is of sessions or of single turns."""
+    with contextlib.suppress(OSError, ValueError):  # damage is met again, and told, when rows are read
+        if "data" in pq.read_schema(table).names:
+            return ("data",), ()
+    return ("input_images", "output_images", "prompt"), ()
+
+
+def _session(id: str, stem: str, turns: Sequence[Any], pictures: "_Pictures", scores: "_Scores") -> Iterator[Entry]:
+    rules: list[str] = []
+    for turn, value in enumerate(turns):
+        if not value.get("input_images") and not value.get("output_images"):
+            yield Refused(id=f"{id}/{turn}", dataset=_NAME, reason=Reason.NO_PICTURES)
+            rules += [value["prompt"].strip()] if value.get("prompt") else []
+            continue
+        prompt = value.get("prompt")
+        instruction = " ".join([*rules, prompt]) if isinstance(prompt, str) and prompt.strip() else None
+        yield _entry(f"{id}/{turn}", stem, value, [instruction], turn, pictures, scores)
+
+
+def _entry(
+    id: str,
+    stem: str,
+    value: Mapping[str, Any],
+    instructions: Sequence[Any],
+    turn: int,
+    pictures: "_Pictures",
+    scores: "_Scores",
+) -> Entry:
+    sources, targets = value.get("input_images") or [], value.get("output_images") or []
+    if len(sources) > 1 or len(targets) > 1:
+        return Refused(id=id, dataset=_NAME, reason=Reason.SEVERAL, detail=f"{len(sources)} in, {len(targets)} out")
+    sides: dict[str, bytes] = {}
+    for side, names in (("source", sources), ("target", targets)):
+        data = pictures.read(names[0]) if names else Reason.MISSING
+        if isinstance(data, Reason):
+            return Refused(id=id, dataset=_NAME, reason=data, detail=f"{side}: {''.join(names)}"[:200])
+        sides[side] = data
+    folder, sample = _folder(str(sources[0])), pathlib.PurePosixPath(str(sources[0])).parent.name
+    return make_entry(
+        id=id,
+        dataset=_NAME,
+        **sides,
+        instructions=instructions,
+        kind=re.sub(r"_part\d+$", "", stem),
+        turn=turn,
+        scores=scores.of(folder, sample),
+        picture=sample,  # of LAION, and the same in all archives
+    )
+
+
+def _folder(name: str) -> str:
+    """The folder of samples that a picture's name starts with; "" if it has none."""
+    return name.rsplit("/", 2)[0].rsplit("/", 1)[-1] if name.count("/") >= 2 else ""
+
+
+class _Pictures:
+    """Pictures of a table by their names."""
+
+    def __init__(self, stem: str, archives: Mapping[str, Sequence[str]], stack: contextlib.ExitStack) -> None:
+        self._stem, self._archives, self._stack = stem, archives, stack
+        self._folders = {name: _above(files) for name, files in archives.items()}
+        self._chosen: dict[str, list[str]] = {}  # archives by the folder in names
+        self.indices: dict[str, TarIndex] = {}
+
+    def read(self, name: Any) -> bytes | Reason:
+        plain = safe_name(name)
+        if plain is None:
+            return Reason.UNSAFE
+        folder = _folder(plain)
+        if folder not in self._chosen:
+            self._chosen[folder] = self._choose(folder)
+        found: bytes | Reason = Reason.MISSING
+        for archive in self._chosen[folder]:
+            if archive not in self.indices:
+                self.indices[archive] = self._stack.enter_context(TarIndex(self._archives[archive]))
+            found = self.indices[archive].read(plain)
+            if isinstance(found, bytes):
+                break
+        return found
+
+    def _choose(self, folder: str) -> list[str]:
+        same = [name for name, above in self._folders.items() if folder and folder in above]
+        like = [name for name in self._archives if _plain(pathlib.Path(name).stem) == _plain(self._stem)]
+        return same or like
+
+
+def _above(files: Sequence[str]) -> frozenset[str]:
+    """Folders above the samples in an archive. Raises UserError for a compressed one, which has no index."""
+    if is_compressed(files):
+        raise UserError(f"{files[0]} is compressed, but the archives of ImgEdit are not; decompress it with gunzip")
+    name = first_name(files)
+    return frozenset(name.split("/")[:-2]) if name else frozenset()
+
+
+def _plain(stem: str) -> str:
+    return stem.removeprefix("results_").replace("_laion", "")
+
+
+class _Scores:
+    """Scores of the samples of a folder, read from the list of all when the first is asked for."""
+
+    def __init__(self, files: Sequence[str]) -> None:
+        self._files = files
+        self._known: dict[str, dict[str, dict[str, float]]] = {}
+
+    def of(self, folder: str, sample: str) -> dict[str, float]:
+        if folder not in self._known:
+            self._known[folder] = dict(self._read(_SCORED_AS.get(folder, folder)))
+        return self._known[folder].get(sample, {})
+
+    def _read(self, folder: str) -> Iterator[tuple[str, dict[str, float]]]:
+        for file in self._files:
+            try:
+                for key, value in json_items(file):
+                    above, _, sample = key.rpartition("/")
+                    if above.rpartition("/")[2] == folder:
+                        yield sample, finite_scores(dict(_numbers("gpt", value)))
+            except ValueError as error:
+                raise UserError(f"{file} is damaged: {error}; download it again, or leave it out") from error
+
+
+def _numbers(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Numbers in a judge's answer under names of their own: it is a number, several, or text with several."""
+    if isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from _numbers(f"{name}_{key}", each)
+    elif isinstance(value, list):
+        for place, each in enumerate(value):
+            yield from _numbers(f"{name}_{place}", each)
+    elif isinstance(value, str):
+        yield from _numbers(name, [float(number) for number in re.findall(r"\d+(?:\.\d+)?", value)])
+    else:
+        yield name, value
+
+
+SOURCE = Source(name=_NAME, licence="", parts=_parts, read=_read)

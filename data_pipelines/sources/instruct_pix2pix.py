@@ -1,0 +1,172 @@
+"""InstructPix2Pix: tables (instructpix2pix-clip-filtered), or the original folders, unpacked or in their zip files.
+
+The original has `seeds.json`, pairs [name, [seed, ...]], and for each name a folder with `prompt.json`, pictures
+`SEED_0.jpg` and `SEED_1.jpg`, and `metadata.jsonl` with the scores of each seed.
+"""
+
+import contextlib
+import json
+import pathlib
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from data_pipelines.record import finite_scores
+from data_pipelines.sources.entries import (
+    MAX_FILE_BYTES,
+    Entry,
+    Part,
+    Reason,
+    Refused,
+    Source,
+    find,
+    json_items,
+    make_entry,
+    relative_name,
+    safe_name,
+)  # fmt: skip
+from data_pipelines.sources.tables import picture_bytes, read_table
+from varedit_jax.errors import UserError
+
+_NAME = "instruct_pix2pix"
+_SCORES = ("clip_sim_0", "clip_sim_1", "clip_sim_dir", "clip_sim_image")
+
+
+def _parts(inputs: Sequence[pathlib.Path], options: Mapping[str, str]) -> list[Part]:
+    parts = [
+        Part(source=_NAME, name=relative_name(file, inputs), files=(str(file),)) for file in find(inputs, "*.parquet")
+    ]
+    for seeds in find(inputs, "seeds.json"):
+        name, zips = relative_name(seeds, inputs), find([seeds.parent], "*.zip")
+        for store in zips:
+            parts.append(Part(source=_NAME, name=relative_name(store, inputs), files=(str(seeds), str(store))))
+        if not zips:
+            parts.append(Part(source=_NAME, name=name, files=(str(seeds), str(seeds.parent))))
+    if not parts:
+        raise UserError(
+            f"there is neither a *.parquet nor a seeds.json under {', '.join(map(str, inputs))}; "
+            f"give the data set as it was downloaded"
+        )
+    return parts
+
+
+def _read(part: Part) -> Iterator[Entry]:
+    if len(part.files) == 1:
+        yield from _read_table(part)
+        return
+    seeds, store = part.files
+    try:
+        with contextlib.ExitStack() as stack:
+            files: _Files = _Folder(store) if pathlib.Path(store).is_dir() else stack.enter_context(_Zip(store))
+            for _, value in json_items(seeds):
+                yield from _read_folder(files, value)
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        yield Refused(id=part.name, dataset=_NAME, reason=Reason.ARCHIVE, detail=str(error))
+
+
+def _read_table(part: Part) -> Iterator[Entry]:
+    stem = pathlib.Path(part.files[0]).stem
+    for number, row in read_table(part, ("original_image", "edit_prompt", "edited_image")):
+        if isinstance(row, Refused):
+            yield row
+        else:
+            yield make_entry(
+                id=f"{stem}/{number}",
+                dataset=_NAME,
+                source=picture_bytes(row["original_image"]),
+                target=picture_bytes(row["edited_image"]),
+                instructions=[row["edit_prompt"]],
+            )
+
+
+class _Files(Protocol):
+    def has(self, folder: str) -> bool:
+        """Whether there is such a folder here, rather than in another zip file."""
+
+    def read(self, name: str) -> bytes | None:
+        """A file's bytes; None if there is no such file."""
+
+
+class _Folder:
+    def __init__(self, path: str) -> None:
+        self._path = pathlib.Path(path)
+
+    def has(self, folder: str) -> bool:
+        return True
+
+    def read(self, name: str) -> bytes | None:
+        path = self._path / name
+        return path.read_bytes() if path.is_file() else None
+
+
+class _Zip:
+    """A zip file whose folders may lie in another folder."""
+
+    def __init__(self, path: str) -> None:
+        self._zip = zipfile.ZipFile(path)
+        self._names: dict[str, str] = {}  # of members by their last two components
+        for info in self._zip.infolist():
+            name = safe_name(info.filename)
+            if name is not None and not info.is_dir() and info.file_size <= MAX_FILE_BYTES:
+                self._names["/".join(name.split("/")[-2:])] = info.filename
+        self._folders = {name.split("/")[0] for name in self._names}
+
+    def __enter__(self) -> "_Zip":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._zip.close()
+
+    def has(self, folder: str) -> bool:
+        return folder in self._folders
+
+    def read(self, name: str) -> bytes | None:
+        if name not in self._names:
+            return None
+        try:
+            return self._zip.read(self._names[name])
+        except (zipfile.BadZipFile, zlib.error, EOFError):  # damage of this member alone
+            return None
+
+
+def _read_folder(files: _Files, value: Any) -> Iterator[Entry]:
+    """Records of one entry of seeds.json."""
+    name = safe_name(value[0]) if isinstance(value, list) and len(value) == 2 else None
+    if name is None or "/" in name or not isinstance(value[1], list):
+        reason = Reason.UNSAFE if name is None and isinstance(value, list) and value else Reason.ANNOTATION
+        yield Refused(id=f"seeds.json: {str(value)[:80]}", dataset=_NAME, reason=reason)
+        return
+    if not files.has(name):
+        return
+    prompt: Any = {}
+    with contextlib.suppress(ValueError):
+        prompt = json.loads(files.read(f"{name}/prompt.json") or b"{}")
+    scores = _scores(files.read(f"{name}/metadata.jsonl") or b"")
+    for seed in value[1]:
+        if safe_name(str(seed)) is None:
+            yield Refused(id=f"{name}/{seed}", dataset=_NAME, reason=Reason.UNSAFE)
+            continue
+        yield make_entry(
+            id=f"{name}/{seed}",
+            dataset=_NAME,
+            source=files.read(f"{name}/{seed}_0.jpg"),
+            target=files.read(f"{name}/{seed}_1.jpg"),
+            instructions=[prompt.get("edit")] if isinstance(prompt, dict) else [],
+            scores=scores.get(str(seed), {}),
+            picture=name,  # the pictures of one prompt are alike
+        )
+
+
+def _scores(lines: bytes) -> dict[str, dict[str, float]]:
+    """Scores by seed."""
+    found = {}
+    for line in lines.splitlines():
+        with contextlib.suppress(ValueError):
+            value = json.loads(line)
+            if isinstance(value, dict):
+                found[str(value.get("seed"))] = finite_scores({name: value.get(name) for name in _SCORES})
+    return found
+
+
+SOURCE = Source(name=_NAME, licence="", parts=_parts, read=_read)

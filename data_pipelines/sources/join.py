@@ -1,0 +1,252 @@
+"""Annotations joined with pictures of compressed archives, which can only be read from front to back.
+
+All archives are read side by side. A picture whose partner has not come yet is held: in memory up to a bound, then in
+files of a temporary folder up to another bound, and past that it is let go. What could not be put together for that
+reason is in another pass over the archives. Where archives are in like order (sources and targets packed from folders
+of the same names), little is held and one pass does; in the worst case a pass yields pairs of at least the held bytes.
+Annotations wait in a temporary SQLite file, so memory does not grow with their number.
+"""
+
+import collections
+import itertools
+import json
+import pathlib
+import sqlite3
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from data_pipelines.sources.archives import Damage, Member, members
+from data_pipelines.sources.entries import Entry, Reason, Refused, make_entry
+
+MEMORY_BYTES = 256 * 2**20
+DISK_BYTES = 16 * 2**30
+
+
+class Stream(NamedTuple):
+    """Archives read one after the other, or a section of them that is to be read beside another."""
+
+    archives: Sequence[Sequence[str]]  # parts of each
+    # Name of a member to the name that annotations have for it; None if the member is of no interest.
+    rename: Callable[[str], str | None]
+
+
+class Wanted(NamedTuple):
+    """Pictures that belong together."""
+
+    key: str  # comes back with them
+    pictures: tuple[tuple[int, str], ...]  # (stream, name)
+
+
+class Found(NamedTuple):
+    """All pictures of a Wanted."""
+
+    key: str
+    pictures: tuple[bytes, ...]  # in the order of Wanted.pictures
+
+
+class Lost(NamedTuple):
+    """A Wanted with pictures that are in no archive."""
+
+    key: str
+    names: tuple[str, ...]  # of the missing pictures
+
+
+class _Held:
+    """Pictures waiting for their partners."""
+
+    def __init__(self, folder: pathlib.Path, memory_bytes: int, disk_bytes: int) -> None:
+        self._folder, self._limits = folder, (memory_bytes, disk_bytes)
+        self._used = [0, 0]  # bytes in memory, on disk
+        self._pictures: dict[tuple[int, str], tuple[bytes | pathlib.Path, int]] = {}  # and their sizes
+        self._awaited: dict[tuple[int, str], int] = {}  # how many pairs still need each
+        self.by_stream: collections.Counter[int] = collections.Counter()  # bytes
+        self._files = 0
+
+    def __contains__(self, picture: tuple[int, str]) -> bool:
+        return picture in self._pictures
+
+    def add(self, picture: tuple[int, str], data: bytes, awaited: int) -> bool:
+        """Whether there was room."""
+        place = next((i for i in (0, 1) if self._used[i] + len(data) <= self._limits[i]), None)
+        if place is None:
+            return False
+        kept: bytes | pathlib.Path = data
+        if place == 1:
+            kept = self._folder / str(self._files)
+            kept.write_bytes(data)
+            self._files += 1
+        self._used[place] += len(data)
+        self._pictures[picture], self._awaited[picture] = (kept, len(data)), awaited
+        self.by_stream[picture[0]] += len(data)
+        return True
+
+    def read(self, picture: tuple[int, str]) -> bytes:
+        kept, _ = self._pictures[picture]
+        return kept if isinstance(kept, bytes) else kept.read_bytes()
+
+    def release(self, picture: tuple[int, str]) -> None:
+        """One pair less needs it."""
+        self._awaited[picture] -= 1
+        if self._awaited[picture]:
+            return
+        del self._awaited[picture]
+        kept, size = self._pictures.pop(picture)
+        self._used[0 if isinstance(kept, bytes) else 1] -= size
+        self.by_stream[picture[0]] -= size
+        if isinstance(kept, pathlib.Path):
+            kept.unlink()
+
+
+def join(
+    streams: Sequence[Stream],
+    wanted: Iterable[Wanted],
+    memory_bytes: int = MEMORY_BYTES,
+    disk_bytes: int = DISK_BYTES,
+) -> Iterator[Found | Lost | Damage]:
+    """Pictures put together, in the order in which archives complete them; then what is lost.
+
+    Keys are unique. A picture may be wanted by several. Every Wanted comes back exactly once, as Found or Lost.
+    """
+    with tempfile.TemporaryDirectory(prefix="join-") as name:
+        folder = pathlib.Path(name)
+        database = sqlite3.connect(folder / "wanted.sqlite", isolation_level=None)
+        try:
+            _store(database, wanted)
+            yield from _read_through(database, streams, _Held(folder, memory_bytes, disk_bytes), first=True)
+            yield from _lost(database, _UNSEEN)
+            found = True
+            while found and database.execute("SELECT 1 FROM pair LIMIT 1").fetchone():
+                found = False
+                for event in _read_through(database, streams, _Held(folder, memory_bytes, disk_bytes), first=False):
+                    found = True
+                    yield event
+            yield from _lost(database, _ALL)  # seen, but the archive is damaged there
+        finally:
+            database.close()
+
+
+def joined(
+    dataset: str, licence: str, streams: Sequence[Stream], asked: Callable[[], Iterator[Wanted | Refused]]
+) -> Iterator[Entry]:
+    """Records of pairs (source, target) whose keys are the other fields of a record, as JSON; and what was refused.
+
+    `asked` is called twice, so that the pairs need not be remembered.
+    """
+    yield from (item for item in asked() if isinstance(item, Refused))
+    for event in join(streams, (item for item in asked() if isinstance(item, Wanted))):
+        if isinstance(event, Damage):
+            yield Refused(id=event.name, dataset=dataset, reason=event.reason, detail=event.detail)
+            continue
+        about = json.loads(event.key)
+        if isinstance(event, Lost):
+            yield Refused(id=about["id"], dataset=dataset, reason=Reason.MISSING, detail=", ".join(event.names))
+        else:
+            source, target = event.pictures
+            yield make_entry(dataset=dataset, source=source, target=target, licence=licence, **about)
+
+
+def _store(database: sqlite3.Connection, wanted: Iterable[Wanted]) -> None:
+    database.executescript(
+        """
+        PRAGMA journal_mode = OFF;
+        PRAGMA synchronous = OFF;
+        CREATE TABLE pair (id INTEGER PRIMARY KEY, key TEXT NOT NULL);
+        CREATE TABLE need (pair INTEGER NOT NULL, place INTEGER NOT NULL, stream INTEGER NOT NULL, name TEXT NOT NULL,
+                           PRIMARY KEY (pair, place)) WITHOUT ROWID;
+        CREATE TABLE seen (stream INTEGER NOT NULL, name TEXT NOT NULL, PRIMARY KEY (stream, name)) WITHOUT ROWID;
+        """
+    )
+    database.execute("BEGIN")  # and never committed: nothing of it outlives the join
+    for number, pair in enumerate(wanted):
+        database.execute("INSERT INTO pair (id, key) VALUES (?, ?)", (number, pair.key))
+        database.executemany(
+            "INSERT INTO need VALUES (?, ?, ?, ?)",
+            [(number, place, stream, name) for place, (stream, name) in enumerate(pair.pictures)],
+        )
+    database.execute("CREATE INDEX need_of ON need (stream, name)")
+
+
+def _read_through(
+    database: sqlite3.Connection, streams: Sequence[Stream], held: _Held, first: bool
+) -> Iterator[Found | Damage]:
+    """One pass over all archives; a picture that found no room keeps its pairs from being held for in this pass."""
+    let_go: set[int] = set()  # pairs
+
+    def pairs_of(picture: tuple[int, str]) -> list[int]:
+        """Pairs that still need a picture; it was seen, whether there will be room for it or not."""
+        query = "SELECT pair FROM need WHERE stream = ? AND name = ? ORDER BY pair"
+        pairs = [pair for (pair,) in database.execute(query, picture)]
+        if pairs and first:
+            database.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", picture)
+        return [pair for pair in pairs if pair not in let_go]
+
+    def reader(number: int, stream: Stream) -> Iterator[Member | Damage]:
+        def is_wanted(name: str) -> bool:
+            renamed = stream.rename(name)
+            return renamed is not None and (number, renamed) not in held and bool(pairs_of((number, renamed)))
+
+        return itertools.chain.from_iterable(members(files, is_wanted) for files in stream.archives)
+
+    readers = {number: reader(number, stream) for number, stream in enumerate(streams)}
+    while readers:
+        # The archive whose pictures wait least is behind; that keeps archives of like order in step.
+        number = min(readers, key=lambda number: (held.by_stream[number], number))
+        member = next(readers[number], None)
+        if member is None:
+            del readers[number]
+        elif isinstance(member, Damage):
+            if first:
+                yield member
+        else:
+            picture = (number, str(streams[number].rename(member.name)))
+            yield from _arrived(database, picture, member.data, pairs_of(picture), held, let_go)
+
+
+def _arrived(
+    database: sqlite3.Connection,
+    picture: tuple[int, str],
+    data: bytes,
+    pairs: list[int],
+    held: _Held,
+    let_go: set[int],
+) -> Iterator[Found]:
+    waiting = []
+    for pair in pairs:
+        needs = database.execute("SELECT stream, name FROM need WHERE pair = ? ORDER BY place", (pair,)).fetchall()
+        others = {need for need in needs if need != picture}
+        if all(other in held for other in others):
+            (key,) = database.execute("SELECT key FROM pair WHERE id = ?", (pair,)).fetchone()
+            found = tuple(data if need == picture else held.read(need) for need in needs)
+            _forget(database, pair)
+            for other in others:
+                held.release(other)
+            yield Found(key, found)
+        else:
+            waiting.append((pair, others))
+    if waiting and not held.add(picture, data, len(waiting)):
+        for pair, others in waiting:
+            let_go.add(pair)
+            for other in others:
+                if other in held:
+                    held.release(other)
+
+
+def _forget(database: sqlite3.Connection, pair: int) -> None:
+    database.execute("DELETE FROM need WHERE pair = ?", (pair,))
+    database.execute("DELETE FROM pair WHERE id = ?", (pair,))
+
+
+_ALL = "FROM need JOIN pair ON pair.id = need.pair"
+_UNSEEN = f"""{_ALL} LEFT JOIN seen ON seen.stream = need.stream AND seen.name = need.name WHERE seen.name IS NULL"""
+
+
+def _lost(database: sqlite3.Connection, which: str) -> Iterator[Lost]:
+    """The pairs of needs that the clause `which` selects, and the names of these; they are forgotten."""
+    rows = database.execute(f"SELECT pair.id, pair.key, need.name {which} ORDER BY need.pair, need.place")
+    for (_, key), group in itertools.groupby(rows, key=lambda row: row[:2]):
+        yield Lost(key, tuple(name for _, _, name in group))
+    database.execute(f"CREATE TEMP TABLE gone AS SELECT DISTINCT need.pair {which}")
+    database.execute("DELETE FROM need WHERE pair IN (SELECT pair FROM gone)")
+    database.execute("DELETE FROM pair WHERE id IN (SELECT pair FROM gone)")
+    database.execute("DROP TABLE gone")

@@ -1,0 +1,77 @@
+"""A JSONL list of one's own: an object a line with `source`, `target` and `instruction`.
+
+Names of pictures are relative to the list's folder, or to the option `root`; absolute ones must lie below it. More may
+be said of a record: `id`, `instructions` (other wordings), `kind`, `turn`, `scores`, `mask`, `licence`, `picture`. The
+option `dataset` names the data set; otherwise it has the name of the list.
+"""
+
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from data_pipelines.record import finite_scores
+from data_pipelines.sources.entries import (
+    Entry,
+    Part,
+    Reason,
+    Refused,
+    Source,
+    find,
+    make_entry,
+    read_lines,
+    relative_name,
+)  # fmt: skip
+from data_pipelines.sources.folders import read_below
+from varedit_jax.errors import UserError
+
+
+def _parts(inputs: Sequence[pathlib.Path], options: Mapping[str, str]) -> list[Part]:
+    files = find(inputs, "*.jsonl")
+    if not files:
+        raise UserError(f"there is no *.jsonl under {', '.join(map(str, inputs))}; give a list of pictures")
+    root = pathlib.Path(options["root"]) if options.get("root") else None
+    if root and not root.is_dir():
+        raise UserError(f"root is {root}, which is no folder; give the one that names of pictures are relative to")
+    return [
+        Part(source="manifest", name=relative_name(file, inputs), files=(str(file),), options=options) for file in files
+    ]
+
+
+def _read(part: Part) -> Iterator[Entry]:
+    file = pathlib.Path(part.files[0])
+    dataset = part.options.get("dataset") or file.stem
+    root = pathlib.Path(part.options.get("root") or file.parent)
+    for place, value in read_lines(str(file), dataset):
+        yield value if isinstance(value, Refused) else _convert(value, place, dataset, root)
+
+
+def _convert(value: Mapping[str, Any], place: str, dataset: str, root: pathlib.Path) -> Entry:
+    id = str(value.get("id") or place)
+    sides: dict[str, bytes] = {}
+    for side in ("source", "target", "mask"):
+        name = value.get(side)
+        if name is None and side == "mask":
+            continue
+        if isinstance(name, str) and pathlib.Path(name).is_relative_to(root.absolute()):
+            name = pathlib.Path(name).relative_to(root.absolute()).as_posix()
+        data = read_below([root], name)
+        if isinstance(data, Reason):
+            return Refused(id=id, dataset=dataset, reason=data, detail=f"{side}: {value.get(side)!r}"[:200])
+        sides[side] = data
+    others, scores, turn = value.get("instructions"), value.get("scores"), value.get("turn")
+    return make_entry(
+        id=id,
+        dataset=dataset,
+        source=sides["source"],
+        target=sides["target"],
+        instructions=[value.get("instruction"), *(others if isinstance(others, list) else [])],
+        kind=str(value.get("kind") or ""),
+        turn=turn if isinstance(turn, int) and turn >= 0 else 0,
+        scores=finite_scores(scores if isinstance(scores, dict) else {}),
+        mask=sides.get("mask"),
+        licence=str(value.get("licence") or ""),
+        picture=str(value.get("picture") or ""),
+    )
+
+
+SOURCE = Source(name="manifest", licence="", parts=_parts, read=_read, options=("dataset", "root"))

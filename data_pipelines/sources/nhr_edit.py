@@ -1,0 +1,85 @@
+"""NHR-Edit: `train/metadata.jsonl` beside `train/images/00/image_XXX_original.jpg` and `image_XXX_edited_Y.jpg`, or
+tables that others made of it, with the pictures in them.
+"""
+
+import pathlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from data_pipelines.sources.entries import (
+    Entry,
+    Part,
+    Reason,
+    Refused,
+    Source,
+    find,
+    make_entry,
+    read_lines,
+    relative_name,
+)  # fmt: skip
+from data_pipelines.sources.folders import read_below
+from data_pipelines.sources.tables import picture_bytes, read_table
+from varedit_jax.errors import UserError
+
+_NAME, _LICENCE = "nhr_edit", "Apache-2.0"
+
+
+def _parts(inputs: Sequence[pathlib.Path], options: Mapping[str, str]) -> list[Part]:
+    files = find(inputs, "metadata.jsonl", "*.parquet")
+    if not files:
+        raise UserError(
+            f"there is neither a metadata.jsonl nor a *.parquet under {', '.join(map(str, inputs))}; "
+            f"give NHR-Edit as it was downloaded"
+        )
+    return [Part(source=_NAME, name=relative_name(file, inputs), files=(str(file),)) for file in files]
+
+
+def _read(part: Part) -> Iterator[Entry]:
+    yield from _read_table(part) if part.files[0].endswith(".parquet") else _read_list(part)
+
+
+def _read_table(part: Part) -> Iterator[Entry]:
+    for number, row in read_table(part, ("source_image", "edit_instruction", "edited_image")):
+        if isinstance(row, Refused):
+            yield row
+            continue
+        yield make_entry(
+            id=f"{pathlib.Path(part.name).stem}/{number}",
+            dataset=_NAME,
+            source=picture_bytes(row["source_image"]),
+            target=picture_bytes(row["edited_image"]),
+            instructions=[row["edit_instruction"]],
+            licence=_LICENCE,
+        )
+
+
+def _read_list(part: Part) -> Iterator[Entry]:
+    folder = pathlib.Path(part.files[0]).parent
+    for place, value in read_lines(part.files[0], _NAME):
+        yield value if isinstance(value, Refused) else _convert(value, place, (folder, folder.parent))
+
+
+def _convert(value: Mapping[str, Any], place: str, folders: Sequence[pathlib.Path]) -> Entry:
+    names = (value.get("source_file_name"), value.get("edited_file_name"))
+    id = str(value.get("sample_id") or place)
+    pictures = [read_below(folders, name) for name in names]
+    for name, picture in zip(names, pictures, strict=True):
+        if isinstance(picture, Reason):
+            return Refused(id=id, dataset=_NAME, reason=picture, detail=str(name)[:200])
+    source, target = (picture for picture in pictures if isinstance(picture, bytes))
+    others = value.get("augmented_instructions")
+    stem = re.match(r"(.+)_(?:original|edited)", pathlib.PurePosixPath(str(names[0])).name)
+    return make_entry(
+        id=id,
+        dataset=_NAME,
+        source=source,
+        target=target,
+        instructions=[value.get("edit_instruction"), *(others if isinstance(others, list) else [])],
+        kind=str(value.get("category") or ""),
+        licence=_LICENCE,
+        picture=stem[1] if stem else str(names[0]),  # edits of edits are of the same original
+    )
+
+
+SOURCE = Source(name=_NAME, licence=_LICENCE, parts=_parts, read=_read)

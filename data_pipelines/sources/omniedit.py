@@ -1,0 +1,32 @@
+"""OmniEdit-Filtered: tables with several wordings of each instruction and a judge's scores."""
+
+from typing import Any
+
+from data_pipelines.record import finite_scores
+from data_pipelines.sources.entries import Entry, make_entry
+from data_pipelines.sources.tables import picture_bytes, table_source
+
+_SCORES = ("sc_score_1", "sc_score_2", "pq_score", "o_score")
+_LICENCE = "MIT"
+
+
+def _convert(row: dict[str, Any], stem: str, number: int) -> Entry:
+    return make_entry(
+        id=str(row["omni_edit_id"]),
+        dataset="omniedit",
+        source=picture_bytes(row["src_img"]),
+        target=picture_bytes(row["edited_img"]),
+        instructions=row["edited_prompt_list"] or (),
+        kind=str(row.get("task") or ""),
+        scores=finite_scores({name: row.get(name) for name in _SCORES}),
+        licence=_LICENCE,
+    )
+
+
+SOURCE = table_source(
+    "omniedit",
+    _LICENCE,
+    _convert,
+    needed=("omni_edit_id", "src_img", "edited_img", "edited_prompt_list"),
+    optional=("task", *_SCORES),
+)

@@ -1,0 +1,167 @@
+"""Pico-Banana-400K: lists `sft.jsonl`, `preference.jsonl`, `multi_turn.jsonl`, and pictures beside them.
+
+An edited picture lies under the path that `output_image` names, `images/positive-edit/1.png`. Its source, from Open
+Images, lies where `local_input_image` says, which the publisher's script adds, or under the last part of its URL in any
+folder that was given; or it is still in the packed files of Open Images, `train_0.tar.gz`, given beside the lists. What
+`preference.jsonl` lists are failed edits, so these are refused. Some outputs stand for two edits: both are refused.
+"""
+
+import collections
+import json
+import pathlib
+import urllib.parse
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from data_pipelines.sources.archives import group_parts
+from data_pipelines.sources.entries import (
+    Entry,
+    Part,
+    Reason,
+    Refused,
+    Source,
+    find,
+    make_entry,
+    read_lines,
+    relative_name,
+    safe_name,
+)  # fmt: skip
+from data_pipelines.sources.folders import read_below
+from data_pipelines.sources.join import Found, Lost, Stream, Wanted, join
+from varedit_jax.errors import UserError
+
+_NAME, _LICENCE = "pico_banana", "CC-BY-NC-ND-4.0"
+_SOURCES = "openimage_source_images"  # where the publisher's instructions unpack the packed files
+
+
+def _parts(inputs: Sequence[pathlib.Path], options: Mapping[str, str]) -> list[Part]:
+    lists = find(inputs, "*.jsonl")
+    if not lists:
+        raise UserError(f"there is no *.jsonl under {', '.join(map(str, inputs))}; give sft.jsonl and its pictures")
+    archives = [str(file) for file in find(inputs, "*.tar", "*.tar.gz")]
+    folders = [str(path) for path in inputs if path.is_dir()]
+    return [
+        Part(
+            source=_NAME,
+            name=relative_name(file, inputs),
+            files=(str(file), *dict.fromkeys([str(file.parent), *folders]), *archives),
+        )
+        for file in lists
+    ]
+
+
+def _read(part: Part) -> Iterator[Entry]:
+    path, *others = part.files
+    folders = [pathlib.Path(other) for other in others if pathlib.Path(other).is_dir()]
+    archives = group_parts([pathlib.Path(other) for other in others if pathlib.Path(other) not in folders])
+    outputs = collections.Counter(
+        edit["target"] for edit in _edits(path) if not isinstance(edit, Refused) and edit["target"] is not None
+    )
+    twice = {name for name, count in outputs.items() if count > 1}
+    for edit in _edits(path):
+        if isinstance(edit, Refused):
+            yield edit
+        elif edit["target"] in twice:
+            yield Refused(id=edit["id"], dataset=_NAME, reason=Reason.AMBIGUOUS, detail=str(edit["target"]))
+        elif not _packed(edit, folders, archives):
+            yield _entry(edit, _source(edit, folders), folders)
+    if archives:
+        packed = (
+            Wanted(json.dumps(edit), ((0, _short(safe_name(edit["sources"][0]))),))
+            for edit in _edits(path)
+            if not isinstance(edit, Refused) and edit["target"] not in twice and _packed(edit, folders, archives)
+        )
+        for event in join([Stream(list(archives.values()), _short)], packed):
+            if isinstance(event, (Found, Lost)):
+                source = event.pictures[0] if isinstance(event, Found) else Reason.MISSING
+                yield _entry(json.loads(event.key), source, folders)
+            else:
+                yield Refused(id=event.name, dataset=_NAME, reason=event.reason, detail=event.detail)
+
+
+def _short(name: str | None) -> str:
+    """Folder and file of a packed picture, `train_0/0000e2205e460318.jpg`."""
+    return "/".join((name or "").split("/")[-2:])
+
+
+def _packed(edit: Mapping[str, Any], folders: Sequence[pathlib.Path], archives: Mapping[str, Any]) -> bool:
+    """Whether the source has to come out of an archive."""
+    named = bool(edit["sources"]) and safe_name(edit["sources"][0]) is not None
+    return bool(archives) and named and _source(edit, folders) is Reason.MISSING
+
+
+def _source(edit: Mapping[str, Any], folders: Sequence[pathlib.Path]) -> bytes | Reason:
+    """The first of the names that a source may have which is there, or what is wrong with the first of all."""
+    found = [read_below(folders, name) for name in edit["sources"]]
+    return next((data for data in found if isinstance(data, bytes)), found[0] if found else Reason.MISSING)
+
+
+def _entry(edit: Mapping[str, Any], source: bytes | Reason, folders: Sequence[pathlib.Path]) -> Entry:
+    target = read_below(folders, edit["target"])
+    for side, data, name in (("source", source, edit["picture"]), ("target", target, edit["target"])):
+        if isinstance(data, Reason):
+            return Refused(id=edit["id"], dataset=_NAME, reason=data, detail=f"{side}: {name}"[:200])
+    fields = {name: edit[name] for name in ("id", "instructions", "kind", "turn", "picture")}
+    return make_entry(dataset=_NAME, source=source, target=target, licence=_LICENCE, **fields)  # type: ignore[arg-type]
+
+
+def _edits(path: str) -> Iterator[dict[str, Any] | Refused]:
+    stem = pathlib.Path(path).stem
+    for place, value in read_lines(path, _NAME):
+        id = f"{stem}/{place.rpartition(':')[2]}"
+        if isinstance(value, Refused):
+            yield value
+        elif "files" in value:
+            yield from _turns(id, value)
+        elif "preference" in stem:
+            yield Refused(id=id, dataset=_NAME, reason=Reason.FAILED)
+        else:
+            yield {
+                "id": id,
+                "sources": _names(value.get("local_input_image"), value.get("open_image_input_url")),
+                "target": value.get("output_image"),
+                "instructions": [value.get("text"), value.get("summarized_text")],
+                "kind": str(value.get("edit_type") or ""),
+                "turn": 0,
+                "picture": _last(value.get("open_image_input_url")),
+            }
+
+
+def _turns(id: str, value: Mapping[str, Any]) -> Iterator[dict[str, Any] | Refused]:
+    """Turns of a session: its files are `original_input_image`, `edit_turn1`, ..., `final_image`."""
+    listed = value["files"] if isinstance(value["files"], list) else []
+    files = {file["id"]: file for file in listed if isinstance(file, dict) and isinstance(file.get("id"), str)}
+    original = files.get("original_input_image", {})
+    edited = sorted((name for name in files if name.startswith("edit_turn")), key=lambda name: (len(name), name))
+    edited += ["final_image"] if "final_image" in files else []
+    prompts = value.get("metadata_edit_turn_prompts")
+    if not edited or not original or not isinstance(prompts, list):
+        yield Refused(id=id, dataset=_NAME, reason=Reason.ANNOTATION, detail="no original, turns or prompts")
+        return
+    local = original.get("local_input_image") or original.get("original_input_image_file")
+    sources = _names(local, original.get("url"))
+    for turn, name in enumerate(edited):
+        target = files[name].get("url")
+        yield {
+            "id": f"{id}/{turn}",
+            "sources": sources,
+            "target": target,
+            "instructions": prompts[turn : turn + 1],
+            "kind": "",
+            "turn": turn,
+            "picture": _last(original.get("url")),
+        }
+        sources = [target]
+
+
+def _last(url: object) -> str:
+    """The last part of a URL's path: Open Images are known by it."""
+    return pathlib.PurePosixPath(urllib.parse.urlparse(url).path).name if isinstance(url, str) else ""
+
+
+def _names(local: object, url: object) -> list[object]:
+    last = _last(url)
+    return [name for name in (local, last, f"{_SOURCES}/{last}" if last else "") if name]
+
+
+SOURCE = Source(name=_NAME, licence=_LICENCE, parts=_parts, read=_read)

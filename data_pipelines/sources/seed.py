@@ -1,0 +1,147 @@
+"""SEED-Data-Edit: automatic edits of Open Images and of Unsplash, real ones, and sessions of several turns.
+
+    auto_editing/openimages/{annotations,annotations_GPT4V}/split_0001.jsonl     {source,target}_images.tar.gz.part-aa
+    auto_editing/unsplash/{annotations,annotations_GPT4V}/split_0001.jsonl       unsplash_images.tar.gz.part-aa
+    real_editing/annotations/split_0001.jsonl                                    images/images.tar.gz
+    multi_turn_editing/annotations/split_0001.jsonl                              images/multi_turn.tar.gz.part-aa
+
+Each of the four is a part, since its archives are compressed as a whole; see `join` for how they are read. Where
+GPT-4V rewrote an instruction, the new one comes first. A session's turns are records of their own, with the picture
+of the session's start as their identity.
+"""
+
+import itertools
+import json
+import pathlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from data_pipelines.sources.archives import group_parts
+from data_pipelines.sources.entries import (
+    Entry,
+    Part,
+    Reason,
+    Refused,
+    Source,
+    find,
+    read_lines,
+    safe_name,
+)  # fmt: skip
+from data_pipelines.sources.join import Stream, Wanted, joined
+from varedit_jax.errors import UserError
+
+_NAME, _LICENCE = "seed", "CC-BY-NC-4.0"
+_CORRUPT = tuple(f"20240330_315P_1323turns/Data/{number}/" for number in range(208, 213))
+# Folders that annotations and archives name or leave out as they please.
+_ABOVE = frozenset(
+    ("auto_editing", "real_editing", "multi_turn_editing", "openimages", "unsplash", "images", "multi_turn")
+    + ("source_images", "target_images", "unsplash_images")
+)
+
+
+def _parts(inputs: Sequence[pathlib.Path], options: Mapping[str, str]) -> list[Part]:
+    folders = sorted({file.parent.parent for file in find(inputs, "annotations/*.jsonl")})
+    if not folders:
+        raise UserError(
+            f"there is no annotations/*.jsonl under {', '.join(map(str, inputs))}; "
+            f"give folders of SEED-Data-Edit as they were downloaded, annotations and archives"
+        )
+    parts = []
+    for folder in folders:
+        archives = find([folder], "*.tar", "*.tar.gz", "*.tar.gz.part*", "*.tar.part*")
+        if not archives:
+            raise UserError(f"there is no *.tar.gz.part-* or *.tar.gz under {folder}; download the pictures too")
+        lists = find([folder], "annotations/*.jsonl", "annotations_GPT4V/*.jsonl")
+        name = folder.name if folder not in inputs else folder.resolve().name
+        parts.append(Part(source=_NAME, name=name, files=tuple(map(str, [*lists, *archives]))))
+    return parts
+
+
+def _read(part: Part) -> Iterator[Entry]:
+    lists = [file for file in part.files if file.endswith(".jsonl")]
+    archives = group_parts([pathlib.Path(file) for file in part.files if not file.endswith(".jsonl")])
+    rewritten = _rewritten(file for file in lists if "annotations_GPT4V" in file)
+    lists = [file for file in lists if "annotations_GPT4V" not in file]
+
+    def asked() -> Iterator[Wanted | Refused]:
+        return itertools.chain.from_iterable(_annotations(part.name, file, rewritten) for file in lists)
+
+    yield from joined(_NAME, _LICENCE, _streams(archives), asked)
+
+
+def _streams(archives: Mapping[str, Sequence[str]]) -> list[Stream]:
+    """Sources, targets. Where one archive has both, it is read at two places at once."""
+    sides = []
+    for side in ("source_images", "target_images"):
+        own = [files for name, files in archives.items() if pathlib.Path(name).name.startswith(side)]
+        sides.append(Stream(own or list(archives.values()), _canonical))
+    return sides
+
+
+def _canonical(name: str) -> str:
+    """A picture's name without the folders that may be above it."""
+    pieces = name.split("/")
+    return "/".join(itertools.dropwhile(lambda piece: piece in _ABOVE, pieces)) or name
+
+
+def _rewritten(files: Iterator[str]) -> dict[tuple[Any, Any], str]:
+    """What GPT-4V made of instructions, by source and target; a small part of all."""
+    found = {}
+    for _, value in itertools.chain.from_iterable(read_lines(file, _NAME) for file in files):
+        if not isinstance(value, Refused) and isinstance(value.get("instruction_new"), str):
+            found[str(value.get("source_image")), str(value.get("target_image"))] = value["instruction_new"]
+    return found
+
+
+def _annotations(part: str, file: str, rewritten: Mapping[tuple[str, str], str]) -> Iterator[Wanted | Refused]:
+    for place, value in read_lines(file, _NAME):
+        if isinstance(value, Refused):
+            yield value
+            continue
+        id = f"{part}/{place.replace('.jsonl:', '/')}"
+        if "target_image" in value:
+            pair = (value.get("source_image"), value["target_image"])
+            instructions = [rewritten.get((str(pair[0]), str(pair[1]))), value.get("instruction")]
+            yield _wanted(id, pair, instructions, turn=0, first=value.get("source_image"))
+        else:
+            yield from _turns(id, value)
+
+
+def _turns(id: str, value: Mapping[str, Any]) -> Iterator[Wanted | Refused]:
+    numbers = [int(match[1]) for name in value if (match := re.fullmatch(r"edit_image_(\d+)", name))]
+    if not numbers:
+        yield Refused(id=id, dataset=_NAME, reason=Reason.ANNOTATION, detail="neither target_image nor edit_image_1")
+    source, first = value.get("source_image"), value.get("source_image")
+    for turn, number in enumerate(sorted(numbers)):
+        target = value[f"edit_image_{number}"]
+        yield _wanted(f"{id}/{turn}", (source, target), [value.get(f"instruction_{number}")], turn, first, one=True)
+        source = target
+
+
+def _wanted(
+    id: str, pair: tuple[Any, Any], instructions: list[Any], turn: int, first: Any, one: bool = False
+) -> Wanted | Refused:
+    """A pair to look for; with `one`, both of it in the same archive, since neighbouring turns share pictures."""
+    names = [safe_name(name) for name in pair]
+    start = safe_name(first)
+    if names[0] is None or names[1] is None or start is None:
+        reason = Reason.UNSAFE if all(isinstance(name, str) and name for name in (*pair, first)) else Reason.MISSING
+        return Refused(id=id, dataset=_NAME, reason=reason, detail=f"{pair[0]!r}, {pair[1]!r}"[:200])
+    canonical = [_canonical(str(name)) for name in names]
+    if any(name.startswith(_CORRUPT) for name in (*canonical, _canonical(start))):
+        return Refused(id=id, dataset=_NAME, reason=Reason.CORRUPT, detail=canonical[1])
+    texts = [text for text in instructions if isinstance(text, str) and text.strip()]
+    if not texts:
+        return Refused(id=id, dataset=_NAME, reason=Reason.INSTRUCTION)
+    about = {"id": id, "instructions": texts, "turn": turn, "picture": _canonical(start)}
+    sides = (0, 0) if one else (int(str(names[0]).startswith("target_images/")), _side_of_target(str(names[1])))
+    return Wanted(json.dumps(about), ((sides[0], canonical[0]), (sides[1], canonical[1])))
+
+
+def _side_of_target(name: str) -> int:
+    """Which stream has it. Edits that were turned around have their target among the sources."""
+    return 0 if name.startswith("source_images/") else 1
+
+
+SOURCE = Source(name=_NAME, licence=_LICENCE, parts=_parts, read=_read)

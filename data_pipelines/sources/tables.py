@@ -1,0 +1,80 @@
+"""Parquet tables: rows of some columns, a few in memory at a time, and sources that are nothing but such tables."""
+
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_pipelines.sources.entries import Entry, Part, Reason, Refused, Source, find, relative_name
+from varedit_jax.errors import UserError
+
+_ROWS = 16  # read at a time; a row may hold three pictures of several megabytes
+_BUFFER = 1 << 20  # bytes of a column that are read ahead
+
+
+def rows(path: str, needed: Sequence[str], optional: Sequence[str] = ()) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows with their numbers: the columns `needed`, and those of `optional` that the table has.
+
+    Raises UserError if a needed column is missing, OSError or ValueError where the file is damaged.
+    """
+    with pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER) as table:
+        names = table.schema_arrow.names
+        missing = [name for name in needed if name not in names]
+        if missing:
+            raise UserError(
+                f"{path} has no column {missing[0]!r}, but {', '.join(names)}; is it a table of this data set?"
+            )
+        number = 0
+        for batch in table.iter_batches(_ROWS, columns=[*needed, *(name for name in optional if name in names)]):
+            for row in batch.to_pylist():
+                yield number, row
+                number += 1
+
+
+def picture_bytes(value: Any) -> bytes | None:
+    """A picture of a table as it was published: bytes, or a struct with `bytes`; None if there are none."""
+    if isinstance(value, Mapping):
+        value = value.get("bytes")
+    return value if isinstance(value, bytes) else None
+
+
+def table_source(
+    name: str,
+    licence: str,
+    convert: Callable[[dict[str, Any], str, int], Entry],
+    needed: Sequence[str],
+    optional: Sequence[str] = (),
+    pattern: str = "*.parquet",
+) -> Source:
+    """A data set whose rows are its records, and whose parts are its files.
+
+    `convert` gets a row, the stem of its file's name, and its number in there.
+    """
+
+    def parts(inputs: Sequence[pathlib.Path], options: Mapping[str, str]) -> list[Part]:
+        files = find(inputs, pattern)
+        if not files:
+            raise UserError(f"there is no {pattern} under {', '.join(map(str, inputs))}; give the tables of {name}")
+        return [Part(source=name, name=relative_name(file, inputs), files=(str(file),)) for file in files]
+
+    def read(part: Part) -> Iterator[Entry]:
+        stem = pathlib.Path(part.files[0]).stem
+        for number, row in read_table(part, needed, optional):
+            yield row if isinstance(row, Refused) else convert(row, stem, number)
+
+    return Source(name=name, licence=licence, parts=parts, read=read)
+
+
+def read_table(
+    part: Part, needed: Sequence[str], optional: Sequence[str] = ()
+) -> Iterator[tuple[int, dict[str, Any] | Refused]]:
+    """Rows of the part's file with their numbers, and Refused for the rest of one that is damaged."""
+    number = 0
+    try:
+        for number, row in rows(part.files[0], needed, optional):
+            yield number, row
+    except (OSError, pa.ArrowException) as error:
+        detail = f"near row {number}: {' '.join(str(error).split())[:200]}"
+        yield number, Refused(id=part.name, dataset=part.source, reason=Reason.ARCHIVE, detail=detail)

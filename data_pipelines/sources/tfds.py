@@ -1,0 +1,86 @@
+"""Any prepared TFDS data set, by the names of its features.
+
+Options: `source`, `target` and `instruction` name features (`a/b` for one inside of another; these very names if not
+given), `mask`, `kind` and `id` more of them; `split` is a split, `train` if not given. Pictures come as they are
+stored, without decoding. The data set's own code is not needed, but its files must be of a format that can be read in
+any order, as `array_record` is.
+"""
+
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import tensorflow_datasets as tfds
+from tensorflow_datasets.proto import tf_example_pb2
+
+from data_pipelines.sources.entries import Entry, Part, Reason, Refused, Source, find, make_entry
+from varedit_jax.errors import UserError
+
+_NAME = "tfds"
+_EXAMPLES = 4096  # of a part
+_FIELDS = ("source", "target", "instruction", "mask", "kind", "id")
+
+
+def _builder(folder: str) -> tfds.core.DatasetBuilder:
+    return tfds.builder_from_directory(folder)
+
+
+def _parts(inputs: Sequence[pathlib.Path], options: Mapping[str, str]) -> list[Part]:
+    folders = [str(file.parent) for file in find(inputs, "dataset_info.json")]
+    if not folders:
+        raise UserError(
+            f"there is no dataset_info.json under {', '.join(map(str, inputs))}; "
+            f"give the folder of a prepared data set, NAME/VERSION"
+        )
+    split = options.get("split") or "train"
+    parts = []
+    for folder in folders:
+        builder = _builder(folder)
+        if split not in builder.info.splits:
+            raise UserError(f"{folder} has no split {split!r}; it has {', '.join(builder.info.splits)}")
+        count = builder.info.splits[split].num_examples
+        for start in range(0, count, _EXAMPLES):
+            span = {"split": split, "start": str(start), "stop": str(min(start + _EXAMPLES, count))}
+            name = f"{builder.name}/{split}/{start:09d}"
+            parts.append(Part(source=_NAME, name=name, files=(folder,), options={**options, **span}))
+    return parts
+
+
+def _read(part: Part) -> Iterator[Entry]:
+    builder = _builder(part.files[0])
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
+    try:
+        source = builder.as_data_source(part.options["split"], deserialize_method=raw)
+    except NotImplementedError as error:
+        raise UserError(f"{part.files[0]} can only be read in order; prepare it as array_record: {error}") from error
+    features = {field: part.options.get(field, field) for field in _FIELDS}
+    for index in range(int(part.options["start"]), int(part.options["stop"])):
+        id = f"{part.options['split']}/{index}"
+        try:
+            example = tf_example_pb2.Example.FromString(source[index])
+        except Exception as error:  # ArrayRecord and protobuf each have their own for bytes that are none
+            detail = str(error)[:200]
+            yield Refused(id=id, dataset=builder.name, reason=Reason.ARCHIVE, detail=detail)
+            continue
+        stored = example.features.feature
+        values = {
+            field: stored[name].bytes_list.value[0] if name in stored and stored[name].bytes_list.value else b""
+            for field, name in features.items()
+        }
+        for field in ("source", "target", "instruction"):
+            if features[field] not in stored:
+                raise UserError(
+                    f"{builder.name} has no feature {features[field]!r}, but {', '.join(sorted(stored))}; "
+                    f"say which one is the {field} with {field}=NAME"
+                )
+        yield make_entry(
+            id=values["id"].decode("utf-8", "replace") or id,
+            dataset=builder.name,
+            source=values["source"],
+            target=values["target"],
+            instructions=[values["instruction"].decode("utf-8", "replace")],
+            kind=values["kind"].decode("utf-8", "replace"),
+            mask=values["mask"] or None,
+        )
+
+
+SOURCE = Source(name=_NAME, licence="", parts=_parts, read=_read, options=(*_FIELDS, "split"))

@@ -1,0 +1,46 @@
+"""The VAREdit release's own training data: WebDataset tars with `src.jpg`, `tgt.jpg` and `txt` of each triple."""
+
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+
+from data_pipelines.sources.archives import group_parts
+from data_pipelines.sources.entries import Entry, Part, Refused, Source, find, make_entry, relative_name
+from data_pipelines.sources.webdataset import groups
+from varedit_jax.errors import UserError
+
+_NAME = "varedit"
+_PICTURES = ("jpg", "jpeg", "png", "webp")
+
+
+def tar_parts(source: str, inputs: Sequence[pathlib.Path]) -> list[Part]:
+    """A part for each tar, whose records are all in it. Raises UserError if there is none."""
+    archives = group_parts(find(inputs, "*.tar", "*.tar.gz", "*.tgz"))
+    if not archives:
+        raise UserError(f"there is no *.tar under {', '.join(map(str, inputs))}; give the tars of {source}")
+    return [
+        Part(source=source, name=relative_name(pathlib.Path(name), inputs), files=tuple(files))
+        for name, files in archives.items()
+    ]
+
+
+def picture(group: Mapping[str, bytes], side: str) -> bytes | None:
+    """The picture `side`.jpg of a group, or of another kind."""
+    return next((group[f"{side}.{kind}"] for kind in _PICTURES if f"{side}.{kind}" in group), None)
+
+
+def _read(part: Part) -> Iterator[Entry]:
+    for item in groups(part.files, _NAME):
+        if isinstance(item, Refused):
+            yield item
+            continue
+        key, group = item
+        yield make_entry(
+            id=f"{part.name}/{key}",  # keys are of a tar
+            dataset=_NAME,
+            source=picture(group, "src"),
+            target=picture(group, "tgt"),
+            instructions=[group.get("txt", b"").decode("utf-8", "replace")],
+        )
+
+
+SOURCE = Source(name=_NAME, licence="", parts=lambda inputs, _: tar_parts(_NAME, inputs), read=_read)

@@ -1,0 +1,65 @@
+"""X2Edit: tars `BUILDER/SHARD/N.tar` with `ID.1.0.jpg` (source), `ID.1.1.jpg` (mask, not always), `ID.2.jpg` (target),
+`ID.json` and `ID.txt`.
+
+The JSON says how the triple was made: its keys differ from builder to builder, and scores may be text like "[9, 8]".
+"""
+
+import ast
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from data_pipelines.record import finite_scores
+from data_pipelines.sources.entries import Entry, Part, Refused, Source, make_entry
+from data_pipelines.sources.varedit import picture, tar_parts
+from data_pipelines.sources.webdataset import groups
+
+_NAME, _LICENCE = "x2edit", "Apache-2.0"
+_INSTRUCTIONS = ("instruction", "instruction_en", "caption_en", "instruction_zh")
+_KINDS = ("task", "label_fine", "label")
+
+
+def _read(part: Part) -> Iterator[Entry]:
+    for item in groups(part.files, _NAME):
+        if isinstance(item, Refused):
+            yield item
+            continue
+        key, group = item
+        about: Any = {}
+        with contextlib.suppress(ValueError):  # without it, the text alone has to do
+            about = json.loads(group.get("json", b"{}"))
+        about = about if isinstance(about, dict) else {}
+        yield make_entry(
+            id=f"{part.name}/{key}",
+            dataset=_NAME,
+            source=picture(group, "1.0") or picture(group, "1"),
+            target=picture(group, "2"),
+            instructions=[
+                *(about.get(name) for name in _INSTRUCTIONS),
+                group.get("txt", b"").decode("utf-8", "replace"),
+            ],
+            kind=next((about[name] for name in _KINDS if isinstance(about.get(name), str)), ""),
+            scores=_scores(about),
+            mask=picture(group, "1.1"),
+            licence=_LICENCE,
+        )
+
+
+def _scores(about: Mapping[str, Any]) -> dict[str, float]:
+    """All that is called a score; of a list, or of a list written as text, each number."""
+    found: dict[str, Any] = {}
+    for name, value in about.items():
+        if "score" not in name:
+            continue
+        if isinstance(value, str) and value.startswith(("[", "(")):
+            with contextlib.suppress(ValueError, SyntaxError):
+                value = ast.literal_eval(value)
+        if isinstance(value, (list, tuple)):
+            found |= {f"{name}_{place}": number for place, number in enumerate(value)}
+        else:
+            found[name] = value
+    return finite_scores(found)
+
+
+SOURCE = Source(name=_NAME, licence=_LICENCE, parts=lambda inputs, _: tar_parts(_NAME, inputs), read=_read)
