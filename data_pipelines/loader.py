@@ -6,6 +6,7 @@ A batch is a dict of arrays:
     source_features, target_features  float32 [B, h, w, Z]
     text_ids                          int32 [B, T]              the instruction, padded with 0
     text_length                       int32 [B]                 its tokens without the padding
+    example_ids                       int64 [B]                 which examples of the split these are
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from data_pipelines.features import Features
 from data_pipelines.shapes.builder import SPLITS, TEST_EXAMPLES, TRAIN_EXAMPLES, Shapes
 from varedit_jax.config import DataConfig
 from varedit_jax.errors import UserError
+from varedit_jax.training.replay import EXAMPLE_IDS
 
 Batch = dict[str, NDArray[Any]]
 Record = dict[str, Any]
@@ -131,12 +133,12 @@ class _ReadBatch:
         if self.features is None:
             records = {index: self.source[index] for index in wanted}
             batch = {side: np.stack([records[index][side] for index in wanted]) for side in ("source", "target")}
-            return batch | self._text(wanted, lambda index: records[index]["instruction"])
+            return batch | self._text(wanted, lambda index: records[index]["instruction"]) | _ids(wanted)
         batch = {
             "source_features": np.asarray(self.features.source[wanted]),
             "target_features": np.asarray(self.features.target[wanted]),
         }
-        return batch | self._text(wanted, self.source.instruction)
+        return batch | self._text(wanted, self.source.instruction) | _ids(wanted)
 
     def _text(self, wanted: list[int], instruction: Callable[[int], str]) -> Batch:
         rows = {index: self.tokens[index] for index in wanted if index in self.tokens}
@@ -150,6 +152,10 @@ class _ReadBatch:
         for i, index in enumerate(wanted):
             ids_BT[i, : len(rows[index])] = rows[index]
         return {"text_ids": ids_BT, "text_length": np.array([len(rows[index]) for index in wanted], np.int32)}
+
+
+def _ids(wanted: list[int]) -> Batch:
+    return {EXAMPLE_IDS: np.array(wanted, np.int64)}
 
 
 def _check(data: DataConfig, source: Source, features: Features | None, process_index: int, process_count: int) -> None:
@@ -177,8 +183,11 @@ def _check(data: DataConfig, source: Source, features: Features | None, process_
 def _batches(
     indices: grain.MapDataset[int], data: DataConfig, read: _ReadBatch, process_index: int, process_count: int
 ) -> grain.DatasetIterator[Batch]:
-    """Batches of the examples at `indices`, of which a process takes every `process_count`-th."""
-    local = indices[process_index::process_count].batch(data.batch_size // process_count, drop_remainder=True)
+    """Batches of the examples at `indices`: of each, consecutive rows for every process, in their order."""
+    rows = data.batch_size // process_count
+    local = indices.batch(data.batch_size, drop_remainder=True).map(
+        lambda batch: batch[process_index * rows : (process_index + 1) * rows]
+    )
     options = grain.ReadOptions(num_threads=data.read_threads, prefetch_buffer_size=data.prefetch_batches)
     return iter(local.map(read).to_iter_dataset(options))
 
@@ -193,11 +202,11 @@ def training_batches(
 ) -> grain.DatasetIterator[Batch]:
     """Endless batches for training: the examples of each epoch in an order of its own, given by `data.seed`.
 
-    A process gets `data.batch_size / process_count` examples of a step; together, the processes get the examples that
-    a single one would. The iterator's state (`get_state`, `set_state`) holds all that is needed to go on exactly.
-    Epochs follow each other without a gap, so no example is left out. With `features`, no picture is decoded. Raises
-    UserError if the batch does not divide over the processes, if there are fewer examples than a batch, or if the
-    features are of another number of examples.
+    A process gets `data.batch_size / process_count` rows of a step's batch; together, the processes get the rows that
+    a single one would, in their order. The iterator's state (`get_state`, `set_state`) holds all that is needed to go
+    on exactly. Epochs follow each other without a gap, so no example is left out. With `features`, no picture is
+    decoded. Raises UserError if the batch does not divide over the processes, if there are fewer examples than a batch,
+    or if the features are of another number of examples.
     """
     _check(data, source, features, process_index, process_count)
     indices = grain.MapDataset.range(len(source)).seed(data.seed).shuffle().repeat()

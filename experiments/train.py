@@ -1,12 +1,19 @@
-"""Trains an editor.
+"""Trains an editor, on all devices of all processes.
 
     python -m experiments.train --config=experiments/configs/shapes.py --workdir=runs/shapes
 
 Running the same command again goes on from the newest checkpoint. `--export=FOLDER` writes the finished editor.
+`--replay=WORKDIR/replay/step_N` does a step again that was written down, and prints its metrics as JSON.
+
+Several processes find each other by their environment (TPU VMs, GKE, SLURM) or by --coordinator=HOST:PORT,
+--process_count and --process_index; experiments/launch has the commands.
 """
 
 import itertools
+import json
+import math
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,108 +23,113 @@ from absl import flags
 from data_pipelines import features as features_lib
 from data_pipelines import loader
 from data_pipelines.shapes.scoring import sample_sheet
-from experiments import program
+from experiments import program, run_flags
 from varedit_jax.config import RunConfig, to_dict
 from varedit_jax.conversion import convert
-from varedit_jax.conversion.folder import save_folder, weights_hash
+from varedit_jax.conversion.folder import load_folder, save_folder, weights_hash
 from varedit_jax.errors import UserError
+from varedit_jax.parallel import processes
+from varedit_jax.parallel.mesh import batch_part, make_mesh
+from varedit_jax.parameters import abstract_params
 from varedit_jax.sampling.editor import Editor
-from varedit_jax.scales import Pyramid, editor_pyramid
 from varedit_jax.text.vocabulary import Vocabulary
 from varedit_jax.tokenizer.tokens import encode_images
-from varedit_jax.training import editor_run, loop
-from varedit_jax.training.optimizer import learning_rate, make_optimizer
-from varedit_jax.training.stages import Stages
+from varedit_jax.training import checkpoint, loop
+from varedit_jax.training.ledger import flat_metrics
+from varedit_jax.training.mesh_run import MeshRun
+from varedit_jax.training.optimizer import learning_rate
+from varedit_jax.training.replay import replay
 
 _CONFIG = program.config_flag(RunConfig)
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, pictures", required=True)
-_STOP_AFTER = flags.DEFINE_integer("stop_after", None, "end, saved, after so many steps of this process", lower_bound=1)
-_EXPORT = flags.DEFINE_string("export", "", "new folder for the finished editor's weights")
-_EXPORT_TYPE = flags.DEFINE_enum(
-    "export_type", "float16", ["float32", "bfloat16", "float16"], "type of exported weights"
-)
 _VERIFY = flags.DEFINE_bool("verify", False, "compare the weights it starts from with their manifests first")
+_REPLAY = flags.DEFINE_string("replay", "", "folder of a step, WORKDIR/replay/step_N, to do again instead of training")
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where the environment does not tell")
+_PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "processes of the run; 1 looks for no others")
+_PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "which of them this one is, from 0")
 
 
-def _features(config: RunConfig, source: loader.TfdsSource, split: str, tokenizer: Any) -> Any:
+def _features(config: RunConfig, source: loader.TfdsSource, split: str) -> Any:
     """Features of a split, computed on first use, if the card asks for them."""
     if config.data.features == "online":
         return None
+    tokenizer = load_folder(config.tokenizer_weights, "tokenizer", abstract_params(config.model, "tokenizer"))
     name = weights_hash(tokenizer["encoder"])  # features do not depend on the decoder
     encode = jax.jit(lambda params, images: encode_images(params, images, config.model))
     folder = pathlib.Path(source.directory) / "features" / f"{split}-{name[:16]}"
-    return features_lib.precompute(folder, source, name, lambda images: encode(tokenizer, images), batch_size=64)
+    with processes.first_process_first(f"features of {split}"):
+        return features_lib.precompute(folder, source, name, lambda images: encode(tokenizer, images), batch_size=64)
 
 
-def _stages(config: RunConfig, pyramid: Pyramid, optimizer: Any, frozen: Any) -> Stages:
-    if any(scales > pyramid.scales for _, scales in config.stages):
-        raise UserError(f"stages={config.stages!r}, but the pyramid has {pyramid.scales} scales; lower the scales")
-    ends = itertools.accumulate(steps for steps, _ in config.stages)
-    pyramids = [pyramid.first(scales) for _, scales in config.stages]
-    steps = [
-        (end, jax.jit(editor_run.make_step(config, part, optimizer), donate_argnums=0))
-        for end, part in zip((*ends, config.steps), (*pyramids, pyramid), strict=True)
-    ]
-    return Stages(steps, frozen)
+def _replay(run: MeshRun, step_fn: Callable[[int], Any]) -> None:
+    """Prints the metrics of a step that is done again."""
+    checkpoint.check_config(pathlib.Path(_REPLAY.value).absolute().parent.parent, to_dict(run.config))
+    key = jax.random.key(run.config.seed)
+    metrics = replay(_REPLAY.value, key=key, abstract_state=run.abstract_state, step_fn=step_fn, put=run.put)
+    if jax.process_index() == 0:
+        values = {name: value if math.isfinite(value) else None for name, value in flat_metrics(metrics)}
+        print(json.dumps(values))
 
 
-def main(argv: list[str]) -> None:
+def _train(config: RunConfig) -> None:
     """Puts data, weights and step together and runs the loop."""
-    del argv
-    config: RunConfig = _CONFIG.value
-    if _VERIFY.value:
-        for folder in dict.fromkeys((config.tokenizer_weights, config.text_weights, config.init_from)):
-            if folder:
-                print(f"{convert.verify(folder)} tensors of {folder} are as they were written")
-    pyramid = editor_pyramid(config.model)
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    frozen = jax.device_put(editor_run.load_frozen(config))
-    vocabulary = Vocabulary.load()
-    train, held_out = (loader.open_split(config.data, split) for split in ("train", "test"))
-    train_features = _features(config, train, "train", frozen["tokenizer"])
-    held_out_features = _features(config, held_out, "test", frozen["tokenizer"])
-
-    evaluate_batch = jax.jit(editor_run.make_evaluate(config, pyramid))
+    mesh = make_mesh(config.mesh)
+    part, vocabulary = batch_part(mesh), Vocabulary.load()
+    with processes.first_process_first("data"):
+        train, held_out = (loader.open_split(config.data, split) for split in ("train", "test"))
+    with jax.set_mesh(mesh):
+        run = MeshRun(config, mesh)
+        frozen = run.load_frozen()
+    train_features, held_out_features = (_features(config, train, "train"), _features(config, held_out, "test"))
 
     def evaluate(state: Any) -> dict[str, np.ndarray]:
-        batches = loader.evaluation_batches(config.data, vocabulary, held_out, held_out_features)
-        metrics = [
-            jax.device_get(evaluate_batch(state.params, frozen, jax.device_put(batch)))
-            for batch, _ in zip(batches, range(config.eval_batches), strict=False)
-        ]
-        return jax.tree.map(lambda *values: np.mean(values, axis=0), *metrics)
+        batches = loader.evaluation_batches(config.data, vocabulary, held_out, held_out_features, *part)
+        return run.evaluate(state, frozen, itertools.islice(batches, config.eval_batches))
 
     def sample(state: Any, step: int) -> dict[str, np.ndarray]:
         del step
         editor = Editor(config.model, {**frozen, **state.params}, config.sampling)
         return {"held_out": np.asarray(sample_sheet(editor, held_out, range(8)))}
 
-    init = editor_run.make_init(config, optimizer)
-    with _stages(config, pyramid, optimizer, frozen) as stages:
+    with jax.set_mesh(mesh), run.stages(frozen) as stages:
+        if _REPLAY.value:
+            return _replay(run, stages.step)
         state = loop.train(
-            workdir=_WORKDIR.value,
+            **run_flags.loop_arguments(),
             steps=config.steps,
             key=jax.random.key(config.seed),
-            abstract_state=jax.eval_shape(init),
-            init_state=lambda: editor_run.start(config, init),
+            abstract_state=run.abstract_state,
+            init_state=run.init_state,
             step_fn=stages.step,
-            batches=loader.training_batches(config.data, vocabulary, train, train_features),
-            put=jax.device_put,
+            batches=loader.training_batches(config.data, vocabulary, train, train_features, *part),
+            put=run.put,
             run_record=to_dict(config),
-            cadence=loop.Cadence(
-                log_every=config.log_every,
-                eval_every=config.eval_every,
-                sample_every=config.sample_every,
-                save_every=config.save_every,
-                keep=config.keep_checkpoints,
-            ),
+            cadence=loop.Cadence.of(config),
             evaluate=evaluate,
             sample=sample,
             learning_rate=learning_rate(config.optimizer, config.steps),
-            stop_after=_STOP_AFTER.value,
+            guard=config.guard,
+            work=run.work,
         )
-    if _EXPORT.value and int(state.step) == config.steps:
-        save_folder(_EXPORT.value, config.model, {**frozen, **state.params}, _EXPORT_TYPE.value, config.sampling)
+    if run_flags.EXPORT.value and int(state.step) == config.steps:
+        params = {**frozen, **state.params}
+        save_folder(run_flags.EXPORT.value, config.model, params, run_flags.EXPORT_TYPE.value, config.sampling)
+
+
+def main(argv: list[str]) -> None:
+    """Joins the other processes and trains."""
+    del argv
+    config: RunConfig = _CONFIG.value
+    with processes.joined(_COORDINATOR.value, _PROCESS_COUNT.value, _PROCESS_INDEX.value):
+        if run_flags.EXPORT.value and jax.process_count() > 1:
+            raise UserError(
+                f"--export is for a single process, and there are {jax.process_count()}; export the finished run by "
+                f"experiments.convert --to=folder --input={run_flags.workdir()} --output={run_flags.EXPORT.value}"
+            )
+        if _VERIFY.value:
+            for folder in dict.fromkeys((config.tokenizer_weights, config.text_weights, config.init_from)):
+                if folder:
+                    print(f"{convert.verify(folder)} tensors of {folder} are as they were written")
+        _train(config)
 
 
 if __name__ == "__main__":

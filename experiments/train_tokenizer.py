@@ -9,10 +9,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
 
 from data_pipelines import loader
-from experiments import program
+from experiments import program, run_flags
 from varedit_jax.config import TokenizerRunConfig, to_dict
 from varedit_jax.conversion.folder import save_folder
 from varedit_jax.evaluation.sheet import Row, contact_sheet
@@ -22,11 +21,6 @@ from varedit_jax.training.optimizer import learning_rate, make_optimizer
 from varedit_jax.training.perceptual import load_perceptual
 
 _CONFIG = program.config_flag(TokenizerRunConfig)
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, pictures", required=True)
-_EXPORT = flags.DEFINE_string("export", "", "new folder for the finished tokenizer's weights")
-_EXPORT_TYPE = flags.DEFINE_enum(
-    "export_type", "float16", ["float32", "bfloat16", "float16"], "type of exported weights"
-)
 
 
 def main(argv: list[str]) -> None:
@@ -47,7 +41,7 @@ def main(argv: list[str]) -> None:
     init = tokenizer_step.make_init(config, optimizer)
     step = jax.jit(tokenizer_step.make_step(config, optimizer, perceptual), donate_argnums=0)
     state = loop.train(
-        workdir=_WORKDIR.value,
+        **run_flags.loop_arguments(),
         steps=config.steps,
         key=jax.random.key(config.seed),
         abstract_state=jax.eval_shape(init),
@@ -56,17 +50,13 @@ def main(argv: list[str]) -> None:
         batches=loader.training_batches(config.data, Vocabulary.load(), loader.open_split(config.data, "train")),
         put=jax.device_put,
         run_record=to_dict(config),
-        cadence=loop.Cadence(
-            log_every=config.log_every,
-            sample_every=config.sample_every,
-            save_every=config.save_every,
-            keep=config.keep_checkpoints,
-        ),
+        cadence=loop.Cadence.of(config),
         sample=sample,
         learning_rate=learning_rate(config.optimizer, config.steps),
+        guard=config.guard,
     )
-    if _EXPORT.value:
-        save_folder(_EXPORT.value, config.model, {"tokenizer": state.params}, _EXPORT_TYPE.value)
+    if run_flags.EXPORT.value and int(state.step) == config.steps:
+        save_folder(run_flags.EXPORT.value, config.model, {"tokenizer": state.params}, run_flags.EXPORT_TYPE.value)
 
 
 if __name__ == "__main__":

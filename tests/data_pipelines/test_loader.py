@@ -67,7 +67,8 @@ def take(count: int, data: DataConfig = DATA, **kwargs: Any) -> list[loader.Batc
 @pytest.mark.parametrize("make", [loader.training_batches, loader.evaluation_batches])
 def test_pictures_and_text_of_an_example_stay_together(make: Any) -> None:
     for batch in itertools.islice(make(DATA, Numbers(), Numbered()), 5):
-        assert set(batch) == {"source", "target", "text_ids", "text_length"}
+        assert set(batch) == {"source", "target", "text_ids", "text_length", "example_ids"}
+        assert batch["example_ids"].dtype == np.int64 and batch["example_ids"].tolist() == indices(batch)
         assert batch["source"].shape == (4, 2, 3, 3) and batch["source"].dtype == np.uint8
         assert batch["text_ids"].shape == (4, 6) and batch["text_ids"].dtype == np.int32
         assert batch["text_length"].shape == (4,) and batch["text_length"].dtype == np.int32
@@ -84,11 +85,11 @@ def test_features_replace_pictures_which_are_then_not_decoded(make: Any) -> None
     with_pictures = list(itertools.islice(make(DATA, Numbers(), Numbered()), 5))
     with_features = list(itertools.islice(make(DATA, Numbers(), source, features_of()), 5))
     for plain, batch in zip(with_pictures, with_features, strict=True):
-        assert set(batch) == {"source_features", "target_features", "text_ids", "text_length"}
+        assert set(batch) == {"source_features", "target_features", "text_ids", "text_length", "example_ids"}
         assert batch["source_features"].shape == (4, 2, 2, 3) and batch["source_features"].dtype == np.float32
         np.testing.assert_array_equal(batch["source_features"][:, 0, 0, 0], plain["source"][:, 0, 0, 0])
         np.testing.assert_array_equal(batch["target_features"][:, 0, 0, 0], plain["target"][:, 0, 0, 0])
-        for name in ("text_ids", "text_length"):
+        for name in ("text_ids", "text_length", "example_ids"):
             np.testing.assert_array_equal(batch[name], plain[name])
     assert source.decoded == 0
 
@@ -118,7 +119,7 @@ def test_processes_share_the_batches_of_one() -> None:
     parts = [take(12, process_index=process, process_count=2) for process in range(2)]
     for batch, *shares in zip(whole, *parts, strict=True):
         assert all(len(share["source"]) == 2 for share in shares)
-        assert sorted(indices(batch)) == sorted(indices(shares[0]) + indices(shares[1]))
+        assert indices(batch) == indices(shares[0]) + indices(shares[1])
 
 
 def test_evaluation_is_in_order_once_and_without_the_remainder() -> None:

@@ -86,7 +86,9 @@ def test_a_run_can_be_started_from_and_exported(uninterrupted: pathlib.Path, tmp
     folder = uninterrupted / "run"
     run = dataclasses.replace(from_dict(RunConfig, checkpoint.read_config(folder)), init_from=str(folder))
     abstract = jax.eval_shape(editor_run.make_init(run, make_optimizer(run.optimizer, run.steps)))
-    state = editor_run.start(run, lambda: jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), abstract))
+    state = editor_run.start(
+        run, abstract, lambda: jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), abstract)
+    )
     convert.to_folder(open_source(folder), tmp_path / "shared", licence="mit", quiet=True)
     assert convert.verify(tmp_path / "shared") > 0
     for part in ("transformer", "text"):

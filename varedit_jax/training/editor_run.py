@@ -6,34 +6,33 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from varedit_jax.config import RunConfig
 from varedit_jax.conversion import names, ours
-from varedit_jax.conversion.folder import load_folder
 from varedit_jax.errors import UserError
-from varedit_jax.parameters import abstract_params, init_text, init_transformer
+from varedit_jax.parameters import init_text, init_transformer
 from varedit_jax.scales import Pyramid
+from varedit_jax.training.ledger import say
 from varedit_jax.training.state import TrainState
 from varedit_jax.training.step import Batch, Metrics, Params, make_loss, make_step
 
 __all__ = ["load_frozen", "make_evaluate", "make_init", "make_step", "start"]
 
 
-def load_frozen(config: RunConfig) -> Params:
+def load_frozen(config: RunConfig, abstract: Params) -> Params:
     """Weights the run uses but does not change: the tokenizer, and the text encoder unless it is trained.
 
-    Raises UserError if the card names no folder for one, or the folder's weights do not fit.
+    `abstract` are these parts as jax.ShapeDtypeStruct (sharded.abstract_frozen): each process reads what its devices
+    hold of them. Raises UserError if the card names no folder for one, or the folder's weights do not fit.
     """
-    folders = {"tokenizer": config.tokenizer_weights}
-    if not config.train_text:
-        folders["text"] = config.text_weights
+    folders = {"tokenizer": config.tokenizer_weights, "text": config.text_weights}
     frozen = {}
-    for part, folder in folders.items():
-        if not folder:
+    for part, wanted in abstract.items():
+        if not folders[part]:
             raise UserError(f"the card names no {part}_weights; give --config.{part}_weights=FOLDER")
-        frozen[part] = load_folder(folder, part, abstract_params(config.model, part))
+        leaves, like = ours.open_part(folders[part], part, wanted), names.flat(wanted)
+        frozen[part] = names.tree({path: ours.place(leaf, like[path]) for path, leaf in leaves.items()})
     return frozen
 
 
@@ -63,27 +62,36 @@ _MAY_DIFFER = {
 }
 
 
-def start(config: RunConfig, init: Callable[[], TrainState], log: Callable[[str], None] = print) -> TrainState:
+def start(
+    config: RunConfig, abstract: TrainState, init: Callable[[], TrainState], log: Callable[[str], None] = say
+) -> TrainState:
     """The state of step 0: random, or with what is trained (the transformer, the text encoder) from `init_from`.
 
     `init_from` is a folder of weights or of a run. What does not fit is initialized, if the recipe allows it to differ;
-    `log` gets what was loaded and what was not. Raises UserError naming anything else that does not fit.
+    `log` gets what was loaded and what was not. Every array is made where `abstract` has it, and each process reads
+    what its devices hold. Raises UserError naming anything else that does not fit.
     """
-    state = jax.jit(init)()
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     if not config.init_from:
-        return state
+        return jax.jit(init, out_shardings=places)()
+    found = {part: _fitting(config.init_from, part, params) for part, params in abstract.params.items()}
+    state = jax.jit(init, out_shardings=places)()
     params = {}
-    for part, initial in state.params.items():
-        loaded, anew = _fitting(config.init_from, part, abstract_params(config.model, part))
+    for part, (loaded, anew) in found.items():
         log(f"{part} from {config.init_from}: {len(loaded)} arrays loaded: {', '.join(loaded) or 'none'}")
         if anew:
             log(f"{part}: {len(anew)} arrays do not fit and are initialized: {'; '.join(anew.values())}")
-        values = names.flat(initial)
-        params[part] = names.tree({path: loaded.get(path, value) for path, value in values.items()})
-    return state.replace(params=jax.device_put(params))
+        values, like = names.flat(state.params[part]), names.flat(abstract.params[part])
+        params[part] = names.tree(
+            {path: ours.place(loaded[path], like[path]) if path in loaded else x for path, x in values.items()}
+        )
+    ema = state.ema
+    if ema is not None:  # Copies: the state is donated to each step, and no array can be given away twice.
+        ema = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=places.ema)(params)
+    return state.replace(params=params, ema=ema)
 
 
-def _fitting(folder: str, part: str, expected: Params) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def _fitting(folder: str, part: str, expected: Params) -> tuple[dict[str, ours.Leaf], dict[str, str]]:
     """Arrays of a part that a run can start from, by path; and, by path, how the others differ."""
     wanted = names.flat(expected)
     found = ours.find_part(folder, part)
@@ -101,7 +109,7 @@ def _fitting(folder: str, part: str, expected: Params) -> tuple[dict[str, np.nda
     refused = [text for path, text in differ.items() if path not in anew]
     if refused:
         raise UserError(f"a run of this configuration cannot start from {folder}: {part} {'; '.join(refused)}")
-    loaded = {path: found[path].as_float32() for path in wanted if path not in anew}
+    loaded = {path: found[path] for path in wanted if path not in anew}
     return loaded, {path: differ.get(path, f"{path} (goes with them)") for path in wanted if path in anew}
 
 

@@ -5,14 +5,14 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Self
 
 import grain
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from varedit_jax.config import GuardConfig
+from varedit_jax.config import GuardConfig, RunConfig, TokenizerRunConfig
 from varedit_jax.errors import UserError
 from varedit_jax.training import checkpoint
 from varedit_jax.training.goodput import Goodput
@@ -42,6 +42,19 @@ class Cadence:
     save_minutes: float = 0.0  # at least so often, too; 0 = by steps alone
     keep: int = 3  # newest checkpoints that are kept
     keep_every: int = 0  # checkpoints of multiples of it are kept for good
+
+    @classmethod
+    def of(cls, config: RunConfig | TokenizerRunConfig) -> Self:
+        """That of a run. One of a tokenizer evaluates nothing."""
+        return cls(
+            log_every=config.log_every,
+            eval_every=getattr(config, "eval_every", 0),
+            sample_every=config.sample_every,
+            save_every=config.save_every,
+            save_minutes=config.save_minutes,
+            keep=config.keep_checkpoints,
+            keep_every=config.keep_every,
+        )
 
 
 def train(

@@ -67,15 +67,15 @@ class Profiler:
 
 
 def parse_steps(text: str) -> tuple[int, int]:
-    """The steps [first, last) as users write them: "10,13"; "" is no step at all, (0, 0).
+    """The steps [first, last) as users write them: "10:13"; "" is no step at all, (0, 0).
 
     Raises UserError for another form or an empty range.
     """
     if not text:
         return 0, 0
-    found = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", text)
+    found = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
     if not found or int(found[1]) >= int(found[2]):
         raise UserError(
-            f"--profile_steps is {text!r}; give the first step and the one to end before, as in --profile_steps=10,13"
+            f"--profile_steps is {text!r}; give the first step and the one to end before, as in --profile_steps=10:13"
         )
     return int(found[1]), int(found[2])

@@ -2,6 +2,7 @@
 
 import bisect
 import concurrent.futures
+import contextlib
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -55,14 +56,16 @@ class Stages:
             result = self._steps[stage](*arguments)
             if not self._compiled and stage + 1 < len(self._steps):
                 shapes = jax.tree.map(_abstract, (result[0], *arguments[1:]))
+                mesh = jax.sharding.get_mesh()  # which each thread has its own of
                 for later in range(stage + 1, len(self._steps)):
-                    self._compiled[later] = self._pool.submit(self._compile, later, shapes)
+                    self._compiled[later] = self._pool.submit(self._compile, later, shapes, mesh)
             return result
 
         return run
 
-    def _compile(self, stage: int, shapes: tuple[Any, ...]) -> Any:
-        return self._steps[stage].lower(*shapes).compile()
+    def _compile(self, stage: int, shapes: tuple[Any, ...], mesh: jax.sharding.Mesh) -> Any:
+        with contextlib.nullcontext() if mesh.empty else jax.set_mesh(mesh):
+            return self._steps[stage].lower(*shapes).compile()
 
 
 def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:

@@ -8,14 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from varedit_jax.config import DataConfig, LossConfig, RunConfig, preset
+from varedit_jax.config import DataConfig, LossConfig, MeshConfig, OptimizerConfig, RunConfig, preset
 from varedit_jax.conversion import names
 from varedit_jax.conversion.folder import save_folder
 from varedit_jax.errors import UserError
+from varedit_jax.parallel.mesh import make_mesh
 from varedit_jax.parameters import abstract_params
 from varedit_jax.scales import editor_pyramid
 from varedit_jax.training.editor_run import load_frozen, make_evaluate, make_init, start
 from varedit_jax.training.optimizer import make_optimizer
+from varedit_jax.training.sharded import abstract_frozen
 from varedit_jax.training.step import make_loss
 
 TINY = preset("tiny")
@@ -38,24 +40,37 @@ def shipped(lively, tmp_path_factory):
     return params, str(folder)
 
 
+def load(run):
+    """The frozen weights of a run, on one device."""
+    return load_frozen(run, abstract_frozen(run, make_mesh(MeshConfig())))
+
+
 def test_frozen_weights(shipped):
     """A run loads what it does not train, and nothing else."""
     params, folder = shipped
-    frozen = load_frozen(dataclasses.replace(RUN, tokenizer_weights=folder))
+    frozen = load(dataclasses.replace(RUN, tokenizer_weights=folder))
     jax.tree.map(np.testing.assert_array_equal, frozen, {"tokenizer": params["tokenizer"]})
-    frozen = load_frozen(dataclasses.replace(RUN, train_text=False, tokenizer_weights=folder, text_weights=folder))
+    frozen = load(dataclasses.replace(RUN, train_text=False, tokenizer_weights=folder, text_weights=folder))
     jax.tree.map(np.testing.assert_array_equal, frozen, {part: params[part] for part in ("tokenizer", "text")})
+
+
+def test_a_frozen_text_encoder_has_the_type_it_computes_in(shipped):
+    params, folder = shipped
+    run = dataclasses.replace(RUN, train_text=False, tokenizer_weights=folder, text_weights=folder)
+    frozen = load(dataclasses.replace(run, text_dtype="bfloat16"))
+    assert {leaf.dtype for leaf in jax.tree.leaves(frozen["text"])} == {jnp.dtype("bfloat16")}
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y.astype(jnp.bfloat16)), frozen["text"], params["text"])
 
 
 def test_frozen_weights_that_do_not_fit(shipped):
     _, folder = shipped
     with pytest.raises(UserError, match="no tokenizer_weights; give --config.tokenizer_weights=FOLDER"):
-        load_frozen(RUN)
+        load(RUN)
     with pytest.raises(UserError, match="no text_weights; give --config.text_weights=FOLDER"):
-        load_frozen(dataclasses.replace(RUN, train_text=False, tokenizer_weights=folder))
+        load(dataclasses.replace(RUN, train_text=False, tokenizer_weights=folder))
     wide = dataclasses.replace(MODEL, tokenizer=dataclasses.replace(MODEL.tokenizer, base_channels=16))
     with pytest.raises(UserError, match="is of another model: .* has shape .* expected is"):
-        load_frozen(dataclasses.replace(RUN, model=wide, tokenizer_weights=folder))
+        load(dataclasses.replace(RUN, model=wide, tokenizer_weights=folder))
 
 
 @pytest.mark.parametrize("train_text", [True, False])
@@ -86,15 +101,20 @@ def test_start(shipped):
     def ones():
         return jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), abstract)
 
-    state = start(RUN, ones)
+    state = start(RUN, abstract, ones)
     jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf, np.ones_like(leaf)), state)
-    loaded = start(dataclasses.replace(RUN, init_from=folder), ones)
+    loaded = start(dataclasses.replace(RUN, init_from=folder), abstract, ones)
     trained = {part: params[part] for part in ("transformer", "text")}
     jax.tree.map(np.testing.assert_array_equal, loaded.params, trained)
     jax.tree.map(np.testing.assert_array_equal, loaded.replace(params=None), state.replace(params=None))
+    averaged = dataclasses.replace(RUN, init_from=folder, optimizer=OptimizerConfig(ema_decay=0.9))
+    abstract = abstract.replace(ema=abstract.params)
+    averages = start(averaged, abstract, lambda: ones().replace(ema=ones().params)).ema
+    jax.tree.map(np.testing.assert_array_equal, averages, trained)
     deeper = dataclasses.replace(MODEL, transformer=dataclasses.replace(MODEL.transformer, depth=3))
     with pytest.raises(UserError, match=r"cannot start from .*: transformer blocks/ada_gss \(there \[1, .* here \[2, "):
-        start(dataclasses.replace(RUN, model=deeper, init_from=folder), ones)
+        run = dataclasses.replace(RUN, model=deeper, init_from=folder)
+        start(run, jax.eval_shape(make_init(run, OPTIMIZER)), ones)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +138,9 @@ def test_start_from_a_model_that_differs_where_it_may(shipped, tokenizer, transf
     run = dataclasses.replace(RUN, model=model, init_from=folder, train_text=False)
     abstract = jax.eval_shape(make_init(run, OPTIMIZER))
     log: list[str] = []
-    state = start(run, lambda: jax.tree.map(lambda leaf: jnp.full(leaf.shape, 7, leaf.dtype), abstract), log.append)
+    state = start(
+        run, abstract, lambda: jax.tree.map(lambda leaf: jnp.full(leaf.shape, 7, leaf.dtype), abstract), log.append
+    )
     found, theirs = names.flat(state.params["transformer"]), names.flat(params["transformer"])
     for path, tensor in found.items():
         if re.fullmatch(anew, path):

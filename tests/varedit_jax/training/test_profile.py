@@ -60,9 +60,9 @@ def test_nothing_is_traced_unasked(tmp_path):
 
 
 def test_steps_as_users_write_them():
-    assert parse_steps("10,13") == (10, 13)
-    assert parse_steps(" 0 , 1 ") == (0, 1)
-    for text in ("10", "10-13", "13,10", "5,5", "a,b", "-1,4", "1,2,3"):
+    assert parse_steps("10:13") == (10, 13)
+    assert parse_steps(" 0 : 1 ") == (0, 1)
+    for text in ("10", "10-13", "13:10", "5:5", "a:b", "-1:4", "1:2:3", "1,2"):
         with pytest.raises(UserError, match=re.escape(f"--profile_steps is {text!r}; give the first step and the one")):
             parse_steps(text)
 

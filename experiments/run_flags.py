@@ -1,0 +1,37 @@
+"""The flags that training programs share, and what they mean to the loop."""
+
+from typing import Any
+
+from absl import flags
+
+from varedit_jax.training.profile import parse_steps
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, pictures", required=True)
+_RESUME = flags.DEFINE_enum(
+    "resume", "auto", ["auto", "yes", "no"], "yes: only go on with a run; no: only start one; auto: whichever it is"
+)
+_STOP_AFTER = flags.DEFINE_integer("stop_after", None, "end, saved, after so many steps of this process", lower_bound=1)
+_PROFILE_STEPS = flags.DEFINE_string("profile_steps", "", "A:B traces the steps from A up to B into WORKDIR/profile")
+_DUMP_STEP = flags.DEFINE_integer(
+    "dump_step", None, "a step whose state and batch are written to WORKDIR/replay, for --replay", lower_bound=0
+)
+EXPORT = flags.DEFINE_string("export", "", "new folder for the finished weights")
+EXPORT_TYPE = flags.DEFINE_enum(
+    "export_type", "float16", ["float32", "bfloat16", "float16"], "type of exported weights"
+)
+
+
+def workdir() -> str:
+    """The folder of the run."""
+    return str(_WORKDIR.value)
+
+
+def loop_arguments() -> dict[str, Any]:
+    """Arguments of `loop.train` that flags decide. Raises UserError for a flag of another form."""
+    return {
+        "workdir": _WORKDIR.value,
+        "resume": {"auto": None, "yes": True, "no": False}[_RESUME.value],
+        "stop_after": _STOP_AFTER.value,
+        "profile_steps": parse_steps(_PROFILE_STEPS.value),
+        "dump_step": _DUMP_STEP.value,
+    }

@@ -1,0 +1,143 @@
+"""The processes of one run: how they find each other, and how they part.
+
+Each holds some of the devices; all run the same program, and take part in the same collective operations.
+"""
+
+import atexit
+import contextlib
+import glob
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from varedit_jax.errors import UserError
+
+# After which the others are told that a process is gone. What a process of a run has to do in less than that is to
+# answer from a thread of its own, which it does while it compiles or waits, too.
+_HEARTBEAT_SECONDS = 60
+_PARTING_SECONDS = 120  # that a process waits for the others when it is done
+
+_INTERRUPTED = 130  # exit code of a process that Ctrl-C ended
+
+_TPU_DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*")
+
+
+@contextlib.contextmanager
+def joined(coordinator: str = "", process_count: int | None = None, process_index: int | None = None) -> Iterator[None]:
+    """The block is run by one of the processes of a run. To be entered before JAX is asked for anything.
+
+    Without arguments the environment says whether there are others: SLURM, Open MPI, and TPUs in Google's cloud. A
+    process that ends well waits for the others; one that fails does not, and then the others are ended, too.
+
+    Args:
+      coordinator: "HOST:PORT" of process 0; with it, the other two are needed.
+      process_count: of the run; 1 alone: there are no others, whatever the environment says.
+      process_index: of this process, from 0.
+
+    Raises:
+      UserError: arguments that do not go together, or others that were not found.
+    """
+    arguments = _arguments(coordinator, process_count, process_index)
+    if arguments is None and (process_count == 1 or cluster(os.environ) is None):
+        yield
+        return
+    try:
+        jax.distributed.initialize(
+            **(arguments or {}),
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=_PARTING_SECONDS,
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"the processes of the run did not find each other ({reason}); see that all of them were started and can "
+            f"reach process 0, or give --process_count=1 to run alone"
+        ) from error
+    try:
+        yield
+    except SystemExit:  # asked to stop, as all are
+        jax.distributed.shutdown()
+        raise
+    except BaseException as error:
+        # The others wait for it in the midst of a step, so it must not wait for them: they fail when it is gone.
+        atexit.register(_leave, _INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1)
+        raise
+    jax.distributed.shutdown()
+
+
+@contextlib.contextmanager
+def first_process_first(name: str) -> Iterator[None]:
+    """Process 0 runs the block while the others wait; then they do, and find what it has left on the shared disk.
+
+    `name` is the same in all of them, and another one for each block.
+    """
+    several, first = jax.process_count() > 1, jax.process_index() == 0
+    if several and not first:
+        multihost_utils.sync_global_devices(name)
+    yield
+    if several and first:
+        multihost_utils.sync_global_devices(name)
+
+
+def _leave(code: int) -> None:
+    """Ends the process at its exit, when all has been said, before JAX waits for the other processes."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def cluster(environment: Mapping[str, str]) -> str | None:
+    """What started several processes and tells each which one it is; None if nothing did."""
+    step = "SLURM_PROCID" in environment and "SLURM_STEP_NODELIST" in environment  # begun by srun
+    if step and _number(environment, "SLURM_NTASKS") > 1:
+        return "SLURM"
+    if _number(environment, "OMPI_COMM_WORLD_SIZE") > 1:
+        return "Open MPI"
+    platforms = environment.get("JAX_PLATFORMS", "")
+    if importlib.util.find_spec("libtpu") is None or (platforms and "tpu" not in platforms):
+        return None
+    workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES") or ""
+    if "," in workers or _number(environment, "MEGASCALE_NUM_SLICES") > 1:
+        return "TPUs of GKE"
+    if not workers and "TPU_SKIP_MDS_QUERY" not in environment and any(map(glob.glob, _TPU_DEVICES)):
+        return "TPU VMs"  # whose server of metadata knows the others, if there are any
+    return None
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    text = environment.get(name, "")
+    return int(text) if text.isdecimal() else 0
+
+
+def _arguments(coordinator: str, process_count: int | None, process_index: int | None) -> dict[str, Any] | None:
+    """Arguments of jax.distributed.initialize; None if the environment has them, or there are no others.
+
+    Raises UserError if they do not go together.
+    """
+    if not coordinator:
+        if process_index is not None or process_count not in (None, 1):
+            raise UserError(
+                f"--process_count={process_count} and --process_index={process_index} need --coordinator=HOST:PORT, "
+                f"the address of process 0"
+            )
+        return None
+    if process_count is None or process_index is None:
+        raise UserError(f"--coordinator={coordinator} needs --process_count and --process_index, too")
+    if not re.fullmatch(r".+:\d+", coordinator):
+        raise UserError(f"--coordinator={coordinator} is not HOST:PORT")
+    if not 0 <= process_index < process_count:
+        raise UserError(
+            f"--process_index={process_index} is none of {process_count} processes; give 0 to {process_count - 1}"
+        )
+    return {
+        "coordinator_address": coordinator,
+        "num_processes": process_count,
+        "process_id": process_index,
+        "cluster_detection_method": "deactivate",  # the environment may say otherwise
+    }

@@ -1,0 +1,80 @@
+"""A run of an editor on a mesh: the arguments of the loop (loop.py), made from a card."""
+
+import bisect
+import itertools
+from collections.abc import Iterable, Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from varedit_jax.config import RunConfig
+from varedit_jax.errors import UserError
+from varedit_jax.parallel.mesh import check_batch, put_batch, replicated
+from varedit_jax.scales import editor_pyramid
+from varedit_jax.training import editor_run, sharded
+from varedit_jax.training.flops import run_flops
+from varedit_jax.training.optimizer import make_optimizer
+from varedit_jax.training.replay import EXAMPLE_IDS
+from varedit_jax.training.report import Work
+from varedit_jax.training.stages import Stages
+from varedit_jax.training.state import TrainState
+from varedit_jax.training.step import Batch, Metrics, Params
+from varedit_jax.training.stop import poll
+
+
+class MeshRun:
+    """A card on a mesh. Nothing is computed before a method says so; call them under `jax.set_mesh(mesh)`."""
+
+    def __init__(self, config: RunConfig, mesh: Mesh) -> None:
+        """Raises UserError for stages the pyramid does not have, and for what does not divide over the mesh."""
+        self.config, self.mesh = config, mesh
+        self.pyramid = editor_pyramid(config.model)
+        if any(scales > self.pyramid.scales for _, scales in config.stages):
+            raise UserError(
+                f"stages={config.stages!r}, but the pyramid has {self.pyramid.scales} scales; lower the scales"
+            )
+        check_batch(mesh, config.data.batch_size, config.optimizer.accumulation)
+        self._optimizer = make_optimizer(config.optimizer, config.steps)
+        self.abstract_state = sharded.abstract_state(config, self._optimizer, mesh)
+        # Of each stage, the last of which is the whole pyramid: the step it ends before, and the scales it trains.
+        self._ends = [*itertools.accumulate(steps for steps, _ in config.stages), config.steps]
+        self._pyramids = [*(self.pyramid.first(scales) for _, scales in config.stages), self.pyramid]
+        self._works = [
+            Work.of(run_flops(config, part, whole=self.pyramid), mesh.devices.flat) for part in self._pyramids
+        ]
+        self._evaluate = jax.jit(editor_run.make_evaluate(config, self.pyramid), out_shardings=replicated(mesh))
+
+    def load_frozen(self) -> Params:
+        """The frozen weights on the mesh. Raises UserError as editor_run.load_frozen."""
+        return editor_run.load_frozen(self.config, sharded.abstract_frozen(self.config, self.mesh))
+
+    def init_state(self) -> TrainState:
+        """The state of step 0, on the mesh. Raises UserError as editor_run.start."""
+        return editor_run.start(self.config, self.abstract_state, editor_run.make_init(self.config, self._optimizer))
+
+    def stages(self, frozen: Params) -> Stages:
+        """The step of every stage."""
+        steps = [
+            (end, sharded.sharded_step(self.config, part, self._optimizer, self.mesh))
+            for end, part in zip(self._ends, self._pyramids, strict=True)
+        ]
+        return Stages(steps, frozen)
+
+    def work(self, step: int) -> Work:
+        """What an example of step `step` costs."""
+        return self._works[min(bisect.bisect_right(self._ends, step), len(self._works) - 1)]
+
+    def put(self, batch: Mapping[str, np.ndarray]) -> Batch:
+        """This process's part of a batch as arrays of the whole batch, without `example_ids`."""
+        return put_batch(self.mesh, {name: value for name, value in batch.items() if name != EXAMPLE_IDS})
+
+    def evaluate(
+        self, state: TrainState, frozen: Params, batches: Iterable[Mapping[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
+        """Mean metrics of `batches`, this process's part of each. Stops between two of them if the run is to stop."""
+        metrics: list[Metrics] = []
+        for batch in batches:
+            poll()
+            metrics.append(jax.device_get(self._evaluate(state.params, frozen, self.put(batch))))
+        return jax.tree.map(lambda *values: np.mean(values, axis=0), *metrics)
