@@ -19,7 +19,7 @@ ImageSource = str | os.PathLike[str] | BinaryIO | Image.Image | np.ndarray
 MAX_PIXELS = 64_000_000
 
 # Kinds that are read. PIL knows more, but runs other programs or fetches other files for some of them.
-_READABLE = (
+READABLE = (
     "PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO", "PCX"
 )  # fmt: skip
 
@@ -102,7 +102,7 @@ def _from_file(file: BinaryIO, name: str, max_pixels: int) -> np.ndarray:
     # PIL warns of odd metadata, and of sizes that are refused below.
     with warnings.catch_warnings(action="ignore"):
         try:
-            picture = Image.open(file, formats=[kind for kind in _READABLE if kind in Image.OPEN])
+            picture = Image.open(file, formats=[kind for kind in READABLE if kind in Image.OPEN])
         except UnidentifiedImageError as error:
             raise UserError(
                 f"{name} is not a picture of a known kind, or damaged at its start; save it as PNG, JPEG or WebP"
@@ -133,8 +133,13 @@ def _from_pil(picture: Image.Image, name: str, max_pixels: int) -> np.ndarray:
             f"{name} has {frames} frames, but only single pictures can be edited; "
             f"save its first frame as a picture of its own"
         )
+    return upright_rgb(picture, name)
+
+
+def upright_rgb(picture: Image.Image, name: str) -> np.ndarray:
+    """Pixels of a loaded picture of any mode, EXIF orientation applied: uint8 [H, W, 3]. Raises UserError."""
     image_HW3 = _rgb(picture, name)
-    turn = _UPRIGHT.get(_orientation(picture))
+    turn = _UPRIGHT.get(orientation(picture))
     return image_HW3 if turn is None else np.array(Image.fromarray(image_HW3).transpose(turn))
 
 
@@ -145,7 +150,8 @@ def _check_size(name: str, height: int, width: int, max_pixels: int) -> None:
         raise _too_large(name, f"{width} x {height}", max_pixels)
 
 
-def _orientation(picture: Image.Image) -> int:
+def orientation(picture: Image.Image) -> int:
+    """The EXIF tag that says how a picture is turned, 1 if it is upright or does not say."""
     try:
         return int(picture.getexif().get(_EXIF_ORIENTATION, 1))
     except Exception:  # unreadable metadata is no reason to refuse the pixels

@@ -1,0 +1,179 @@
+"""What is wrong with a record: pictures that cannot be used, told by reason, and the file that keeps their names.
+
+Nothing that is published is trusted: pictures are opened as few kinds of files, their size is looked at before they are
+decoded, and whatever a decoder throws becomes a reason.
+"""
+
+import collections
+import contextlib
+import enum
+import io
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Self
+
+from PIL import Image, UnidentifiedImageError
+
+from data_pipelines.record import Record
+from varedit_jax.errors import UserError
+from varedit_jax.sampling.images import MAX_PIXELS, READABLE, orientation
+from varedit_jax.training.record import make_folder, room_explained
+
+MIN_SIDE = 16  # pixels; less is a placeholder or a tracking pixel
+MAX_SIDE = 65_500  # pixels; what a JPEG can have
+MAX_RATIO = 8.0  # long side over short side; templates end at 3
+
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+
+
+class Fault(enum.StrEnum):
+    """Why a record cannot be used."""
+
+    EMPTY = "empty file"
+    NOT_A_PICTURE = "not a picture"
+    TRUNCATED = "cut short"
+    DECODING = "damaged picture"
+    BOMB = "too many pixels"
+    SIZE = "absurd size"
+    ANIMATED = "several frames"
+    COLOURS = "unknown colours"
+    INSTRUCTION = "empty instruction"
+    RECORD = "unreadable record"  # a shard that is missing, short or damaged, or bytes that are no record
+
+
+class Damaged(Exception):
+    """A record that cannot be used."""
+
+    def __init__(self, fault: Fault, detail: str = "") -> None:
+        """`detail` is for people: which picture, and what a decoder said."""
+        super().__init__(f"{fault}: {detail}" if detail else str(fault))
+        self.fault, self.detail = fault, detail
+
+
+def open_picture(data: bytes) -> Image.Image:
+    """A picture file, opened but not decoded, whose size, kind and frames are fit to be.
+
+    Raises Damaged.
+    """
+    if not data:
+        raise Damaged(Fault.EMPTY)
+    if not Image.MIME:  # nothing is registered yet
+        Image.init()
+    try:
+        picture = Image.open(io.BytesIO(data), formats=[kind for kind in READABLE if kind in Image.OPEN])
+        frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
+    except UnidentifiedImageError:
+        raise Damaged(Fault.NOT_A_PICTURE, f"{len(data)} bytes that begin with {data[:12]!r}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # the latter where warnings are errors
+        raise Damaged(Fault.BOMB, "hundreds of millions") from None
+    except Exception as error:  # decoders meet damaged headers with every kind of exception
+        raise _from_decoder(error) from error
+    width, height = picture.size
+    size = f"{width} x {height} pixels"
+    if width * height > MAX_PIXELS:
+        raise Damaged(Fault.BOMB, size)
+    short, long = sorted(picture.size)
+    if short < MIN_SIDE or long > MAX_SIDE or long > MAX_RATIO * short:
+        raise Damaged(Fault.SIZE, size)
+    if frames > 1:
+        raise Damaged(Fault.ANIMATED, f"{frames} frames")
+    return picture
+
+
+@contextlib.contextmanager
+def decoding() -> Iterator[None]:
+    """What a decoder throws in the block becomes Damaged."""
+    try:
+        yield
+    except Damaged:
+        raise
+    except UserError as error:  # of the conversion to RGB
+        raise Damaged(Fault.COLOURS, str(error)) from error
+    except Exception as error:
+        raise _from_decoder(error) from error
+
+
+def _from_decoder(error: Exception) -> Damaged:
+    text = str(error) or type(error).__name__
+    return Damaged(Fault.TRUNCATED if "truncated" in text.lower() else Fault.DECODING, text)
+
+
+def check_image(data: bytes) -> tuple[int, int]:
+    """Width and height, upright, of a picture file that is decoded to see whether it can be. Raises Damaged."""
+    picture = open_picture(data)
+    with decoding():
+        picture.load()
+    width, height = picture.size
+    return (height, width) if orientation(picture) in _TURNED else (width, height)
+
+
+def check_record(record: Record) -> tuple[int, int]:
+    """Width and height of a record's source, if both pictures can be decoded and it says what to do. Raises Damaged."""
+    if not record.instructions or not record.instructions[0].strip():
+        raise Damaged(Fault.INSTRUCTION)
+    sizes = []
+    for side in ("source", "target"):
+        try:
+            sizes.append(check_image(getattr(record, side)))
+        except Damaged as error:
+            raise Damaged(error.fault, f"{side}: {error.detail}" if error.detail else side) from error
+    return sizes[0]
+
+
+class Quarantine:
+    """A JSONL file of what was left out, a line a record: id, data set, reason, detail. A record is written once."""
+
+    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+        """Goes on with the file, if there is one; with None, only counts. Raises UserError if it cannot be written."""
+        self.counts: collections.Counter[str] = collections.Counter()  # of `add`, by reason
+        self._path = None if path is None else pathlib.Path(path)
+        self._known: set[tuple[str, str]] = set()
+        self._file = None
+        if self._path is None:
+            return
+        make_folder(self._path.parent)
+        if self._path.exists():
+            self._known = {(line["dataset"], line["id"]) for line in read_quarantine(self._path)}
+        with room_explained("list of bad records", self._path.parent):
+            # Unbuffered: what is written is not lost, however the process ends.
+            self._file = self._path.open("ab", buffering=0)
+            if self._file.tell() and not self._path.read_bytes().endswith(b"\n"):  # a kill cut the last line short
+                self._file.write(b"\n")
+
+    def add(self, *, id: str, dataset: str, reason: str, detail: str = "") -> None:
+        """Counts a record, and writes it down unless it is there already. Raises UserError if the disk is full."""
+        self.counts[str(reason)] += 1
+        if self._file is None or (dataset, id) in self._known:
+            return
+        self._known.add((dataset, id))
+        line = {"id": id, "dataset": dataset, "reason": str(reason), "detail": detail}
+        with room_explained("list of bad records", self._path.parent):  # type: ignore[union-attr]
+            self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+
+    def summary(self) -> str:
+        """Counts by reason as text, the most frequent first."""
+        return ", ".join(f"{count} {reason}" for reason, count in self.counts.most_common())
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        """Self."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Closes the file."""
+        self.close()
+
+
+def read_quarantine(path: str | os.PathLike[str]) -> list[dict[str, str]]:
+    """Lines of a quarantine file; one that a kill cut short is left out."""
+    lines = []
+    for text in pathlib.Path(path).read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
+    return lines
