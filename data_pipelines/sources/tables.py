@@ -14,25 +14,6 @@ _ROWS = 16  # read at a time; a row may hold three pictures of several megabytes
 _BUFFER = 1 << 20  # bytes of a column that are read ahead
 
 
-def rows(path: str, needed: Sequence[str], optional: Sequence[str] = ()) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows with their numbers: the columns `needed`, and those of `optional` that the table has.
-
-    Raises UserError if a needed column is missing, OSError or ValueError where the file is damaged.
-    """
-    with pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER) as table:
-        names = table.schema_arrow.names
-        missing = [name for name in needed if name not in names]
-        if missing:
-            raise UserError(
-                f"{path} has no column {missing[0]!r}, but {', '.join(names)}; is it a table of this data set?"
-            )
-        number = 0
-        for batch in table.iter_batches(_ROWS, columns=[*needed, *(name for name in optional if name in names)]):
-            for row in batch.to_pylist():
-                yield number, row
-                number += 1
-
-
 def picture_bytes(value: Any) -> bytes | None:
     """A picture of a table as it was published: bytes, or a struct with `bytes`; None if there are none."""
     if isinstance(value, Mapping):
@@ -70,11 +51,41 @@ def table_source(
 def read_table(
     part: Part, needed: Sequence[str], optional: Sequence[str] = ()
 ) -> Iterator[tuple[int, dict[str, Any] | Refused]]:
-    """Rows of the part's file with their numbers, and Refused for the rest of one that is damaged."""
-    number = 0
+    """Rows of the part's file with their numbers: columns `needed`, and those of `optional` that it has.
+
+    A damaged group of rows is Refused as one, and the next is gone on with; so is a file that is no table. Raises
+    UserError if a needed column is missing.
+    """
+    path = part.files[0]
     try:
-        for number, row in rows(part.files[0], needed, optional):
-            yield number, row
-    except (OSError, pa.ArrowException) as error:
-        detail = f"near row {number}: {' '.join(str(error).split())[:200]}"
-        yield number, Refused(id=part.name, dataset=part.source, reason=Reason.ARCHIVE, detail=detail)
+        table = pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER, page_checksum_verification=True)
+    except _DAMAGE as error:
+        yield 0, _refused(part, "", error)
+        return
+    with table:
+        names = table.schema_arrow.names
+        missing = [name for name in needed if name not in names]
+        if missing:
+            raise UserError(
+                f"{path} has no column {missing[0]!r}, but {', '.join(names)}; is it a table of this data set?"
+            )
+        columns = [*needed, *(name for name in optional if name in names)]
+        start = 0
+        for group in range(table.num_row_groups):
+            number, stop = start, start + table.metadata.row_group(group).num_rows
+            try:
+                for batch in table.iter_batches(_ROWS, row_groups=[group], columns=columns):
+                    for row in batch.to_pylist():
+                        yield number, row
+                        number += 1
+            except _DAMAGE as error:
+                yield number, _refused(part, f" rows {number}-{stop - 1}", error)
+            start = stop
+
+
+_DAMAGE = (OSError, pa.ArrowException)  # ArrowInvalid is also a ValueError
+
+
+def _refused(part: Part, where: str, error: Exception) -> Refused:
+    detail = " ".join(str(error).split())[:200]
+    return Refused(id=f"{part.name}{where}", dataset=part.source, reason=Reason.ARCHIVE, detail=detail)

@@ -1,0 +1,321 @@
+"""Small data sets in exactly the layouts of public ones, made by code.
+
+Each function writes one below a folder and returns what has to come out of it: records by id (instructions, kind, turn,
+number of scores, name of the original), and ids or names of what is refused, with the reason. Pictures tell by their
+colour which ones they are, so that a swap is noticed: see `color`.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import pathlib
+import tarfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Expected:
+    """What a record has to be."""
+
+    source: str  # name that its picture was drawn for
+    target: str
+    instructions: tuple[str, ...]
+    kind: str = ""
+    turn: int = 0
+    scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    picture: str = ""
+    mask: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A data set on disk and what it holds."""
+
+    inputs: list[pathlib.Path]
+    records: dict[str, Expected]
+    refused: dict[str, str] = dataclasses.field(default_factory=dict)  # reason by id
+    options: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def draw(name: str, kind: str = "JPEG") -> bytes:
+    """A picture file of its own for each name, 24 x 16 pixels."""
+    color = tuple(hashlib.sha256(name.encode()).digest()[:3])
+    data = io.BytesIO()
+    PIL.Image.new("RGB", (24, 16), color).save(data, kind)
+    return data.getvalue()
+
+
+def tar(files: Sequence[tuple[str, bytes]], mode: str = "w", evil: Sequence[str] = ()) -> bytes:
+    """A tar of files; `evil` are names of members that must be refused, put in front."""
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode=mode) as archive:
+        for name in evil:
+            info = tarfile.TarInfo(name)
+            if name == "link.jpg":
+                info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+                archive.addfile(info)
+            else:
+                info.size = 4
+                archive.addfile(info, io.BytesIO(b"evil"))
+        for name, content in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return data.getvalue()
+
+
+def split(path: pathlib.Path, data: bytes, parts: int, name: str) -> None:
+    """Writes data as files `path` + `name` formatted with each part's number, cut anywhere."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    size = -(-len(data) // parts)
+    for number in range(parts):
+        letters = chr(ord("a") + number // 26) + chr(ord("a") + number % 26)
+        file = path.with_name(path.name + name.format(number=number, letters=letters))
+        file.write_bytes(data[number * size : (number + 1) * size])
+
+
+def lines(path: pathlib.Path, values: Sequence[Any]) -> None:
+    """A JSONL file; text is a line as it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join((value if isinstance(value, str) else json.dumps(value)) + "\n" for value in values))
+
+
+def table(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A parquet file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), path, row_group_size=2)
+
+
+def embedded(name: str) -> dict[str, Any]:
+    """A picture as tables hold it."""
+    return {"bytes": draw(name), "path": f"{name}.jpg"}
+
+
+def ultraedit(folder: pathlib.Path) -> Layout:
+    scores = {"clip_sim_source": 0.5, "clip_sim_target": 0.25, "clip_sim_dir": 0.125, "clip_sim_image": 0.75}
+    scores |= {"dinov2_sim": 0.875, "ssim": 0.625}
+
+    def row(index: int, **more: Any) -> dict[str, Any]:
+        return scores | {
+            "source_caption": "a", "target_caption": "b", "idx": index, "edit_prompt": f" edit {index} ",
+            "source_image": embedded(f"s{index}"), "edited_image": embedded(f"t{index}"), **more
+        }  # fmt: skip
+
+    masks = [{"edit_object": "cat", "mask_image": embedded("m0")}, {"edit_object": "", "mask_image": None}]
+    table(folder / "data" / "FreeForm_0-00000-of-00002.parquet", [row(i, **mask) for i, mask in enumerate(masks)])
+    bad = [row(0), row(1, edit_prompt="  "), row(2, source_image={"bytes": None, "path": "x"}), row(3, ssim=None)]
+    table(folder / "data" / "FreeForm_1-00000-of-00002.parquet", bad)
+    (folder / "data" / "FreeForm_2-00000-of-00001.parquet").write_bytes(b"PAR1 but cut short")
+
+    def record(index: int, **more: Any) -> Expected:
+        instructions = (f"edit {index}",)
+        return Expected(
+            **{"source": f"s{index}", "target": f"t{index}", "instructions": instructions, "scores": scores} | more
+        )
+
+    return Layout(
+        inputs=[folder],
+        records={
+            "FreeForm_0/0": record(0, mask="m0"),
+            "FreeForm_0/1": record(1),
+            "FreeForm_1/0": record(0),
+            "FreeForm_1/3": record(3, scores={name: value for name, value in scores.items() if name != "ssim"}),
+        },
+        refused={
+            "FreeForm_1/1": "empty instruction",
+            "FreeForm_1/2": "missing picture",
+            "data/FreeForm_2-00000-of-00001.parquet": "damaged archive",
+        },
+    )
+
+
+def magicbrush(folder: pathlib.Path) -> Layout:
+    rows = [
+        {
+            "img_id": image, "turn_index": turn, "source_img": embedded(f"{image}-{turn - 1}"),
+            "mask_img": embedded("m"), "instruction": f"edit {image} {turn}", "target_img": embedded(f"{image}-{turn}"),
+        }
+        for image, turn in (("242679", 1), ("242679", 2), ("118", 1))
+    ]  # fmt: skip
+    table(folder / "data" / "train-00000-of-00051.parquet", rows[:2])
+    table(folder / "data" / "dev-00000-of-00004.parquet", [*rows[2:], rows[0] | {"img_id": "9", "instruction": None}])
+    return Layout(
+        inputs=[folder],
+        records={
+            f"{image}-{turn}": Expected(
+                source=f"{image}-{turn - 1}",
+                target=f"{image}-{turn}",
+                instructions=(f"edit {image} {turn}",),
+                turn=turn - 1,
+                picture=image,
+                mask="m",
+            )
+            for image, turn in (("242679", 1), ("242679", 2), ("118", 1))
+        },
+        refused={"9-1": "empty instruction"},
+    )
+
+
+def omniedit(folder: pathlib.Path) -> Layout:
+    row = {
+        "omni_edit_id": "task_obj_add_1", "task": "addition", "src_img": embedded("s"), "edited_img": embedded("t"),
+        "edited_prompt_list": ["add a cat", "put a cat there", "add a cat"], "width": 24, "height": 16, "sc_score_1": 9,
+        "sc_score_2": 8, "sc_reasoning": "good", "pq_score": 7, "pq_reasoning": "fine", "o_score": 7.5,
+    }  # fmt: skip
+    table(folder / "data" / "dev-00000-of-00001.parquet", [row, row | {"omni_edit_id": "x", "edited_prompt_list": []}])
+    return Layout(
+        inputs=[folder],
+        records={
+            "task_obj_add_1": Expected(
+                source="s",
+                target="t",
+                instructions=("add a cat", "put a cat there"),
+                kind="addition",
+                scores={"sc_score_1": 9.0, "sc_score_2": 8.0, "pq_score": 7.0, "o_score": 7.5},
+            )
+        },
+        refused={"x": "empty instruction"},
+    )
+
+
+def instruct_pix2pix_tables(folder: pathlib.Path) -> Layout:
+    rows = [
+        {
+            "original_prompt": "a", "original_image": embedded(f"s{i}"), "edit_prompt": f"edit {i}",
+            "edited_prompt": "b", "edited_image": embedded(f"t{i}"),
+        }
+        for i in range(3)
+    ]  # fmt: skip
+    table(folder / "data" / "train-00000-of-00262.parquet", rows)
+    return Layout(
+        inputs=[folder / "data"],
+        records={
+            f"train-00000-of-00262/{i}": Expected(source=f"s{i}", target=f"t{i}", instructions=(f"edit {i}",))
+            for i in range(3)
+        },
+    )
+
+
+def _pix2pix_files() -> tuple[list[Any], dict[str, bytes]]:
+    seeds = [["0000000", ["11", "22"]], ["0000001", ["33"]], ["../up", ["1"]], ["0000002", ["44"]]]
+    files: dict[str, bytes] = {}
+    for name, own in seeds[:2] + seeds[3:]:
+        files[f"{name}/prompt.json"] = json.dumps({"caption": "a", "edit": f"edit {name}", "output": "b"}).encode()
+        files[f"{name}/metadata.jsonl"] = b"".join(
+            json.dumps({"seed": int(seed), "clip_sim_0": 0.5, "clip_sim_1": 0.25}).encode() + b"\n" for seed in own
+        )
+        for seed in own:
+            files |= {f"{name}/{seed}_{side}.jpg": draw(f"{seed}_{side}") for side in (0, 1)}
+    del files["0000002/44_1.jpg"]
+    return seeds, files
+
+
+def _pix2pix_layout(folder: pathlib.Path) -> Layout:
+    return Layout(
+        inputs=[folder],
+        records={
+            f"{name}/{seed}": Expected(
+                source=f"{seed}_0",
+                target=f"{seed}_1",
+                instructions=(f"edit {name}",),
+                scores={"clip_sim_0": 0.5, "clip_sim_1": 0.25},
+                picture=name,
+            )
+            for name, seed in (("0000000", "11"), ("0000000", "22"), ("0000001", "33"))
+        },
+        refused={"0000002/44": "missing picture", "seeds.json: ['../up', ['1']]": "unsafe name"},
+    )
+
+
+def instruct_pix2pix_folders(folder: pathlib.Path) -> Layout:
+    seeds, files = _pix2pix_files()
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    (folder / "seeds.json").write_text(json.dumps(seeds))
+    return _pix2pix_layout(folder)
+
+
+def instruct_pix2pix_zips(folder: pathlib.Path) -> Layout:
+    seeds, files = _pix2pix_files()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "seeds.json").write_text(json.dumps(seeds[:2] + seeds[3:]))
+    for number, names in enumerate((("0000000",), ("0000001", "0000002"))):
+        with zipfile.ZipFile(folder / f"shard-{number:02d}.zip", "w") as archive:
+            for name, data in files.items():
+                if name.startswith(names):
+                    archive.writestr(name, data)
+    layout = _pix2pix_layout(folder)
+    return dataclasses.replace(layout, refused={"0000002/44": "missing picture"})
+
+
+def varedit(folder: pathlib.Path) -> Layout:
+    def group(key: str) -> list[tuple[str, bytes]]:
+        return [
+            (f"{key}.src.jpg", draw(f"s{key}")),
+            (f"{key}.tgt.jpg", draw(f"t{key}")),
+            (f"{key}.txt", b"edit %s\n" % key.encode()),
+        ]
+
+    folder.mkdir(parents=True, exist_ok=True)
+    evil = ["../../evil.src.jpg", "/etc/evil.src.jpg", "link.jpg"]
+    (folder / "00000.tar").write_bytes(tar(group("000") + group("001")[:1] + group("002"), evil=evil))
+    whole = tar(group("000") + group("001"))
+    (folder / "00001.tar").write_bytes(whole[: whole.index(draw("t001")) + 100])
+    return Layout(
+        inputs=[folder],
+        records={
+            f"{shard}.tar/{key}": Expected(source=f"s{key}", target=f"t{key}", instructions=(f"edit {key}",))
+            for shard, key in (("00000", "000"), ("00000", "002"), ("00001", "000"))
+        },
+        refused={
+            "../../evil.src.jpg": "unsafe name",
+            "/etc/evil.src.jpg": "unsafe name",
+            "link.jpg": "unsafe name",
+            "00000.tar/001": "missing picture",
+            "00001.tar": "damaged archive",
+            "00001.tar/001": "missing picture",
+        },
+    )
+
+
+def x2edit(folder: pathlib.Path) -> Layout:
+    def group(key: str, about: Any, dot: str = ".", mask: bool = False) -> list[tuple[str, bytes]]:
+        files = [(f"{key}{dot}1.0.jpg", draw(f"s{key}"))]
+        files += [(f"{key}{dot}1.1.jpg", draw(f"m{key}"))] if mask else []
+        files += [(f"{key}{dot}2.jpg", draw(f"t{key}"))]
+        return [*files, (f"{key}.json", json.dumps(about).encode()), (f"{key}.txt", f"text {key}".encode())]
+
+    step = {
+        "instruction": "edit a",
+        "instruction_zh": "改",
+        "task": "文字更改",
+        "score_7b": "[4, 5]",
+        "liqe_score": 3.5,
+    }
+    path = folder / "X2Edit_data" / "step1x" / "0" / "1.tar"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(tar(group("a", step, mask=True) + group("b", {"label": "gpt4o"}, dot="..") + group("c", [])[:1]))
+    name = "X2Edit_data/step1x/0/1.tar"
+    return Layout(
+        inputs=[folder],
+        records={
+            f"{name}/a": Expected(
+                source="sa",
+                target="ta",
+                instructions=("edit a", "改", "text a"),
+                kind="文字更改",
+                scores={"score_7b_0": 4.0, "score_7b_1": 5.0, "liqe_score": 3.5},
+                mask="ma",
+            ),
+            f"{name}/b": Expected(source="sb", target="tb", instructions=("text b",), kind="gpt4o"),
+        },
+        refused={f"{name}/c": "missing picture"},
+    )
