@@ -34,7 +34,9 @@ _FILES = {
     "tokenizer": flags.DEFINE_string("tokenizer", "", "published BSQ tokenizer"),
     "text": flags.DEFINE_string("text", "", "Flan-T5 of any size: file or folder as on Hugging Face"),
 }
-_WEIGHTS = flags.DEFINE_enum("weights", "model", ["model", "ema"], "which transformer of a trainer's checkpoint")
+_WEIGHTS = flags.DEFINE_enum(
+    "weights", "model", ["model", "ema"], "parameters or their average, of a trainer's checkpoint or of a run"
+)
 _TOKENIZER_WEIGHTS = flags.DEFINE_enum("tokenizer_weights", "model", ["model", "ema"], "which weights of its file")
 _FAMILY = flags.DEFINE_enum("family", None, list(FAMILIES), "whose transformer; by the file's name if it says so")
 _ROPE = flags.DEFINE_enum("rope_layout", None, ["released", "paper"], "positions; by the family if not given")
@@ -81,7 +83,7 @@ def _dry_run() -> list[convert.Mapped]:
         return convert.mapping_in(_published())
     if not _INPUT.value:
         raise UserError("--dry_run needs --preset, --input, or published files")
-    return convert.mapping_from(open_source(_INPUT.value, _PARTS.value), _DTYPE.value, _CHUNKS.value)
+    return convert.mapping_from(open_source(_INPUT.value, _PARTS.value, _WEIGHTS.value), _DTYPE.value, _CHUNKS.value)
 
 
 def _convert() -> int:
@@ -91,7 +93,7 @@ def _convert() -> int:
         return convert.to_jax(_published(), _OUTPUT.value)
     if not _INPUT.value:
         raise UserError(f"--to={_TO.value} needs --input, a folder of weights or of a run")
-    source = open_source(_INPUT.value, _PARTS.value)
+    source = open_source(_INPUT.value, _PARTS.value, _WEIGHTS.value)
     if _TO.value == "folder":
         return convert.to_folder(source, _OUTPUT.value, _DTYPE.value, _LICENCE.value)
     shard_bytes = int(_SHARD.value * 1e9)

@@ -64,17 +64,24 @@ def is_part(folder: str | os.PathLike[str], part: str) -> bool:
     return (root / f"{part}.safetensors").is_file() or (root / part / "_METADATA").is_file()
 
 
-def find_part(folder: str | os.PathLike[str], part: str) -> dict[str, Leaf]:
+def find_part(folder: str | os.PathLike[str], part: str, *, average: bool = False) -> dict[str, Leaf]:
     """The arrays of a part by path, whatever their shapes; none is read yet.
 
-    Raises UserError for a missing or damaged part.
+    With `average` those of a run's running average. Raises UserError for a missing or damaged part, and where there is
+    no average.
     """
     where = _form(pathlib.Path(folder), part)
+    store = {"driver": "ocdbt", "base": f"file://{where.absolute()}/", "path": ""}
+    if average:
+        found = _open_orbax(where, store, ("ema", part)) if where.name == "state" else {}
+        if not found:
+            raise UserError(f"{folder} holds no average of its {part}, as runs with optimizer.ema_decay keep one")
+        return found
     if where.suffix == SAFETENSORS:
         return {name: Leaf(x.shape, x.dtype, x.load(), f"{where}: {name}") for name, x in open_weights(where).items()}
     if where.name == part:
         return _open_orbax(where, {"driver": "file", "path": f"{where.absolute()}/"}, ())
-    return _open_orbax(where, {"driver": "ocdbt", "base": f"file://{where.absolute()}/", "path": ""}, ("params", part))
+    return _open_orbax(where, store, ("params", part))
 
 
 def _form(root: pathlib.Path, part: str) -> pathlib.Path:
@@ -88,13 +95,13 @@ def _form(root: pathlib.Path, part: str) -> pathlib.Path:
     raise UserError(f"{root} holds no {part} weights ({part}.safetensors is missing)")
 
 
-def open_part(folder: str | os.PathLike[str], part: str, expected: Params) -> dict[str, Leaf]:
+def open_part(folder: str | os.PathLike[str], part: str, expected: Params, *, average: bool = False) -> dict[str, Leaf]:
     """As `find_part`, of exactly the arrays of the tree `expected` (of jax.ShapeDtypeStruct).
 
     Raises UserError for a missing or damaged part, and for one of another model, naming every array that differs with
     both shapes.
     """
-    found, wanted = find_part(folder, part), flat(expected)
+    found, wanted = find_part(folder, part, average=average), flat(expected)
     different = [
         f"{name} has shape {found[name].shape if name in found else 'nothing'}, "
         f"expected is {tuple(wanted[name].shape) if name in wanted else 'nothing'}"

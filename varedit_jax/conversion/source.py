@@ -23,21 +23,27 @@ class Source(NamedTuple):
     run: RunConfig | None  # of a run: what it was
     step: int | None
     manifest: dict[str, Any] | None
+    average: bool = False  # of a run: the running average of its parameters, instead of themselves
 
     def open(self, part: str) -> dict[str, ours.Leaf]:
         """Arrays of a part by path, not yet read."""
-        return ours.open_part(self.folder, part, abstract_params(self.config, part))
+        return ours.open_part(self.folder, part, abstract_params(self.config, part), average=self.average)
 
     def stamp(self) -> list[Any]:
         """What tells whether the weights are the same as at an earlier attempt."""
         described = (CONFIG, stream.MANIFEST, *(f"{part}.safetensors" for part in self.parts))
-        return [self.step, *stamp([self.folder / name for name in described if (self.folder / name).is_file()])]
+        return [
+            self.step,
+            self.average,
+            *stamp([self.folder / name for name in described if (self.folder / name).is_file()]),
+        ]
 
 
-def open_source(folder: str | os.PathLike[str], parts: Sequence[str] = ()) -> Source:
+def open_source(folder: str | os.PathLike[str], parts: Sequence[str] = (), weights: str = "model") -> Source:
     """Opens weights of ours; of a run, the parts that it trained. `parts` chooses among them.
 
-    Raises UserError if there are none, or a part is not among them.
+    `weights` "ema" takes the running average that a run kept. Raises UserError if there are none, or a part is not
+    among them.
     """
     root = pathlib.Path(folder)
     run = step = manifest = None
@@ -58,7 +64,9 @@ def open_source(folder: str | os.PathLike[str], parts: Sequence[str] = ()) -> So
     lost = [part for part in parts if part not in found]
     if lost:
         raise UserError(f"{root} holds no {lost[0]} weights, but {', '.join(found)}")
-    return Source(root, config, sampling, tuple(parts) or found, run, step, manifest)
+    if weights == "ema" and (run is None or not run.optimizer.ema_decay):
+        raise UserError(f"{root} holds no average of its parameters; only a run with optimizer.ema_decay keeps one")
+    return Source(root, config, sampling, tuple(parts) or found, run, step, manifest, average=weights == "ema")
 
 
 def stamp(paths: Sequence[pathlib.Path]) -> list[Any]:
