@@ -97,22 +97,24 @@ class Module:
 
 def parse(text: str) -> Module:
     """The module of `compiled.as_text()`. Raises ValueError for a text without an entry computation."""
-    computations: dict[str, dict[str, Instruction]] = {}
-    entry, current = "", None
+    computations: dict[str, list[str]] = {}
+    entry, lines = "", None
     for line in text.splitlines():
         if line.startswith(("%", "ENTRY ")) and line.endswith("{"):
-            name = re.sub(r"^ENTRY ", "", line).split(" ", 1)[0].lstrip("%")
-            current = computations.setdefault(name, {})
+            name = line.removeprefix("ENTRY ").split(" ", 1)[0].lstrip("%")
+            lines = computations.setdefault(name, [])
             if line.startswith("ENTRY "):
                 entry = name
-        elif line.startswith("}"):
-            current = None
-        elif current is not None and " = " in line:
-            instruction = _instruction(line.strip())
-            current[instruction.name] = instruction
+        elif line == "}":
+            lines = None
+        elif lines is not None and line.startswith("  "):
+            lines.append(line.strip())
+        elif lines:
+            lines[-1] += line  # attributes of kernels have line breaks
     if not entry:
         raise ValueError("the text is no HLO module: it has no ENTRY computation")
-    return Module(computations, entry)
+    parsed = {name: [_instruction(line) for line in lines] for name, lines in computations.items()}
+    return Module({name: {entry.name: entry for entry in found} for name, found in parsed.items()}, entry)
 
 
 def _instruction(line: str) -> Instruction:

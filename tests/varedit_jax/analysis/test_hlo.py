@@ -21,6 +21,13 @@ def test_loops_within_loops_multiply():
     assert hlo.product_flops(module) == 15 * 2 * 8 * 512 * 256
 
 
+def test_kernels_with_line_breaks_in_their_attributes():
+    """What comes behind them is read too."""
+    module = hlo.parse(LOOP)
+    kernel, *_ = (entry for entry, _, _ in module.instructions() if entry.opcode == "custom-call")
+    assert kernel.op_name == "jit(step)/attention/splash" and list(module.computations[module.entry])[-1] == "while.2"
+
+
 def test_length_that_xla_states_and_one_that_cannot_be_read():
     stated = LOOP.replace("body=%inner_body", 'body=%inner_body, backend_config={"known_trip_count":{"n":"7"}}')
     assert hlo.parse(stated).executions()["fused.1"] == 5 * 7
