@@ -1,4 +1,4 @@
-"""From a prepared data set to batches: a Grain pipeline of indices, shuffled, and one read for each batch.
+"""From examples to batches: a plan says which examples a step has (plan.py), and a Grain pipeline of steps reads them.
 
 A batch is a dict of arrays:
 
@@ -7,31 +7,49 @@ A batch is a dict of arrays:
     text_ids                          int32 [B, T]              the instruction, padded with 0
     text_length                       int32 [B]                 its tokens without the padding
     example_ids                       int64 [B]                 which examples of the split these are
+
+An example that cannot be used never ends a run and never goes unsaid: its row gets the next example of the batch that
+can (in the order of the whole batch, over all processes), a second time; `example_ids` has ~i, which is negative, where
+example i stands in for another. It is counted, and its name written down. Where data_pipelines.check found it before,
+it is no part of the plan, and there is nothing to stand in for.
 """
 
 import dataclasses
 import functools
-import pathlib
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import grain
 import numpy as np
-import tensorflow_datasets as tfds
 from numpy.typing import NDArray
-from tensorflow_datasets.proto import tf_example_pb2
 
+from data_pipelines.damage import Damaged, Quarantine
+from data_pipelines.examples import Example, RecordSource, Source, TfdsSource, open_records, open_split
 from data_pipelines.features import Features
-from data_pipelines.shapes.builder import SPLITS, TEST_EXAMPLES, TRAIN_EXAMPLES, Shapes
+from data_pipelines.plan import InOrder, Plan, Rows, Shuffled
 from varedit_jax.config import DataConfig
 from varedit_jax.errors import UserError
 from varedit_jax.training.replay import EXAMPLE_IDS
 
-Batch = dict[str, NDArray[Any]]
-Record = dict[str, Any]
+__all__ = [
+    "Batch",
+    "Batches",
+    "RecordSource",
+    "Source",
+    "TfdsSource",
+    "Vocabulary",
+    "evaluation_batches",
+    "open_records",
+    "open_split",
+    "training_batches",
+]
 
-_DEFAULT_DIRECTORY = "data"
+Batch = dict[str, NDArray[Any]]
+
 _CACHED_TEXTS = 200_000  # examples whose token ids a pipeline keeps, about 300 bytes each
+_ENDLESS = 2**48  # steps
+_FIRST = 1000  # examples before which the share of bad ones says nothing: so many count as seen from the start
 
 
 class Vocabulary(Protocol):
@@ -41,108 +59,83 @@ class Vocabulary(Protocol):
         """Ids [B, length], padded with 0, and the number of tokens of each [B]."""
 
 
-class Source(Protocol):
-    """Examples that can be read in any order."""
+class _Bad(NamedTuple):
+    """An example that could not be used."""
 
-    def __len__(self) -> int:
-        """Number of examples."""
-
-    def __getitem__(self, index: int) -> Record:
-        """One example: `source` and `target`, uint8 [y, x, 3], `instruction`, and what else the data set has."""
-
-    def instruction(self, index: int) -> str:
-        """The instruction of an example; cheap, as no picture is decoded."""
-
-
-class TfdsSource:
-    """A split of a prepared TFDS data set. Texts are str; pictures are decoded when an example is read."""
-
-    def __init__(self, builder: tfds.core.DatasetBuilder, split: str) -> None:
-        """Raises UserError for a split that the data set does not have."""
-        if split not in builder.info.splits:
-            raise UserError(f"{builder.name} has no split {split!r}; it has {', '.join(builder.info.splits)}")
-        self.directory = str(builder.data_dir)  # of the prepared data set
-        self._decoded = builder.as_data_source(split)
-        # For instructions alone. TFDS would decode every feature of the record, which takes about five times as long.
-        self._stored = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-
-    def __len__(self) -> int:
-        """Number of examples."""
-        return len(self._decoded)
-
-    def __getitem__(self, index: int) -> Record:
-        """One example; all that TFDS stores as bytes is text here."""
-        record = self._decoded[index]
-        return {name: value.decode() if isinstance(value, bytes) else value for name, value in record.items()}
-
-    def instruction(self, index: int) -> str:
-        """The instruction of an example."""
-        example = tf_example_pb2.Example.FromString(self._stored[index])
-        return example.features.feature["instruction"].bytes_list.value[0].decode()
-
-
-def _shapes(data: DataConfig) -> tfds.core.DatasetBuilder:
-    return Shapes(
-        data_dir=data.directory or _DEFAULT_DIRECTORY,
-        train_examples=data.train_examples or TRAIN_EXAMPLES,
-        test_examples=data.eval_examples or TEST_EXAMPLES,
-    )
-
-
-_BUILDERS = {"shapes": _shapes}
-
-
-def open_split(data: DataConfig, split: str) -> TfdsSource:
-    """Split `split` (`train` or `test`) of the data set, which is prepared under `data.directory` on first use.
-
-    Raises UserError for an unknown data set or split, and for a directory that cannot be written.
-    """
-    if data.name not in _BUILDERS:
-        raise UserError(f"unknown data set {data.name!r} in data.name; known are {', '.join(_BUILDERS)}")
-    if split not in SPLITS:
-        raise UserError(f"{data.name} has no split {split!r}; it has {', '.join(SPLITS)}")
-    make = functools.partial(_BUILDERS[data.name], data)
-    try:
-        builder = make()
-        builder.download_and_prepare()
-    except OSError as error:
-        builder = make()
-        # Several processes may start on an unprepared directory; the first to finish wins.
-        if not pathlib.Path(builder.data_dir).exists():
-            raise UserError(
-                f"cannot prepare {data.name} under {data.directory or _DEFAULT_DIRECTORY}: {error}; "
-                f"give a writable data.directory"
-            ) from error
-    return TfdsSource(builder, split)
+    dataset: str
+    id: str
+    reason: str
+    detail: str
 
 
 @dataclasses.dataclass(frozen=True)
-class _ReadBatch:
-    """Indices [B] to the batch of these examples."""
+class _Read:
+    """A step to this process's rows of its batch, and what of them could not be used."""
 
+    plan: Plan
     source: Source
     vocabulary: Vocabulary
     features: Features | None
     text_tokens: int
+    rows: slice
     # Token ids, without padding, of examples read so far: most of the cost of a batch of features would be its text.
     # Threads may fill an entry twice, with the same value.
     tokens: dict[int, NDArray[np.int32]] = dataclasses.field(default_factory=dict)
 
-    def __call__(self, indices: NDArray[np.integer[Any]]) -> Batch:
-        wanted = [int(index) for index in indices]
-        if self.features is None:
-            records = {index: self.source[index] for index in wanted}
-            batch = {side: np.stack([records[index][side] for index in wanted]) for side in ("source", "target")}
-            return batch | self._text(wanted, lambda index: records[index]["instruction"]) | _ids(wanted)
-        batch = {
-            "source_features": np.asarray(self.features.source[wanted]),
-            "target_features": np.asarray(self.features.target[wanted]),
-        }
-        return batch | self._text(wanted, self.source.instruction) | _ids(wanted)
+    def __call__(self, step: int) -> tuple[Batch, list[_Bad]]:
+        plan = self.plan(step)
+        if self.features is not None:
+            wanted = plan.indices[self.rows].tolist()
+            batch = {
+                "source_features": np.asarray(self.features.source[wanted]),
+                "target_features": np.asarray(self.features.target[wanted]),
+            }
+            return batch | self._text(wanted, self.source.instruction) | {EXAMPLE_IDS: np.array(wanted, np.int64)}, []
+        return self._pictures(step, plan)
+
+    def _pictures(self, step: int, plan: Rows) -> tuple[Batch, list[_Bad]]:
+        count = len(plan.indices)
+        own = range(count)[self.rows]
+        found: dict[int, Example | _Bad] = {}  # by row of the whole batch
+
+        def example(row: int) -> Example | _Bad:
+            if row not in found:
+                found[row] = self._example(int(plan.indices[row]), int(plan.passes[row]))
+            return found[row]
+
+        used, bad = [], []
+        texts: dict[int, str] = {}
+        batch: Batch = {}
+        for place, row in enumerate(own):
+            for other in range(row, row + count):
+                content = example(other % count)
+                if not isinstance(content, _Bad):
+                    break
+                if other == row:
+                    bad.append(content)
+            else:
+                raise UserError(f"no example of step {step} can be used; the first is {content}")
+            index = int(plan.indices[other % count])
+            used.append(index if other == row else ~index)
+            texts[index] = content["instruction"]
+            for side in ("source", "target"):
+                if side not in batch:
+                    batch[side] = np.empty((len(own), *content[side].shape), np.uint8)
+                batch[side][place] = content[side]
+        wanted = [index if index >= 0 else ~index for index in used]
+        return batch | self._text(wanted, texts.__getitem__) | {EXAMPLE_IDS: np.array(used, np.int64)}, bad
+
+    def _example(self, index: int, number: int) -> Example | _Bad:
+        if not isinstance(self.source, RecordSource):
+            return self.source[index]
+        try:
+            return self.source.draw(index, number)
+        except Damaged as error:
+            return _Bad(*self.source.name(index), str(error.fault), error.detail)
 
     def _text(self, wanted: list[int], instruction: Callable[[int], str]) -> Batch:
         rows = {index: self.tokens[index] for index in wanted if index in self.tokens}
-        missing = [index for index in wanted if index not in rows]
+        missing = [index for index in dict.fromkeys(wanted) if index not in rows]
         if missing:
             encoded = self.vocabulary.encode([instruction(index) for index in missing], self.text_tokens)
             rows |= {index: ids_T[:length].copy() for index, ids_T, length in zip(missing, *encoded, strict=True)}
@@ -154,8 +147,86 @@ class _ReadBatch:
         return {"text_ids": ids_BT, "text_length": np.array([len(rows[index]) for index in wanted], np.int32)}
 
 
-def _ids(wanted: list[int]) -> Batch:
-    return {EXAMPLE_IDS: np.array(wanted, np.int64)}
+class Batches(grain.DatasetIterator[Batch]):
+    """Batches by step. Its state is the number of the next step, whatever reads them: threads, workers, processes."""
+
+    def __init__(self, data: DataConfig, read: _Read, quarantine: str | os.PathLike[str] | None) -> None:
+        """Reads nothing yet."""
+        super().__init__()
+        self._data, self._read = data, read
+        self._step = 0
+        self._seen = 0  # examples of this process
+        self._quarantine = Quarantine(quarantine)
+        self._path = quarantine
+
+    def _start(self) -> Iterator[tuple[Batch, list[_Bad]]]:
+        data = self._data
+        options = grain.ReadOptions(num_threads=data.read_threads, prefetch_buffer_size=data.prefetch_batches)
+        end = self._read.plan.steps
+        steps = grain.MapDataset.range(self._step, _ENDLESS if end is None else max(end, self._step))
+        read = steps.map(self._read).to_iter_dataset(options)
+        if data.workers:
+            # What each has ready, as all of them together are to have `prefetch_batches`.
+            ready = max(1, data.prefetch_batches // data.workers)
+            read = read.mp_prefetch(grain.MultiprocessingOptions(data.workers, per_worker_buffer_size=ready))
+        return iter(read)
+
+    @functools.cached_property
+    def _inner(self) -> Any:
+        """The pipeline, from the next step on."""
+        return self._start()
+
+    def __next__(self) -> Batch:
+        """The next batch. Raises UserError if more than `data.bad_share` of the examples could not be used."""
+        self._assert_not_closed()
+        batch, bad = next(self._inner)
+        self._step += 1
+        self._seen += len(batch[EXAMPLE_IDS])
+        for example in bad:
+            self._quarantine.add(**example._asdict())
+        count = self._quarantine.counts.total()
+        if bad and count > self._data.bad_share * max(self._seen, _FIRST):
+            where = f"; {self._path} has their names" if self._path else ""
+            raise UserError(
+                f"{count} of {self._seen} examples could not be used ({self._quarantine.summary()}), more than "
+                f"data.bad_share={self._data.bad_share:g}{where}; find all of them with data_pipelines.check"
+            )
+        return batch
+
+    def metrics(self) -> dict[str, float]:
+        """How many examples could not be used since this process began, by reason."""
+        counts = self._quarantine.counts
+        return {f"data/bad/{reason.replace(' ', '_')}": float(count) for reason, count in sorted(counts.items())}
+
+    def get_state(self) -> dict[str, Any]:
+        """The number of the next step, and which plan it is of."""
+        return {"next_step": self._step, "plan": self._read.plan.digest}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on at a step. Raises UserError if the state is of other data."""
+        if state["plan"] != self._read.plan.digest:
+            raise UserError(
+                f"the data of {self._data.name} or its mixture are not those of the checkpoint: examples were added, "
+                f"removed or found to be bad, so no one can say which batch comes next; start a new run from it, with "
+                f"init_from"
+            )
+        self._stop()
+        self._step = int(state["next_step"])
+
+    def start_prefetch(self) -> None:
+        """Begins to read."""
+        self._inner.start_prefetch()
+
+    def close(self) -> None:
+        """Ends workers and threads."""
+        if not self._closed:
+            self._stop()
+            self._quarantine.close()
+        super().close()
+
+    def _stop(self) -> None:
+        if inner := self.__dict__.pop("_inner", None):
+            inner.close()
 
 
 def _check(data: DataConfig, source: Source, features: Features | None, process_index: int, process_count: int) -> None:
@@ -180,16 +251,11 @@ def _check(data: DataConfig, source: Source, features: Features | None, process_
                 )
 
 
-def _batches(
-    indices: grain.MapDataset[int], data: DataConfig, read: _ReadBatch, process_index: int, process_count: int
-) -> grain.DatasetIterator[Batch]:
-    """Batches of the examples at `indices`: of each, consecutive rows for every process, in their order."""
-    rows = data.batch_size // process_count
-    local = indices.batch(data.batch_size, drop_remainder=True).map(
-        lambda batch: batch[process_index * rows : (process_index + 1) * rows]
-    )
-    options = grain.ReadOptions(num_threads=data.read_threads, prefetch_buffer_size=data.prefetch_batches)
-    return iter(local.map(read).to_iter_dataset(options))
+def _columns(source: Source) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
+    """Bucket of each example, and whether it is used."""
+    if isinstance(source, RecordSource):
+        return source.buckets, source.kept
+    return np.zeros(len(source), np.int8), None
 
 
 def training_batches(
@@ -199,19 +265,37 @@ def training_batches(
     features: Features | None = None,
     process_index: int = 0,
     process_count: int = 1,
-) -> grain.DatasetIterator[Batch]:
-    """Endless batches for training: the examples of each epoch in an order of its own, given by `data.seed`.
+    quarantine: str | os.PathLike[str] | None = None,
+) -> Batches:
+    """Endless batches for training, in an order given by `data.seed` and the data alone (plan.py).
 
     A process gets `data.batch_size / process_count` rows of a step's batch; together, the processes get the rows that
-    a single one would, in their order. The iterator's state (`get_state`, `set_state`) holds all that is needed to go
-    on exactly. Epochs follow each other without a gap, so no example is left out. With `features`, no picture is
-    decoded. Raises UserError if the batch does not divide over the processes, if there are fewer examples than a batch,
-    or if the features are of another number of examples.
+    a single one would, in their order. The iterator's state (`get_state`, `set_state`) is the number of the next step,
+    so a run goes on with any number of processes and of workers. With `features`, no picture is decoded.
+
+    Args:
+      data: the card's part about data.
+      vocabulary: for the instructions.
+      source: of `open_split` or `open_records`.
+      features: of all examples of `source`, or None to give pictures.
+      process_index, process_count: which rows.
+      quarantine: JSONL file for the names of examples that cannot be used; a process has its own.
+
+    Raises UserError if the batch does not divide over the processes, if there are fewer examples than a batch, or if
+    the features are of another number of examples.
     """
     _check(data, source, features, process_index, process_count)
-    indices = grain.MapDataset.range(len(source)).seed(data.seed).shuffle().repeat()
-    read = _ReadBatch(source, vocabulary, features, data.text_tokens)
-    return _batches(indices, data, read, process_index, process_count)
+    buckets, kept = _columns(source)
+    datasets: NDArray[Any] = np.zeros(len(source), np.int8)
+    weights = [1.0]
+    if isinstance(source, RecordSource):
+        datasets, weights = source.datasets, [weight for _, weight in data.mixture]
+    try:
+        plan = Shuffled(buckets, datasets, weights, data.batch_size, data.seed, kept)
+    except ValueError as error:
+        raise UserError(f"there is nothing to train on: {error}; see data.mixture") from error
+    read = _Read(plan, source, vocabulary, features, data.text_tokens, _rows(data, process_index, process_count))
+    return Batches(data, read, quarantine)
 
 
 def evaluation_batches(
@@ -221,13 +305,23 @@ def evaluation_batches(
     features: Features | None = None,
     process_index: int = 0,
     process_count: int = 1,
-) -> grain.DatasetIterator[Batch]:
-    """Batches of the examples in their stored order, once: the first `n - n % data.batch_size` of n examples.
+) -> Batches:
+    """Batches of the examples in their stored order, once, without mirroring.
 
-    Whole batches only, so that all processes take equally many steps of one shape. Example i of a single process is
-    row `i % B` of batch `i // B`. Arguments and errors as of `training_batches`.
+    Whole batches of each bucket only, so that all processes take equally many steps of one shape: of n examples of one
+    bucket the first `n - n % data.batch_size`. Example i of a single process and bucket is row `i % B` of batch
+    `i // B`. Arguments and errors as of `training_batches`.
     """
     _check(data, source, features, process_index, process_count)
-    indices = grain.MapDataset.range(len(source) - len(source) % data.batch_size)
-    read = _ReadBatch(source, vocabulary, features, data.text_tokens)
-    return _batches(indices, data, read, process_index, process_count)
+    buckets, kept = _columns(source)
+    plan = InOrder(buckets, data.batch_size, kept)
+    if isinstance(source, RecordSource):
+        source = dataclasses.replace(source, data=dataclasses.replace(source.data, flip=False))
+    read = _Read(plan, source, vocabulary, features, data.text_tokens, _rows(data, process_index, process_count))
+    return Batches(data, read, None)
+
+
+def _rows(data: DataConfig, process_index: int, process_count: int) -> slice:
+    """Rows of a batch that are this process's."""
+    count = data.batch_size // process_count
+    return slice(process_index * count, (process_index + 1) * count)

@@ -217,19 +217,39 @@ class LossConfig:
 class DataConfig:
     """Where examples come from."""
 
-    name: str = "shapes"  # data set: `shapes`
-    directory: str = ""  # where it is prepared and read; "" means data/ in the working folder
+    name: Literal["shapes", "records"] = "shapes"  # generated, or prepared by data_pipelines.prepare
+    directory: str = ""  # where `shapes` is prepared and read; "" means data/ in the working folder
     train_examples: int = 0  # size of the training split, for data sets that are generated
     eval_examples: int = 0  # size of the held-out split, likewise
+    # Of `records`: folders of prepared data sets, and how many times an epoch shows each of their examples. The share
+    # of a data set in what is trained on is its weight times its size, over the sum of these.
+    mixture: tuple[tuple[str, float], ...] = ()
+    aspects: tuple[str, ...] = ("1.0",)  # templates (scales.py) that pictures are brought to, each to the nearest
+    resize: Literal["crop", "pad"] = "crop"  # the middle of a picture, or all of it on white, as in editing
+    flip: bool = False  # mirror every second picture whose instruction allows it
     features: Literal["online", "precomputed"] = "online"  # encode in the step, or once, ahead
     batch_size: int = 32  # examples a step, over all processes
     text_tokens: int = 512  # T: prompts are padded to this length in a batch
     seed: int = 0  # of shuffling
-    read_threads: int = 2
+    read_threads: int = 2  # a process, or a worker
+    workers: int = 0  # processes that read, beside each process of the run; 0 reads in threads of the run's own
     prefetch_batches: int = 8
+    bad_share: float = 0.01  # of examples that cannot be used, above which a run ends
 
     def __post_init__(self) -> None:
+        _check_choice("data.name", self.name, ("shapes", "records"))
         _check_choice("data.features", self.features, ("online", "precomputed"))
+        _check_choice("data.resize", self.resize, ("crop", "pad"))
+        if (self.name == "records") != bool(self.mixture):
+            raise ValueError(f"data.mixture is {self.mixture!r}, and data.name {self.name!r}; `records` alone has one")
+        if self.flip and self.features == "precomputed":
+            raise ValueError("data.flip is True, and data.features 'precomputed'; features cannot be mirrored")
+        if any(not 0 <= weight < float("inf") for _, weight in self.mixture):
+            raise ValueError(f"data.mixture is {self.mixture!r}; weights are numbers from 0")
+        if not self.aspects or len(set(self.aspects)) < len(self.aspects):
+            raise ValueError(f"data.aspects is {self.aspects!r}; it needs at least one template, and each once")
+        if not 0 <= self.bad_share <= 1:
+            raise ValueError(f"data.bad_share is {self.bad_share}; it must be between 0 and 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

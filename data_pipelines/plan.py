@@ -1,0 +1,239 @@
+"""Which examples form which batch: a pure function of the step.
+
+An epoch shows every example as often as the weight of its data set says, in an order of its own. Every batch is of one
+bucket (an aspect template), so that all of its pictures have one shape. Examples of a bucket follow each other without
+a gap from epoch to epoch, and every `batch_size` of them are a batch; so what does not fill a batch of its bucket at
+the end of an epoch begins the first batch of that bucket in the next one, and nothing is left out or shown twice.
+
+Nothing is remembered from step to step: the examples of a step follow from the seed, the columns and the step's number
+in closed form, the same in every process and on every machine. What is random is a hash (SplitMix64), not a generator
+whose stream could change with a release.
+"""
+
+import bisect
+import collections
+import dataclasses
+import hashlib
+import math
+import threading
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+_PASS, _EPOCH, _STEPS = 1, 2, 3  # what a hash is for
+
+
+class Rows(NamedTuple):
+    """The examples of one batch, over all processes."""
+
+    bucket: int  # of all of them
+    indices: NDArray[np.int64]  # [B]
+    passes: NDArray[np.int64]  # [B] how often each was shown before; what is random about an example follows from it
+
+
+class Plan(Protocol):
+    """Batches by step."""
+
+    digest: str  # of all that decides; equal plans give equal batches
+
+    @property
+    def steps(self) -> int | None:
+        """How many there are; None is endless."""
+
+    def __call__(self, step: int) -> Rows:
+        """The examples of a step."""
+
+
+def mix(*values: ArrayLike) -> NDArray[np.uint64]:
+    """A hash of integers, which are broadcast: SplitMix64's finalizer over the chain of them."""
+    state: Any = np.uint64(0)
+    with np.errstate(over="ignore"):
+        for value in values:
+            state = (state ^ np.asarray(value).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = state ^ (state >> np.uint64(31))
+    return state
+
+
+def _shuffled(*key: ArrayLike) -> NDArray[np.int64]:
+    """A permutation given by hashes."""
+    return np.argsort(mix(*key), kind="stable")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """The examples of one data set in one bucket, which follow each other pass after pass."""
+
+    members: NDArray[np.int32]
+    weight: Fraction  # passes an epoch
+
+    def until(self, epoch: int) -> int:
+        """Examples shown before an epoch."""
+        return math.floor(epoch * self.weight * len(self.members))
+
+    def shown(self, epoch: int, seed: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Members shown in an epoch, in any order, and in which pass of the group each is."""
+        first, last, size = self.until(epoch), self.until(epoch + 1), len(self.members)
+        pieces, passes = [], []
+        for number in range(first // size, -(-last // size)):
+            start, stop = max(first - number * size, 0), min(last - number * size, size)
+            whole = stop - start == size
+            members = self.members if whole else self.members[_shuffled(seed, _PASS, number, self.members)]
+            pieces.append(members[start:stop])
+            passes.append(np.full(stop - start, number, np.int32))
+        if not pieces:
+            return self.members[:0], self.members[:0]
+        return np.concatenate(pieces), np.concatenate(passes)
+
+
+class Shuffled:
+    """An endless plan for training."""
+
+    steps = None
+
+    def __init__(
+        self,
+        buckets: NDArray[np.integer[Any]],
+        datasets: NDArray[np.integer[Any]],
+        weights: Sequence[float],
+        batch_size: int,
+        seed: int,
+        kept: NDArray[np.bool_] | None = None,
+    ) -> None:
+        """Groups the examples.
+
+        Args:
+          buckets: of each example [n], from 0.
+          datasets: of each example [n], indices into `weights`.
+          weights: of each data set: how many times an epoch shows each of its examples, on average; with 0.5 it is
+            every example in every second epoch, not the same half in each.
+          batch_size: over all processes.
+          seed: of everything that is random.
+          kept: [n], False for those that are never shown; None keeps all.
+
+        Raises ValueError if nothing is ever shown.
+        """
+        self._args = buckets, datasets, tuple(weights), batch_size, seed, kept
+        self._batch_size, self._seed = batch_size, seed
+        exact = [Fraction(str(weight)) for weight in weights]
+        codes = np.asarray(datasets).astype(np.int32) * (int(np.max(buckets, initial=0)) + 1) + buckets
+        shown = np.arange(len(codes)) if kept is None else np.flatnonzero(kept)
+        order = shown[np.argsort(codes[shown], kind="stable")].astype(np.int32)
+        groups: dict[int, list[_Group]] = collections.defaultdict(list)
+        for members in np.split(order, np.flatnonzero(np.diff(codes[order])) + 1):
+            if len(members) and exact[datasets[members[0]]] > 0:
+                groups[int(buckets[members[0]])].append(_Group(members, exact[datasets[members[0]]]))
+        if not groups:
+            raise ValueError(f"none of {len(codes)} examples is ever shown with weights {tuple(weights)}")
+        self._groups = {bucket: groups[bucket] for bucket in sorted(groups)}
+        digest = hashlib.sha256(repr((len(codes), tuple(map(str, exact)), batch_size, seed)).encode())
+        digest.update(order.tobytes() + codes[order].tobytes())
+        self.digest = digest.hexdigest()[:16]
+        # Orders of some epochs: of each bucket the last two that a batch began or ended in, more or less.
+        self._orders: collections.OrderedDict[tuple[int, int], Any] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process groups its own."""
+        return Shuffled, self._args
+
+    def _until(self, epoch: int, bucket: int) -> int:
+        """Examples of a bucket that are shown before an epoch."""
+        return sum(group.until(epoch) for group in self._groups[bucket])
+
+    def first_step(self, epoch: int) -> int:
+        """The step that an epoch begins with."""
+        return sum(self._until(epoch, bucket) // self._batch_size for bucket in self._groups)
+
+    def epoch(self, step: int) -> int:
+        """The epoch of a step."""
+        beyond = 1
+        while self.first_step(beyond) <= step:
+            beyond *= 2
+        return bisect.bisect_right(range(beyond), step, key=self.first_step) - 1
+
+    def __call__(self, step: int) -> Rows:
+        """The examples of a step, from 0."""
+        epoch = self.epoch(step)
+        buckets = self._kept((epoch, -1), lambda: self._buckets(epoch))
+        within = step - self.first_step(epoch)
+        bucket = int(buckets[within])
+        before = self._until(epoch, bucket) // self._batch_size + int(np.count_nonzero(buckets[:within] == bucket))
+        return Rows(bucket, *self._slice(bucket, before * self._batch_size, (before + 1) * self._batch_size))
+
+    def _buckets(self, epoch: int) -> NDArray[np.int64]:
+        """Of each step of an epoch."""
+        counts = [
+            self._until(epoch + 1, bucket) // self._batch_size - self._until(epoch, bucket) // self._batch_size
+            for bucket in self._groups
+        ]
+        buckets = np.repeat(np.array(list(self._groups), np.int64), counts)
+        return buckets[_shuffled(self._seed, _STEPS, epoch, np.arange(len(buckets)))]
+
+    def _slice(self, bucket: int, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """A stretch of the endless sequence of a bucket: indices and passes."""
+        beyond = 1
+        while self._until(beyond, bucket) <= start:
+            beyond *= 2
+        epoch = bisect.bisect_right(range(beyond), start, key=lambda epoch: self._until(epoch, bucket)) - 1
+        found: list[Any] = []
+        while start < stop:
+            indices, passes = self._kept((epoch, bucket), lambda epoch=epoch: self._order(epoch, bucket))
+            begin = self._until(epoch, bucket)
+            piece = slice(start - begin, stop - begin)
+            found.append((indices[piece], passes[piece]))
+            start += len(found[-1][0])
+            epoch += 1
+        return tuple(np.concatenate(column).astype(np.int64) for column in zip(*found, strict=True))  # type: ignore
+
+    def _order(self, epoch: int, bucket: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """The examples of a bucket in an epoch, in their order, and their passes."""
+        groups = [group.shown(epoch, self._seed) for group in self._groups[bucket]]
+        indices, passes = (np.concatenate(column) for column in zip(*groups, strict=True))
+        order = _shuffled(self._seed, _EPOCH, epoch, passes, indices)
+        return indices[order], passes[order]
+
+    def _kept(self, key: tuple[int, int], make: Any) -> Any:
+        """What is kept under a key, or made and kept; the oldest goes."""
+        with self._lock:
+            if key not in self._orders:
+                self._orders[key] = make()
+            self._orders.move_to_end(key)
+            while len(self._orders) > 2 * len(self._groups) + 2:
+                self._orders.popitem(last=False)
+            return self._orders[key]
+
+
+class InOrder:
+    """A plan that shows each example once, in the stored order, as far as they fill batches of their bucket.
+
+    A batch comes where its last example is.
+    """
+
+    def __init__(
+        self, buckets: NDArray[np.integer[Any]], batch_size: int, kept: NDArray[np.bool_] | None = None
+    ) -> None:
+        """`buckets` [n] and `kept` [n] as of `Shuffled`."""
+        shown = np.arange(len(buckets)) if kept is None else np.flatnonzero(kept)
+        found = []
+        for bucket in np.unique(buckets[shown]):
+            members = shown[buckets[shown] == bucket]
+            found.append(members[: len(members) - len(members) % batch_size].reshape(-1, batch_size))
+        batches = np.concatenate(found) if found else np.zeros((0, batch_size), np.int64)
+        self._batches = batches[np.argsort(batches[:, -1])]
+        self._buckets = np.asarray(buckets)[self._batches[:, 0]]
+        self.digest = hashlib.sha256(self._batches.tobytes() + self._buckets.tobytes()).hexdigest()[:16]
+
+    @property
+    def steps(self) -> int:
+        """Number of whole batches."""
+        return len(self._batches)
+
+    def __call__(self, step: int) -> Rows:
+        """The examples of a step, from 0."""
+        indices = self._batches[step]
+        return Rows(int(self._buckets[step]), indices, np.zeros_like(indices))

@@ -1,0 +1,87 @@
+"""Published pictures to pictures of the model's size: source and target alike, flipped only where that says the same.
+
+`crop` takes the largest part in the middle that has the aspect of the wanted size and resizes it (Lanczos); `pad` lays
+the picture at the top left of white of that aspect and resizes, as editing does (sampling/images.py). Before either, a
+JPEG that is several times too large is reduced by its decoder, as far as its sides stay `REDUCING_GAP` times what is
+needed.
+"""
+
+import re
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from data_pipelines.damage import decoding, open_picture
+from data_pipelines.plan import mix
+from varedit_jax.sampling.images import fit, orientation, upright_rgb
+
+REDUCING_GAP = 3.0  # what a decoder leaves for Lanczos to do, so that hardly a difference is left
+
+_FLIP = 4  # what a hash is for, beside those of plan.py
+
+# Words that a flipped picture would make wrong: sides, directions, and writing. Languages of the public data sets.
+_SIDED = re.compile(
+    r"\b(?:left|right|lefthand|righthand|leftmost|rightmost|leftward|rightward|leftwards|rightwards|clockwise|counter-?"
+    r"clockwise|anticlockwise|east|west|eastern|western|mirror|mirrored|flip|flipped|"
+    r"text|texts|word|words|letter|letters|lettering|caption|captions|title|logo|logos|sign|signs|signage|label|labels|"
+    r"write|writes|writing|written|wrote|read|reads|reading|say|says|saying|spell|spells|number|numbers|digit|digits|"
+    r"font|slogan|watermark|license plate|plate number|clock|"
+    r"links|rechts|linken?|rechten?|linke[rs]|rechte[rs]|schrift|schriftzug|wort|worte|"  # German
+    r"gauche|droite|texte|mot|mots|écrire|écrit|"  # French
+    r"izquierd[oa]s?|derech[oa]s?|texto|palabras?|letras?|escrib\w*|"  # Spanish
+    r"esquerd[oa]s?|direit[oa]s?|palavras?|escrev\w*|"  # Portuguese
+    r"sinistr[oa]|destr[oa]|testo|parol[ae]|scritt[oa]|"  # Italian
+    r"лев\w*|прав\w*|слев\w*|справ\w*|текст\w*|надпис\w*|букв\w*|слов\w*)\b"  # Russian
+    r"|[\"“”„«»‘`「」『』《》]|(?<!\w)'|(?-i:[A-Z]{3,})"  # quotes and capitals: something to be written
+    r"|左|右|东|西|東|写|書|字|文本|标志|标题|招牌|문자|글자|글씨|왼|오른",  # Chinese, Japanese, Korean
+    re.IGNORECASE,
+)
+
+
+def may_flip(instruction: str) -> bool:
+    """Whether an instruction says the same of mirrored pictures: no left or right in it, and nothing about writing."""
+    return _SIDED.search(instruction) is None
+
+
+def draw_flip(seed: int, index: int, number: int, instruction: str) -> bool:
+    """Whether an example is flipped in its pass `number`: every second time, where it may be."""
+    return bool(mix(seed, _FLIP, number, index) & np.uint64(1)) and may_flip(instruction)
+
+
+def read_picture(data: bytes, size_hw: tuple[int, int], resize: str, flip: bool = False) -> NDArray[np.uint8]:
+    """A picture file as uint8 [h, w, 3] with (h, w) = `size_hw`. Raises Damaged."""
+    picture = open_picture(data)
+    h, w = size_hw
+    with decoding():
+        if picture.format == "JPEG":
+            _reduce(picture, size_hw, resize)
+        picture.load()
+        if picture.mode != "RGB" or orientation(picture) != 1:
+            picture = Image.fromarray(upright_rgb(picture, "the picture"))
+    if resize == "pad":
+        fitted, _ = fit(np.asarray(picture), size_hw)
+        return fitted[:, ::-1] if flip else fitted
+    if picture.size != (w, h):
+        picture = picture.resize((w, h), Image.Resampling.LANCZOS, box=_middle(picture.size, w / h))
+    pixels = np.asarray(picture)
+    return pixels[:, ::-1] if flip else pixels
+
+
+def _middle(size: tuple[int, int], aspect: float) -> tuple[float, float, float, float]:
+    """The largest box in the middle of (width, height) whose width / height is `aspect`: left, top, right, bottom."""
+    width, height = size
+    wide, high = min(width, height * aspect), min(height, width / aspect)
+    left, top = (width - wide) / 2, (height - high) / 2
+    return left, top, left + wide, top + high
+
+
+def _reduce(picture: Image.Image, size_hw: tuple[int, int], resize: str) -> None:
+    """Lets the decoder of a JPEG that is several times too large make it smaller, which costs less than all of it."""
+    width, height = picture.size
+    h, w = size_hw
+    if orientation(picture) >= 5:
+        h, w = w, h
+    scale = max(w / width, h / height) if resize == "crop" else min(w / width, h / height)
+    wanted = round(width * scale * REDUCING_GAP), round(height * scale * REDUCING_GAP)
+    picture.draft(None, wanted)  # the least of 1, 1/2, 1/4, 1/8 that is no smaller
