@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from data_pipelines.sources.entries import MAX_FILE_BYTES, Reason, safe_name
+from varedit_jax.errors import UserError
 
-_BUFFER = 1 << 20
+_BUFFER = 1 << 17
 _DAMAGE = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError)
 
 # NAME.tar.gz.part-aa, NAME.tar.gz.part001, NAME.tar.split.000
-_PART = re.compile(r"(?P<name>.+\.(?:tar|tar\.gz|tgz))(?:\.(?:part|split)[-.]?(?P<part>\w+))?")
+_PART = re.compile(r"(?P<name>.+\.(?:tar|tar\.gz|tgz))(?:\.(?:part|split)[-.]?(?P<part>\d+|[A-Za-z]+))?")
 
 
 class Volume(io.RawIOBase):
@@ -90,16 +91,33 @@ class Damage(NamedTuple):
 
 
 def group_parts(files: Sequence[pathlib.Path]) -> dict[str, list[str]]:
-    """Archives by name, each with its parts in order: numbers as numbers, `aa`, `ab`, ... by length and letter."""
-    groups: dict[str, list[tuple[tuple[int, str], str]]] = {}
+    """Archives by name, each with its parts in order: numbers as numbers, `aa`, `ab`, ... by letters.
+
+    Raises UserError if a part between the first and the last is missing, since all after it could not be read.
+    """
+    groups: dict[str, dict[int, str]] = {}
     for file in files:
-        match = _PART.fullmatch(file.name)
-        if match:
-            part = match["part"] or ""
-            key = str(file.with_name(match["name"]))
-            order = (int(part), "") if part.isdecimal() else (len(part), part)
-            groups.setdefault(key, []).append((order, str(file)))
-    return {name: [file for _, file in sorted(parts)] for name, parts in sorted(groups.items())}
+        if match := _PART.fullmatch(file.name):
+            number = _part_number(match["part"] or "0")
+            groups.setdefault(str(file.with_name(match["name"])), {})[number] = str(file)
+    for name, parts in groups.items():
+        for number in range(min(parts), max(parts)):
+            if number not in parts:
+                raise UserError(
+                    f"{name} has {len(parts)} parts, but the one after {pathlib.Path(parts[number - 1]).name} is "
+                    f"missing; download it too"
+                )
+    return {name: [parts[number] for number in sorted(parts)] for name, parts in sorted(groups.items())}
+
+
+def _part_number(part: str) -> int:
+    """Place of a part among others: a number, or letters as the digits of one."""
+    if part.isdecimal():
+        return int(part)
+    number = 0
+    for letter in part.lower():
+        number = number * 26 + ord(letter) - ord("a")
+    return number
 
 
 def is_compressed(files: Sequence[str]) -> bool:
@@ -142,9 +160,9 @@ def members(files: Sequence[str], wanted: Callable[[str], bool] | None = None) -
     archive = pathlib.Path(files[0]).name
     try:
         with Volume(files) as volume, io.BufferedReader(volume, _BUFFER) as buffered:
-            compressed = is_compressed(files)
-            stream = gzip.GzipFile(fileobj=buffered) if compressed else buffered
-            with tarfile.open(fileobj=stream, mode="r|" if compressed else "r:", bufsize=_BUFFER) as tar:
+            # Sought forward only, which in a compressed stream is reading on.
+            stream = io.BufferedReader(gzip.GzipFile(fileobj=buffered), _BUFFER) if is_compressed(files) else buffered  # type: ignore[type-var]
+            with tarfile.open(fileobj=stream, mode="r:") as tar:
                 for info in _infos(tar):
                     if info.isdir():
                         continue

@@ -58,10 +58,10 @@ class _Held:
     def __init__(self, folder: pathlib.Path, memory_bytes: int, disk_bytes: int) -> None:
         self._folder, self._limits = folder, (memory_bytes, disk_bytes)
         self._used = [0, 0]  # bytes in memory, on disk
-        self._pictures: dict[tuple[int, str], tuple[bytes | pathlib.Path, int]] = {}  # and their sizes
-        self._awaited: dict[tuple[int, str], int] = {}  # how many pairs still need each
+        # Bytes, or the number of a file; size; how many pairs still need the picture.
+        self._pictures: dict[tuple[int, str], tuple[bytes | int, int, int]] = {}
+        self._files = itertools.count()
         self.by_stream: collections.Counter[int] = collections.Counter()  # bytes
-        self._files = 0
 
     def __contains__(self, picture: tuple[int, str]) -> bool:
         return picture in self._pictures
@@ -71,31 +71,32 @@ class _Held:
         place = next((i for i in (0, 1) if self._used[i] + len(data) <= self._limits[i]), None)
         if place is None:
             return False
-        kept: bytes | pathlib.Path = data
+        kept: bytes | int = data
         if place == 1:
-            kept = self._folder / str(self._files)
-            kept.write_bytes(data)
-            self._files += 1
+            kept = next(self._files)
+            self._file(kept).write_bytes(data)
         self._used[place] += len(data)
-        self._pictures[picture], self._awaited[picture] = (kept, len(data)), awaited
+        self._pictures[picture] = (kept, len(data), awaited)
         self.by_stream[picture[0]] += len(data)
         return True
 
+    def _file(self, number: int) -> pathlib.Path:
+        return self._folder / str(number)
+
     def read(self, picture: tuple[int, str]) -> bytes:
-        kept, _ = self._pictures[picture]
-        return kept if isinstance(kept, bytes) else kept.read_bytes()
+        kept, _, _ = self._pictures[picture]
+        return self._file(kept).read_bytes() if isinstance(kept, int) else kept
 
     def release(self, picture: tuple[int, str]) -> None:
         """One pair less needs it."""
-        self._awaited[picture] -= 1
-        if self._awaited[picture]:
+        kept, size, awaited = self._pictures.pop(picture)
+        if awaited > 1:
+            self._pictures[picture] = (kept, size, awaited - 1)
             return
-        del self._awaited[picture]
-        kept, size = self._pictures.pop(picture)
-        self._used[0 if isinstance(kept, bytes) else 1] -= size
+        self._used[int(isinstance(kept, int))] -= size
         self.by_stream[picture[0]] -= size
-        if isinstance(kept, pathlib.Path):
-            kept.unlink()
+        if isinstance(kept, int):
+            self._file(kept).unlink()
 
 
 def join(
