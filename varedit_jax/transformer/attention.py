@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
 
 from varedit_jax.config import TransformerConfig
-from varedit_jax.parallel.constrain import constrain, gather_tokens, has_mesh, per_shard, tokens_between_blocks
+from varedit_jax.parallel.constrain import constrain, gather_tokens, per_shard, scatter_tokens
 from varedit_jax.parallel.mesh import BATCH
 from varedit_jax.scales import Pyramid
 from varedit_jax.tokenizer.resize import area_resize
@@ -150,7 +149,7 @@ class QueryGroup:
 
 
 def query_groups(visibility: Visibility, tokens: int, small: int = SMALL_GROUP) -> list[QueryGroup]:
-    """The first `tokens` queries in groups: those of `small` tokens or more alone, neighbouring smaller ones together."""
+    """The first `tokens` queries in groups: scales of `small` tokens or more alone, smaller neighbours together."""
     mask = visibility_mask(visibility)[:tokens]
     starts = [queries.start for queries, _ in visibility.source_groups()]
     starts += [visibility.source_tokens + tokens.start for tokens in visibility.pyramid.slices()]
@@ -220,11 +219,7 @@ def self_attention(
         "splash": functools.partial(splash_attention, interpret=platform() != "tpu"),
         "cudnn": grouped_attention,
     }
-    attention = functools.partial(functions[kernel], visibility=visibility)
-    if kernel == "plain" or not has_mesh():
-        return attention(q_BLHD, k_BLHD, v_BLHD)
-    heads = PartitionSpec(BATCH, None, "tensor")
-    return per_shard(attention, (heads,) * 3, heads)(q_BLHD, k_BLHD, v_BLHD)
+    return per_shard(functools.partial(functions[kernel], visibility=visibility), q_BLHD, k_BLHD, v_BLHD)
 
 
 def _normalized(x: jax.Array) -> jax.Array:
@@ -244,12 +239,11 @@ def kernel_init(scale: float = 1.0) -> Callable[..., jax.Array]:
     return init
 
 
-def _heads(x_BLC: jax.Array, kernel_CHD: jax.Array, name: str = "") -> jax.Array:
-    """The product with a kernel, split by heads: [B, L, H, D]; with a name for `jax.checkpoint`, if one is given."""
+def _heads(x_BLC: jax.Array, kernel_CHD: jax.Array, name: str) -> jax.Array:
+    """The product with a kernel, split by heads, under a name for `jax.checkpoint`: [B, L, H, D]."""
     width, heads, head_size = kernel_CHD.shape
     out_BLC = constrain(x_BLC @ kernel_CHD.reshape(width, -1).astype(x_BLC.dtype), BATCH, None, "tensor")
-    if name:
-        out_BLC = checkpoint_name(out_BLC, name)
+    out_BLC = checkpoint_name(out_BLC, name)
     return out_BLC.reshape(*x_BLC.shape[:2], heads, head_size)
 
 
@@ -270,8 +264,9 @@ class SelfAttention(nn.Module):
         """Attends within the whole sequence, or from one scale to the cache and itself.
 
         Args:
-          x_BLC: tokens: [source, targets] without a cache; the source alone to fill one; one scale with a cache.
-          rotation_2LD: RoPE cosines and sines of these tokens.
+          x_BLC: tokens: [source, targets] without a cache; the source alone to fill one; one scale with a cache. Behind
+            them there may be others, which nothing sees.
+          rotation_2LD: RoPE cosines and sines of these tokens, without the others.
           cache: keys `k` and values `v`, [B, S + targets of scales before the last, H, D], of what came before.
           scale: which scale x_BLC is; only with a cache.
 
@@ -286,9 +281,9 @@ class SelfAttention(nn.Module):
         v_bias = self.param("v_bias", nn.initializers.zeros, (heads, head_size))
         initial_scale = nn.initializers.constant(np.log(config.initial_attention_scale))
         scale_mul = self.param("scale_mul", initial_scale, (heads,))
-        x_BLC = gather_tokens(x_BLC.astype(dtype))
+        x_BLC, tokens = gather_tokens(x_BLC.astype(dtype)), rotation_2LD.shape[1]
         # A product each: together they would be an array that cannot be split over its heads.
-        q, k, v = (_heads(x_BLC, qkv_kernel[:, part], "qkv") for part in range(3))
+        q, k, v = (_heads(x_BLC, qkv_kernel[:, part], "qkv")[:, :tokens] for part in range(3))
         q_scale = jnp.exp(jnp.minimum(scale_mul, MAX_LOG_SCALE))[None, None, :, None]
         q = _normalized(q + q_bias.astype(dtype)[None, None]) * q_scale
         k = _normalized(k)
@@ -303,10 +298,12 @@ class SelfAttention(nn.Module):
         else:
             kernel = choose(config.attention, head_size, dtype)
             output = self_attention(q, k, v, self.visibility, kernel, remat=config.remat != "none")
-        output = output.reshape(*x_BLC.shape[:2], width)
+        output = output.reshape(*output.shape[:2], width)
+        output = jnp.pad(output, ((0, 0), (0, x_BLC.shape[1] - tokens), (0, 0)))
+        output = constrain(output, BATCH, None, "tensor")
         proj_init = kernel_init((2 * config.depth) ** -0.5)
         output = nn.Dense(width, dtype=dtype, kernel_init=proj_init, name="proj")(output)
-        return checkpoint_name(tokens_between_blocks(output), "proj"), {"k": k, "v": v}
+        return checkpoint_name(scatter_tokens(output), "proj"), {"k": k, "v": v}
 
 
 class CrossAttention(nn.Module):
@@ -332,11 +329,11 @@ class CrossAttention(nn.Module):
         kv_kernel = self.param("kv_kernel", kernel_init(), (width, 2, heads, head_size))
         v_bias = self.param("v_bias", nn.initializers.zeros, (heads, head_size))
         if cache is None:
-            k, v = (_heads(memory_BTC.astype(dtype), kv_kernel[:, part]) for part in range(2))
+            k, v = (_heads(memory_BTC.astype(dtype), kv_kernel[:, part], "cross_kv") for part in range(2))
             cache = {"text_k": k, "text_v": v + v_bias.astype(dtype)[None, None]}
         product = attend if config.remat == "none" else jax.checkpoint(attend, prevent_cse=False)
-        output = product(q, cache["text_k"], cache["text_v"], mask_BT).reshape(*x_BLC.shape[:2], width)
+        output = per_shard(product, q, cache["text_k"], cache["text_v"], mask_BT).reshape(*x_BLC.shape[:2], width)
         output = checkpoint_name(output, "cross_attention")
         proj_init = kernel_init((2 * config.depth) ** -0.5)
         output = nn.Dense(width, dtype=dtype, kernel_init=proj_init, name="proj")(output)
-        return checkpoint_name(tokens_between_blocks(output), "cross_proj"), cache
+        return checkpoint_name(scatter_tokens(output), "cross_proj"), cache

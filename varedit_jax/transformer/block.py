@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from varedit_jax.config import TransformerConfig
-from varedit_jax.parallel.constrain import constrain, gather_tokens, tokens_between_blocks
+from varedit_jax.parallel.constrain import constrain, gather_tokens, scatter_tokens, tokens_between_blocks
 from varedit_jax.parallel.mesh import BATCH
 from varedit_jax.transformer.attention import CrossAttention, SelfAttention, Visibility, kernel_init
 
@@ -40,7 +40,7 @@ class Mlp(nn.Module):
         h_BLF = nn.gelu(h_BLF, approximate=True)
         out_init = kernel_init((2 * config.depth) ** -0.5)
         h_BLC = nn.Dense(config.width, dtype=dtype, kernel_init=out_init, name="fc2")(h_BLF)
-        return checkpoint_name(tokens_between_blocks(h_BLC), "fc2")
+        return checkpoint_name(scatter_tokens(h_BLC), "fc2")
 
 
 def _initial_ada(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:

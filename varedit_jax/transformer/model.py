@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from varedit_jax.config import TransformerConfig
-from varedit_jax.parallel.constrain import batch_only, has_mesh, tokens_between_blocks
+from varedit_jax.parallel.constrain import batch_only, has_mesh, pad_tokens, tokens_between_blocks
 from varedit_jax.parallel.rules import gather
 from varedit_jax.scales import Grid, Pyramid
 from varedit_jax.transformer import rope
@@ -250,7 +250,8 @@ class Transformer(nn.Module):
 
         aligned = Visibility(pyramid, config.conditioning, scale_aligned=config.conditioning == "sar")
         first = self._block("block_0", remat)(config, aligned, scale, deterministic, name="block_0")
-        x_BLC = tokens_between_blocks(x_BLC)
+        count = x_BLC.shape[1]
+        x_BLC = tokens_between_blocks(pad_tokens(x_BLC))
         x_BLC, first_cache = first(x_BLC, drop_rates[0], caches["block_0"], *shared)
         new = {"block_0": first_cache}
         if config.depth > 1:
@@ -264,7 +265,7 @@ class Transformer(nn.Module):
             )
             rest = scanned(config, plain, scale, deterministic, name="blocks")
             x_BLC, new["blocks"] = rest(x_BLC, drop_rates[1:], caches["blocks"], *shared)
-        return x_BLC, new
+        return x_BLC[:, :count], new
 
     def _block(self, name: str, remat: str) -> type[Block]:
         """The class of the blocks `name`: their parameters come gathered from a mesh, their activations go as told."""
