@@ -74,7 +74,7 @@ def _train(config: RunConfig) -> None:
     """Puts data, weights and step together and runs the loop."""
     mesh = make_mesh(config.mesh)
     part, vocabulary = batch_part(mesh), Vocabulary.load()
-    with processes.first_process_first("data"):
+    with processes.first_process_first("the data set"):
         train, held_out = (loader.open_split(config.data, split) for split in ("train", "test"))
     with jax.set_mesh(mesh):
         run = MeshRun(config, mesh)
@@ -93,6 +93,7 @@ def _train(config: RunConfig) -> None:
     with jax.set_mesh(mesh), run.stages(frozen) as stages:
         if _REPLAY.value:
             return _replay(run, stages.step)
+        processes.wait_for_all("the run to begin")
         state = loop.train(
             **run_flags.loop_arguments(),
             steps=config.steps,

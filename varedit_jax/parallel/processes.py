@@ -7,14 +7,17 @@ import atexit
 import contextlib
 import glob
 import importlib.util
+import itertools
 import os
 import re
+import socket
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
+import orbax.checkpoint as ocp
 
 from varedit_jax.errors import UserError
 
@@ -23,9 +26,13 @@ from varedit_jax.errors import UserError
 _HEARTBEAT_SECONDS = 60
 _PARTING_SECONDS = 120  # that a process waits for the others when it is done
 
+_WAITING_SECONDS = 4 * 3600  # for what the others compile, or process 0 prepares, at most
+_CONNECTING_SECONDS = 300
 _INTERRUPTED = 130  # exit code of a process that Ctrl-C ended
 
 _TPU_DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*")
+
+_BARRIERS = itertools.count()  # each needs a name of its own
 
 
 @contextlib.contextmanager
@@ -47,9 +54,12 @@ def joined(coordinator: str = "", process_count: int | None = None, process_inde
     if arguments is None and (process_count == 1 or cluster(os.environ) is None):
         yield
         return
+    if arguments is not None and process_index:
+        _reach(coordinator)
     try:
         jax.distributed.initialize(
             **(arguments or {}),
+            initialization_timeout=_CONNECTING_SECONDS,
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=_PARTING_SECONDS,
         )
@@ -71,18 +81,25 @@ def joined(coordinator: str = "", process_count: int | None = None, process_inde
     jax.distributed.shutdown()
 
 
+def wait_for_all(name: str) -> None:
+    """Returns when all processes of the run have called it; `name` is for messages. All call it equally often.
+
+    It takes no devices, and so a process may come any time later than the others: the first collective operation of
+    some CPUs is given up when one of them is half a minute late.
+    """
+    barrier = ocp.multihost.get_barrier_sync_fn()
+    barrier(key=f"varedit_jax/{next(_BARRIERS)}/{name}", timeout_ms=_WAITING_SECONDS * 1000)
+
+
 @contextlib.contextmanager
 def first_process_first(name: str) -> Iterator[None]:
-    """Process 0 runs the block while the others wait; then they do, and find what it has left on the shared disk.
-
-    `name` is the same in all of them, and another one for each block.
-    """
-    several, first = jax.process_count() > 1, jax.process_index() == 0
-    if several and not first:
-        multihost_utils.sync_global_devices(name)
+    """Process 0 runs the block while the others wait; then they do, and find what it has left on the shared disk."""
+    first = jax.process_index() == 0
+    if not first:
+        wait_for_all(name)
     yield
-    if several and first:
-        multihost_utils.sync_global_devices(name)
+    if first:
+        wait_for_all(name)
 
 
 def _leave(code: int) -> None:
@@ -108,6 +125,23 @@ def cluster(environment: Mapping[str, str]) -> str | None:
     if not workers and "TPU_SKIP_MDS_QUERY" not in environment and any(map(glob.glob, _TPU_DEVICES)):
         return "TPU VMs"  # whose server of metadata knows the others, if there are any
     return None
+
+
+def _reach(coordinator: str) -> None:
+    """Returns when process 0 answers; JAX itself would end the process without a word of its own if it never does."""
+    host, _, port = coordinator.rpartition(":")
+    end = time.monotonic() + _CONNECTING_SECONDS
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise UserError(
+                    f"process 0 does not answer at --coordinator={coordinator} ({error.strerror or error}); start it, "
+                    f"or give its address"
+                ) from error
+            time.sleep(0.2)
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:

@@ -1,8 +1,10 @@
 """A run of an editor on a mesh: the arguments of the loop (loop.py), made from a card."""
 
 import bisect
+import functools
 import itertools
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,7 +13,7 @@ from jax.sharding import Mesh
 from varedit_jax.config import RunConfig
 from varedit_jax.errors import UserError
 from varedit_jax.parallel.mesh import check_batch, put_batch, replicated
-from varedit_jax.scales import editor_pyramid
+from varedit_jax.scales import Pyramid, editor_pyramid, image_size, nearest_aspect
 from varedit_jax.training import editor_run, sharded
 from varedit_jax.training.flops import run_flops
 from varedit_jax.training.optimizer import make_optimizer
@@ -39,11 +41,14 @@ class MeshRun:
         self.abstract_state = sharded.abstract_state(config, self._optimizer, mesh)
         # Of each stage, the last of which is the whole pyramid: the step it ends before, and the scales it trains.
         self._ends = [*itertools.accumulate(steps for steps, _ in config.stages), config.steps]
-        self._pyramids = [*(self.pyramid.first(scales) for _, scales in config.stages), self.pyramid]
+        self._scales = [*(scales for _, scales in config.stages), self.pyramid.scales]
         self._works = [
-            Work.of(run_flops(config, part, whole=self.pyramid), mesh.devices.flat) for part in self._pyramids
+            Work.of(run_flops(config, self.pyramid.first(scales), whole=self.pyramid), mesh.devices.flat)
+            for scales in self._scales
         ]
-        self._evaluate = jax.jit(editor_run.make_evaluate(config, self.pyramid), out_shardings=replicated(mesh))
+        self._evaluate = functools.cache(
+            lambda pyramid: jax.jit(editor_run.make_evaluate(config, pyramid), out_shardings=replicated(mesh))
+        )
 
     def load_frozen(self) -> Params:
         """The frozen weights on the mesh. Raises UserError as editor_run.load_frozen."""
@@ -54,12 +59,26 @@ class MeshRun:
         return editor_run.start(self.config, self.abstract_state, editor_run.make_init(self.config, self._optimizer))
 
     def stages(self, frozen: Params) -> Stages:
-        """The step of every stage."""
-        steps = [
-            (end, sharded.sharded_step(self.config, part, self._optimizer, self.mesh))
-            for end, part in zip(self._ends, self._pyramids, strict=True)
-        ]
-        return Stages(steps, frozen)
+        """The steps of every stage."""
+
+        def step_of(scales: int, batch: Batch) -> Any:
+            pyramid = self._pyramid_of(batch).first(scales)
+            return sharded.sharded_step(self.config, pyramid, self._optimizer, self.mesh)
+
+        return Stages(
+            [(end, functools.partial(step_of, scales)) for end, scales in zip(self._ends, self._scales, strict=True)],
+            frozen,
+        )
+
+    def _pyramid_of(self, batch: Batch) -> Pyramid:
+        """The pyramid of a batch's pictures, which are all of one aspect. Features are of the run's own."""
+        if "source" not in batch:
+            return self.pyramid
+        height, width = batch["source"].shape[1:3]
+        pyramid = editor_pyramid(self.config.model, nearest_aspect(height, width))
+        if image_size(self.config.model, pyramid) != (height, width):
+            raise ValueError(f"pictures of {height} x {width} pixels are of no pyramid of this model")
+        return pyramid
 
     def work(self, step: int) -> Work:
         """What an example of step `step` costs."""
@@ -76,5 +95,6 @@ class MeshRun:
         metrics: list[Metrics] = []
         for batch in batches:
             poll()
-            metrics.append(jax.device_get(self._evaluate(state.params, frozen, self.put(batch))))
+            placed = self.put(batch)
+            metrics.append(jax.device_get(self._evaluate(self._pyramid_of(placed))(state.params, frozen, placed)))
         return jax.tree.map(lambda *values: np.mean(values, axis=0), *metrics)

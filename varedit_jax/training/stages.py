@@ -3,36 +3,41 @@
 import bisect
 import concurrent.futures
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import jax
 
+from varedit_jax.parallel.processes import wait_for_all
 from varedit_jax.training.loop import Metrics, StepFn
 from varedit_jax.training.state import TrainState
 
+Batch = Mapping[str, jax.Array]
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # of a batch, by name
+
 
 class Stages:
-    """A compiled step for every stage; those of later stages are compiled while the first one to run trains.
+    """A compiled step for every stage and every shape of a batch.
 
-    A context manager: leaving it gives up compilations that have not begun.
+    Those of later stages are compiled for the first batch's shape while the first stage to run trains, others when
+    they are met. A context manager: leaving it gives up compilations that have not begun.
     """
 
-    def __init__(self, steps: Sequence[tuple[int, Any]], frozen: Any) -> None:
+    def __init__(self, steps: Sequence[tuple[int, Callable[[Batch], Any]]], frozen: Any) -> None:
         """Nothing is compiled before the first step is called.
 
         Args:
-          steps: for each stage the number of the step it ends before, increasing, and the function
-            (state, frozen, batch, key) -> (state, metrics), from jax.jit. States and batches of all have the same
-            shapes.
+          steps: for each stage the number of the step it ends before, increasing, and what gives the step of a batch,
+            whose shapes alone may matter: a function (state, frozen, batch, key) -> (state, metrics), from jax.jit.
+            States of all have the same shapes.
           frozen: what every step gets beside the state, as parameters that are not trained.
         """
         self._ends = [end for end, _ in steps]
-        self._steps = [step for _, step in steps]
+        self._step_of = [step_of for _, step_of in steps]
         self._frozen = frozen
         self._functions = [self._function(stage) for stage in range(len(steps))]
-        self._compiled: dict[int, concurrent.futures.Future[Any]] = {}
+        self._compiled: dict[tuple[int, Shapes], concurrent.futures.Future[Any]] = {}
         self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="compile")
 
     def __enter__(self) -> "Stages":
@@ -48,24 +53,30 @@ class Stages:
         return self._functions[bisect.bisect_right(self._ends, number)]
 
     def _function(self, stage: int) -> StepFn:
-        def run(state: TrainState, batch: Any, key: jax.Array) -> tuple[TrainState, Metrics]:
-            ready = self._compiled.get(stage)
-            if ready:
-                return ready.result()(state, self._frozen, batch, key)
+        def run(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
             arguments = (state, self._frozen, batch, key)
-            result = self._steps[stage](*arguments)
-            if not self._compiled and stage + 1 < len(self._steps):
-                shapes = jax.tree.map(_abstract, (result[0], *arguments[1:]))
+            shapes = tuple((name, value.shape) for name, value in batch.items())
+            ready = self._compiled.get((stage, shapes))
+            if ready:
+                return ready.result()(*arguments)
+            first = not self._compiled
+            compiled = self._compile(stage, arguments, jax.sharding.get_mesh())
+            ready = self._compiled[stage, shapes] = concurrent.futures.Future()
+            ready.set_result(compiled)
+            wait_for_all(f"step of stage {stage}")
+            result = compiled(*arguments)
+            if first and stage + 1 < len(self._ends):
+                abstract = jax.tree.map(_abstract, (result[0], *arguments[1:]))
                 mesh = jax.sharding.get_mesh()  # which each thread has its own of
-                for later in range(stage + 1, len(self._steps)):
-                    self._compiled[later] = self._pool.submit(self._compile, later, shapes, mesh)
+                for later in range(stage + 1, len(self._ends)):
+                    self._compiled[later, shapes] = self._pool.submit(self._compile, later, abstract, mesh)
             return result
 
         return run
 
-    def _compile(self, stage: int, shapes: tuple[Any, ...], mesh: jax.sharding.Mesh) -> Any:
+    def _compile(self, stage: int, arguments: tuple[Any, ...], mesh: jax.sharding.Mesh) -> Any:
         with contextlib.nullcontext() if mesh.empty else jax.set_mesh(mesh):
-            return self._steps[stage].lower(*shapes).compile()
+            return self._step_of[stage](arguments[2]).lower(*arguments).compile()
 
 
 def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:

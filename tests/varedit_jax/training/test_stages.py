@@ -24,7 +24,8 @@ def make_step(factor: float, threads: list[str]):
         metrics = {"loss": jnp.sum(params["w"]), "draw": jax.random.uniform(key)}
         return TrainState(step=state.step + 1, params=params, opt_state=()), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    compiled = jax.jit(step, donate_argnums=0)
+    return lambda batch: compiled
 
 
 def test_every_stage_has_its_step() -> None:
@@ -58,7 +59,22 @@ def test_a_failure_to_compile_comes_up_at_its_stage() -> None:
     def broken(state, frozen, batch, key):
         raise ZeroDivisionError
 
-    with Stages([(1, make_step(1, [])), (2, jax.jit(broken))], {"bias": jnp.float32(0)}) as stages:
+    with Stages([(1, make_step(1, [])), (2, lambda batch: jax.jit(broken))], {"bias": jnp.float32(0)}) as stages:
         now, _ = stages.step(0)(state(), {"x": jnp.ones(2)}, jax.random.key(0))
         with pytest.raises(ZeroDivisionError):
             stages.step(1)(now, {"x": jnp.ones(2)}, jax.random.key(0))
+
+
+def test_a_batch_of_another_shape_has_a_step_of_its_own() -> None:
+    met: list[tuple[int, ...]] = []
+
+    def step_of(batch):
+        met.append(batch["x"].shape)
+        return make_step(len(batch["x"]), [])(batch)
+
+    with Stages([(9, step_of)], {"bias": jnp.float32(0)}) as stages:
+        now = state()
+        for size in (2, 3, 2, 3):
+            now, _ = stages.step(0)(now, {"x": jnp.ones(size)}, jax.random.key(0))
+    assert met == [(2,), (3,)]
+    assert float(now.params["w"][0]) == 2 * (2 * 2 + 3 * 3)
