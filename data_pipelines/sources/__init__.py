@@ -57,6 +57,7 @@ def find_parts(source: str, inputs: Sequence[str | pathlib.Path], options: Mappi
     if source not in SOURCES:
         raise UserError(f"unknown source {source!r}; known are {', '.join(SOURCES)}")
     known = SOURCES[source].options
+    options = options or {}
     for name in options:
         if name not in known:
             raise UserError(f"{source} has no option {name!r}; it has {', '.join(known) or 'none'}")

@@ -12,16 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from data_pipelines.sources.archives import Member, group_parts, members
-from data_pipelines.sources.entries import (
-    Entry,
-    Part,
-    Reason,
-    Refused,
-    Source,
-    find,
-    json_items,
-    safe_name,
-)  # fmt: skip
+from data_pipelines.sources.entries import Entry, Part, Reason, Refused, Source
+from data_pipelines.sources.files import find, json_items, safe_name
 from data_pipelines.sources.join import Stream, Wanted, joined
 from varedit_jax.errors import UserError
 

@@ -24,18 +24,8 @@ import pyarrow.parquet as pq
 
 from data_pipelines.record import finite_scores
 from data_pipelines.sources.archives import TarIndex, first_name, group_parts, is_compressed
-from data_pipelines.sources.entries import (
-    Entry,
-    Part,
-    Reason,
-    Refused,
-    Source,
-    find,
-    json_items,
-    make_entry,
-    relative_name,
-    safe_name,
-)  # fmt: skip
+from data_pipelines.sources.entries import Entry, Part, Reason, Refused, Source, make_entry
+from data_pipelines.sources.files import find, json_items, relative_name, safe_name
 from data_pipelines.sources.tables import read_table
 from varedit_jax.errors import UserError
 
@@ -95,7 +85,7 @@ def _columns(table: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def _session(id: str, stem: str, turns: Sequence[Any], pictures: "_Pictures", scores: "_Scores") -> Iterator[Entry]:
     rules: list[str] = []
-    for turn, value in enumerate(turns):
+    for turn, value in enumerate(each or {} for each in turns):
         if not value.get("input_images") and not value.get("output_images"):
             yield Refused(id=f"{id}/{turn}", dataset=_NAME, reason=Reason.NO_PICTURES)
             rules += [value["prompt"].strip()] if value.get("prompt") else []
@@ -121,7 +111,7 @@ def _entry(
     for side, names in (("source", sources), ("target", targets)):
         data = pictures.read(names[0]) if names else Reason.MISSING
         if isinstance(data, Reason):
-            return Refused(id=id, dataset=_NAME, reason=data, detail=f"{side}: {''.join(names)}"[:200])
+            return Refused(id=id, dataset=_NAME, reason=data, detail=f"{side}: {names}"[:200])
         sides[side] = data
     folder, sample = _folder(str(sources[0])), pathlib.PurePosixPath(str(sources[0])).parent.name
     return make_entry(

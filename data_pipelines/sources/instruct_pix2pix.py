@@ -13,19 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from data_pipelines.record import finite_scores
-from data_pipelines.sources.entries import (
-    MAX_FILE_BYTES,
-    Entry,
-    Part,
-    Reason,
-    Refused,
-    Source,
-    find,
-    json_items,
-    make_entry,
-    relative_name,
-    safe_name,
-)  # fmt: skip
+from data_pipelines.sources.entries import MAX_FILE_BYTES, Entry, Part, Reason, Refused, Source, make_entry
+from data_pipelines.sources.files import find, json_items, relative_name, safe_name
 from data_pipelines.sources.tables import picture_bytes, read_table
 from varedit_jax.errors import UserError
 

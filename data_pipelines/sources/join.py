@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from data_pipelines.sources.archives import Damage, Member, members
-from data_pipelines.sources.entries import Entry, Reason, Refused, make_entry
+from data_pipelines.sources.entries import Entry, Reason, Refused, clean_text, make_entry
 
 MEMORY_BYTES = 256 * 2**20
 DISK_BYTES = 16 * 2**30
@@ -163,7 +163,7 @@ def _store(database: sqlite3.Connection, wanted: Iterable[Wanted]) -> None:
         database.execute("INSERT INTO pair (id, key) VALUES (?, ?)", (number, pair.key))
         database.executemany(
             "INSERT INTO need VALUES (?, ?, ?, ?)",
-            [(number, place, stream, name) for place, (stream, name) in enumerate(pair.pictures)],
+            [(number, place, stream, clean_text(name)) for place, (stream, name) in enumerate(pair.pictures)],
         )
     database.execute("CREATE INDEX need_of ON need (stream, name)")
 
@@ -182,10 +182,14 @@ def _read_through(
             database.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", picture)
         return [pair for pair in pairs if pair not in let_go]
 
+    def known_as(number: int, name: str) -> tuple[int, str] | None:
+        renamed = streams[number].rename(name)
+        return None if renamed is None else (number, clean_text(renamed))
+
     def reader(number: int, stream: Stream) -> Iterator[Member | Damage]:
         def is_wanted(name: str) -> bool:
-            renamed = stream.rename(name)
-            return renamed is not None and (number, renamed) not in held and bool(pairs_of((number, renamed)))
+            picture = known_as(number, name)
+            return picture is not None and picture not in held and bool(pairs_of(picture))
 
         return itertools.chain.from_iterable(members(files, is_wanted) for files in stream.archives)
 
@@ -199,8 +203,7 @@ def _read_through(
         elif isinstance(member, Damage):
             if first:
                 yield member
-        else:
-            picture = (number, str(streams[number].rename(member.name)))
+        elif picture := known_as(number, member.name):
             yield from _arrived(database, picture, member.data, pairs_of(picture), held, let_go)
 
 

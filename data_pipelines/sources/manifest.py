@@ -10,18 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from data_pipelines.record import finite_scores
-from data_pipelines.sources.entries import (
-    Entry,
-    Part,
-    Reason,
-    Refused,
-    Source,
-    find,
-    make_entry,
-    read_lines,
-    relative_name,
-)  # fmt: skip
-from data_pipelines.sources.folders import read_below
+from data_pipelines.sources.entries import Entry, Part, Reason, Refused, Source, make_entry
+from data_pipelines.sources.files import find, read_below, read_lines, relative_name
 from varedit_jax.errors import UserError
 
 
@@ -66,7 +56,7 @@ def _convert(value: Mapping[str, Any], place: str, dataset: str, root: pathlib.P
         target=sides["target"],
         instructions=[value.get("instruction"), *(others if isinstance(others, list) else [])],
         kind=str(value.get("kind") or ""),
-        turn=turn if isinstance(turn, int) and turn >= 0 else 0,
+        turn=int(turn) if isinstance(turn, int) and turn >= 0 else 0,
         scores=finite_scores(scores if isinstance(scores, dict) else {}),
         mask=sides.get("mask"),
         licence=str(value.get("licence") or ""),

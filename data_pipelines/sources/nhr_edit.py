@@ -7,18 +7,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from data_pipelines.sources.entries import (
-    Entry,
-    Part,
-    Reason,
-    Refused,
-    Source,
-    find,
-    make_entry,
-    read_lines,
-    relative_name,
-)  # fmt: skip
-from data_pipelines.sources.folders import read_below
+from data_pipelines.sources.entries import Entry, Part, Reason, Refused, Source, make_entry
+from data_pipelines.sources.files import find, read_below, read_lines, relative_name
 from data_pipelines.sources.tables import picture_bytes, read_table
 from varedit_jax.errors import UserError
 

@@ -18,26 +18,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from data_pipelines.sources.archives import group_parts
-from data_pipelines.sources.entries import (
-    Entry,
-    Part,
-    Reason,
-    Refused,
-    Source,
-    find,
-    read_lines,
-    safe_name,
-)  # fmt: skip
+from data_pipelines.sources.entries import Entry, Part, Reason, Refused, Source
+from data_pipelines.sources.files import find, read_lines, safe_name
 from data_pipelines.sources.join import Stream, Wanted, joined
 from varedit_jax.errors import UserError
 
 _NAME, _LICENCE = "seed", "CC-BY-NC-4.0"
 _CORRUPT = tuple(f"20240330_315P_1323turns/Data/{number}/" for number in range(208, 213))
-# Folders that annotations and archives name or leave out as they please.
-_ABOVE = frozenset(
-    ("auto_editing", "real_editing", "multi_turn_editing", "openimages", "unsplash", "images", "multi_turn")
-    + ("source_images", "target_images", "unsplash_images")
-)
+# Folders that annotations and archives name or leave out as they please; those in _TOP with others above them.
+_TOP = frozenset(("source_images", "target_images", "unsplash_images", "real_editing", "multi_turn_editing"))
+_ABOVE = _TOP | {"auto_editing", "openimages", "unsplash", "images", "multi_turn"}
 
 
 def _parts(inputs: Sequence[pathlib.Path], options: Mapping[str, str]) -> list[Part]:
@@ -82,7 +72,8 @@ def _streams(archives: Mapping[str, Sequence[str]]) -> list[Stream]:
 def _canonical(name: str) -> str:
     """A picture's name without the folders that may be above it."""
     pieces = name.split("/")
-    return "/".join(itertools.dropwhile(lambda piece: piece in _ABOVE, pieces)) or name
+    start = next((place for place, piece in enumerate(pieces[:-1]) if piece in _TOP), 0)
+    return "/".join(itertools.dropwhile(lambda piece: piece in _ABOVE, pieces[start:]))
 
 
 def _rewritten(files: Iterator[str]) -> dict[tuple[Any, Any], str]:
@@ -109,13 +100,14 @@ def _annotations(part: str, file: str, rewritten: Mapping[tuple[str, str], str])
 
 
 def _turns(id: str, value: Mapping[str, Any]) -> Iterator[Wanted | Refused]:
-    numbers = [int(match[1]) for name in value if (match := re.fullmatch(r"edit_image_(\d+)", name))]
+    numbers = {int(match[1]): name for name in value if (match := re.fullmatch(r"edit_image_(\d+)", name))}
     if not numbers:
         yield Refused(id=id, dataset=_NAME, reason=Reason.ANNOTATION, detail="neither target_image nor edit_image_1")
     source, first = value.get("source_image"), value.get("source_image")
     for turn, number in enumerate(sorted(numbers)):
-        target = value[f"edit_image_{number}"]
-        yield _wanted(f"{id}/{turn}", (source, target), [value.get(f"instruction_{number}")], turn, first, one=True)
+        target = value[numbers[number]]
+        instruction = value.get(numbers[number].replace("edit_image", "instruction"))
+        yield _wanted(f"{id}/{turn}", (source, target), [instruction], turn, first, one=True)
         source = target
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipelines.sources.entries import Entry, Part, Reason, Refused, Source, find, relative_name
+from data_pipelines.sources.entries import Entry, Part, Reason, Refused, Source
+from data_pipelines.sources.files import find, relative_name
 from varedit_jax.errors import UserError
 
 _ROWS = 16  # read at a time; a row may hold three pictures of several megabytes

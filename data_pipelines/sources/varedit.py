@@ -4,7 +4,8 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
 from data_pipelines.sources.archives import group_parts
-from data_pipelines.sources.entries import Entry, Part, Refused, Source, find, make_entry, relative_name
+from data_pipelines.sources.entries import Entry, Part, Refused, Source, make_entry
+from data_pipelines.sources.files import find, relative_name
 from data_pipelines.sources.webdataset import groups
 from varedit_jax.errors import UserError
 

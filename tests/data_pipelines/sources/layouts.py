@@ -1,8 +1,7 @@
 """Small data sets in exactly the layouts of public ones, made by code.
 
-Each function writes one below a folder and returns what has to come out of it: records by id (instructions, kind, turn,
-number of scores, name of the original), and ids or names of what is refused, with the reason. Pictures tell by their
-colour which ones they are, so that a swap is noticed: see `color`.
+Each function writes one below a folder and returns what has to come out of it: records by their ids, and reasons by
+the ids or names of what is refused. Each picture is drawn for a name, so that one in the wrong place is noticed.
 """
 
 import dataclasses
@@ -45,10 +44,10 @@ class Layout:
 
 
 def draw(name: str, kind: str = "JPEG") -> bytes:
-    """A picture file of its own for each name, 24 x 16 pixels."""
-    color = tuple(hashlib.sha256(name.encode()).digest()[:3])
+    """A picture file of its own for each name, 24 x 16 pixels, also to those who look for near duplicates."""
+    noise = PIL.Image.frombytes("RGB", (6, 4), hashlib.shake_256(name.encode()).digest(6 * 4 * 3))
     data = io.BytesIO()
-    PIL.Image.new("RGB", (24, 16), color).save(data, kind)
+    noise.resize((24, 16), PIL.Image.Resampling.NEAREST).save(data, kind)
     return data.getvalue()
 
 

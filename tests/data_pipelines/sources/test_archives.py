@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from data_pipelines.sources.archives import Damage, Member, TarIndex, Volume, group_parts, members
-from data_pipelines.sources.entries import MAX_FILE_BYTES
+from data_pipelines.sources.entries import MAX_FILE_BYTES, Refused, make_entry
 from data_pipelines.sources.webdataset import groups
 from tests.data_pipelines.sources.layouts import split, tar
 from varedit_jax.errors import UserError
@@ -147,6 +147,18 @@ def test_long_names_are_read(tmp_path: pathlib.Path) -> None:
             info.size = 3
             archive.addfile(info, io.BytesIO(b"abc"))
         assert list(members([str(tmp_path / "a.tar")])) == [Member(name, b"abc")]
+
+
+def test_names_in_another_encoding_can_be_written_down(tmp_path: pathlib.Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as archive:
+        for name in ("ü.jpg", "../ü.jpg"):
+            info = tarfile.TarInfo(name)
+            info.size = 3
+            archive.addfile(info, io.BytesIO(b"abc"))
+    found = [item if isinstance(item, Refused) else make_entry(
+        id=item[0], dataset="d", source=b"s", target=b"t", instructions=["a"]
+    ) for item in groups([str(tmp_path / "a.tar")], "made")]  # fmt: skip
+    assert [entry.id.encode() for entry in found] == [b"../?.jpg", b"?"]
 
 
 def test_a_volume_is_its_files_one_after_the_other(tmp_path: pathlib.Path) -> None:

@@ -4,7 +4,8 @@ import pathlib
 import pytest
 
 from data_pipelines.record import Record, decode, encode
-from data_pipelines.sources.entries import Reason, Refused, find, json_items, make_entry, read_lines, safe_name
+from data_pipelines.sources.entries import Reason, Refused, make_entry
+from data_pipelines.sources.files import find, json_items, read_lines, safe_name
 
 
 @pytest.mark.parametrize(

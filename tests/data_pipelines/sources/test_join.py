@@ -1,5 +1,7 @@
+import io
 import pathlib
 import random
+import tarfile
 import tempfile
 import tracemalloc
 
@@ -98,6 +100,17 @@ def test_pictures_that_several_pairs_share_are_let_go_after_the_last(tmp_path: p
     turns = [Wanted(f"{i}", ((0, f"p{i}"), (0, f"p{i + 1}"))) for i in range(3)]
     found = list(join([stream], turns, SIZE, 0))  # room for one
     assert [event.key for event in found if isinstance(event, Found)] == ["0", "1", "2"]
+
+
+def test_names_in_another_encoding_are_no_obstacle(tmp_path: pathlib.Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as archive:
+        for name in ("ü.jpg", "plain.jpg"):
+            info = tarfile.TarInfo(name)
+            info.size = 3
+            archive.addfile(info, io.BytesIO(b"abc"))
+    stream = Stream([[str(tmp_path / "a.tar")]], lambda name: name)
+    pairs = [Wanted("1", ((0, "plain.jpg"), (0, "\ud83d.jpg")))]  # as JSON with half of a pair of surrogates has it
+    assert list(join([stream], pairs)) == [Found("1", (b"abc", b"abc"))]  # both are ?.jpg
 
 
 def test_nothing_is_left_in_the_temporary_folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
