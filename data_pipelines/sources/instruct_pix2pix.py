@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from data_pipelines.record import finite_scores
+from data_pipelines.sources.archives import tail
 from data_pipelines.sources.entries import MAX_FILE_BYTES, Entry, Part, Reason, Refused, Source, make_entry
 from data_pipelines.sources.files import find, json_items, relative_name, safe_name
 from data_pipelines.sources.tables import picture_bytes, read_table
@@ -71,7 +72,7 @@ def _read_table(part: Part) -> Iterator[Entry]:
 
 class _Files(Protocol):
     def has(self, folder: str) -> bool:
-        """Whether there is such a folder here, rather than in another zip file."""
+        """Whether there is such a folder here, rather than in another zip file. Folders above it do not count."""
 
     def read(self, name: str) -> bytes | None:
         """A file's bytes; None if there is no such file."""
@@ -90,7 +91,7 @@ class _Folder:
 
 
 class _Zip:
-    """A zip file whose folders may lie in another folder."""
+    """A zip file. Its folders are known by their names alone, whatever they lie in."""
 
     def __init__(self, path: str) -> None:
         self._zip = zipfile.ZipFile(path)
@@ -98,7 +99,7 @@ class _Zip:
         for info in self._zip.infolist():
             name = safe_name(info.filename)
             if name is not None and not info.is_dir() and info.file_size <= MAX_FILE_BYTES:
-                self._names["/".join(name.split("/")[-2:])] = info.filename
+                self._names[tail(name)] = info.filename
         self._folders = {name.split("/")[0] for name in self._names}
 
     def __enter__(self) -> "_Zip":
@@ -108,13 +109,13 @@ class _Zip:
         self._zip.close()
 
     def has(self, folder: str) -> bool:
-        return folder in self._folders
+        return tail(folder, 1) in self._folders
 
     def read(self, name: str) -> bytes | None:
-        if name not in self._names:
+        if tail(name) not in self._names:
             return None
         try:
-            return self._zip.read(self._names[name])
+            return self._zip.read(self._names[tail(name)])
         except (zipfile.BadZipFile, zlib.error, EOFError):  # damage of this member alone
             return None
 
@@ -122,7 +123,7 @@ class _Zip:
 def _read_folder(files: _Files, value: Any) -> Iterator[Entry]:
     """Records of one entry of seeds.json."""
     name = safe_name(value[0]) if isinstance(value, list) and len(value) == 2 else None
-    if name is None or "/" in name or not isinstance(value[1], list):
+    if name is None or not isinstance(value[1], list):
         reason = Reason.UNSAFE if name is None and isinstance(value, list) and value else Reason.ANNOTATION
         yield Refused(id=f"seeds.json: {str(value)[:80]}", dataset=_NAME, reason=reason)
         return

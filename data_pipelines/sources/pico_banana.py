@@ -13,7 +13,7 @@ import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from data_pipelines.sources.archives import group_parts
+from data_pipelines.sources.archives import group_parts, tail
 from data_pipelines.sources.entries import Entry, Part, Reason, Refused, Source, make_entry
 from data_pipelines.sources.files import find, read_below, read_lines, relative_name, safe_name
 from data_pipelines.sources.join import Found, Lost, Stream, Wanted, join
@@ -56,21 +56,16 @@ def _read(part: Part) -> Iterator[Entry]:
             yield _entry(edit, _source(edit, folders), folders)
     if archives:
         packed = (
-            Wanted(json.dumps(edit), ((0, _short(safe_name(edit["sources"][0]))),))
+            Wanted(json.dumps(edit), ((0, tail(str(safe_name(edit["sources"][0])))),))
             for edit in _edits(path)
             if not isinstance(edit, Refused) and edit["target"] not in twice and _packed(edit, folders, archives)
         )
-        for event in join([Stream(list(archives.values()), _short)], packed):
+        for event in join([Stream(list(archives.values()), tail)], packed):
             if isinstance(event, (Found, Lost)):
                 source = event.pictures[0] if isinstance(event, Found) else Reason.MISSING
                 yield _entry(json.loads(event.key), source, folders)
             else:
                 yield Refused(id=event.name, dataset=_NAME, reason=event.reason, detail=event.detail)
-
-
-def _short(name: str | None) -> str:
-    """Folder and file of a packed picture, `train_0/0000e2205e460318.jpg`."""
-    return "/".join((name or "").split("/")[-2:])
 
 
 def _packed(edit: Mapping[str, Any], folders: Sequence[pathlib.Path], archives: Mapping[str, Any]) -> bool:

@@ -250,7 +250,7 @@ def instruct_pix2pix_zips(folder: pathlib.Path) -> Layout:
         with zipfile.ZipFile(folder / f"shard-{number:02d}.zip", "w") as archive:
             for name, data in files.items():
                 if name.startswith(names):
-                    archive.writestr(name, data)
+                    archive.writestr(f"clip-filtered-dataset/{name}", data)
     layout = _pix2pix_layout(folder)
     return dataclasses.replace(layout, refused={"0000002/44": "missing picture"})
 
