@@ -1,22 +1,30 @@
-"""Every fast kernel equals plain attention and a dense mask, forward and backward; who gets which kernel."""
+"""Every fast kernel equals plain attention and a dense mask, forward and backward, also on a mesh; who gets which."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from varedit_jax.scales import Pyramid
+from varedit_jax.config import MeshConfig, TransformerConfig
+from varedit_jax.parallel.mesh import make_mesh
+from varedit_jax.scales import Pyramid, published_pyramid
 from varedit_jax.transformer.attention import (
+    SMALL_GROUP,
     Visibility,
     attend,
     grouped_attention,
     prefix_attention,
+    query_groups,
     splash_attention,
     visibility_mask,
 )
-from varedit_jax.transformer.kernels import splash
+from varedit_jax.transformer.kernels import choose, splash
+from varedit_jax.transformer.model import Transformer
 
 GRIDS = ((1, 1), (3, 2), (7, 9))
 PYRAMID = Pyramid(GRIDS, GRIDS)
@@ -76,3 +84,138 @@ def test_equals_a_dense_mask_forward_and_backward(compare, block, kernel):
     found = compare(KERNELS[kernel], visibility, tokens)
     for name, x, y in zip(("output", "dq", "dk", "dv"), found, wanted, strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("kernel", ["plain", "splash", "grouped"])
+@pytest.mark.parametrize("block", ["full", "sar, block 0"])
+def test_the_source_alone_gives_what_it_gives_within_the_sequence(quick_jit, block, kernel):
+    """As the sampler fills its caches."""
+    visibility = BLOCKS[block]
+    source = visibility.source_tokens
+    q, k, v = np.random.default_rng(0).normal(size=(3, BATCH, source + PYRAMID.target_tokens, HEADS, SIZE))
+    q, k, v = (x.astype(np.float32) for x in (q, k, v))
+    alone = quick_jit(lambda *x: KERNELS[kernel](*x, visibility))(*(x[:, :source] for x in (q, k, v)))
+    np.testing.assert_allclose(alone, dense(q, k, v, visibility)[:, :source], rtol=0, atol=1e-5)
+
+
+def test_groups_of_the_published_pyramid():
+    """512 px: the source, one masked product for scales of 1 to 144 tokens, and the four large scales alone."""
+    pyramid = published_pyramid("0.25M")
+    for aligned in (False, True):
+        visibility = Visibility(pyramid, "sar", scale_aligned=aligned)
+        tokens = visibility.source_tokens + pyramid.target_tokens
+        groups = query_groups(visibility, tokens)
+        assert [group.queries.stop - group.queries.start for group in groups] == [1024, 265, 256, 400, 576, 1024]
+        assert [group.mask is not None for group in groups] == [False, True, False, False, False, False]
+        assert [group.queries.start for group in groups[1:]] == [group.queries.stop for group in groups[:-1]]
+        mask = visibility_mask(visibility)
+        for group in groups:
+            rebuilt = np.zeros_like(mask[group.queries])
+            start = 0
+            for keys in group.keys:
+                size = keys.stop - keys.start
+                rebuilt[:, keys] = True if group.mask is None else group.mask[:, start : start + size]
+                start += size
+            np.testing.assert_array_equal(rebuilt, mask[group.queries])
+    assert [group.mask for group in query_groups(visibility, visibility.source_tokens)] == [None]
+    assert SMALL_GROUP == 256
+
+
+def test_blocks_are_few_and_as_small_as_that_allows():
+    assert [splash.block_size(tokens) for tokens in (1, 128, 129, 512, 513, 1100, 3545, 5042)] == [
+        *(128, 128, 256, 512, 384, 384, 512, 512)
+    ]
+
+
+@pytest.fixture
+def compile_for():
+    """Pretends that a mesh of some platform's devices is set."""
+
+    def mesh(platform):
+        device = jax.sharding.AbstractDevice(device_kind="some", num_cores=1, platform=platform)
+        axes = ("data", "fsdp", "tensor")
+        types = (jax.sharding.AxisType.Auto,) * 3
+        return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1, 1, 1), axes, types, abstract_device=device))
+
+    return mesh
+
+
+@pytest.mark.parametrize(
+    "platform, head_size, dtype, wanted",
+    [
+        ("tpu", 128, "bfloat16", "splash"),
+        ("tpu", 128, "float32", "splash"),
+        ("tpu", 64, "bfloat16", "plain"),
+        ("gpu", 128, "bfloat16", "cudnn"),
+        ("gpu", 96, "bfloat16", "cudnn"),
+        ("gpu", 100, "bfloat16", "plain"),
+        ("gpu", 128, "float32", "plain"),
+        ("cpu", 128, "bfloat16", "plain"),
+    ],
+)
+def test_auto_is_the_fast_kernel_that_can_work(compile_for, platform, head_size, dtype, wanted):
+    with compile_for(platform):
+        assert choose("auto", head_size, dtype) == wanted
+        assert choose("plain", head_size, dtype) == "plain"
+
+
+def test_a_kernel_that_was_asked_for_and_cannot_work_is_an_error(compile_for):
+    assert choose("splash", 96, "bfloat16") == "splash"  # interpreted on a CPU, where any size works
+    with compile_for("tpu"), pytest.raises(ValueError, match="'splash', which needs heads .* 128 channels, not 96"):
+        choose("splash", 96, "bfloat16")
+    with compile_for("gpu"), pytest.raises(ValueError, match="'cudnn', which needs .* 16 bits, .* not float32"):
+        choose("cudnn", 128, "float32")
+    with compile_for("gpu"), pytest.raises(ValueError, match="multiple of 8 channels, at most 128, not 256"):
+        choose("cudnn", 256, "bfloat16")
+
+
+def sharded_gradients():
+    """Loss and gradients of a small transformer: plain on one device, splash on eight."""
+    draw = np.random.default_rng(0)
+    found = {}
+    source, targets = PYRAMID.source_tokens("sar"), PYRAMID.target_tokens
+    shapes = ((BATCH * 2, source, 4), (BATCH * 2, targets - 1, 4), (BATCH * 2, 5, 32))
+    inputs = [draw.normal(size=shape).astype(np.float32) for shape in shapes]
+    lengths = np.array([5, 3, 1, 4], np.int32)
+    params = None
+    for attention, sizes in (("plain", {}), ("splash", {"data": 2, "fsdp": 2, "tensor": 2})):
+        config = TransformerConfig(
+            depth=1, width=64, heads=4, token_bits=4, text_width=32, attention=attention, remat="named"
+        )
+        model = Transformer(config, PYRAMID)
+        if params is None:
+            abstract = jax.eval_shape(model.init, jax.random.key(0), *inputs, lengths)["params"]
+            params = jax.tree.map(lambda x: (0.3 * draw.normal(size=x.shape)).astype(np.float32), abstract)
+
+        def loss(params, model=model):
+            return jnp.sum(jnp.square(model.apply({"params": params}, *inputs, lengths)))
+
+        mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}), jax.devices()[: 8 if sizes else 1])
+        with jax.set_mesh(mesh):
+            value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+        leaves = jax.tree_util.tree_leaves_with_path({"loss": value, "gradient": gradient})
+        found[attention] = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+    return found
+
+
+def test_kernels_on_eight_devices_equal_plain_attention_on_one(tmp_path):
+    """A batch of 4 over data x fsdp, 4 heads and 133 tokens over tensor."""
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    done = subprocess.run(
+        [sys.executable, __file__, str(tmp_path)],
+        env={**os.environ, "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    one, eight = (dict(np.load(tmp_path / f"{name}.npz")) for name in ("plain", "splash"))
+    assert one.keys() == eight.keys()
+    for path, value in one.items():
+        scale = max(np.abs(value).max(), 1e-3)
+        np.testing.assert_allclose(eight[path], value, rtol=0, atol=2e-5 * scale, err_msg=path)
+
+
+if __name__ == "__main__":
+    for _name, _arrays in sharded_gradients().items():
+        np.savez(f"{sys.argv[1]}/{_name}.npz", **_arrays)
