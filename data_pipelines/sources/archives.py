@@ -139,7 +139,6 @@ def _infos(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
             return
         except tarfile.EmptyHeaderError as error:  # type: ignore[attr-defined]
             raise tarfile.ReadError("ends without its end mark") from error
-        tar.members.clear()  # type: ignore[attr-defined]
 
 
 def _problem(info: tarfile.TarInfo, name: str | None) -> tuple[Reason, str] | None:
@@ -171,10 +170,7 @@ def members(files: Sequence[str], wanted: Callable[[str], bool] | None = None) -
                     if problem := _problem(info, name):
                         yield Damage(info.name, *problem)
                     elif wanted is None or wanted(str(name)):
-                        data = tar.extractfile(info).read()  # type: ignore[union-attr]
-                        if len(data) != info.size:
-                            raise tarfile.ReadError(f"ends inside of {info.name}")
-                        yield Member(str(name), data)
+                        yield Member(str(name), tar.extractfile(info).read())  # type: ignore[union-attr]
     except _DAMAGE as error:
         yield Damage(archive, Reason.ARCHIVE, str(error) or type(error).__name__)
 
