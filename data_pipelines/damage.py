@@ -105,6 +105,11 @@ def check_image(data: bytes) -> tuple[int, int]:
     picture = open_picture(data)
     with decoding():
         picture.load()
+    return upright_size(picture)
+
+
+def upright_size(picture: Image.Image) -> tuple[int, int]:
+    """Width and height of an opened picture, turned as its metadata says."""
     width, height = picture.size
     return (height, width) if orientation(picture) in _TURNED else (width, height)
 

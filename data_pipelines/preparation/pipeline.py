@@ -1,0 +1,159 @@
+"""All steps in their order: read, compare, split, ask, write, report."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipelines.preparation import duplicates, vision_filter
+from data_pipelines.preparation.facts import Facts, PartFiles
+from data_pipelines.preparation.filters import Cause
+from data_pipelines.preparation.report import write_report
+from data_pipelines.preparation.scan import Scan, scan
+from data_pipelines.preparation.settings import Settings
+from data_pipelines.preparation.split import find_leaks
+from data_pipelines.preparation.staging import Staging, new_file
+from data_pipelines.preparation.waves import Waves
+from data_pipelines.preparation.write import lay_out, shard_tasks, write
+from data_pipelines.shards import write_index
+from data_pipelines.sources import Part, find_parts
+
+VERDICTS = (*Cause,)  # a verdict is 0 for a record that stays, otherwise 1 + index here
+
+
+def prepare(
+    source: str,
+    inputs: Sequence[str],
+    output: str | os.PathLike[str],
+    settings: Settings,
+    *,
+    source_options: Mapping[str, str] = {},
+    runner: str = "DirectRunner",
+    workers: int = 1,
+    runner_options: Sequence[str] = (),
+    say: Callable[[str], object] = print,
+) -> dict[str, int]:
+    """Turns a data set as downloaded into shards with an index and a report; returns records by split.
+
+    The same inputs and settings give the same bytes, whatever the runner and the number of workers. What was ended
+    goes on when it is called again. Answers of a vision-language model are kept beside the output, in OUTPUT.answers.
+
+    Raises UserError for inputs that cannot be read, settings that leave nothing, and an output that exists.
+    """
+    parts = find_parts(source, inputs, source_options)
+    job = {
+        "settings": dataclasses.asdict(settings),
+        "parts": [(part.source, part.name, dict(part.options), _stamps(part)) for part in parts],
+    }
+    with Staging(output, job) as staging:
+        steps = _Steps(staging.folder, parts, settings, Waves(runner, workers, runner_options, staging.folder))
+        steps.read()
+        say(f"read: {len(steps.facts)} records may stay")
+        for cause in (Cause.SAME_ID, Cause.EXACT, Cause.NEAR):
+            steps.compare(cause)
+        steps.part_ways()
+        if settings.vision:
+            steps.ask(pathlib.Path(f"{staging.output}.answers"))
+        out = staging.folder / "out"
+        steps.write(out, source)
+        counts = write_index(out)
+        write_report(out / "report", steps.facts, steps.verdicts, steps.twins, settings.validation)
+        staging.finish()
+    return counts
+
+
+def _stamps(part: Part) -> list[tuple[str, int, int]]:
+    """Files of a part with size and time of change; folders, which some parts read by name, without."""
+    stats = [(file, os.stat(file)) for file in part.files]
+    return [(file, stat.st_size, stat.st_mtime_ns) if os.path.isfile(file) else (file, 0, 0) for file, stat in stats]
+
+
+class _Steps:
+    """The steps of one job, with what they know of records so far."""
+
+    def __init__(self, folder: pathlib.Path, parts: Sequence[Part], settings: Settings, waves: Waves) -> None:
+        self._folder, self._parts, self._settings, self._waves = folder, parts, settings, waves
+        self._folders = tuple(folder / "scan" / f"{index:05d}" for index in range(len(parts)))
+        self._verdicts_file = folder / "verdicts.npy"
+        self.twins: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}  # by verdict: numbers, and like what
+
+    def read(self) -> None:
+        """Reads all parts."""
+        tasks = [
+            Scan(part=part, settings=self._settings, folder=folder)
+            for part, folder in zip(self._parts, self._folders, strict=True)
+        ]
+        self._waves.run("read", scan, tasks)
+        self.facts = Facts([PartFiles(folder) for folder in self._folders])
+        self.verdicts = np.zeros(len(self.facts), np.uint8)
+
+    def _leave(self, cause: Cause, numbers: NDArray[np.int64], twins: NDArray[np.int64] | None = None) -> None:
+        """Notes that records leave."""
+        verdict = 1 + VERDICTS.index(cause)
+        numbers, first = np.unique(numbers, return_index=True)
+        self.verdicts[numbers] = verdict
+        if twins is not None:
+            self.twins[verdict] = (numbers, twins[first])
+
+    def _save_verdicts(self) -> pathlib.Path:
+        with new_file(self._verdicts_file) as partial, partial.open("wb") as file:
+            np.save(file, self.verdicts)
+        return self._verdicts_file
+
+    def compare(self, cause: Cause) -> None:
+        """Finds duplicates of one kind, unless they may stay. Ids are always compared: the index needs them."""
+        settings = self._settings
+        if (cause is Cause.EXACT and not settings.exact) or (cause is Cause.NEAR and settings.near_bits < 0):
+            return
+        rows = len(self.facts) * (settings.near_bits + 1 if cause is Cause.NEAR else 1)
+        buckets = max(1, -(-rows // duplicates.BUCKET))
+        verdicts = self._save_verdicts()
+        tasks = [
+            duplicates.Search(
+                cause=cause,
+                parts=self._folders,
+                verdicts=verdicts,
+                near_bits=settings.near_bits,
+                bucket=bucket,
+                buckets=buckets,
+                found=self._folder / "step" / f"{cause.name.lower()}-{bucket:05d}.npy",
+            )
+            for bucket in range(buckets)
+        ]
+        self._waves.run(f"{cause}s", duplicates.search, tasks)
+        pairs = np.concatenate([np.load(task.found) for task in tasks])
+        self._leave(cause, pairs[:, 0], pairs[:, 1])
+
+    def part_ways(self) -> None:
+        """Takes pictures of validation out of training."""
+        pairs = find_leaks(self.facts, self.verdicts, self._settings.validation, self._settings.near_bits)
+        self._leave(Cause.LEAK, pairs[:, 0], pairs[:, 1])
+
+    def ask(self, answers: pathlib.Path) -> None:
+        """Asks a vision-language model about what is left."""
+        assert self._settings.vision
+        verdicts = self._save_verdicts()
+        tasks = [
+            vision_filter.Ask(
+                vision=self._settings.vision,
+                parts=self._folders,
+                verdicts=verdicts,
+                part=index,
+                answers=answers / f"{part.name.replace('/', '+')}.sqlite",
+                found=self._folder / "step" / f"vision-{index:05d}.npy",
+            )
+            for index, part in enumerate(self._parts)
+        ]
+        self._waves.run("questions", vision_filter.ask, tasks)
+        found = np.concatenate([np.load(task.found) for task in tasks])
+        for index, cause in enumerate(vision_filter.CAUSES):
+            self._leave(cause, found[found[:, 1] == index, 0])
+
+    def write(self, out: pathlib.Path, name: str) -> None:
+        """Writes the shards."""
+        settings = self._settings
+        layout = lay_out(self._folder, self.facts, self.verdicts, settings.validation, settings.shard_bytes)
+        self._waves.run("shards", write, shard_tasks(layout, self._folders, out, name))

@@ -1,0 +1,108 @@
+"""A few records of each data set and cause, with small pictures, for the report's picture sheet."""
+
+import bisect
+import collections
+import dataclasses
+import pathlib
+from collections.abc import Iterable
+from typing import Self
+
+import msgpack
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from data_pipelines.damage import Damaged, decoding, open_picture
+from data_pipelines.preparation.facts import digest
+from data_pipelines.record import Record
+from varedit_jax.evaluation.sheet import Row
+from varedit_jax.sampling.images import upright_rgb
+
+EACH = 3  # of a data set and a cause
+_SIDE = 144  # pixels
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Sample:
+    """A record in small."""
+
+    order: int  # the lowest of all records are shown, whatever the order in which they come
+    dataset: str
+    id: str
+    instruction: str
+    cause: str
+    pictures: tuple[bytes, bytes]  # source and target, uint8 [144, 144, 3]
+
+    def row(self) -> Row:
+        """A row of a contact sheet."""
+        pictures = [np.frombuffer(data, np.uint8).reshape(_SIDE, _SIDE, 3) for data in self.pictures]
+        return Row(pictures=pictures, instruction=self.instruction[:160], kind=self.cause, note=self.id[-48:])
+
+
+class SampleKeeper:
+    """Keeps `EACH` of every data set and cause among the records it is offered; as a context manager, in a file."""
+
+    def __init__(self, path: pathlib.Path | None = None) -> None:
+        self._path = path
+        self._kept: dict[tuple[str, str], list[Sample]] = collections.defaultdict(list)
+
+    def __enter__(self) -> Self:
+        """Self."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Writes the file."""
+        if self._path is not None:
+            self._path.write_bytes(msgpack.packb([dataclasses.astuple(sample) for sample in self]))
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        """Samples by data set and cause."""
+        for name in sorted(self._kept):
+            yield from self._kept[name]
+
+    def offer(self, record: Record, cause: str) -> None:
+        """Takes a record if it is among the lowest so far; one whose pictures cannot be decoded is passed over."""
+        order = digest(cause.encode(), record.key.encode())
+        kept = self._kept[record.dataset, cause]
+        if len(kept) == EACH and order >= kept[-1].order:
+            return
+        try:
+            pictures = (_small(record.source), _small(record.target))
+        except Damaged:
+            return
+        self.add([Sample(order, record.dataset, record.id, record.instructions[0], cause, pictures)])
+
+    def add(self, samples: Iterable[Sample]) -> None:
+        """Takes what another keeper kept."""
+        for sample in samples:
+            kept = self._kept[sample.dataset, sample.cause]
+            bisect.insort(kept, sample)
+            del kept[EACH:]
+
+
+def read_samples(path: pathlib.Path) -> list[Sample]:
+    """What a keeper wrote."""
+    return [
+        Sample(*values[:-1], pictures=tuple(values[-1]))  # type: ignore[misc]
+        for values in msgpack.unpackb(path.read_bytes())
+    ]
+
+
+def _small(data: bytes) -> bytes:
+    """A picture file in the middle of a square, uint8 [144, 144, 3] as bytes. Raises Damaged."""
+    picture = open_picture(data)
+    with decoding():
+        picture.draft("RGB", (2 * _SIDE, 2 * _SIDE))
+        picture.load()
+        return square(upright_rgb(picture, "the picture"), _SIDE).tobytes()
+
+
+def square(image_HW3: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """A picture reduced or enlarged to fit into a square of the page's grey: uint8 [side, side, 3]."""
+    height, width = image_HW3.shape[:2]
+    factor = side / max(height, width)
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    page = Image.new("RGB", (side, side), (236, 238, 241))
+    filter = Image.Resampling.LANCZOS if factor < 1 else Image.Resampling.NEAREST
+    page.paste(Image.fromarray(image_HW3).resize(size, filter), ((side - size[0]) // 2, (side - size[1]) // 2))
+    return np.asarray(page)

@@ -1,0 +1,115 @@
+"""The first step: a part of a data set is read, each record looked at alone, and what stays is kept for the others.
+
+A part becomes a folder, with the files of `facts.PartFiles`. One record is in memory at a time, and the few samples.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+from numpy.typing import NDArray
+
+from data_pipelines.damage import Damaged, Fault, decoding, open_picture, upright_size
+from data_pipelines.preparation.facts import FACTS, FactsWriter, PartFiles, hashes
+from data_pipelines.preparation.filters import LeftOut, check_change, check_size, check_text
+from data_pipelines.preparation.looks import Look
+from data_pipelines.preparation.samples import SampleKeeper
+from data_pipelines.preparation.settings import Settings
+from data_pipelines.preparation.staging import new_folder
+from data_pipelines.record import Record, encode
+from data_pipelines.sources import Part, Refused, read_part
+from varedit_jax.sampling.images import upright_rgb
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scan:
+    """Reading one part."""
+
+    part: Part
+    settings: Settings
+    folder: pathlib.Path  # of its files
+
+    def is_done(self) -> bool:
+        """Whether it has been read."""
+        return self.folder.exists()
+
+
+def scan(task: Scan) -> None:
+    """Reads a part. Raises UserError if its files are of another format."""
+    with new_folder(task.folder) as folder:
+        files = PartFiles(folder)
+        counts: dict[str, collections.Counter[str]] = {}
+        datasets: list[str] = []
+        writer = ArrayRecordWriter(str(files.records), "group_size:1,uncompressed")
+        try:
+            with FactsWriter(files) as facts, files.left.open("w") as left, SampleKeeper(files.samples) as samples:
+
+                def leave(id: str, dataset: str, reason: str, detail: str) -> None:
+                    counts[dataset][reason] += 1
+                    line = {"id": id, "dataset": dataset, "reason": reason, "detail": detail}
+                    left.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+                for entry in read_part(task.part):
+                    counts.setdefault(entry.dataset, collections.Counter())["read"] += 1
+                    if isinstance(entry, Refused):
+                        leave(entry.id, entry.dataset, str(entry.reason), entry.detail)
+                        continue
+                    try:
+                        row = examine(entry, task.settings)
+                    except Damaged as damage:
+                        leave(entry.id, entry.dataset, str(damage.fault), damage.detail)
+                        continue
+                    except LeftOut as reason:
+                        leave(entry.id, entry.dataset, str(reason.cause), reason.detail)
+                        samples.offer(entry, str(reason.cause))
+                        continue
+                    if not entry.picture:
+                        entry = dataclasses.replace(entry, picture=hashlib.sha256(entry.source).hexdigest())
+                        row["picture"] = hashes(entry)["picture"]
+                    if entry.dataset not in datasets:
+                        datasets.append(entry.dataset)
+                    data = encode(entry)
+                    row["dataset"], row["nbytes"] = datasets.index(entry.dataset), len(data)
+                    writer.write(data)
+                    facts.write(entry, row)
+        finally:
+            writer.close()
+        files.counts.write_text(json.dumps({"datasets": datasets, "counts": counts}))
+
+
+def examine(record: Record, settings: Settings) -> NDArray[Any]:
+    """A record's row of FACTS, [], without data set and number of bytes, if it may stay.
+
+    Raises Damaged for what cannot be used, LeftOut for what is not wanted.
+    """
+    if not record.instructions or not record.instructions[0].strip():
+        raise Damaged(Fault.INSTRUCTION)
+    check_text(record, settings)
+    row = np.zeros((), FACTS)
+    looks: dict[str, Look] = {}
+    for side in ("source", "target"):
+        try:
+            picture = open_picture(getattr(record, side))
+            size = upright_size(picture)
+            check_size(side, size, settings)
+            if settings.decode:
+                with decoding():
+                    picture.load()
+                    if settings.looks:
+                        looks[side] = Look.of(upright_rgb(picture, "the picture"))
+        except Damaged as damage:
+            raise Damaged(damage.fault, f"{side}: {damage.detail}" if damage.detail else side) from damage
+        if side == "source":
+            row["width"], row["height"] = size
+    if settings.looks:
+        check_change(looks["source"], looks["target"], settings)
+        for side, look in looks.items():
+            row[f"{side}_shape"], row[f"{side}_colours"] = look.shape, look.colours
+    for name, value in hashes(record).items():
+        row[name] = value
+    return row

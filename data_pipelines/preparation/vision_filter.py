@@ -1,0 +1,237 @@
+"""A vision-language model looks at each record: was the edit made, and was everything else kept?
+
+Any endpoint that speaks OpenAI's chat completions will do. Every answer is written down at once, by hash of what was
+asked, and never asked for again: a job that was ended, or one with other thresholds, pays for new questions only. If
+the edit was not made, the second question is not asked.
+"""
+
+import base64
+import concurrent.futures
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import pathlib
+import re
+import sqlite3
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image
+
+from data_pipelines.damage import open_picture
+from data_pipelines.preparation.facts import Facts, PartFiles
+from data_pipelines.preparation.filters import Cause
+from data_pipelines.preparation.settings import Vision
+from data_pipelines.preparation.staging import new_file
+from data_pipelines.preparation.write import StagedRecords
+from data_pipelines.record import Record
+from varedit_jax.errors import UserError
+from varedit_jax.sampling.images import upright_rgb
+
+QUESTIONS = {  # in the order in which they are asked, with what a "no" means
+    Cause.NOT_DONE: (
+        "The second picture should be the first one after this edit: {instruction}\n"
+        "Was the edit made as asked? Answer with one word, yes or no."
+    ),
+    Cause.NOT_KEPT: (
+        "The second picture should be the first one after this edit: {instruction}\n"
+        "Apart from what the edit asks for, is everything else in the first picture kept unchanged in the second? "
+        "Answer with one word, yes or no."
+    ),
+}
+_FIRST = 20  # answers of a part; if most of them are unclear, so will the rest be
+_PASSING = (408, 409, 425, 429, 500, 502, 503, 504)  # status of what may be over soon
+_REFUSED = (400, 413, 422)  # of what is wrong with one question
+_LONGEST_PAUSE = 60.0  # seconds
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ask:
+    """Asking about the records of one part that are left."""
+
+    vision: Vision
+    parts: tuple[pathlib.Path, ...]
+    verdicts: pathlib.Path
+    part: int
+    answers: pathlib.Path  # file of answers, which outlives the job
+    found: pathlib.Path  # [n, 2] int64: number of a record that leaves, and index of its cause in CAUSES
+
+    def is_done(self) -> bool:
+        """Whether all have been asked about."""
+        return self.found.exists()
+
+
+CAUSES = (Cause.NOT_DONE, Cause.NOT_KEPT, Cause.UNCLEAR)
+
+
+def ask(task: Ask) -> None:
+    """Asks about a part. Raises UserError if the endpoint does not answer, or hardly ever with yes or no."""
+    facts = Facts([PartFiles(folder) for folder in task.parts])
+    start, end = facts.starts[task.part : task.part + 2]
+    verdicts = np.load(task.verdicts, mmap_mode="r")
+    numbers = (np.flatnonzero(verdicts[start:end] == 0) + start).tolist()
+    records, found, clear = StagedRecords(facts), [], 0
+    with Model(task.vision, task.answers) as model:
+        asked = model.causes((number, records[number]) for number in numbers)
+        for count, (number, cause) in enumerate(asked, 1):
+            clear += cause is not Cause.UNCLEAR
+            if cause is not None:
+                found.append((number, CAUSES.index(cause)))
+            if count == _FIRST and clear < _FIRST // 2:
+                raise UserError(
+                    f"{task.vision.model} answered {clear} of {_FIRST} questions with yes or no, the last one with "
+                    f"{model.last!r}; give a model that sees pictures"
+                )
+    with new_file(task.found) as partial, partial.open("wb") as file:
+        np.save(file, np.array(found, np.int64).reshape(-1, 2))
+
+
+class Model:
+    """The endpoint with its answers so far, as a context manager."""
+
+    def __init__(self, vision: Vision, answers: pathlib.Path) -> None:
+        """`answers` is a file that is gone on with. Raises UserError if it cannot be written."""
+        self._vision = vision
+        self._key = os.environ.get(vision.key_variable, "")
+        self._lock = threading.Lock()
+        self._next = 0.0  # when the next question may be asked
+        self.last = ""
+        try:
+            answers.parent.mkdir(parents=True, exist_ok=True)
+            self._answers = sqlite3.connect(answers, check_same_thread=False, isolation_level=None)
+            self._answers.execute("CREATE TABLE IF NOT EXISTS answers (question BLOB PRIMARY KEY, answer TEXT)")
+        except (OSError, sqlite3.Error) as error:
+            raise UserError(f"cannot keep answers in {answers}: {error}; give another folder") from error
+
+    def __enter__(self) -> "Model":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._answers.close()
+
+    def causes(self, records: Iterator[tuple[int, Record]]) -> Iterator[tuple[int, Cause | None]]:
+        """Why each record leaves, None if it does not; in order, a few at a time."""
+        with concurrent.futures.ThreadPoolExecutor(self._vision.parallel) as pool:
+            waiting: list[tuple[int, concurrent.futures.Future[Cause | None]]] = []
+            try:
+                for number, record in records:
+                    waiting.append((number, pool.submit(self.cause, record)))
+                    if len(waiting) > self._vision.parallel:
+                        number, future = waiting.pop(0)
+                        yield number, future.result()
+                while waiting:
+                    number, future = waiting.pop(0)
+                    yield number, future.result()
+            finally:
+                for _, future in waiting:
+                    future.cancel()
+
+    def cause(self, record: Record) -> Cause | None:
+        """Why a record leaves, if it does. Raises UserError if the endpoint does not answer."""
+        pictures: list[str] = []
+        for cause, question in QUESTIONS.items():
+            text = question.format(instruction=record.instructions[0])
+            digest = self._digest(record, text)
+            answer = self._known(digest)
+            if answer is None:
+                pictures = pictures or [_data_url(data, self._vision.side) for data in (record.source, record.target)]
+                answer = self._ask(text, pictures)
+                with self._lock:
+                    self._answers.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (digest, answer))
+            said = re.search(r"\b(yes|no)\b", answer.casefold())
+            if said is None:
+                self.last = answer
+                return Cause.UNCLEAR
+            if said[1] == "no":
+                return cause
+        return None
+
+    def _digest(self, record: Record, text: str) -> bytes:
+        vision = self._vision
+        pieces = (vision.model.encode(), str(vision.side).encode(), text.encode(), record.source, record.target)
+        hashed = hashlib.sha256()
+        for piece in pieces:
+            hashed.update(hashlib.sha256(piece).digest())
+        return hashed.digest()
+
+    def _known(self, digest: bytes) -> str | None:
+        with self._lock:
+            row = self._answers.execute("SELECT answer FROM answers WHERE question = ?", (digest,)).fetchone()
+        return None if row is None else row[0]
+
+    def _ask(self, text: str, pictures: list[str]) -> str:
+        """The answer of the endpoint, "" if it refuses this question."""
+        vision = self._vision
+        content = [{"type": "text", "text": text}]
+        content += [{"type": "image_url", "image_url": {"url": url}} for url in pictures]  # type: ignore[dict-item]
+        body = {
+            "model": vision.model,
+            "messages": [{"role": "user", "content": content}],
+            "temperature": 0,
+            "max_tokens": 8,
+        }
+        request = urllib.request.Request(
+            f"{vision.url.rstrip('/')}/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {}),
+        )
+        said = ""
+        for attempt in range(vision.tries):
+            self._wait_for_turn()
+            pause = min(2.0**attempt, _LONGEST_PAUSE)
+            try:
+                with urllib.request.urlopen(request, timeout=vision.timeout) as response:
+                    return str(json.load(response)["choices"][0]["message"]["content"] or "")
+            except urllib.error.HTTPError as error:
+                said = f"status {error.code}: {error.read(300).decode(errors='replace')}"
+                if error.code in _REFUSED:
+                    self.last = said
+                    return ""
+                if error.code not in _PASSING:
+                    raise UserError(
+                        f"{vision.url} refused {vision.model} with {said}; check --vision_url, --vision_model and the "
+                        f"key in {vision.key_variable}"
+                    ) from error
+                pause = _asked_pause(error.headers.get("Retry-After"), pause)
+            except (OSError, ValueError, LookupError, TypeError) as error:  # no connection, or an answer of no shape
+                said = str(error) or type(error).__name__
+            if attempt + 1 < vision.tries:
+                time.sleep(pause)
+        raise UserError(
+            f"{vision.url} did not answer in {vision.tries} tries ({said}); run the same command again later, answers "
+            f"so far are kept"
+        )
+
+    def _wait_for_turn(self) -> None:
+        if not self._vision.per_minute:
+            return
+        with self._lock:
+            turn = max(self._next, time.monotonic())
+            self._next = turn + 60 / self._vision.per_minute
+        time.sleep(max(0.0, turn - time.monotonic()))
+
+
+def _asked_pause(header: str | None, otherwise: float) -> float:
+    """Seconds that the endpoint asks to wait, if it says so in a number."""
+    try:
+        return min(max(float(header or ""), 0.0), 10 * _LONGEST_PAUSE)
+    except ValueError:
+        return otherwise
+
+
+def _data_url(data: bytes, side: int) -> str:
+    """A picture as JPEG in a data URL, upright, its longer side at most `side`."""
+    picture = open_picture(data)
+    picture.draft("RGB", (side, side))
+    picture.load()
+    image = Image.fromarray(upright_rgb(picture, "the picture"))
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=90)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,0 +1,117 @@
+"""Work for Apache Beam: waves of tasks that write files, each wave after the one before it.
+
+What a runner moves is the names of tasks, never records: those go from file to file. So memory does not grow with the
+data set under any runner (Beam's local one keeps in memory what it groups), and a job that was ended goes on with the
+tasks that are left. Inputs and the output have to be where every worker sees them under the same path.
+"""
+
+import errno
+import pathlib
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+import apache_beam as beam
+import tqdm
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.runner import create_runner
+
+from data_pipelines.preparation.staging import new_file
+from varedit_jax.errors import UserError
+
+# Beam's name for its local runner stands for one that first tries to fetch another runner from the network.
+_LOCAL = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
+
+
+class Task(Protocol):
+    """What can be sent to a worker."""
+
+    def is_done(self) -> bool:
+        """Whether what it writes is there."""
+
+
+T = TypeVar("T", bound=Task)
+
+
+class Waves:
+    """Runs waves on one runner."""
+
+    def __init__(self, runner: str, workers: int, options: Sequence[str], folder: pathlib.Path) -> None:
+        """`runner` and `options` are Beam's; `workers` are processes of the local runner; `folder` is for errors.
+
+        Raises UserError if there is no such runner.
+        """
+        local = runner in ("DirectRunner", "FnApiRunner")
+        flags = [*options]
+        if local and workers > 1:
+            flags += [f"--direct_num_workers={workers}", "--direct_running_mode=multi_processing"]
+        self._options = flags
+        self._runner = _LOCAL if local else runner
+        self._folder = folder
+        try:
+            create_runner(self._runner)
+        except (ValueError, ImportError, AttributeError) as error:
+            raise UserError(f"Apache Beam has no runner {runner!r}; DirectRunner works everywhere") from error
+
+    def run(self, name: str, work: Callable[[T], object], tasks: Sequence[T]) -> None:
+        """Does those tasks that are not done yet. Raises UserError with what stopped one of them."""
+        todo = [task for task in tasks if not task.is_done()]
+        if not todo:
+            return
+        for path in self._folder.glob("*.error"):
+            path.unlink()
+        bar = tqdm.tqdm(desc=name, total=len(tasks), initial=len(tasks) - len(todo), unit="task", leave=False)
+        with bar, _Watch(bar, todo):
+            pipeline = beam.Pipeline(runner=self._runner, options=PipelineOptions(self._options))
+            tasks_P = pipeline | beam.Create(todo) | beam.Reshuffle()
+            _ = tasks_P | name >> beam.ParDo(_Do(work, self._folder))
+            pipeline.run().wait_until_finish()
+        for path in sorted(self._folder.glob("*.error")):
+            raise UserError(path.read_text())
+
+
+class _Do(beam.DoFn):
+    """Does tasks. What the user can put right becomes a file: runners bury exceptions in words of their own."""
+
+    def __init__(self, work: Callable[[Any], object], folder: pathlib.Path) -> None:
+        self._work, self._folder = work, folder
+
+    def process(self, task: Any) -> None:
+        if task.is_done() or any(self._folder.glob("*.error")):
+            return
+        try:
+            self._work(task)
+        except (UserError, OSError) as error:
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            if not full and not isinstance(error, UserError):
+                raise
+            text = f"writing failed: {error}; make room and run the same command again" if full else str(error)
+            with new_file(self._folder / f"{uuid.uuid4().hex}.error") as partial:
+                partial.write_text(text)
+
+
+class _Watch:
+    """Moves a bar on as tasks are done, by whatever process."""
+
+    def __init__(self, bar: tqdm.tqdm, tasks: Sequence[Task]) -> None:
+        self._bar, self._left = bar, list(tasks)
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *error: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._end.wait(0.5):
+            self._count()
+        self._count()
+
+    def _count(self) -> None:
+        left = [task for task in self._left if not task.is_done()]
+        self._bar.update(len(self._left) - len(left))
+        self._left = left

@@ -1,0 +1,139 @@
+"""The last step: records that stayed, in shards whose order is that of their hashes, which is no order."""
+
+import collections
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
+from numpy.typing import NDArray
+
+from data_pipelines.preparation.duplicates import left
+from data_pipelines.preparation.facts import Facts, PartFiles
+from data_pipelines.preparation.split import SPLITS, in_validation
+from data_pipelines.preparation.staging import new_file
+from data_pipelines.record import Record, decode
+from data_pipelines.shards import ShardWriter, is_written, shard_path
+from varedit_jax.errors import UserError
+
+_OPEN = 128  # parts that are open at a time
+
+_PLACED = np.dtype([("key", "<u8"), ("number", "<i8"), ("width", "<i4"), ("height", "<i4")])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How many shards each split has, and which records go into each."""
+
+    folder: pathlib.Path
+    shards: dict[str, int]  # by split
+
+    @property
+    def placed(self) -> pathlib.Path:
+        """Rows of _PLACED: runs, in each of which a shard's records follow one another."""
+        return self.folder / "placed.bin"
+
+    @property
+    def offsets(self) -> pathlib.Path:
+        """[runs, shards of all splits + 1] int64: where in `placed` each shard's records of a run begin."""
+        return self.folder / "offsets.npy"
+
+
+def lay_out(
+    folder: pathlib.Path, facts: Facts, verdicts: NDArray[np.uint8], validation: float, shard_bytes: int
+) -> Layout:
+    """Decides where each record goes: the hash of its key says which shard of its split. Raises UserError for none."""
+    nbytes = np.zeros(len(SPLITS), np.int64)
+    records = np.zeros(len(SPLITS), np.int64)
+    for _, rows in left(facts, verdicts):
+        split = in_validation(rows["picture"], validation).astype(np.int64)
+        nbytes += np.bincount(split, rows["nbytes"], len(SPLITS)).astype(np.int64)
+        records += np.bincount(split, minlength=len(SPLITS))
+    if not records.sum():
+        raise UserError("no record is left; see why in left.jsonl of its parts, and leave out less")
+    counts = np.where(records > 0, np.maximum(1, -(-nbytes // shard_bytes)), 0)
+    counts = np.minimum(counts, 99_999)
+    layout = Layout(folder=folder, shards=dict(zip(SPLITS, counts.tolist(), strict=True)))
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    runs = []
+    with new_file(layout.placed) as partial, partial.open("wb") as file:
+        for numbers, rows in left(facts, verdicts):
+            split = in_validation(rows["picture"], validation).astype(np.int64)
+            shards = starts[split] + (rows["key"] % counts[split].astype(np.uint64)).astype(np.int64)
+            order = np.lexsort((numbers, rows["key"], shards))
+            placed = np.zeros(len(numbers), _PLACED)
+            for name in ("key", "width", "height"):
+                placed[name] = rows[name]
+            placed["number"] = numbers
+            runs.append(file.tell() // _PLACED.itemsize + np.searchsorted(shards[order], np.arange(starts[-1] + 1)))
+            placed[order].tofile(file)
+    with new_file(layout.offsets) as partial, partial.open("wb") as file:
+        np.save(file, np.array(runs, np.int64))
+    return layout
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Write:
+    """One shard."""
+
+    parts: tuple[pathlib.Path, ...]
+    layout: Layout
+    output: pathlib.Path
+    name: str
+    split: str
+    index: int
+
+    @property
+    def path(self) -> pathlib.Path:
+        """The shard."""
+        return shard_path(self.output / self.split, self.name, self.index, self.layout.shards[self.split])
+
+    def is_done(self) -> bool:
+        """Whether the shard is whole."""
+        return is_written(self.path)
+
+
+def shard_tasks(layout: Layout, parts: Sequence[pathlib.Path], output: pathlib.Path, name: str) -> list[Write]:
+    """A task for each shard."""
+    return [
+        Write(parts=tuple(parts), layout=layout, output=output, name=name, split=split, index=index)
+        for split in SPLITS
+        for index in range(layout.shards[split])
+    ]
+
+
+def write(task: Write) -> None:
+    """Writes a shard."""
+    offsets = np.load(task.layout.offsets, mmap_mode="r")
+    column = task.index + sum(task.layout.shards[split] for split in SPLITS[: SPLITS.index(task.split)])
+    pieces = [
+        np.fromfile(task.layout.placed, _PLACED, int(end - start), offset=int(start) * _PLACED.itemsize)
+        for start, end in offsets[:, column : column + 2]
+    ]
+    placed = np.concatenate(pieces)
+    placed = placed[np.lexsort((placed["number"], placed["key"]))]
+    records = StagedRecords(Facts([PartFiles(folder) for folder in task.parts]))
+    with ShardWriter(task.path) as writer:
+        for row in placed:
+            writer.write(records[int(row["number"])], (int(row["width"]), int(row["height"])))
+
+
+class StagedRecords:
+    """Records of all parts by their number, read in any order."""
+
+    def __init__(self, facts: Facts) -> None:
+        self._facts = facts
+        self._readers: collections.OrderedDict[int, ArrayRecordReader] = collections.OrderedDict()
+
+    def __getitem__(self, number: int) -> Record:
+        part, row = self._facts.place(number)
+        if part not in self._readers:
+            if len(self._readers) == _OPEN:
+                self._readers.popitem(last=False)[1].close()
+            path = str(self._facts.parts[part].records)
+            options = "readahead_buffer_size:0,max_parallelism:0"
+            self._readers[part] = ArrayRecordReader(path, options, file_reader_buffer_size=32768)
+        self._readers.move_to_end(part)
+        [data] = self._readers[part].read([row])
+        return decode(data)

@@ -1,0 +1,112 @@
+"""Turns a public data set as it was downloaded into shards, with an index and a report.
+
+    python -m data_pipelines.prepare --source=omniedit --input=downloads/OmniEdit --output=data/omniedit \
+        --min_side=256 --min_score=o_score:7 --near_bits=3 --min_change=3
+
+    --runner=DataflowRunner --runner_options=--project=P,--region=R    any of Beam's runners; inputs and output lie
+                                                                       where every worker sees them under the same path
+
+The output appears whole or not at all; the same command goes on with what was ended. The same inputs and flags give the
+same bytes. A picture is in training or in validation, never in both. See preparation/ for the steps.
+"""
+
+import os
+import sys
+
+from absl import flags
+
+from data_pipelines.preparation.pipeline import prepare
+from data_pipelines.preparation.settings import Settings, Vision
+from data_pipelines.sources import SOURCES
+from varedit_jax import command
+from varedit_jax.errors import UserError
+
+_SOURCE = flags.DEFINE_string("source", None, f"format: {', '.join(SOURCES)}", required=True)
+_INPUT = flags.DEFINE_list("input", None, "files and folders as downloaded, with commas between", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "new folder", required=True)
+_OPTIONS = flags.DEFINE_list("source_options", [], "NAME=VALUE,... of the format")
+_RUNNER = flags.DEFINE_string("runner", "DirectRunner", "Beam's runner; DirectRunner is this machine")
+_WORKERS = flags.DEFINE_integer("workers", 0, "processes on this machine; 0 is one a core", lower_bound=0)
+_RUNNER_OPTIONS = flags.DEFINE_list("runner_options", [], "--NAME=VALUE,... for Beam")
+
+_DECODE = flags.DEFINE_bool("decode", True, "decode every picture, and leave out records with damaged ones")
+_MIN_SIDE = flags.DEFINE_integer("min_side", 0, "pixels; short sides below it leave")
+_MAX_SIDE = flags.DEFINE_integer("max_side", 0, "pixels; long sides above it leave; 0 has no limit")
+_MAX_RATIO = flags.DEFINE_float("max_ratio", 0.0, "long side over short side; more leaves; 0 has no limit")
+_MIN_SCORE = flags.DEFINE_multi_string("min_score", [], "NAME:LEAST; records whose score is lower leave; repeatable")
+_FIRST_TURN = flags.DEFINE_bool("first_turn", False, "of sessions of several edits, keep the first alone")
+_MIN_CHANGE = flags.DEFINE_float("min_change", 0.0, "levels of 255; edits that change no place by as much leave")
+_EXACT = flags.DEFINE_bool("exact", True, "of records with the same pictures and instruction, keep one")
+_NEAR_BITS = flags.DEFINE_integer("near_bits", -1, "bits of 64 by which near-duplicates differ; -1 keeps them all")
+_VALIDATION = flags.DEFINE_float("validation", 0.01, "share of source pictures kept for validation")
+_SHARD_MB = flags.DEFINE_integer("shard_mb", 1024, "MB of a shard, about", lower_bound=1)
+
+_VISION_URL = flags.DEFINE_string("vision_url", "", "endpoint of chat completions, as http://localhost:8000/v1")
+_VISION_MODEL = flags.DEFINE_string("vision_model", "", "model there that sees pictures")
+_VISION_KEY = flags.DEFINE_string("vision_key", "OPENAI_API_KEY", "environment variable that holds the key")
+_VISION_PER_MINUTE = flags.DEFINE_float("vision_per_minute", 0.0, "questions a process asks at most; 0 has no limit")
+_VISION_PARALLEL = flags.DEFINE_integer("vision_parallel", 8, "questions on their way, a process", lower_bound=1)
+
+
+def _pairs(texts: list[str], separator: str, flag: str) -> list[tuple[str, str]]:
+    pairs = [text.partition(separator) for text in texts]
+    for name, found, value in pairs:
+        if not (name and found and value):
+            raise UserError(f"--{flag} is {name + found + value!r}; it must be like NAME{separator}VALUE")
+    return [(name, value) for name, _, value in pairs]
+
+
+def _score(name: str, least: str) -> tuple[str, float]:
+    try:
+        return name, float(least)
+    except ValueError as error:
+        raise UserError(f"--min_score is {name}:{least}; {least!r} is no number") from error
+
+
+def _settings() -> Settings:
+    if bool(_VISION_URL.value) != bool(_VISION_MODEL.value):
+        raise UserError("--vision_url and --vision_model go together: give both, or neither")
+    vision = None
+    if _VISION_URL.value:
+        vision = Vision(
+            url=_VISION_URL.value,
+            model=_VISION_MODEL.value,
+            key_variable=_VISION_KEY.value,
+            parallel=_VISION_PARALLEL.value,
+            per_minute=_VISION_PER_MINUTE.value,
+        )
+    return Settings(
+        decode=_DECODE.value,
+        min_side=_MIN_SIDE.value,
+        max_side=_MAX_SIDE.value,
+        max_ratio=_MAX_RATIO.value,
+        min_scores=tuple(_score(*pair) for pair in _pairs(_MIN_SCORE.value, ":", "min_score")),
+        first_turn=_FIRST_TURN.value,
+        min_change=_MIN_CHANGE.value,
+        exact=_EXACT.value,
+        near_bits=_NEAR_BITS.value,
+        validation=_VALIDATION.value,
+        shard_bytes=_SHARD_MB.value * 2**20,
+        vision=vision,
+    )
+
+
+def main(argv: list[str]) -> None:
+    """Prepares a data set."""
+    counts = prepare(
+        _SOURCE.value,
+        _INPUT.value,
+        _OUTPUT.value,
+        _settings(),
+        source_options=dict(_pairs(_OPTIONS.value, "=", "source_options")),
+        runner=_RUNNER.value,
+        workers=_WORKERS.value or len(os.sched_getaffinity(0)),
+        runner_options=_RUNNER_OPTIONS.value,
+        say=lambda sentence: print(sentence, file=sys.stderr, flush=True),
+    )
+    said = ", ".join(f"{count} for {split}" for split, count in counts.items())
+    print(f"{_OUTPUT.value}: {said}; report/report.md says what left and why")
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,59 @@
+"""A program's edge: flags, one-line errors, exit codes."""
+
+import re
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from absl import app, flags
+
+from varedit_jax.errors import UserError
+
+INTERRUPTED = 130  # exit code of a program that Ctrl-C ended, as shells have it
+
+
+def run(main: Callable[[list[str]], Any], sentence: Callable[[str], str | None] = lambda text: None) -> NoReturn:
+    """Parses the flags, calls `main(argv)` and exits.
+
+    A UserError, from a flag or from `main`, is printed as one line `error: ...`, and the exit code is 1; so are
+    mistaken flags and arguments that are no flags. Any other exception is a defect, and keeps its stack trace.
+
+    `sentence` may say better than absl what is wrong with a flag, given absl's own words.
+    """
+
+    def guarded(argv: list[str]) -> Any:
+        try:
+            if len(argv) > 1:
+                raise UserError(f"unexpected argument {argv[1]!r}; this program takes flags only, see --help")
+            return main(argv)
+        except UserError as error:
+            _fail(str(error))
+        except KeyboardInterrupt:
+            _fail("interrupted", INTERRUPTED)
+
+    app.run(guarded, flags_parser=lambda argv: _parse_flags(argv, sentence))
+    raise AssertionError("app.run does not return")
+
+
+def _parse_flags(argv: list[str], sentence: Callable[[str], str | None]) -> list[str]:
+    """The arguments that are no flags; exits with one sentence if a flag is wrong."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        # A parser's own error comes wrapped in one that says less.
+        if isinstance(error.__context__, UserError):
+            _fail(str(error.__context__))
+        _fail(sentence(str(error)) or _plain(str(error)))
+    except UserError as error:
+        _fail(str(error))
+
+
+def _plain(text: str) -> str:
+    """What absl says about a wrong flag, in one sentence."""
+    missing = re.fullmatch(r"flag --(\w+)=None: Flag --\w+ must have a value other than None\.", text)
+    return f"--{missing.group(1)} is missing; see --help" if missing else " ".join(text.split())
+
+
+def _fail(sentence: str, code: int = 1) -> NoReturn:
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    sys.exit(code)
