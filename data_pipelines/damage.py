@@ -59,8 +59,7 @@ def open_picture(data: bytes) -> Image.Image:
     """
     if not data:
         raise Damaged(Fault.EMPTY)
-    if not Image.MIME:  # nothing is registered yet
-        Image.init()
+    Image.init()  # at once where it has been done; what imports one kind of picture registers that alone
     try:
         picture = Image.open(io.BytesIO(data), formats=[kind for kind in READABLE if kind in Image.OPEN])
         frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)

@@ -1,6 +1,9 @@
 """Every kind of damage is told by its reason, and written down once."""
 
+import base64
 import pathlib
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -54,3 +57,13 @@ def test_quarantine_keeps_each_record_once_and_goes_on(tmp_path: pathlib.Path) -
     assert [(line["dataset"], line["id"], line["reason"]) for line in read_quarantine(path)] == [
         ("d", "1", "too many pixels"), ("d", "2", "absurd size"), ("e", "2", "of another step")
     ]  # fmt: skip
+
+
+def test_kinds_of_pictures_are_known_where_one_was_imported_before_the_others() -> None:
+    data = base64.b64encode(encoded(kind="WEBP")).decode()
+    code = (
+        "import base64, PIL.PngImagePlugin; from data_pipelines.damage import check_image; "
+        f"print(check_image(base64.b64decode('{data}')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "(40, 30)"
