@@ -8,6 +8,7 @@ Annotations wait in a temporary SQLite file, so memory does not grow with their 
 """
 
 import collections
+import contextlib
 import itertools
 import json
 import pathlib
@@ -18,6 +19,7 @@ from typing import NamedTuple
 
 from data_pipelines.sources.archives import Damage, Member, members
 from data_pipelines.sources.entries import Entry, Reason, Refused, clean_text, make_entry
+from varedit_jax.errors import UserError
 
 MEMORY_BYTES = 256 * 2**20
 DISK_BYTES = 16 * 2**30
@@ -52,6 +54,10 @@ class Lost(NamedTuple):
     names: tuple[str, ...]  # of the missing pictures
 
 
+class _NoRoom(Exception):
+    """The disk has less room than it may take."""
+
+
 class _Held:
     """Pictures waiting for their partners."""
 
@@ -74,7 +80,10 @@ class _Held:
         kept: bytes | int = data
         if place == 1:
             kept = next(self._files)
-            self._file(kept).write_bytes(data)
+            try:
+                self._file(kept).write_bytes(data)
+            except OSError as error:
+                raise _NoRoom(error.strerror) from error
         self._used[place] += len(data)
         self._pictures[picture] = (kept, len(data), awaited)
         self.by_stream[picture[0]] += len(data)
@@ -107,24 +116,33 @@ def join(
 ) -> Iterator[Found | Lost | Damage]:
     """Pictures put together, in the order in which archives complete them; then what is lost.
 
-    Keys are unique. A picture may be wanted by several. Every Wanted comes back exactly once, as Found or Lost.
+    Keys are unique. A picture may be wanted by several. Every Wanted comes back exactly once, as Found or Lost. The
+    temporary folder lies where TMPDIR says. Raises UserError if it has no room.
     """
-    with tempfile.TemporaryDirectory(prefix="join-") as name:
-        folder = pathlib.Path(name)
-        database = sqlite3.connect(folder / "wanted.sqlite", isolation_level=None)
-        try:
-            _store(database, wanted)
-            yield from _read_through(database, streams, _Held(folder, memory_bytes, disk_bytes), first=True)
-            yield from _lost(database, _UNSEEN)
-            found = True
-            while found and database.execute("SELECT 1 FROM pair LIMIT 1").fetchone():
-                found = False
-                for event in _read_through(database, streams, _Held(folder, memory_bytes, disk_bytes), first=False):
-                    found = True
-                    yield event
-            yield from _lost(database, _ALL)  # seen, but the archive is damaged there
-        finally:
-            database.close()
+    try:
+        with tempfile.TemporaryDirectory(prefix="join-") as name:
+            yield from _join(pathlib.Path(name), streams, wanted, memory_bytes, disk_bytes)
+    except (sqlite3.Error, _NoRoom) as error:
+        raise UserError(
+            f"what waits for its partners cannot be kept in {tempfile.gettempdir()}: {error}; set TMPDIR to a folder "
+            f"with {disk_bytes / 2**30:.3g} GiB of room"
+        ) from error
+
+
+def _join(
+    folder: pathlib.Path, streams: Sequence[Stream], wanted: Iterable[Wanted], memory_bytes: int, disk_bytes: int
+) -> Iterator[Found | Lost | Damage]:
+    with contextlib.closing(sqlite3.connect(folder / "wanted.sqlite", isolation_level=None)) as database:
+        _store(database, wanted)
+        yield from _read_through(database, streams, _Held(folder, memory_bytes, disk_bytes), first=True)
+        yield from _lost(database, _UNSEEN)
+        found = True
+        while found and database.execute("SELECT 1 FROM pair LIMIT 1").fetchone():
+            found = False
+            for event in _read_through(database, streams, _Held(folder, memory_bytes, disk_bytes), first=False):
+                found = True
+                yield event
+        yield from _lost(database, _ALL)  # seen, but the archive is damaged there
 
 
 def joined(

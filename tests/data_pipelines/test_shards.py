@@ -101,6 +101,16 @@ def test_a_shard_that_fails_leaves_nothing_and_one_that_is_finished_says_so(tmp_
     assert is_written(path)
 
 
+def test_a_full_disk_is_told_to_the_user_and_leaves_nothing(tmp_path: pathlib.Path) -> None:
+    path = shard_path(tmp_path, "made", 0, 1)
+    (tmp_path / f".{path.name}.partial").symlink_to("/dev/full")
+    says = "writing .*made-00000-of-00001.array_record failed.*make room"
+    with pytest.raises(UserError, match=says), ShardWriter(path) as writer:
+        for number in range(5000):
+            writer.write(_record(number), (10, 10))
+    assert not is_written(path) and not list(tmp_path.iterdir())
+
+
 def test_a_missing_shard_is_told_before_an_index_is_written(tmp_path: pathlib.Path) -> None:
     _write(tmp_path)
     shard_path(tmp_path / "train", "made", 1, 3).unlink()

@@ -10,6 +10,7 @@ import pytest
 from data_pipelines.sources.archives import Damage
 from data_pipelines.sources.join import Found, Lost, Stream, Wanted, join
 from tests.data_pipelines.sources.layouts import tar
+from varedit_jax.errors import UserError
 
 SIZE = 1000  # bytes of a picture
 
@@ -122,6 +123,12 @@ def test_nothing_is_left_in_the_temporary_folder(tmp_path: pathlib.Path, monkeyp
     assert list((tmp_path / "scratch").iterdir())
     events.close()  # type: ignore[attr-defined]
     assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_a_full_disk_is_told_to_the_user(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_pipelines.sources.join._Held._file", lambda *_: pathlib.Path("/dev/full"))
+    with pytest.raises(UserError, match="No space left on device; set TMPDIR to a folder with 2 GiB of room"):
+        list(join(_streams(tmp_path, 3, shuffled=True), _pairs(3), 0, 2 * 2**30))
 
 
 def test_memory_does_not_grow_with_the_number_of_pairs(tmp_path: pathlib.Path) -> None:
