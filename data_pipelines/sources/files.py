@@ -39,6 +39,18 @@ def find(inputs: Sequence[pathlib.Path], *patterns: str) -> list[pathlib.Path]:
     return sorted(found)
 
 
+def distinct(files: Sequence[pathlib.Path]) -> Sequence[pathlib.Path]:
+    """The same files. Raises UserError if two have the same name, where ids of records are made of it."""
+    known: dict[str, pathlib.Path] = {}
+    for file in files:
+        if known.setdefault(file.name, file) != file:
+            raise UserError(
+                f"{known[file.name]} and {file} have the same name, and so would their records; give one of them, or "
+                f"rename it"
+            )
+    return files
+
+
 def relative_name(file: pathlib.Path, inputs: Sequence[pathlib.Path]) -> str:
     """Name of a file below the folder that was given, or its own name where it was given itself."""
     for path in inputs:

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from data_pipelines.record import finite_scores
 from data_pipelines.sources.archives import TarIndex, first_name, group_parts, is_compressed
 from data_pipelines.sources.entries import Entry, Part, Reason, Refused, Source, make_entry
-from data_pipelines.sources.files import find, json_items, relative_name, safe_name
+from data_pipelines.sources.files import distinct, find, json_items, relative_name, safe_name
 from data_pipelines.sources.tables import read_table
 from varedit_jax.errors import UserError
 
@@ -41,7 +41,7 @@ _SCORED_AS = {
 
 
 def _parts(inputs: Sequence[pathlib.Path], options: Mapping[str, str]) -> list[Part]:
-    tables = find(inputs, "*.parquet")
+    tables = distinct(find(inputs, "*.parquet"))
     archives = find(inputs, "*.tar", "*.tar.split.*", "*.tar.part*")
     archives = [file for file in archives if not file.name.startswith("Benchmark.tar")]
     if not tables or not archives:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from data_pipelines.record import finite_scores
 from data_pipelines.sources.archives import tail
 from data_pipelines.sources.entries import MAX_FILE_BYTES, Entry, Part, Reason, Refused, Source, make_entry
-from data_pipelines.sources.files import find, json_items, relative_name, safe_name
+from data_pipelines.sources.files import distinct, find, json_items, relative_name, safe_name
 from data_pipelines.sources.tables import picture_bytes, read_table
 from varedit_jax.errors import UserError
 
@@ -25,7 +25,8 @@ _SCORES = ("clip_sim_0", "clip_sim_1", "clip_sim_dir", "clip_sim_image")
 
 def _parts(inputs: Sequence[pathlib.Path], options: Mapping[str, str]) -> list[Part]:
     parts = [
-        Part(source=_NAME, name=relative_name(file, inputs), files=(str(file),)) for file in find(inputs, "*.parquet")
+        Part(source=_NAME, name=relative_name(file, inputs), files=(str(file),))
+        for file in distinct(find(inputs, "*.parquet"))
     ]
     for seeds in find(inputs, "seeds.json"):
         name, zips = relative_name(seeds, inputs), find([seeds.parent], "*.zip")

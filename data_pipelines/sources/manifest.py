@@ -11,12 +11,12 @@ from typing import Any
 
 from data_pipelines.record import finite_scores
 from data_pipelines.sources.entries import Entry, Part, Reason, Refused, Source, make_entry
-from data_pipelines.sources.files import find, read_below, read_lines, relative_name
+from data_pipelines.sources.files import distinct, find, read_below, read_lines, relative_name
 from varedit_jax.errors import UserError
 
 
 def _parts(inputs: Sequence[pathlib.Path], options: Mapping[str, str]) -> list[Part]:
-    files = find(inputs, "*.jsonl")
+    files = distinct(find(inputs, "*.jsonl"))
     if not files:
         raise UserError(f"there is no *.jsonl under {', '.join(map(str, inputs))}; give a list of pictures")
     root = pathlib.Path(options["root"]) if options.get("root") else None

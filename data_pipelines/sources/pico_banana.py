@@ -15,7 +15,7 @@ from typing import Any
 
 from data_pipelines.sources.archives import group_parts, tail
 from data_pipelines.sources.entries import Entry, Part, Reason, Refused, Source, make_entry
-from data_pipelines.sources.files import find, read_below, read_lines, relative_name, safe_name
+from data_pipelines.sources.files import distinct, find, read_below, read_lines, relative_name, safe_name
 from data_pipelines.sources.join import Found, Lost, Stream, Wanted, join
 from varedit_jax.errors import UserError
 
@@ -24,7 +24,7 @@ _SOURCES = "openimage_source_images"  # where the publisher's instructions unpac
 
 
 def _parts(inputs: Sequence[pathlib.Path], options: Mapping[str, str]) -> list[Part]:
-    lists = find(inputs, "*.jsonl")
+    lists = distinct(find(inputs, "*.jsonl"))
     if not lists:
         raise UserError(f"there is no *.jsonl under {', '.join(map(str, inputs))}; give sft.jsonl and its pictures")
     archives = [str(file) for file in find(inputs, "*.tar", "*.tar.gz")]

@@ -19,7 +19,7 @@ from typing import Any
 
 from data_pipelines.sources.archives import group_parts
 from data_pipelines.sources.entries import Entry, Part, Reason, Refused, Source
-from data_pipelines.sources.files import find, read_lines, safe_name
+from data_pipelines.sources.files import distinct, find, read_lines, safe_name
 from data_pipelines.sources.join import Stream, Wanted, joined
 from varedit_jax.errors import UserError
 
@@ -37,6 +37,7 @@ def _parts(inputs: Sequence[pathlib.Path], options: Mapping[str, str]) -> list[P
             f"there is no annotations/*.jsonl under {', '.join(map(str, inputs))}; "
             f"give folders of SEED-Data-Edit as they were downloaded, annotations and archives"
         )
+    distinct(folders)
     parts = []
     for folder in folders:
         archives = find([folder], "*.tar", "*.tar.gz", "*.tar.gz.part*", "*.tar.part*")

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipelines.sources.entries import Entry, Part, Reason, Refused, Source
-from data_pipelines.sources.files import find, relative_name
+from data_pipelines.sources.files import distinct, find, relative_name
 from varedit_jax.errors import UserError
 
 _ROWS = 16  # read at a time; a row may hold three pictures of several megabytes
@@ -36,7 +36,7 @@ def table_source(
     """
 
     def parts(inputs: Sequence[pathlib.Path], options: Mapping[str, str]) -> list[Part]:
-        files = find(inputs, pattern)
+        files = distinct(find(inputs, pattern))
         if not files:
             raise UserError(f"there is no {pattern} under {', '.join(map(str, inputs))}; give the tables of {name}")
         return [Part(source=name, name=relative_name(file, inputs), files=(str(file),)) for file in files]

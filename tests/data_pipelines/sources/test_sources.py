@@ -117,6 +117,13 @@ def test_unknown_sources_options_and_paths_are_told_to_the_user(tmp_path: pathli
         find_parts("ultraedit", [tmp_path / "nowhere"])
 
 
+def test_files_whose_records_would_have_the_same_ids_are_told_to_the_user(tmp_path: pathlib.Path) -> None:
+    layouts.ultraedit(tmp_path / "a")
+    layouts.ultraedit(tmp_path / "b")
+    with pytest.raises(UserError, match="a/data/FreeForm_0.* and .*b/data/FreeForm_0.* have the same name"):
+        find_parts("ultraedit", [tmp_path])
+
+
 def test_a_table_of_another_data_set_is_told_to_the_user(tmp_path: pathlib.Path) -> None:
     layouts.magicbrush(tmp_path)
     with pytest.raises(UserError, match="has no column 'idx', but img_id, .*is it a table of this data set"):
