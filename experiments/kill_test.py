@@ -13,7 +13,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import platform
 import signal
 import subprocess
 import sys
@@ -25,14 +24,12 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import program
-from varedit_jax.config import RunConfig, from_dict
+from experiments import ends, program
 from varedit_jax.errors import UserError
-from varedit_jax.training import checkpoint, editor_run
+from varedit_jax.training import checkpoint
 from varedit_jax.training.goodput import run_shares
 from varedit_jax.training.ledger import read_metrics
 from varedit_jax.training.lock import LOCK_FILE
-from varedit_jax.training.optimizer import make_optimizer
 
 _FOLDER = flags.DEFINE_string("folder", None, "new folder to work in", required=True)
 _KILLS = flags.DEFINE_integer("kills", 20, "how often", lower_bound=1)
@@ -72,7 +69,7 @@ class Watched:
 
     def removes(self) -> bool:
         """It has completed a checkpoint, so an old one has to go."""
-        return newest(self.workdir) > self.newest
+        return ends.newest(self.workdir) > self.newest
 
 
 # Phase: how many of 20 kills, what begins it, and how many seconds later the kill comes at most.
@@ -97,11 +94,6 @@ def unfinished(workdir: pathlib.Path) -> set[str]:
     return {path.name for path in folder.iterdir() if not path.name.isdecimal()} if folder.exists() else set()
 
 
-def newest(workdir: pathlib.Path) -> int:
-    """Step of the newest checkpoint; 0 if there is none."""
-    return next(reversed(checkpoint.checkpoint_steps(workdir)), 0)
-
-
 def start(workdir: pathlib.Path) -> subprocess.Popen[bytes]:
     """The training program, working in `workdir`; what it says goes to a file beside it."""
     command = [sys.executable, "-m", "experiments.train", f"--config={CARD}", f"--workdir={workdir}"]
@@ -116,23 +108,6 @@ def start(workdir: pathlib.Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdout=log, stderr=log)
 
 
-def read(workdir: pathlib.Path) -> tuple[Any, dict[str, Any]]:
-    """State and place in the data of the newest checkpoint. Raises UserError if they cannot be read."""
-    config = from_dict(RunConfig, checkpoint.read_config(workdir))
-    init = editor_run.make_init(config, make_optimizer(config.optimizer, config.steps))
-    step = newest(workdir)
-    state = checkpoint.restore_state(workdir, jax.eval_shape(init), step)
-    return jax.device_get(state), checkpoint.data_place(workdir, step)
-
-
-def metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """What a run wrote down, but for what depends on the clock and the machine."""
-    return [
-        {name: value for name, value in line.items() if not name.startswith(("time/", "memory/"))}
-        for line in read_metrics(workdir)
-    ]
-
-
 def finish(workdir: pathlib.Path) -> float:
     """Lets the run go on to its end; gives the seconds. Raises UserError if it fails."""
     begin = time.monotonic()
@@ -144,7 +119,7 @@ def finish(workdir: pathlib.Path) -> float:
 def kill(workdir: pathlib.Path, phase: str, rng: np.random.Generator) -> dict[str, Any]:
     """Starts the run, and kills it at a random moment of `phase`; gives what that left."""
     _, reached, longest = PHASES[phase]
-    before = newest(workdir)
+    before = ends.newest(workdir)
     delay = float(rng.uniform(0, longest))
     more = int(rng.integers(1, 7))
     with start(workdir) as process:
@@ -155,38 +130,17 @@ def kill(workdir: pathlib.Path, phase: str, rng: np.random.Generator) -> dict[st
         process.send_signal(signal.SIGKILL)
     if process.returncode != -signal.SIGKILL:
         raise UserError(f"the run ended before it was killed, with {process.returncode}; see {workdir}.log")
-    after = newest(workdir)
+    after = ends.newest(workdir)
     if after < before:
         raise UserError(f"a checkpoint was lost: {before} was there before the kill, and {after} is the newest now")
     if after:
-        state, _ = read(workdir)
+        state, _ = ends.read(workdir)
         if int(state.step) != after:
             raise UserError(f"the checkpoint of step {after} holds step {int(state.step)}")
     lines = read_metrics(workdir)
     made = max((line["step"] + 1 for line in lines), default=0)
     left = len(unfinished(workdir))
     return {"phase": phase, "seconds after": round(delay, 3), "checkpoint": after, "steps": made, "left": left}
-
-
-def differences(killed: pathlib.Path, whole: pathlib.Path) -> list[str]:
-    """How the end of one run differs from that of another; nothing if it does not."""
-    (ours, our_place), (theirs, their_place) = read(killed), read(whole)
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(theirs)]
-    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
-    differ = [path for path, pair in zip(paths, pairs, strict=True) if pair[0].tobytes() != pair[1].tobytes()]
-    if our_place != their_place:
-        differ.append("the place in the data")
-    if metrics(killed) != metrics(whole):
-        differ.append("the metrics")
-    return differ
-
-
-def machine() -> str:
-    """Processors, as the system names them."""
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{os.cpu_count()} cores, {next(iter(names), platform.machine())}"
 
 
 def report(rows: list[dict[str, Any]], folder: pathlib.Path, seconds: dict[str, float]) -> str:
@@ -201,7 +155,7 @@ def report(rows: list[dict[str, Any]], folder: pathlib.Path, seconds: dict[str, 
 
     python -m experiments.kill_test --folder=... --kills={len(rows)} --steps={_STEPS.value} --seed={_SEED.value}
 
-{time.strftime("%Y-%m-%d")}, {machine()}; Python {sys.version.split()[0]}, jax {jax.__version__}.
+{time.strftime("%Y-%m-%d")}, {ends.machine()}; Python {sys.version.split()[0]}, jax {jax.__version__}.
 A run of `{CARD}` with {_STEPS.value} steps and a checkpoint every
 {SAVE_EVERY} of them got SIGKILL {len(rows)} times, and was started again each time:
 {phases}.
@@ -241,7 +195,7 @@ def main(argv: list[str]) -> None:
         print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
     finish(killed)
     seconds["killed"] = time.monotonic() - begin
-    differ = differences(killed, whole)
+    differ = ends.differences(killed, whole)
     if differ:
         raise UserError(f"the run that was killed ended otherwise: {', '.join(differ)} differ")
     text = report(rows, folder, seconds)

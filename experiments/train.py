@@ -73,6 +73,7 @@ def _replay(run: MeshRun, step_fn: Callable[[int], Any]) -> None:
 def _train(config: RunConfig) -> None:
     """Puts data, weights and step together and runs the loop."""
     mesh = make_mesh(config.mesh)
+    processes.meet(mesh)
     part, vocabulary = batch_part(mesh), Vocabulary.load()
     with processes.first_process_first("the data set"):
         train, held_out = (loader.open_split(config.data, split) for split in ("train", "test"))

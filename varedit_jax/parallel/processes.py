@@ -7,17 +7,19 @@ import atexit
 import contextlib
 import glob
 import importlib.util
-import itertools
 import os
 import re
 import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from itertools import combinations, count
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh, PartitionSpec
 
 from varedit_jax.errors import UserError
 
@@ -32,7 +34,7 @@ _INTERRUPTED = 130  # exit code of a process that Ctrl-C ended
 
 _TPU_DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*")
 
-_BARRIERS = itertools.count()  # each needs a name of its own
+_BARRIERS = count()  # each needs a name of its own
 
 
 @contextlib.contextmanager
@@ -84,11 +86,26 @@ def joined(coordinator: str = "", process_count: int | None = None, process_inde
 def wait_for_all(name: str) -> None:
     """Returns when all processes of the run have called it; `name` is for messages. All call it equally often.
 
-    It takes no devices, and so a process may come any time later than the others: the first collective operation of
-    some CPUs is given up when one of them is half a minute late.
+    It takes no devices, and so a process may come any time later than the others.
     """
     barrier = ocp.multihost.get_barrier_sync_fn()
     barrier(key=f"varedit_jax/{next(_BARRIERS)}/{name}", timeout_ms=_WAITING_SECONDS * 1000)
+
+
+def meet(mesh: Mesh) -> None:
+    """The first collective operations of the processes, along all axes of the mesh, before anything takes long.
+
+    CPUs give up what connects a group of devices when one of them comes half a minute late; later it may be late.
+    """
+    wait_for_all("the others")
+    groups = [axes for size in range(1, len(mesh.axis_names) + 1) for axes in combinations(mesh.axis_names, size)]
+    everywhere = PartitionSpec()
+
+    def add() -> jax.Array:
+        return jnp.stack([jax.lax.psum(jnp.ones(()), axes) for axes in groups])
+
+    sums = jax.jit(jax.shard_map(add, mesh=mesh, in_specs=(), out_specs=everywhere, check_vma=False))()
+    jax.block_until_ready(sums)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import numpy as np
 from varedit_jax.config import EditorConfig, RunConfig, SamplingConfig, from_dict, per_scale
 from varedit_jax.conversion.folder import PARTS, VOCABULARY, is_folder, load_folder, read_config
 from varedit_jax.errors import UserError
+from varedit_jax.parallel.mesh import replicated
 from varedit_jax.parameters import abstract_params
 from varedit_jax.sampling import decode, images
 from varedit_jax.scales import Pyramid, editor_pyramid, image_size, nearest_aspect
@@ -148,7 +149,7 @@ class Editor:
         # Text is padded to a power of two, so that few programs are compiled.
         room = min(limit, max(16, 1 << int(length_B.max() - 1).bit_length()))
         keys_B = jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
-        run = _compiled(self.config, pyramid, sampling, every_scale)
+        run = _compiled(self.config, pyramid, sampling, every_scale, jax.sharding.get_mesh())
         return np.asarray(run(self.params, pictures, ids_BT[:, :room], length_B, keys_B))
 
     @property
@@ -165,7 +166,11 @@ class Editor:
 
 
 @functools.cache
-def _compiled(config: EditorConfig, pyramid: Pyramid, sampling: SamplingConfig, every_scale: bool) -> Any:
+def _compiled(
+    config: EditorConfig, pyramid: Pyramid, sampling: SamplingConfig, every_scale: bool, mesh: jax.sharding.Mesh
+) -> Any:
+    """The program of a call. On a mesh, all processes call it with the same pictures, and all get the results."""
     return jax.jit(
-        functools.partial(decode.edit, config=config, pyramid=pyramid, sampling=sampling, every_scale=every_scale)
+        functools.partial(decode.edit, config=config, pyramid=pyramid, sampling=sampling, every_scale=every_scale),
+        out_shardings=None if mesh.empty else replicated(mesh),
     )

@@ -1,0 +1,195 @@
+"""Four processes train one editor; one of them is killed, all start again, and the end is that of a run left alone.
+
+    make pod-demo
+
+Each process holds one device of a mesh of fsdp 2 x tensor 2, on this machine's CPU: each has a quarter of the state,
+and reads half of every batch. They go on from the shipped editor of `shapes`. First the run is left alone; then the
+same run gets SIGKILL in one process, without warning, in the midst of a step. At the end all arrays of the state, the
+place in the data and the metrics of every step have to be equal, bit for bit; exit code 1 if they are not.
+"""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import tqdm
+from absl import flags
+
+from experiments import ends, program
+from experiments.configs import shapes
+from varedit_jax.errors import UserError
+from varedit_jax.training.ledger import duration
+
+_FOLDER = flags.DEFINE_string("folder", "runs/pod_demo", "where to leave everything; emptied first")
+_STEPS = flags.DEFINE_integer("steps", 24, "of the run", lower_bound=8)
+_VICTIM = flags.DEFINE_integer("victim", 2, "the process that is killed", lower_bound=0, upper_bound=3)
+_OUTPUT = flags.DEFINE_string("output", "", "Markdown file for the figures")
+
+CARD = "experiments/configs/shapes.py:tiny"
+PROCESSES = 4
+SAVE_EVERY = 4
+XLA_FLAGS = "--xla_backend_optimization_level=0"  # every process compiles: in less than half the time
+_GRACE_SECONDS = 30  # for the others to notice that one is gone, before they are ended
+
+Process = subprocess.Popen[bytes]
+
+
+def settings(folder: pathlib.Path, steps: int) -> dict[str, object]:
+    """Fields of the card that this run has otherwise."""
+    return {
+        "mesh.data": 1,
+        "mesh.fsdp": 2,
+        "mesh.tensor": 2,
+        "init_from": shapes.SHIPPED,
+        "stages": "()",
+        "optimizer.learning_rate": 1e-4,
+        "data.batch_size": 16,
+        "data.directory": folder / "data",
+        "eval_every": 0,
+        "sample_every": 0,
+        "steps": steps,
+        "save_every": SAVE_EVERY,
+        "keep_checkpoints": 2,
+        "guard.hang_minutes": 20.0,
+    }
+
+
+@contextlib.contextmanager
+def started(workdir: pathlib.Path, values: dict[str, object], processes: int = PROCESSES) -> Iterator[list[Process]]:
+    """The training program in so many processes of one device each; what they say goes to files beside `workdir`.
+
+    None of them outlives the block.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "experiments.train", f"--config={CARD}", f"--workdir={workdir}"]
+    command += [f"--config.{name}={value}" for name, value in values.items()]
+    command += [f"--coordinator=127.0.0.1:{port}", f"--process_count={processes}"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": XLA_FLAGS, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    running: list[Process] = []
+    with contextlib.ExitStack() as stack:
+        for index in range(processes):
+            log = stack.enter_context(workdir.with_name(f"{workdir.name}_{index}.log").open("ab"))
+            running.append(
+                subprocess.Popen([*command, f"--process_index={index}"], env=environment, stdout=log, stderr=log)
+            )
+        try:
+            yield running
+        finally:
+            for process in running:
+                process.kill()
+                process.wait()
+
+
+def follow(running: Sequence[Process], workdir: pathlib.Path, steps: int, until: Callable[[], bool]) -> None:
+    """Shows how far the run is, and returns when `until` says so, all processes have ended, or one has failed."""
+    with tqdm.tqdm(total=steps, desc=workdir.name, unit="step") as bar:
+        while any(process.poll() is None for process in running) and not until():
+            bar.update(len(ends.metrics(workdir)) - bar.n)
+            if any(process.poll() for process in running):
+                return
+            time.sleep(0.05)
+        bar.update(len(ends.metrics(workdir)) - bar.n)
+
+
+def finish(workdir: pathlib.Path, values: dict[str, object], steps: int) -> float:
+    """Starts the run, or goes on with it, to its end; gives the seconds. Raises UserError if a process fails."""
+    begin = time.monotonic()
+    with started(workdir, values) as running:
+        follow(running, workdir, steps, lambda: False)
+        codes = gone(running)
+    if any(codes):
+        raise UserError(f"the processes ended with {codes}; see {workdir}_*.log")
+    return time.monotonic() - begin
+
+
+def gone(running: Sequence[Process]) -> list[int | None]:
+    """Exit codes of the processes after a while; None of one that is still there, and will be ended."""
+    end = time.monotonic() + _GRACE_SECONDS
+    while time.monotonic() < end and any(process.poll() is None for process in running):
+        time.sleep(0.05)
+    return [process.poll() for process in running]
+
+
+def kill(workdir: pathlib.Path, values: dict[str, object], steps: int, victim: int) -> str:
+    """Starts the run and kills one of its processes past the middle, between two checkpoints; says what came of it."""
+    middle = steps // 2 // SAVE_EVERY * SAVE_EVERY + SAVE_EVERY // 2
+    with started(workdir, values) as running:
+        follow(running, workdir, steps, lambda: len(ends.metrics(workdir)) > middle)
+        if any(process.poll() is not None for process in running):
+            raise UserError(f"a process ended before one was killed; see {workdir}_*.log")
+        running[victim].send_signal(signal.SIGKILL)
+        begin = time.monotonic()
+        codes = gone(running)
+    made, saved = len(ends.metrics(workdir)), ends.newest(workdir)
+    others = [code for index, code in enumerate(codes) if index != victim]
+    alone = f"{sum(code is not None for code in others)} of the other {len(others)} ended by themselves"
+    return (
+        f"process {victim} got SIGKILL when {made} of {steps} steps were made and the checkpoint of step {saved} was "
+        f"complete; {alone}, within {time.monotonic() - begin:.0f} s, the rest was ended by the launcher"
+    )
+
+
+def report(seconds: dict[str, float], story: str, steps: int) -> str:
+    """The figures as Markdown."""
+    return f"""# Four processes, one of them killed
+
+    python -m experiments.pod_demo --steps={steps} --output=results/pod_demo.md
+
+{time.strftime("%Y-%m-%d")}, {ends.machine()}; Python {sys.version.split()[0]}, jax {jax.__version__}.
+{PROCESSES} processes with one CPU device each, on a mesh of fsdp 2 x tensor 2, go on from the shipped editor of
+`shapes` for {steps} steps of 16 examples, with a checkpoint every {SAVE_EVERY} steps.
+
+{story[0].upper()}{story[1:]}. All were started again by the same command, and went on from the checkpoint.
+
+At the end all arrays of the state (parameters, moments, step), the place of the data iterator and the metrics of all
+{steps} steps are equal to those of the run that was left alone, bit for bit.
+
+| | seconds |
+|---|---|
+| the run left alone, with compilation | {seconds["whole"]:.0f} |
+| until the kill, and until all processes were gone | {seconds["killed"]:.0f} |
+| started again, to the end | {seconds["resumed"]:.0f} |
+| everything, with data and comparison | {seconds["all"]:.0f} |
+"""
+
+
+def main(argv: list[str]) -> None:
+    """Trains twice, kills once, compares."""
+    del argv
+    begin = time.monotonic()
+    folder, steps = pathlib.Path(_FOLDER.value).absolute(), _STEPS.value
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    values, seconds = settings(folder, steps), {}
+    whole, killed = folder / "whole", folder / "killed"
+    print(f"{PROCESSES} processes train {CARD} for {steps} steps; the first time they compile, which takes minutes")
+    seconds["whole"] = finish(whole, values, steps)
+    before = time.monotonic()
+    story = kill(killed, values, steps, _VICTIM.value)
+    seconds["killed"] = time.monotonic() - before
+    print(f"{story}; all start again")
+    seconds["resumed"] = finish(killed, values, steps)
+    differ = ends.differences(killed, whole)
+    if differ:
+        raise UserError(f"NOT EQUAL: the run that was killed ended otherwise: {', '.join(differ)} differ")
+    seconds["all"] = time.monotonic() - begin
+    if _OUTPUT.value:
+        pathlib.Path(_OUTPUT.value).write_text(report(seconds, story, steps))
+    print(
+        f"EQUAL, bit for bit, after {steps} steps: parameters, moments, place in the data and metrics of the run that "
+        f"was killed and of the one that was not; {duration(seconds['all'])} in all"
+    )
+
+
+if __name__ == "__main__":
+    program.run(main)
