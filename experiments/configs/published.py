@@ -1,38 +1,127 @@
-"""What the published runs have in common; the cards `varedit_*` say the rest.
+"""What the published runs have in common, and how they lie on machines; the cards `varedit_*` say the rest.
 
 AdamW with betas 0.9 / 0.97 at a constant rate, gradients clipped at 5, bfloat16 compute over float32 weights,
 self-correction up to 0.3 on 13 scales, the loss reweighted by scale, text dropped with probability 0.1. The precision
-of the frozen encoders is as measured in results/precision.md.
+of the frozen encoders is as measured in results/precision.md, the layouts as in results/compile_ahead.md.
 """
 
 import dataclasses
+from typing import Literal
 
 from experiments.configs import shapes
-from varedit_jax.config import DataConfig, EditorConfig, LossConfig, OptimizerConfig, RunConfig, preset
+from varedit_jax.config import DataConfig, EditorConfig, LossConfig, MeshConfig, OptimizerConfig, RunConfig, preset
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What a run can be laid out for; variants of the cards have its name."""
+
+    chips: int
+    topology: str = ""  # as experiments.compile_ahead takes it; "" for GPUs
+
+
+MACHINES = {
+    # Cloud TPU counts the TensorCores of v5p, two a chip, and the chips of v5e and v6e.
+    "v5p_128": Machine(64, "v5p:4x4x4"),
+    "v5p_256": Machine(128, "v5p:4x4x8"),
+    "v6e_256": Machine(256, "v6e:16x16"),
+    "v5e_256": Machine(256, "v5e:16x16"),
+    "h100_64": Machine(64),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a run lies on a machine. Devices along `tensor` work on the same examples, all others are fsdp."""
+
+    accumulation: int  # microbatches a step
+    tensor: int = 1
+    remat: Literal["none", "named", "full"] = "named"  # what of a block the backward pass computes again
+
+
+# By card and machine. Chips of v5e reduce-scatter over a part of the slice only, so their `tensor` is more than 1.
+LAYOUTS = {
+    "varedit_2b_256": {
+        "v5p_128": Layout(1),
+        "v5p_256": Layout(1),
+        "v6e_256": Layout(1),
+        "v5e_256": Layout(4, tensor=4),
+        "h100_64": Layout(2),
+    },
+    "varedit_2b_512": {
+        "v5p_128": Layout(3),
+        "v5p_256": Layout(3, tensor=2),
+        "v6e_256": Layout(3, tensor=4),
+        "v5e_256": Layout(15, tensor=4),
+        "h100_64": Layout(5),
+    },
+    "varedit_8b_512": {
+        "v5p_128": Layout(6),
+        "v5p_256": Layout(3),
+        "v6e_256": Layout(3),
+        "v5e_256": Layout(24, tensor=4),
+        "h100_64": Layout(12),
+    },
+    "varedit_8b_1024": {
+        "v5p_128": Layout(8),
+        "v5p_256": Layout(4),
+        "v6e_256": Layout(4, tensor=2),
+        "v5e_256": Layout(8, tensor=4, remat="full"),
+        "h100_64": Layout(8, remat="full"),
+    },
+}
+VARIANTS = ("", "tiny", *MACHINES)
 
 
 def card(
-    name: str, size: str, pixel_budget: str, *, steps: int, batch_size: int, learning_rate: float, tiny: bool = False
+    name: str,
+    size: str,
+    pixel_budget: str,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    variant: str = "",
 ) -> RunConfig:
-    """A published run at preset `size`; with `tiny` the same settings over the smallest model and pictures."""
+    """A published run at preset `size`.
+
+    `variant` "tiny" has the same settings over the smallest model and pictures, and one of `MACHINES` its layout.
+    """
     model = preset(size)
     transformer = dataclasses.replace(model.transformer, dtype="bfloat16", remat="full")
     model = dataclasses.replace(model, pixel_budget=pixel_budget, transformer=transformer)
-    data = DataConfig(batch_size=batch_size)
-    if tiny:
-        model = _tiny(model)
-        data = DataConfig(batch_size=8, text_tokens=32, train_examples=256, eval_examples=32)
-    return RunConfig(
-        name=f"{name}_tiny" if tiny else name,
+    run = RunConfig(
+        name=name,
         model=model,
         optimizer=OptimizerConfig(learning_rate=learning_rate, beta1=0.9, beta2=0.97, clip_norm=5.0),
         loss=LossConfig(scale_power=0.5, noise_scales=13, noise_max=0.3, text_drop=0.1),
-        data=data,
-        steps=20 if tiny else steps,
-        train_text=tiny,
+        data=DataConfig(batch_size=batch_size),
+        steps=steps,
         text_dtype="bfloat16",
         tokenizer_precision="high",
-        tokenizer_weights=shapes.SHIPPED if tiny else "",
+    )
+    if variant == "tiny":
+        return dataclasses.replace(
+            run,
+            name=f"{name}_tiny",
+            model=_tiny(model),
+            data=DataConfig(batch_size=8, text_tokens=32, train_examples=256, eval_examples=32),
+            steps=20,
+            train_text=True,
+            tokenizer_weights=shapes.SHIPPED,
+        )
+    return on_machine(run, variant) if variant else run
+
+
+def on_machine(run: RunConfig, machine: str) -> RunConfig:
+    """A run in the layout of a machine."""
+    layout = LAYOUTS[run.name][machine]
+    transformer = dataclasses.replace(run.model.transformer, remat=layout.remat)
+    return dataclasses.replace(
+        run,
+        model=dataclasses.replace(run.model, transformer=transformer),
+        optimizer=dataclasses.replace(run.optimizer, accumulation=layout.accumulation),
+        mesh=MeshConfig(data=1, fsdp=MACHINES[machine].chips // layout.tensor, tensor=layout.tensor),
     )
 
 

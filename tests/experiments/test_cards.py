@@ -1,5 +1,6 @@
 """Every experiment card traces: abstract shapes go through its complete training step, nothing is allocated."""
 
+import dataclasses
 import importlib
 import pathlib
 from typing import Any
@@ -7,10 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractMesh
 
 from experiments import configs
+from experiments.configs import published
 from varedit_jax.config import RunConfig, TokenizerRunConfig, per_scale
 from varedit_jax.conversion.folder import load_folder
+from varedit_jax.parallel import topology
+from varedit_jax.parallel.mesh import check_batch, mesh_sizes
+from varedit_jax.parallel.rules import param_shardings
 from varedit_jax.parameters import abstract_params
 from varedit_jax.scales import editor_pyramid, image_size
 from varedit_jax.training import editor_run, tokenizer_step
@@ -28,6 +34,7 @@ CARDS = [
     for name, module in MODULES.items()
     if hasattr(module, "get_config")
     for variant in getattr(module, "VARIANTS", ("",))
+    if variant not in published.MACHINES  # the same run, laid out for a machine
 ]
 
 
@@ -81,6 +88,25 @@ def test_training_step_of_every_card(name: str, variant: str) -> None:
     assert {value.shape for value in metrics.values()} == {(), (scales,)}
 
 
+@pytest.mark.parametrize("name", published.LAYOUTS)
+def test_layouts_on_machines(name: str) -> None:
+    """Every machine has one; it fills the machine, the batch and the parameters divide, and nothing else changes."""
+    base = card(name, "")
+    assert set(published.LAYOUTS[name]) == set(published.MACHINES) <= set(MODULES[name].VARIANTS)
+    for machine, about in published.MACHINES.items():
+        run = card(name, machine)
+        if about.topology:
+            assert about.chips == topology.chips(about.topology)
+        sizes = mesh_sizes(run.mesh, about.chips)
+        mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+        check_batch(mesh, run.data.batch_size, run.optimizer.accumulation)
+        param_shardings({part: abstract_params(base.model, part) for part in ("transformer", "text")}, mesh)
+        transformer = dataclasses.replace(run.model.transformer, remat=base.model.transformer.remat)
+        model = dataclasses.replace(run.model, transformer=transformer)
+        optimizer = dataclasses.replace(run.optimizer, accumulation=1)
+        assert dataclasses.replace(run, model=model, optimizer=optimizer, mesh=base.mesh) == base
+
+
 @pytest.mark.parametrize(("name", "variant"), CARDS)
 def test_weights_that_a_card_ships_with_fit_it(name: str, variant: str) -> None:
     config = card(name, variant)
@@ -94,7 +120,7 @@ def test_weights_that_a_card_ships_with_fit_it(name: str, variant: str) -> None:
 def test_every_file_is_a_card_or_serves_one() -> None:
     """A new card is tested without being listed here; a file that defines no card has to be imported by one."""
     names = {name for name, _ in CARDS}
-    assert {"shapes", "varedit_2b_256", "varedit_2b_512", "varedit_8b_512"} <= names
+    assert {"shapes", *published.LAYOUTS} <= names
     for other in set(MODULES) - names:
         assert any(f"configs import {other}" in (FOLDER / f"{name}.py").read_text() for name in names), other
 

@@ -1,0 +1,23 @@
+"""`varedit_8b_1024`: the 8B editor, 1024 px, from the one of 512 px.
+
+    python -m experiments.train --config=experiments/configs/varedit_8b_1024.py --workdir=runs/varedit_8b_1024 \\
+        --config.tokenizer_weights=weights/bsq_14bit --config.text_weights=weights/flan_t5_xl \\
+        --config.init_from=weights/varedit_8b_512
+
+Nobody has published this run, so it has no result. 7,000 steps at rate 1.875e-5 are those of 2B's second stage; batch
+512, at 14,617 tokens an example, has as many tokens as 2,111 examples of 512 px.
+Variant `tiny` has the same settings over the smallest model, batch 8 and the `shapes` data, for a CPU. Variants
+`v5p_128`, `v5p_256`, `v6e_256`, `v5e_256` and `h100_64` lie on those machines as results/compile_ahead.md has it.
+"""
+
+from experiments.configs import published
+from varedit_jax.config import RunConfig
+
+VARIANTS = published.VARIANTS
+
+
+def get_config(variant: str = "") -> RunConfig:
+    """The card; see the module's docstring for the variants."""
+    return published.card(
+        "varedit_8b_1024", "8b", "1M", steps=7_000, batch_size=512, learning_rate=1.875e-5, variant=variant
+    )
