@@ -5,23 +5,18 @@ data set under any runner (Beam's local one keeps in memory what it groups), and
 tasks that are left. Inputs and the output have to be where every worker sees them under the same path.
 """
 
-import contextlib
 import errno
-import logging
 import pathlib
 import shlex
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
-import apache_beam as beam
 import tqdm
-from apache_beam.options.pipeline_options import PipelineOptions
-from apache_beam.runners.runner import PipelineRunner, create_runner
-from apache_beam.transforms.environments import SubprocessSDKEnvironment
 
+from data_pipelines.preparation import beam
 from data_pipelines.preparation.staging import new_file
 from varedit_jax.errors import UserError
 
@@ -47,7 +42,6 @@ class Waves:
         Raises UserError if there is no such runner.
         """
         self._name, self._workers, self._options, self._folder = runner, workers, list(options), folder
-        logging.getLogger("apache_beam").setLevel(logging.ERROR)
         self._runner(1)
 
     def run(self, name: str, work: Callable[[T], object], tasks: Sequence[T]) -> None:
@@ -60,44 +54,32 @@ class Waves:
         bar = tqdm.tqdm(desc=name, total=len(tasks), initial=len(tasks) - len(todo), unit="task", leave=False)
         with bar, _Watch(bar, todo):
             runner, options = self._runner(len(todo))
-            pipeline = beam.Pipeline(runner, PipelineOptions(options))
+            pipeline = beam.Pipeline(runner, beam.PipelineOptions(options))
             tasks_P = pipeline | beam.Create(todo) | beam.Reshuffle()
             _ = tasks_P | name >> beam.ParDo(_Do(work, self._folder))
             pipeline.run().wait_until_finish()
         for path in sorted(self._folder.glob("*.error")):
             raise UserError(path.read_text())
 
-    def _runner(self, tasks: int) -> tuple[PipelineRunner, list[str]]:
+    def _runner(self, tasks: int) -> tuple[beam.PipelineRunner, list[str]]:
         """A runner for some tasks, and its options.
 
         DirectRunner would first try to fetch another runner from the network, so the local one is named. Its processes
         take seconds to start: there are no more than tasks, and for one task none.
         """
-        with _quiet():
-            if self._name not in _LOCAL:
-                try:
-                    return create_runner(self._name), self._options
-                except (ValueError, ImportError, AttributeError) as error:
-                    raise UserError(
-                        f"Apache Beam has no runner {self._name!r} here; DirectRunner works everywhere"
-                    ) from error
-            from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
+        if self._name not in _LOCAL:
+            try:
+                return beam.create_runner(self._name), self._options
+            except (ValueError, ImportError, AttributeError) as error:
+                raise UserError(
+                    f"Apache Beam has no runner {self._name!r} here; DirectRunner works everywhere"
+                ) from error
         workers = min(self._workers, tasks)
         if workers == 1:
-            return FnApiRunner(), self._options
+            return beam.FnApiRunner(), self._options
         command = f"{shlex.quote(sys.executable)} -m data_pipelines.preparation.worker"
-        environment = SubprocessSDKEnvironment.from_command_string(command)
-        return FnApiRunner(environment), [f"--direct_num_workers={workers}", *self._options]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No warnings in the block: importing runners, Beam warns of clients of services that nobody asked for."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
+        environment = beam.SubprocessSDKEnvironment.from_command_string(command)
+        return beam.FnApiRunner(environment), [f"--direct_num_workers={workers}", *self._options]
 
 
 class _Do(beam.DoFn):
