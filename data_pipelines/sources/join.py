@@ -211,7 +211,8 @@ def _read_through(
 
         return itertools.chain.from_iterable(members(files, is_wanted) for files in stream.archives)
 
-    readers = {number: reader(number, stream) for number, stream in enumerate(streams)}
+    needed = [number for (number,) in database.execute("SELECT DISTINCT stream FROM need ORDER BY stream")]
+    readers = {number: reader(number, streams[number]) for number in needed}
     while readers:
         # The archive whose pictures wait least is behind; that keeps archives of like order in step.
         number = min(readers, key=lambda number: (held.by_stream[number], number))

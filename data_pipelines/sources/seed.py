@@ -44,8 +44,7 @@ def _parts(inputs: Sequence[pathlib.Path], options: Mapping[str, str]) -> list[P
         if not archives:
             raise UserError(f"there is no *.tar.gz.part-* or *.tar.gz under {folder}; download the pictures too")
         lists = find([folder], "annotations/*.jsonl", "annotations_GPT4V/*.jsonl")
-        name = folder.name if folder not in inputs else folder.resolve().name
-        parts.append(Part(source=_NAME, name=name, files=tuple(map(str, [*lists, *archives]))))
+        parts.append(Part(source=_NAME, name=folder.absolute().name, files=tuple(map(str, [*lists, *archives]))))
     return parts
 
 

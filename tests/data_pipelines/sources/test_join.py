@@ -4,10 +4,12 @@ import random
 import tarfile
 import tempfile
 import tracemalloc
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from data_pipelines.sources.archives import Damage
+from data_pipelines.sources import join as join_module
+from data_pipelines.sources.archives import Damage, Member
 from data_pipelines.sources.join import Found, Lost, Stream, Wanted, join
 from tests.data_pipelines.sources.layouts import tar
 from varedit_jax.errors import UserError
@@ -52,18 +54,30 @@ def test_every_pair_comes_once_whatever_the_order_and_the_bounds(
         assert isinstance(event, Found) and event.pictures == tuple(map(_picture, names[event.key]))
 
 
-def test_archives_in_the_same_order_are_read_once_with_little_held(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the archives that were read, one for each time."""
+    names: list[str] = []
+    real = join_module.members
+
+    def counted(files: Sequence[str], wanted: Callable[[str], bool]) -> Iterator[Member | Damage]:
+        names.append(pathlib.Path(files[0]).name)
+        return real(files, wanted)
+
+    monkeypatch.setattr(join_module, "members", counted)
+    return names
+
+
+def test_archives_in_the_same_order_are_read_once_with_little_held(tmp_path: pathlib.Path, opened: list[str]) -> None:
     streams = _streams(tmp_path, 40, shuffled=False)
-    opened = []
-    monkeypatch.setattr(
-        "data_pipelines.sources.join.members",
-        lambda files, wanted, real=join.__globals__["members"]: opened.append(files) or real(files, wanted),
-    )
     found = list(join(streams, [Wanted(f"{i}", ((0, f"s{i}"), (1, f"t{i}"))) for i in range(40)], 2 * SIZE, 0))
     assert [event.key for event in found if isinstance(event, Found)] == [f"{i}" for i in range(40)]
-    assert len(opened) == 2
+    assert opened == ["s.tar.gz", "t.tar.gz"]
+
+
+def test_an_archive_that_nothing_is_wanted_of_is_not_read(tmp_path: pathlib.Path, opened: list[str]) -> None:
+    assert len(list(join(_streams(tmp_path, 3, shuffled=False), [Wanted("a", ((1, "t0"), (1, "t2")))]))) == 1
+    assert opened == ["t.tar.gz"]
 
 
 def test_all_sources_before_all_targets_in_one_archive_are_read_at_two_places(tmp_path: pathlib.Path) -> None:
