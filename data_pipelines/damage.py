@@ -12,7 +12,7 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import Self
+from typing import BinaryIO, Self
 
 from PIL import Image, UnidentifiedImageError
 
@@ -130,31 +130,33 @@ class Quarantine:
     """A JSONL file of what was left out, a line a record: id, data set, reason, detail. A record is written once."""
 
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
-        """Goes on with the file, if there is one; with None, only counts. Raises UserError if it cannot be written."""
+        """Goes on with the file, if there is one, and makes it when there is something to write; None only counts."""
         self.counts: collections.Counter[str] = collections.Counter()  # of `add`, by reason
         self._path = None if path is None else pathlib.Path(path)
         self._known: set[tuple[str, str]] = set()
-        self._file = None
-        if self._path is None:
-            return
-        make_folder(self._path.parent)
-        if self._path.exists():
-            self._known = {(line["dataset"], line["id"]) for line in read_quarantine(self._path)}
-        with room_explained("list of bad records", self._path.parent):
-            # Unbuffered: what is written is not lost, however the process ends.
-            self._file = self._path.open("ab", buffering=0)
-            if self._file.tell() and not self._path.read_bytes().endswith(b"\n"):  # a kill cut the last line short
-                self._file.write(b"\n")
+        self._file: BinaryIO | None = None
 
     def add(self, *, id: str, dataset: str, reason: str, detail: str = "") -> None:
         """Counts a record, and writes it down unless it is there already. Raises UserError if the disk is full."""
         self.counts[str(reason)] += 1
-        if self._file is None or (dataset, id) in self._known:
+        if self._path is None:
             return
-        self._known.add((dataset, id))
-        line = {"id": id, "dataset": dataset, "reason": str(reason), "detail": detail}
-        with room_explained("list of bad records", self._path.parent):  # type: ignore[union-attr]
-            self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        with room_explained("list of bad records", self._path.parent):
+            file = self._file or self._open(self._path)
+            if (dataset, id) not in self._known:
+                self._known.add((dataset, id))
+                line = {"id": id, "dataset": dataset, "reason": str(reason), "detail": detail}
+                file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+
+    def _open(self, path: pathlib.Path) -> BinaryIO:
+        make_folder(path.parent)
+        if path.exists():
+            self._known = {(line["dataset"], line["id"]) for line in read_quarantine(path)}
+        # Unbuffered: what is written is not lost, however the process ends.
+        self._file = file = path.open("ab", buffering=0)
+        if file.tell() and not path.read_bytes().endswith(b"\n"):  # a kill cut the last line short
+            file.write(b"\n")
+        return file
 
     def summary(self) -> str:
         """Counts by reason as text, the most frequent first."""

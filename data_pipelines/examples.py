@@ -201,3 +201,8 @@ def open_records(data: DataConfig, split: str, model: EditorConfig) -> RecordSou
         raise UserError(f"prepared records have no split {split!r}; they have {', '.join(_RECORD_SPLITS)}")
     parts = tuple(Records(folder, _RECORD_SPLITS[split]) for folder, _ in data.mixture)
     return RecordSource(data, parts, picture_sizes(model, data.aspects))
+
+
+def open_examples(data: DataConfig, split: str, model: EditorConfig) -> TfdsSource | RecordSource:
+    """Split `split` (`train` or `test`) of what `data` names, as `open_split` and `open_records`."""
+    return open_records(data, split, model) if data.name == "records" else open_split(data, split)

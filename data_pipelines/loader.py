@@ -15,9 +15,9 @@ it is no part of the plan, and there is nothing to stand in for.
 """
 
 import dataclasses
-import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import grain
@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.damage import Damaged, Quarantine
-from data_pipelines.examples import Example, RecordSource, Source, TfdsSource, open_records, open_split
+from data_pipelines.examples import Example, RecordSource, Source, TfdsSource, open_examples, open_records, open_split
 from data_pipelines.features import Features
 from data_pipelines.plan import InOrder, Plan, Rows, Shuffled
 from varedit_jax.config import DataConfig
@@ -40,6 +40,7 @@ __all__ = [
     "TfdsSource",
     "Vocabulary",
     "evaluation_batches",
+    "open_examples",
     "open_records",
     "open_split",
     "training_batches",
@@ -158,8 +159,13 @@ class Batches(grain.DatasetIterator[Batch]):
         self._seen = 0  # examples of this process
         self._quarantine = Quarantine(quarantine)
         self._path = quarantine
+        self._running: list[Any] = []  # the pipeline from the next step on, where there is one
+        # Workers that outlive the program's last line complain, each about all that it has ready.
+        weakref.finalize(self, _close, self._running)
 
-    def _start(self) -> Iterator[tuple[Batch, list[_Bad]]]:
+    def _pipeline(self) -> Any:
+        if self._running:
+            return self._running[0]
         data = self._data
         options = grain.ReadOptions(num_threads=data.read_threads, prefetch_buffer_size=data.prefetch_batches)
         end = self._read.plan.steps
@@ -169,17 +175,13 @@ class Batches(grain.DatasetIterator[Batch]):
             # What each has ready, as all of them together are to have `prefetch_batches`.
             ready = max(1, data.prefetch_batches // data.workers)
             read = read.mp_prefetch(grain.MultiprocessingOptions(data.workers, per_worker_buffer_size=ready))
-        return iter(read)
-
-    @functools.cached_property
-    def _inner(self) -> Any:
-        """The pipeline, from the next step on."""
-        return self._start()
+        self._running.append(iter(read))
+        return self._running[0]
 
     def __next__(self) -> Batch:
         """The next batch. Raises UserError if more than `data.bad_share` of the examples could not be used."""
         self._assert_not_closed()
-        batch, bad = next(self._inner)
+        batch, bad = next(self._pipeline())
         self._step += 1
         self._seen += len(batch[EXAMPLE_IDS])
         for example in bad:
@@ -210,23 +212,25 @@ class Batches(grain.DatasetIterator[Batch]):
                 f"removed or found to be bad, so no one can say which batch comes next; start a new run from it, with "
                 f"init_from"
             )
-        self._stop()
+        _close(self._running)
         self._step = int(state["next_step"])
 
     def start_prefetch(self) -> None:
         """Begins to read."""
-        self._inner.start_prefetch()
+        self._pipeline().start_prefetch()
 
     def close(self) -> None:
         """Ends workers and threads."""
         if not self._closed:
-            self._stop()
+            _close(self._running)
             self._quarantine.close()
         super().close()
 
-    def _stop(self) -> None:
-        if inner := self.__dict__.pop("_inner", None):
-            inner.close()
+
+def _close(running: list[Any]) -> None:
+    """Ends the threads and workers of a pipeline."""
+    while running:
+        running.pop().close()
 
 
 def _check(data: DataConfig, source: Source, features: Features | None, process_index: int, process_count: int) -> None:

@@ -48,7 +48,7 @@ _PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "processes of the r
 _PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "which of them this one is, from 0")
 
 
-def _features(config: RunConfig, source: loader.TfdsSource, split: str) -> Any:
+def _features(config: RunConfig, source: Any, split: str) -> Any:
     """Features of a split, computed on first use, if the card asks for them."""
     if config.data.features == "online":
         return None
@@ -76,7 +76,7 @@ def _train(config: RunConfig) -> None:
     processes.meet(mesh)
     part, vocabulary = batch_part(mesh), Vocabulary.load()
     with processes.first_process_first("the data set"):
-        train, held_out = (loader.open_split(config.data, split) for split in ("train", "test"))
+        train, held_out = (loader.open_examples(config.data, split, config.model) for split in ("train", "test"))
     with jax.set_mesh(mesh):
         run = MeshRun(config, mesh)
         frozen = run.load_frozen()
@@ -91,6 +91,8 @@ def _train(config: RunConfig) -> None:
         editor = Editor(config.model, {**frozen, **state.params}, config.sampling)
         return {"held_out": np.asarray(sample_sheet(editor, held_out, range(8)))}
 
+    quarantine = pathlib.Path(run_flags.workdir()) / "quarantine" / f"process_{jax.process_index()}.jsonl"
+    batches = loader.training_batches(config.data, vocabulary, train, train_features, *part, quarantine=quarantine)
     with jax.set_mesh(mesh), run.stages(frozen) as stages:
         if _REPLAY.value:
             return _replay(run, stages.step)
@@ -102,7 +104,8 @@ def _train(config: RunConfig) -> None:
             abstract_state=run.abstract_state,
             init_state=run.init_state,
             step_fn=stages.step,
-            batches=loader.training_batches(config.data, vocabulary, train, train_features, *part),
+            batches=batches,
+            data_metrics=batches.metrics,
             put=run.put,
             run_record=to_dict(config),
             cadence=loop.Cadence.of(config),

@@ -78,6 +78,7 @@ def train(
     work: Work | Callable[[int], Work] | None = None,
     profile_steps: tuple[int, int] = (0, 0),
     dump_step: int | None = None,
+    data_metrics: Callable[[], Mapping[str, float]] | None = None,
 ) -> TrainState:
     """Trains up to `steps` updates, going on from the newest checkpoint in `workdir` if there is one.
 
@@ -127,6 +128,7 @@ def train(
       work: what an example costs, for TFLOP/s and MFU; a function of the step where stages differ.
       profile_steps: steps [first, last) that are traced into `workdir`/profile.
       dump_step: a step whose state and batch are written to `workdir`/replay.
+      data_metrics: what the pipeline of `batches` counts, to be written down beside the metrics of a step.
 
     Returns:
       The state after `steps` updates, or after `stop_after`.
@@ -177,7 +179,7 @@ def train(
             ledger.say(f"a run in {workdir} ended before it saved a checkpoint; it starts from nothing again")
 
         inputs = Inputs(workdir)
-        checks = _Checks(Guard(guard, ledger.say), inputs)
+        checks = _Checks(Guard(guard, ledger.say), inputs, data_metrics or dict)
         checks.guard.recall(line for line in written if line["step"] < start)
         report = Report(
             ledger, clock, cadence.log_every, steps, learning_rate, work=work, guard=checks, goodput=goodput
@@ -258,16 +260,17 @@ def _due(step: int, every: int, steps: int) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Checks:
-    """The guard, with the inputs of bad steps written down for it."""
+    """The guard, with the inputs of bad steps written down for it, and what the data pipeline counts."""
 
     guard: Guard
     inputs: Inputs
+    data_metrics: Callable[[], Mapping[str, float]]
 
     def check(self, step: int, metrics: Metrics, example_ids: np.ndarray | None) -> dict[str, float]:
         """As Guard.check."""
         if was_skipped(metrics):
             self.inputs.dump(step, "not finite")
-        return self.guard.check(step, metrics, example_ids)
+        return {**self.guard.check(step, metrics, example_ids), **self.data_metrics()}
 
 
 class _Timer:
