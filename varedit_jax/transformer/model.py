@@ -273,12 +273,11 @@ class Transformer(nn.Module):
         if has_mesh() and not self.is_initializing():
             # Inside of what is rematerialized: the backward pass gathers them again instead of keeping them.
             block = nn.map_variables(block, "params", gather(f"transformer/{name}/", self.config.dtype))
-        if remat == "full":
-            return nn.remat(block, prevent_cse=False)
-        if remat == "named":
-            policy = jax.checkpoint_policies.save_only_these_names(*self.config.remat_saved)
-            return nn.remat(block, prevent_cse=False, policy=policy)
-        return block
+        if remat == "none":
+            return block
+        policy = jax.checkpoint_policies.save_only_these_names(*self.config.remat_saved) if remat == "named" else None
+        # Outside of a scan the compiler would see that both passes compute the same, and keep it after all.
+        return nn.remat(block, prevent_cse=name == "block_0", policy=policy)
 
 
 def _write(cache: dict[str, jax.Array], new: dict[str, jax.Array], start: int) -> dict[str, jax.Array]:
