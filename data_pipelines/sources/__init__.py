@@ -10,7 +10,7 @@ folder are refused, and never used as a path. Pictures are not decoded here.
 
 What is in memory at a time is one triple, and beside it what a source's own text says:
 
- - tables: a few rows
+ - tables: a group of rows, as the publisher made them
  - tars whose neighbours belong together (varedit, x2edit): one group
  - uncompressed archives of which a table names the members (imgedit): where each member of an archive lies
  - compressed archives that lists name the members of (seed, gpt_image_edit, packed files of pico_banana): `join`, with

@@ -1,4 +1,8 @@
-"""Parquet tables: rows of some columns, a few in memory at a time, and sources that are nothing but such tables."""
+"""Parquet tables, row by row, and sources that are nothing but such tables.
+
+Memory is that of a group of rows, about twice, since writers put all pictures of a group into one page. Publishers make
+groups of 100 to 1000 rows.
+"""
 
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence

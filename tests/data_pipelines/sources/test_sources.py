@@ -145,6 +145,14 @@ def test_a_damaged_group_of_rows_costs_these_rows_alone(tmp_path: pathlib.Path) 
     assert [entry.reason for entry in entries if isinstance(entry, Refused)] == ["damaged archive"]
 
 
+def test_memory_does_not_grow_with_a_table(tmp_path: pathlib.Path) -> None:
+    rows = [{"original_image": {"bytes": bytes([i]) * 100_000, "path": ""}, "edit_prompt": "edit"} for i in range(60)]
+    layouts.table(tmp_path / "train.parquet", [row | {"edited_image": row["original_image"]} for row in rows])
+    del rows
+    held = [pyarrow.total_allocated_bytes() for entry in read("instruct_pix2pix", [tmp_path]) if entry.id]
+    assert len(held) == 60 and max(held) < 2_000_000  # of 12 MB, in groups of 0.4 MB
+
+
 def test_imgedit_scores_that_are_cut_short_are_told_to_the_user(tmp_path: pathlib.Path) -> None:
     archive_layouts.imgedit(tmp_path)
     (tmp_path / "all_dataset_gpt_score.json").write_text(json.dumps({"results/00094_1": 1})[:-3])
