@@ -38,7 +38,9 @@ class Look:
         A perceptual hash: which of the lowest 8 x 8 cosine coefficients of the brightness are above their median.
         """
         waves = _COSINES @ (self.cells @ _LUMA) @ _COSINES.T
-        bits = waves > np.median(waves.reshape(-1)[1:])  # without the mean, which is no shape
+        flat = waves.reshape(-1)
+        middle = (flat.size - 1) // 2
+        bits = flat > np.partition(flat[1:], middle)[middle]  # the median, without the mean, which is no shape
         return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
     @property

@@ -1,0 +1,120 @@
+"""Writes a page of samples of a prepared data set, to look at in any browser, without a server or a network.
+
+    python -m data_pipelines.browse --input=data/omniedit --output=page     then open page/index.html
+
+The page filters by data set, kind, split, size, score and words of the instruction; a click compares two pictures.
+"""
+
+import io
+import itertools
+import json
+import pathlib
+import random
+from typing import Any
+
+import numpy as np
+import tqdm
+from absl import flags
+from PIL import Image
+
+from data_pipelines.damage import Damaged, decoding, open_picture
+from data_pipelines.preparation.staging import new_folder
+from data_pipelines.record import BrokenRecord
+from data_pipelines.shards import Records, read_index
+from varedit_jax import command
+from varedit_jax.errors import UserError
+from varedit_jax.sampling.images import upright_rgb
+
+_INPUT = flags.DEFINE_string("input", None, "folder that prepare wrote", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "new folder for the page", required=True)
+_SAMPLES = flags.DEFINE_integer("samples", 400, "records to show", lower_bound=1)
+_SIDE = flags.DEFINE_integer("side", 384, "pixels of the long side of pictures on the page", lower_bound=16)
+_SEED = flags.DEFINE_integer("seed", 0, "of the choice of records")
+
+_TEMPLATE = pathlib.Path(__file__).parent / "page" / "browse.html"
+
+
+def choose(records: Records, count: int, seed: int) -> list[int]:
+    """Indices of `count` records, or all: of each kind of each data set as many, as far as it has them."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    kinds = np.asarray(records.columns.dataset).astype(np.int64) * len(records.columns.kinds) + records.columns.kind
+    draw = random.Random(seed)
+    for kind in np.unique(kinds).tolist():
+        members = np.flatnonzero(kinds == kind)
+        groups[kind] = members[draw.sample(range(len(members)), min(count, len(members)))].tolist()
+    turns = itertools.zip_longest(*groups.values())
+    chosen = (index for turn in turns for index in turn if index is not None)
+    return sorted(itertools.islice(chosen, count))
+
+
+def write_page(
+    folder: pathlib.Path, output: pathlib.Path, *, samples: int = 400, side: int = 384, seed: int = 0
+) -> int:
+    """Writes index.html and its pictures for the prepared data set in `folder`; returns the number of samples.
+
+    Records that cannot be read are passed over. Raises UserError if `output` exists or `folder` holds no data set.
+    """
+    if output.exists():
+        raise UserError(f"{output} exists; give a new folder, or remove it first")
+    splits = {split: Records(folder, split) for split in read_index(folder)["splits"]}
+    total = sum(map(len, splits.values()))
+    entries: list[dict[str, Any]] = []
+    with new_folder(output) as partial:
+        (partial / "pictures").mkdir()
+        for split, records in splits.items():
+            share = max(1, round(samples * len(records) / max(total, 1)))
+            for index in tqdm.tqdm(choose(records, share, seed), desc=split, unit="record", leave=False):
+                try:
+                    entries.append(_entry(partial, len(entries), records, index, side) | {"split": split})
+                except (BrokenRecord, Damaged):
+                    continue
+        data = {"title": folder.absolute().name, "total": total, "samples": entries}
+        text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # so that no text can end the script
+        (partial / "index.html").write_text(_TEMPLATE.read_text().replace("/*DATA*/null", text))
+    return len(entries)
+
+
+def _entry(page: pathlib.Path, number: int, records: Records, index: int, side: int) -> dict[str, Any]:
+    """What the page knows of a record, whose pictures are written."""
+    record = records[index]
+    small = {name: _reduced(getattr(record, name), side) for name in ("source", "target")}
+    paths = {name: f"pictures/{number:05d}-{name}.jpg" for name in small}
+    for name, data in small.items():
+        (page / paths[name]).write_bytes(data)
+    return {
+        "id": record.id,
+        "dataset": record.dataset,
+        "kind": record.kind,
+        "turn": record.turn,
+        "instructions": record.instructions,
+        "scores": dict(record.scores),
+        "licence": record.licence,
+        "width": int(records.columns.width[index]),
+        "height": int(records.columns.height[index]),
+        **paths,
+    }
+
+
+def _reduced(data: bytes, side: int) -> bytes:
+    """A picture as JPEG whose long side is at most `side`. Raises Damaged."""
+    picture = open_picture(data)
+    with decoding():
+        picture.draft("RGB", (side, side))
+        picture.load()
+        image = Image.fromarray(upright_rgb(picture, "the picture"))
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=85)
+    return file.getvalue()
+
+
+def main(argv: list[str]) -> None:
+    """Writes the page."""
+    del argv
+    output = pathlib.Path(_OUTPUT.value)
+    count = write_page(pathlib.Path(_INPUT.value), output, samples=_SAMPLES.value, side=_SIDE.value, seed=_SEED.value)
+    print(f"{count} samples: open {output / 'index.html'} in a browser")
+
+
+if __name__ == "__main__":
+    command.run(main)
