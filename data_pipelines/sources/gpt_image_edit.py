@@ -1,8 +1,9 @@
 """GPT-Image-Edit-1.5M: archives of inputs and outputs, `gpt-edit/{hqedit,omniedit,ultraedit}.tar.gz.part000`.
 
 What was asked is in `training_json/*.json` beside them (an array of `image`: [input, output] and `conversations`), or
-else in `TASK/metadata/*.json` inside of the archives (an array of `id`, `task`, `input`, `output`, `instruction`). A
-part is a family. Its archive holds all inputs of a task before its outputs, so it is read at two places at once.
+else in `TASK/metadata/*.json` inside of the archives (an array of `id`, `task`, `input`, `output`, `instruction`), for
+which they are read once more. A part is a family. Its archive holds all inputs of a task before its outputs, so it is
+read at two places at once.
 """
 
 import json

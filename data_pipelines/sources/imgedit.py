@@ -8,8 +8,9 @@
 
 A part is a table. Its pictures are read in the order of the table, by an index of where members lie. Which archive
 they are in is not said: their folder's name (`results_add_laion_part0`) is that of the folder in the archive for most
-tables, and for the others the name of the archive is that of the table, but for `results_` and `_laion`. Samples have
-the same names in different archives, so that archives are never searched one for another.
+tables, and for the others the name of the archive is that of the table, but for `results_` and `_laion`; some tables
+have the names of files alone. Samples have the same names in different archives, so that one archive is never searched
+in place of another.
 
 A turn without pictures sets a rule for the turns after it; they get it in front of their own instruction.
 """
@@ -113,7 +114,7 @@ def _entry(
         if isinstance(data, Reason):
             return Refused(id=id, dataset=_NAME, reason=data, detail=f"{side}: {names}"[:200])
         sides[side] = data
-    folder, sample = _folder(str(sources[0])), pathlib.PurePosixPath(str(sources[0])).parent.name
+    folder, sample = _folder(sources[0]), _parent(sources[0])
     return make_entry(
         id=id,
         dataset=_NAME,
@@ -122,7 +123,7 @@ def _entry(
         kind=re.sub(r"_part\d+$", "", stem),
         turn=turn,
         scores=scores.of(folder, sample),
-        picture=sample,  # of LAION, and the same in all archives
+        picture=sample,  # of LAION, and named alike in all archives
     )
 
 
@@ -136,7 +137,7 @@ class _Pictures:
 
     def __init__(self, stem: str, archives: Mapping[str, Sequence[str]], stack: contextlib.ExitStack) -> None:
         self._stem, self._archives, self._stack = stem, archives, stack
-        self._folders = {name: _above(files) for name, files in archives.items()}
+        self._first = {name: _first_name(files) for name, files in archives.items()}
         self._chosen: dict[str, list[str]] = {}  # archives by the folder in names
         self.indices: dict[str, TarIndex] = {}
 
@@ -151,23 +152,27 @@ class _Pictures:
         for archive in self._chosen[folder]:
             if archive not in self.indices:
                 self.indices[archive] = self._stack.enter_context(TarIndex(self._archives[archive]))
-            found = self.indices[archive].read(plain)
+            # Some tables leave out the one folder that an archive has.
+            found = self.indices[archive].read(plain if "/" in plain else f"{_parent(self._first[archive])}/{plain}")
             if isinstance(found, bytes):
                 break
         return found
 
     def _choose(self, folder: str) -> list[str]:
-        same = [name for name, above in self._folders.items() if folder and folder in above]
+        same = [name for name, first in self._first.items() if folder and folder in first.split("/")[:-2]]
         like = [name for name in self._archives if _plain(pathlib.Path(name).stem) == _plain(self._stem)]
         return same or like
 
 
-def _above(files: Sequence[str]) -> frozenset[str]:
-    """Folders above the samples in an archive. Raises UserError for a compressed one, which has no index."""
+def _first_name(files: Sequence[str]) -> str:
+    """Name of an archive's first file, "" if it has none. Raises UserError if it is compressed, thus without index."""
     if is_compressed(files):
         raise UserError(f"{files[0]} is compressed, but the archives of ImgEdit are not; decompress it with gunzip")
-    name = first_name(files)
-    return frozenset(name.split("/")[:-2]) if name else frozenset()
+    return first_name(files) or ""
+
+
+def _parent(name: str) -> str:
+    return name.rpartition("/")[0].rpartition("/")[2]
 
 
 def _plain(stem: str) -> str:
@@ -182,6 +187,8 @@ class _Scores:
         self._known: dict[str, dict[str, dict[str, float]]] = {}
 
     def of(self, folder: str, sample: str) -> dict[str, float]:
+        if not folder:
+            return {}
         if folder not in self._known:
             self._known[folder] = dict(self._read(_SCORED_AS.get(folder, folder)))
         return self._known[folder].get(sample, {})

@@ -44,7 +44,7 @@ def _read(part: Part) -> Iterator[Entry]:
     folders = [pathlib.Path(other) for other in others if pathlib.Path(other).is_dir()]
     archives = group_parts([pathlib.Path(other) for other in others if pathlib.Path(other) not in folders])
     outputs = collections.Counter(
-        edit["target"] for edit in _edits(path) if not isinstance(edit, Refused) and edit["target"] is not None
+        edit["target"] for edit in _edits(path) if not isinstance(edit, Refused) and edit["target"]
     )
     twice = {name for name, count in outputs.items() if count > 1}
     for edit in _edits(path):
@@ -103,7 +103,7 @@ def _edits(path: str) -> Iterator[dict[str, Any] | Refused]:
             yield {
                 "id": id,
                 "sources": _names(value.get("local_input_image"), value.get("open_image_input_url")),
-                "target": value.get("output_image"),
+                "target": _text(value.get("output_image")),
                 "instructions": [value.get("text"), value.get("summarized_text")],
                 "kind": str(value.get("edit_type") or ""),
                 "turn": 0,
@@ -125,7 +125,7 @@ def _turns(id: str, value: Mapping[str, Any]) -> Iterator[dict[str, Any] | Refus
     local = original.get("local_input_image") or original.get("original_input_image_file")
     sources = _names(local, original.get("url"))
     for turn, name in enumerate(edited):
-        target = files[name].get("url")
+        target = _text(files[name].get("url"))
         yield {
             "id": f"{id}/{turn}",
             "sources": sources,
@@ -136,6 +136,10 @@ def _turns(id: str, value: Mapping[str, Any]) -> Iterator[dict[str, Any] | Refus
             "picture": _last(original.get("url")),
         }
         sources = [target]
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
 
 
 def _last(url: object) -> str:

@@ -17,6 +17,7 @@ from varedit_jax.errors import UserError
 
 _ROWS = 16  # read at a time; a row may hold three pictures of several megabytes
 _BUFFER = 1 << 20  # bytes of a column that are read ahead
+_DAMAGE = (OSError, pa.ArrowException)
 
 
 def picture_bytes(value: Any) -> bytes | None:
@@ -86,9 +87,6 @@ def read_table(
             except _DAMAGE as error:
                 yield number, _refused(part, f" rows {number}-{stop - 1}", error)
             start = stop
-
-
-_DAMAGE = (OSError, pa.ArrowException)  # ArrowInvalid is also a ValueError
 
 
 def _refused(part: Part, where: str, error: Exception) -> Refused:

@@ -136,6 +136,9 @@ def imgedit(folder: pathlib.Path) -> Layout:
     out = single("results_add_laion_part0/..", "00094_1", "leave")
     table(tables / "add_part0.parquet", [*add, two, out])
     table(tables / "replace_part0.parquet", [single("replace", "00094_1", "replace 00094_1")])
+    bare = {"input_images": ["9_in.jpg"], "output_images": ["9_out.jpg"], "prompt": "run"}
+    table(tables / "action_part1.parquet", [bare])
+    table(tables / "adjust_canny_part2.parquet", [single("results_adjust_canny_laion_part2", "00094_1", "adjust")])
     above = "results_content_memory_part2/s"
     turns = [{"input_images": [], "output_images": [], "prompt": "All that is added must be red."}]
     turns += [
@@ -158,6 +161,10 @@ def imgedit(folder: pathlib.Path) -> Layout:
     split(singles / "results_add_laion_part0.tar", tar(packed, evil=["../x.png"]), 11, ".split.{number:03d}")
     packed = members("results/", {"00094_1": both})
     split(singles / "results_replace_part0.tar", tar(packed), 2, ".split.{number:03d}")
+    packed = [(f"part1/9_{side}.jpg", draw(f"9_{side}")) for side in ("out", "in")]
+    split(singles / "action_part1.tar", tar(packed), 2, ".split.{number:03d}")
+    packed = members("./", {"00094_1": both})
+    split(singles / "results_adjust_canny_laion_part2.tar", tar(packed), 1, ".split.{number:03d}")
     names = [f"{side}_{i}.png" for i in (1, 2) for side in ("origin", "result")]
     packed = members("mnt/data/results_content_memory_part2/", {"s": names})
     split(folder / "Multiturn" / "results_content_memory_part2.tar", tar(packed), 2, ".split.{number:03d}")
@@ -178,6 +185,14 @@ def imgedit(folder: pathlib.Path) -> Layout:
             "add_part0/1": record("results_add_laion_part0", "00094_2", "add"),
             "replace_part0/0": record(
                 "results", "00094_1", "replace", scores={"gpt_score_0": 5.0, "gpt_score_1": 4.0, "gpt_score_2": 4.0}
+            ),
+            "action_part1/0": Expected(source="9_in", target="9_out", instructions=("run",), kind="action"),
+            "adjust_canny_part2/0": Expected(
+                source="./00094_1/original.png",
+                target="./00094_1/result.png",
+                instructions=("adjust",),
+                kind="adjust_canny",
+                picture="00094_1",
             ),
             **{
                 f"content_memory_part2/0/{i}": Expected(
@@ -325,7 +340,7 @@ def _pico_lists(folder: pathlib.Path) -> Layout:
         }  # fmt: skip
 
     values = [value("p", "1"), value("p", "2"), value("q", "3"), value("p", "4"), value("q", "4"), value("r", "5")]
-    lines(folder / "sft.jsonl", [*values, value("p", "none")])
+    lines(folder / "sft.jsonl", [*values, value("p", "none"), value("p", "", output_image=["a", "b"])])
     lines(folder / "preference.jsonl", [value("p", "6")])
     session = {
         "files": [
@@ -367,6 +382,7 @@ def _pico_lists(folder: pathlib.Path) -> Layout:
             "sft/5": "ambiguous picture",
             "sft/6": "missing picture",
             "sft/7": "missing picture",
+            "sft/8": "missing picture",
             "preference/1": "failed edit",
             "multi_turn/2": "damaged annotation",
         },
