@@ -23,11 +23,11 @@ from varedit_jax.training.optimizer import make_optimizer
 from varedit_jax.training.report import Work
 from varedit_jax.training.sharded import abstract_batch, abstract_frozen, abstract_key, abstract_state, sharded_step
 from varedit_jax.training.step import make_step
+from varedit_jax.transformer.kernels import Kernel, choose
 
 Row = dict[str, Any]  # what was measured, ready for JSON
 
 OUT_OF_MEMORY = "out of memory"
-FAST_ATTENTION = {"gpu": "cudnn", "tpu": "splash"}  # by platform
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,8 +45,8 @@ class Benchmark:
         run = _with(self.run, **transformer)
         chosen = run.model.transformer
         row = {"what": "train", "batch": run.data.batch_size, "attention": chosen.attention, "remat": chosen.remat}
-        if chosen.attention == "auto" and self._device.platform not in FAST_ATTENTION:
-            run = _with(run, attention="plain")
+        if chosen.attention == "auto":
+            run = _with(run, attention=self._auto_attention)
         if run not in self._measured:
             self._measured[run] = _guarded(lambda: self._train(run))
         return row | self._measured[run]
@@ -58,9 +58,10 @@ class Benchmark:
     def attention(self) -> Iterator[Row]:
         """The training step with plain attention, and with the platform's fast kernel where it has one."""
         yield {**self.train(attention="plain"), "what": "attention"}
-        fast = FAST_ATTENTION.get(self._device.platform)
-        if fast is None:
-            note = f"no fast kernel for the platform {self._device.platform}"
+        fast, model = self._auto_attention, self.run.model.transformer
+        if fast == "plain":
+            heads = f"heads of {model.head_size} channels in {model.dtype}"
+            note = f"no fast kernel for the platform {self._device.platform} and {heads}"
             yield {"what": "attention", "batch": self.run.data.batch_size, "attention": "auto", "note": note}
         else:
             yield {**self.train(attention=fast), "what": "attention"}
@@ -76,6 +77,13 @@ class Benchmark:
         for remat in ("full", "named", "none"):
             again = (_count(_with(plain, remat=remat)) - base) / forward if remat != "none" else 0.0
             yield {**self.train(remat=remat), "what": "remat", "again_of_forward": again}
+
+    @property
+    def _auto_attention(self) -> Kernel:
+        """What "auto" means on the devices that are measured."""
+        model = self.run.model.transformer
+        with jax.set_mesh(self.mesh):
+            return choose("auto", model.head_size, model.dtype)
 
     @property
     def _device(self) -> jax.Device:
