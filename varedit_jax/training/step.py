@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from varedit_jax.config import RunConfig
-from varedit_jax.parallel.constrain import batch_only, constrain
+from varedit_jax.parallel.constrain import batch_only, constrain, has_mesh
 from varedit_jax.parallel.mesh import BATCH
 from varedit_jax.scales import Pyramid
 from varedit_jax.text.t5 import T5Encoder
@@ -33,11 +33,18 @@ def _features(batch: Batch, frozen: Params, config: RunConfig, cells: Pyramid) -
     else:
         # Side by side, not one after the other: so the pictures of a device stay on it.
         both = jnp.stack([batch["source"], batch["target"]], axis=1)
-        both = batch_only(both.reshape(-1, *both.shape[2:]))
+        both = _spread(both.reshape(-1, *both.shape[2:]))
         with jax.named_scope("encode"), jax.default_matmul_precision(config.tokenizer_precision):
-            features = encode_images(frozen["tokenizer"], both, config.model)
+            features = batch_only(encode_images(frozen["tokenizer"], both, config.model))
         source, target = jnp.moveaxis(features.reshape(-1, 2, *features.shape[1:]), 1, 0)
     return area_resize(source, cells.last), area_resize(target, cells.last)
+
+
+def _spread(images: jax.Array) -> jax.Array:
+    """Splits images over all devices, those too that share their examples, where they are enough for it."""
+    if not has_mesh() or images.shape[0] % jax.sharding.get_abstract_mesh().size:
+        return batch_only(images)
+    return constrain(images, (*BATCH, "tensor"))
 
 
 def make_loss(
