@@ -40,7 +40,6 @@ _OUTPUT = flags.DEFINE_string("output", "", "Markdown file for the table")
 _TAR = 10_000  # records
 _SIDE = 32  # pixels
 _ROUND = 100  # records, in which each thing that is wrong comes once, the first round aside
-_POOL = 1000  # pairs of pictures
 _WRONG = {0: Cause.EXACT, 1: Cause.NEAR, 2: Cause.UNCHANGED, 3: Fault.TRUNCATED}
 
 
@@ -65,22 +64,9 @@ def _marked(jpeg: bytes, number: int) -> bytes:
     return jpeg[:2] + b"\xff\xfe" + (2 + 8).to_bytes(2, "big") + b"%08d" % number + jpeg[2:]
 
 
-def _pool() -> list[tuple[bytes, bytes]]:
-    """Some pairs of pictures."""
-    draw = np.random.default_rng(0)
-    pairs = []
-    for _ in range(_POOL):
-        cells = Image.fromarray(draw.integers(0, 256, (4, 4, 3), np.uint8))
-        source = np.array(cells.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC))
-        target = source.copy()
-        target[8:20, 8:20] = 255 - source[8:20, 8:20] // 2
-        pairs.append((_jpeg(source), _jpeg(target)))
-    return pairs
-
-
 def _triples(count: int) -> Iterator[tuple[bytes, bytes, bytes]]:
-    """Source, target and instruction of each record; no two sound ones have the same file or instruction."""
-    pool = _pool()
+    """Source, target and instruction of each record."""
+    draw = np.random.default_rng(0)
     before = (b"", b"", b"")  # what copies are of
     for number in range(count):
         wrong = _WRONG.get(number % _ROUND) if number >= _ROUND else None
@@ -89,14 +75,17 @@ def _triples(count: int) -> Iterator[tuple[bytes, bytes, bytes]]:
         elif wrong is Cause.NEAR:
             yield _marked(before[0], number), *before[1:]
         else:
-            source, target = (_marked(data, number) for data in pool[number % _POOL])
-            text = b"make it number %d" % number
+            cells = Image.fromarray(draw.integers(0, 256, (4, 4, 3), np.uint8))
+            image = np.array(cells.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC))
+            source = _jpeg(image)
+            image[8:20, 8:20] = 255 - image[8:20, 8:20] // 2
+            text = b"make it number %d" % (number % 1000)
             if wrong is Cause.UNCHANGED:
                 yield source, source, text
             elif wrong is Fault.TRUNCATED:
-                yield source[:500], target, text
+                yield source[:500], _jpeg(image), text
             else:
-                before = source, target, text
+                before = source, _jpeg(image), text
                 yield before
 
 

@@ -1,5 +1,6 @@
 """All steps in their order: read, compare, split, ask, write, report."""
 
+import collections
 import dataclasses
 import os
 import pathlib
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from data_pipelines.preparation import duplicates, vision_filter
 from data_pipelines.preparation.facts import Facts, PartFiles
 from data_pipelines.preparation.filters import Cause
-from data_pipelines.preparation.report import write_report
+from data_pipelines.preparation.report import count, write_report
 from data_pipelines.preparation.scan import Scan, scan
 from data_pipelines.preparation.settings import Settings
 from data_pipelines.preparation.split import find_leaks
@@ -20,6 +21,7 @@ from data_pipelines.preparation.waves import Waves
 from data_pipelines.preparation.write import lay_out, shard_tasks, write
 from data_pipelines.shards import write_index
 from data_pipelines.sources import Part, find_parts
+from varedit_jax.errors import UserError
 
 VERDICTS = (*Cause,)  # a verdict is 0 for a record that stays, otherwise 1 + index here
 
@@ -52,11 +54,13 @@ def prepare(
         steps = _Steps(staging.folder, parts, settings, Waves(runner, workers, runner_options, staging.folder))
         steps.read()
         say(f"read: {len(steps.facts)} records may stay")
+        steps.check_some_are_left()
         for cause in (Cause.SAME_ID, Cause.EXACT, Cause.NEAR):
             steps.compare(cause)
         steps.part_ways()
         if settings.vision:
             steps.ask(pathlib.Path(f"{staging.output}.answers"))
+        steps.check_some_are_left()
         out = staging.folder / "out"
         steps.write(out, source)
         counts = write_index(out)
@@ -89,6 +93,15 @@ class _Steps:
         self._waves.run("read", scan, tasks)
         self.facts = Facts([PartFiles(folder) for folder in self._folders])
         self.verdicts = np.zeros(len(self.facts), np.uint8)
+
+    def check_some_are_left(self) -> None:
+        """Raises UserError if no record stays."""
+        if (self.verdicts == 0).any():
+            return
+        total = sum(count(self.facts, self.verdicts, 0.0).values(), collections.Counter[str]())
+        read = total.pop("read", 0)
+        reasons = ", ".join(f"{number} {reason}" for reason, number in total.most_common())
+        raise UserError(f"nothing is left of {read} records: {reasons or 'the data set is empty'}; leave out less")
 
     def _leave(self, cause: Cause, numbers: NDArray[np.int64], twins: NDArray[np.int64] | None = None) -> None:
         """Notes that records leave."""

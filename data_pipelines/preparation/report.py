@@ -46,14 +46,15 @@ def write_report(
       validation: share of pictures.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    counts = _counts(facts, verdicts, validation)
+    counts = count(facts, verdicts, validation)
     (folder / "report.json").write_text(json.dumps(_as_json(counts), indent=1, ensure_ascii=False) + "\n")
     (folder / "report.md").write_text(_as_markdown(counts))
     _write_quarantine(folder / "quarantine.jsonl", facts, verdicts, twins)
     _draw_samples(folder / "samples.png", facts, verdicts)
 
 
-def _counts(facts: Facts, verdicts: NDArray[np.uint8], validation: float) -> Counts:
+def count(facts: Facts, verdicts: NDArray[np.uint8], validation: float) -> Counts:
+    """By data set: how many were "read", left for each reason, and stayed in each split."""
     counts: Counts = collections.defaultdict(collections.Counter)
     names = []
     for part in facts.parts:

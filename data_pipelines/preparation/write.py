@@ -15,7 +15,6 @@ from data_pipelines.preparation.split import SPLITS, in_validation
 from data_pipelines.preparation.staging import new_file
 from data_pipelines.record import Record, decode
 from data_pipelines.shards import ShardWriter, is_written, shard_path
-from varedit_jax.errors import UserError
 
 _OPEN = 128  # parts that are open at a time
 
@@ -43,15 +42,13 @@ class Layout:
 def lay_out(
     folder: pathlib.Path, facts: Facts, verdicts: NDArray[np.uint8], validation: float, shard_bytes: int
 ) -> Layout:
-    """Decides where each record goes: the hash of its key says which shard of its split. Raises UserError for none."""
+    """Decides where each record that is left goes: the hash of its key says which shard of its split."""
     nbytes = np.zeros(len(SPLITS), np.int64)
     records = np.zeros(len(SPLITS), np.int64)
     for _, rows in left(facts, verdicts):
         split = in_validation(rows["picture"], validation).astype(np.int64)
         nbytes += np.bincount(split, rows["nbytes"], len(SPLITS)).astype(np.int64)
         records += np.bincount(split, minlength=len(SPLITS))
-    if not records.sum():
-        raise UserError("no record is left; see why in left.jsonl of its parts, and leave out less")
     counts = np.where(records > 0, np.maximum(1, -(-nbytes // shard_bytes)), 0)
     counts = np.minimum(counts, 99_999)
     layout = Layout(folder=folder, shards=dict(zip(SPLITS, counts.tolist(), strict=True)))

@@ -1,0 +1,182 @@
+import dataclasses
+import json
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+import pytest
+from PIL import Image
+
+from data_pipelines.damage import read_quarantine
+from data_pipelines.preparation import pipeline
+from data_pipelines.preparation.filters import Cause
+from data_pipelines.preparation.pipeline import prepare
+from data_pipelines.preparation.settings import Settings
+from data_pipelines.record import Record
+from data_pipelines.shards import Records, damaged_shards, read_index
+from tests.data_pipelines.preparation.corpus import SETTINGS, write_corpus
+from tests.data_pipelines.sources import layouts
+from varedit_jax.errors import UserError
+
+OPTIONS = {"dataset": "made"}
+
+
+class Corpus:
+    """What was made, and what prepare made of it."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.inputs, self.stay, self.left = write_corpus(folder / "in")
+        self.output = folder / "out"
+        self.prepare(self.output, workers=2)
+
+    def prepare(self, output: pathlib.Path, settings: Settings = SETTINGS, **options: int) -> None:
+        prepare("manifest", list(map(str, self.inputs)), output, settings, source_options=OPTIONS, **options)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return Corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def _all(folder: pathlib.Path) -> Iterator[tuple[str, Record]]:
+    for split in read_index(folder)["splits"]:
+        records = Records(folder, split)
+        yield from ((split, records[index]) for index in range(len(records)))
+
+
+def _files(folder: pathlib.Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_each_record_stays_or_leaves_for_its_reason(corpus: Corpus) -> None:
+    left = {line["id"]: line["reason"] for line in read_quarantine(corpus.output / "report" / "quarantine.jsonl")}
+    stay = {record.id for _, record in _all(corpus.output)}
+    assert stay.isdisjoint(left) and stay | left.keys() == corpus.stay | corpus.left.keys()
+    copies = {id: left.pop(id) for id in left.keys() - corpus.left.keys()}
+    assert left == corpus.left
+    # Of each pair of copies one stays: that of the lower key.
+    assert set(copies) <= {"good-3", "exact-copy", "good-4", "near-copy"}
+    assert sorted(copies.values()) == sorted([Cause.EXACT, Cause.NEAR])
+
+
+def test_a_duplicate_names_the_record_that_it_is_like(corpus: Corpus) -> None:
+    lines = {line["reason"]: line for line in read_quarantine(corpus.output / "report" / "quarantine.jsonl")}
+    pair = {lines[Cause.EXACT]["id"], lines[Cause.EXACT]["detail"].removeprefix("of made/")}
+    assert pair == {"good-3", "exact-copy"}
+    assert {lines[Cause.NEAR]["id"], lines[Cause.NEAR]["detail"].removeprefix("of made/")} == {"good-4", "near-copy"}
+
+
+def test_records_are_as_they_were_published_and_know_their_picture(corpus: Corpus) -> None:
+    folder = corpus.inputs[0].parent
+    published = {path.read_bytes() for path in folder.glob("*.jpg")}
+    records = [record for _, record in _all(corpus.output)]
+    assert all(record.source in published and record.target in published for record in records)
+    assert all(len(record.picture) == 64 for record in records)
+    assert damaged_shards(corpus.output) == []
+
+
+def test_no_picture_is_in_training_and_in_validation(corpus: Corpus) -> None:
+    pictures: dict[str, set[str]] = {"train": set(), "validation": set()}
+    for split, record in _all(corpus.output):
+        pictures[split].add(record.picture)
+    assert pictures["train"] and pictures["validation"]
+    assert pictures["train"].isdisjoint(pictures["validation"])
+    same = {record.id: split for split, record in _all(corpus.output) if record.id in ("good-5", "same-source")}
+    assert len(same) == 2 and len(set(same.values())) == 1
+
+
+def test_the_report_adds_up_and_shows_pictures(corpus: Corpus) -> None:
+    report = json.loads((corpus.output / "report" / "report.json").read_text())["made"]
+    index = read_index(corpus.output)["splits"]
+    assert report["read"] == len(corpus.stay) + len(corpus.left)
+    assert {split: report[split] for split in index} == {split: index[split]["records"] for split in index}
+    assert report["read"] == report["train"] + report["validation"] + sum(report["left"].values())
+    assert f"| {Cause.UNCHANGED} | 1 |" in (corpus.output / "report" / "report.md").read_text()
+    with Image.open(corpus.output / "report" / "samples.png") as sheet:
+        assert sheet.height > 5 * 144 and len(set(sheet.convert("L").get_flattened_data())) > 100
+
+
+def test_a_job_that_was_ended_goes_on_and_one_process_writes_the_same_bytes_as_two(
+    corpus: Corpus, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "log"  # a file, since tasks run on copies of what they were given
+    log.write_text("")
+    original = {name: getattr(pipeline, name) for name in ("scan", "write")}
+
+    def limit(name: str, allowed: int) -> None:
+        work = original[name]
+
+        def limited(task: object) -> None:
+            if len(log.read_text().split()) == allowed:
+                raise KeyError("the power went out")
+            work(task)
+            with log.open("a") as file:
+                file.write(f"{name}\n")
+
+        monkeypatch.setattr(pipeline, name, limited)
+
+    output = tmp_path / "out"
+    for name, allowed in (("scan", 2), ("write", 4)):
+        limit(name, allowed)
+        with pytest.raises(KeyError, match="the power went out"):
+            corpus.prepare(output)
+        assert len(log.read_text().split()) == allowed and not output.exists()
+        limit(name, -1)
+    corpus.prepare(output)
+    shards = sum(len(split["shards"]) for split in read_index(output)["splits"].values())
+    assert log.read_text().split() == ["scan"] * len(corpus.inputs) + ["write"] * shards  # nothing was done twice
+    assert _files(output) == _files(corpus.output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "out"]
+
+
+def test_other_settings_begin_anew_and_mistakes_are_told(corpus: Corpus, tmp_path: pathlib.Path) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(UserError, match="nothing is left of 32 records: 28 too small, 1 "):
+        corpus.prepare(output, dataclasses.replace(SETTINGS, min_side=90))
+    everything = Settings(decode=False, exact=False, validation=0)
+    corpus.prepare(output, everything)
+    left = {line["id"]: line["reason"] for line in read_quarantine(output / "report" / "quarantine.jsonl")}
+    assert left == {"silent": "empty instruction"}
+    assert list(read_index(output)["splits"]) == ["train"]
+    with pytest.raises(UserError, match="exists; give a new folder"):
+        corpus.prepare(output)
+    with pytest.raises(UserError, match="no runner 'Nope'"):
+        prepare("manifest", [str(corpus.inputs[0])], tmp_path / "other", SETTINGS, runner="Nope")
+
+
+def test_what_stops_a_worker_is_one_sentence_for_the_user(tmp_path: pathlib.Path) -> None:
+    layout = layouts.magicbrush(tmp_path / "in")
+    with pytest.raises(UserError, match="omni_edit_id") as caught:
+        prepare("omniedit", [str(path) for path in layout.inputs], tmp_path / "out", SETTINGS)
+    assert "\n" not in str(caught.value)
+
+
+def test_ids_that_come_twice_are_kept_once(tmp_path: pathlib.Path) -> None:
+    inputs, stay, _ = write_corpus(tmp_path / "in", lists=1)
+    other, _, _ = write_corpus(tmp_path / "again", lists=1)
+    shutil.move(other[0], inputs[0].with_name("second.jsonl"))
+    settings = Settings(validation=0)
+    prepare("manifest", [str(inputs[0].parent)], tmp_path / "out", settings, source_options=OPTIONS)
+    ids = Records(tmp_path / "out", "train").columns.id
+    names = [ids[index] for index in range(len(ids))]
+    assert len(names) == len(set(names))
+    lines = read_quarantine(tmp_path / "out" / "report" / "quarantine.jsonl")
+    again = {line["id"] for line in lines if line["reason"] == Cause.SAME_ID}
+    assert again >= set(names) and again >= stay
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"min_side": -1}, "min_side is -1"),
+        ({"min_side": 9, "max_side": 8}, "max_side is 8, less than min_side, 9"),
+        ({"max_ratio": 0.5}, "max_ratio is 0.5"),
+        ({"near_bits": 8}, "near_bits is 8"),
+        ({"validation": 1.0}, "validation is 1.0"),
+        ({"decode": False, "min_change": 1.0}, "leave decode on"),
+        ({"shard_bytes": 0}, "shards of 0 bytes"),
+    ],
+)
+def test_settings_that_make_no_sense_are_told(fields: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        Settings(**fields)
