@@ -21,7 +21,7 @@ from data_pipelines.preparation.looks import alike
 from data_pipelines.preparation.staging import new_file
 
 BUCKET = 1 << 17  # records of a bucket, about
-_BLOCK = 2048  # records compared with all of their band at a time
+_BLOCK = 256  # records compared with as many others of their band at a time
 _MIX = np.uint64(0x9E3779B97F4A7C15)  # odd; spreads bands over buckets
 
 Pairs = NDArray[np.int64]  # [n, 2]: number of a record that leaves, and of the one that it is like

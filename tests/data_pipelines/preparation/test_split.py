@@ -1,0 +1,40 @@
+import numpy as np
+
+from data_pipelines.preparation.facts import FACTS, digest
+from data_pipelines.preparation.split import find_leaks, in_validation
+
+
+class Rows:
+    """Facts of made rows, in pieces."""
+
+    def __init__(self, rows: np.ndarray) -> None:
+        self.rows = rows
+
+    def pieces(self):  # type: ignore[no-untyped-def]
+        for first in range(0, len(self.rows), 7):
+            yield first, self.rows[first : first + 7]
+
+
+def test_a_share_of_pictures_is_for_validation_and_stays_there_when_the_share_grows() -> None:
+    pictures = np.array([digest(b"%d" % number) for number in range(20_000)], np.uint64)
+    small, large = in_validation(pictures, 0.01), in_validation(pictures, 0.05)
+    assert 150 < small.sum() < 250 and 900 < large.sum() < 1100
+    assert large[small].all()
+    assert not in_validation(pictures, 0.0).any()
+
+
+def test_a_picture_of_validation_under_another_name_leaves_training() -> None:
+    rows = np.zeros(40, FACTS)
+    rows["picture"] = 2**63  # training
+    rows["picture"][::10] = 0  # validation
+    rows["source"] = rows["source_shape"] = np.arange(40)
+    rows["source"][13] = 10  # the same file
+    rows["source_shape"][25] = 20  # the same look
+    rows["source_shape"][36] = 30
+    rows["source_colours"][36] = 100  # the same shape in other colours
+    verdicts = np.zeros(40, np.uint8)
+    assert find_leaks(Rows(rows), verdicts, 0.5, near_bits=3).tolist() == [[13, 10], [25, 20]]
+    assert find_leaks(Rows(rows), verdicts, 0.5, near_bits=-1).tolist() == [[13, 10]]
+    assert find_leaks(Rows(rows), verdicts, 0.0, near_bits=3).tolist() == []
+    verdicts[[10, 25]] = 1  # what has left leaks nothing
+    assert find_leaks(Rows(rows), verdicts, 0.5, near_bits=3).tolist() == []
