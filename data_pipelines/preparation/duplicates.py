@@ -82,9 +82,7 @@ def _near(facts: Facts, task: Search) -> Pairs:
     for numbers, rows in left(facts, np.load(task.verdicts, mmap_mode="r")):
         for band in range(bands):
             width = edges[band + 1] - edges[band]
-            shapes = (rows["source_shape"] >> np.uint64(edges[band])) & np.uint64(
-                (1 << width) - 1 if width < 64 else ~0
-            )
+            shapes = (rows["source_shape"] >> np.uint64(edges[band])) & np.uint64((1 << width) - 1)
             blocks = (rows["words"] ^ np.uint64(band)) * _MIX ^ (shapes * _MIX)
             mine = (blocks >> np.uint64(20)) % np.uint64(task.buckets) == task.bucket
             pieces.append((blocks[mine], numbers[mine], *(rows[name][mine] for name in columns)))
