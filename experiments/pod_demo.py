@@ -93,12 +93,17 @@ def started(workdir: pathlib.Path, values: dict[str, object], processes: int = P
 def follow(running: Sequence[Process], workdir: pathlib.Path, steps: int, until: Callable[[], bool]) -> None:
     """Shows how far the run is, and returns when `until` says so, all processes have ended, or one has failed."""
     with tqdm.tqdm(total=steps, desc=workdir.name, unit="step") as bar:
-        while any(process.poll() is None for process in running) and not until():
-            bar.update(len(ends.metrics(workdir)) - bar.n)
-            if any(process.poll() for process in running):
-                return
+
+        def show() -> None:
+            if (made := len(ends.metrics(workdir))) > bar.n:
+                bar.update(made - bar.n)
+
+        while any(process.poll() is None for process in running) and not any(process.poll() for process in running):
+            show()
+            if until():
+                break
             time.sleep(0.05)
-        bar.update(len(ends.metrics(workdir)) - bar.n)
+        show()
 
 
 def finish(workdir: pathlib.Path, values: dict[str, object], steps: int) -> float:
@@ -166,6 +171,7 @@ At the end all arrays of the state (parameters, moments, step), the place of the
 def main(argv: list[str]) -> None:
     """Trains twice, kills once, compares."""
     del argv
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # and so the processes end, too
     begin = time.monotonic()
     folder, steps = pathlib.Path(_FOLDER.value).absolute(), _STEPS.value
     shutil.rmtree(folder, ignore_errors=True)

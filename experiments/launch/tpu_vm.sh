@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# The 8B run on TPU VMs (tpu_vm.md): makes the machine, sets it up, trains, and does so again until the run is finished.
+#
+#   NAME=varedit ZONE=us-east5-a DISK=10.0.0.2:/varedit experiments/launch/tpu_vm.sh
+set -euo pipefail
+
+NAME=${NAME:?name of the TPU, and of the request for it}
+ZONE=${ZONE:?zone, as in us-east5-a}
+DISK=${DISK:?NFS export that all hosts mount, HOST:/PATH: weights, data and working folders}
+ACCELERATOR=${ACCELERATOR:-v5p-256} # 128 chips
+RUNTIME=${RUNTIME:-v2-alpha-tpuv5}
+CARD=${CARD:-experiments/configs/varedit_8b_512.py:v5p_256}
+RUN=${RUN:-varedit_8b_512}
+SPOT=${SPOT---spot} # empty: not a spot machine
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+
+on_all_hosts() {
+  gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=all --command="$1"
+}
+
+state() {
+  gcloud compute tpus tpu-vm describe "$NAME" --zone="$ZONE" --format='value(state)' 2>/dev/null || true
+}
+
+make_machine() {
+  gcloud compute tpus queued-resources delete "$NAME" --zone="$ZONE" --quiet --force 2>/dev/null || true
+  gcloud compute tpus queued-resources create "$NAME" --node-id="$NAME" --zone="$ZONE" \
+    --accelerator-type="$ACCELERATOR" --runtime-version="$RUNTIME" ${SPOT:+"$SPOT"}
+  until [[ $(state) == READY ]]; do sleep 60; done
+}
+
+set_up() {
+  # The machine's own Python is 3.10.
+  on_all_hosts "sudo add-apt-repository -y ppa:deadsnakes/ppa >/dev/null && \
+    sudo apt-get install -qq -y nfs-common python3.11-venv && sudo mkdir -p /disk && \
+    (mountpoint -q /disk || sudo mount -t nfs '$DISK' /disk) && rm -rf varedit_jax"
+  gcloud compute tpus tpu-vm scp --recurse "$here" "$NAME":varedit_jax --zone="$ZONE" --worker=all
+  on_all_hosts "cd varedit_jax && python3.11 -m venv ../venv && \
+    ../venv/bin/pip install -q -c constraints.txt -e '.[tpu]'"
+}
+
+train() {
+  on_all_hosts "cd varedit_jax && JAX_COMPILATION_CACHE_DIR=/disk/cache ../venv/bin/python -m experiments.train \
+    --config=$CARD --workdir=/disk/runs/$RUN \
+    --config.tokenizer_weights=/disk/weights/bsq_14bit --config.text_weights=/disk/weights/flan_t5_xl \
+    --config.init_from=/disk/weights/infinity_8b --config.data.directory=/disk/data \
+    --config.save_minutes=15 --config.guard.hang_minutes=30"
+}
+
+# A machine that is gone is made again. One that is there and fails three times in a row, within ten minutes each, has
+# something that a restart does not help against.
+quick=0
+while true; do
+  if [[ $(state) != READY ]]; then
+    make_machine
+    set_up
+  fi
+  start=$SECONDS
+  if train; then break; fi
+  if ((SECONDS - start < 600)); then quick=$((quick + 1)); else quick=0; fi
+  if ((quick == 3)); then
+    echo "the run fails at once; the last lines above say why" >&2
+    exit 1
+  fi
+  echo "the run ended before it was finished, and goes on from its newest checkpoint" >&2
+  sleep 30
+done

@@ -1,0 +1,44 @@
+"""The launch scripts: the shell can read them, and what they and their pages ask of the training program exists."""
+
+import pathlib
+import re
+import subprocess
+
+import pytest
+
+from experiments import program
+from varedit_jax.config import RunConfig
+
+ROOT = pathlib.Path(__file__).parents[2]
+FOLDER = ROOT / "experiments" / "launch"
+SCRIPTS = ("tpu_vm.sh", "gke_xpk.sh", "slurm.sbatch")
+PAGES = ("tpu_vm.md", "gke.md", "slurm.md")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_shell_can_read_it(name: str) -> None:
+    done = subprocess.run(["bash", "-n", str(FOLDER / name)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, *PAGES])
+def test_cards_variants_and_fields_exist(name: str) -> None:
+    text = (FOLDER / name).read_text()
+    cards = set(re.findall(r"(experiments/configs/\w+\.py)(?::(\w+))?", text))
+    assert cards
+    for path, variant in cards:
+        card = f"{ROOT / path}:{variant}" if variant else str(ROOT / path)
+        assert isinstance(program._load_card(card, RunConfig), RunConfig)
+    fields = set(re.findall(r"--config\.([\w.]*\w)=", text))
+    assert {"init_from", "save_minutes", "guard.hang_minutes"} <= fields
+    for field in fields:
+        program._check_name(field, RunConfig)
+
+
+@pytest.mark.parametrize(("script", "page"), list(zip(SCRIPTS, PAGES, strict=True)))
+def test_a_page_shows_the_command_of_its_script(script: str, page: str) -> None:
+    def flags(name: str) -> set[str]:
+        command = (FOLDER / name).read_text().partition("experiments.train")[2]
+        return set(re.findall(r"--(?:config\.)?[\w.]*\w=", command.partition("\n\n")[0]))
+
+    assert flags(page) <= flags(script) and len(flags(page)) == 8
