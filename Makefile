@@ -1,5 +1,5 @@
 # Each target does its own set-up, in a virtual environment of the chosen Python (3.11 or newer):
-#   make test                      lint, types, demo, demo-full, venv, clean likewise
+#   make test                      lint, types, demo, demo-full, pod-demo, venv, clean likewise
 #   make test PYTHON=python3.12    with another Python, beside the first
 #   make test ARGS='-k sheet'      with arguments for pytest, or for the demo
 PYTHON ?= python3
@@ -17,7 +17,7 @@ venv := .venv-$(version)
 bin := $(venv)/bin
 stamp := $(venv)/.installed
 
-.PHONY: test lint types demo demo-full venv clean
+.PHONY: test lint types demo demo-full pod-demo venv clean
 
 test: $(stamp)
 	$(bin)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
@@ -34,6 +34,9 @@ demo: $(stamp)
 
 demo-full: $(stamp)
 	$(bin)/python -m experiments.demo --full $(ARGS)
+
+pod-demo: $(stamp)
+	$(bin)/python -m experiments.pod_demo $(ARGS)
 
 venv: $(stamp)
 
