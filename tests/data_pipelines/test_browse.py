@@ -1,0 +1,150 @@
+import json
+import pathlib
+import re
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from data_pipelines.browse import choose, write_page
+from data_pipelines.record import Record
+from data_pipelines.shards import Records, ShardWriter, shard_path, write_index
+from tests.data_pipelines.browser import Browser
+from tests.data_pipelines.preparation.corpus import edited, jpeg, picture
+from varedit_jax.errors import UserError
+
+EVIL = '</script><script>document.title = "taken"</script> "quoted" & <b>bold</b>'
+
+
+def _record(number: int) -> Record:
+    image = picture(number, (60 + 4 * number, 100))
+    return Record(
+        id=f"n{number}",
+        dataset=("omniedit", "magicbrush")[number % 3 == 0],
+        source=jpeg(image),
+        target=b"no picture" if number == 11 else jpeg(edited(image)),
+        instructions=(EVIL,) if number == 0 else (f"make edit number {number}", "another wording"),
+        kind=("add", "remove", "")[number % 4 % 3],
+        turn=number % 2,
+        scores={"quality": number / 2} if number % 3 else {},
+    )
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("browse") / "made edits"
+    for split, numbers in (("train", range(12)), ("validation", range(12, 16))):
+        with ShardWriter(shard_path(folder / split, "made", 0, 1)) as writer:
+            for number in numbers:
+                writer.write(_record(number), (60 + 4 * number, 100))
+    write_index(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(prepared: pathlib.Path) -> pathlib.Path:
+    output = prepared.parent / "page"
+    assert write_page(prepared, output, side=64) == 15  # all but the one with a broken picture
+    return output
+
+
+def _data(page: pathlib.Path) -> dict[str, Any]:
+    found = re.search(r"^const \{title, total, samples\} = (.*);$", (page / "index.html").read_text(), re.MULTILINE)
+    assert found
+    return json.loads(found[1])
+
+
+def test_the_page_has_every_sample_with_small_pictures_and_nothing_from_elsewhere(page: pathlib.Path) -> None:
+    data = _data(page)
+    assert data["total"] == 16 and data["title"] == "made edits"
+    assert [sample["id"] for sample in data["samples"]] == [f"n{number}" for number in range(16) if number != 11]
+    assert {sample["split"] for sample in data["samples"]} == {"train", "validation"}
+    for sample in data["samples"]:
+        with Image.open(page / sample["source"]) as source, Image.open(page / sample["target"]) as target:
+            assert max(source.size) == max(target.size) == 64
+    text = (page / "index.html").read_text()
+    assert "://" not in text and EVIL not in text
+
+
+def test_each_kind_of_each_data_set_is_shown_as_often_as_it_can_be(prepared: pathlib.Path) -> None:
+    records = Records(prepared, "train")
+    chosen = choose(records, 5, seed=0)
+    groups = {(_record(number).dataset, _record(number).kind) for number in range(12)}
+    assert len(groups) == 6 and len(chosen) == 5
+    assert len({(_record(number).dataset, _record(number).kind) for number in chosen}) == 5
+    assert choose(records, 100, seed=0) == list(range(12))
+    assert choose(records, 5, seed=0) == chosen
+
+
+def test_a_page_is_not_written_over_another(prepared: pathlib.Path, page: pathlib.Path) -> None:
+    with pytest.raises(UserError, match="exists; give a new folder"):
+        write_page(prepared, page)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("needs the programs chromium and chromedriver")
+    with Browser(chromium, driver, tmp_path_factory.mktemp("profile"), (1280, 900)) as opened:
+        yield opened
+
+
+def _shown(browser: Browser) -> list[str]:
+    return browser.run("return [...document.querySelectorAll('article p')].map(p => p.textContent)")
+
+
+def test_filters_work_in_a_browser(browser: Browser, page: pathlib.Path) -> None:
+    browser.open(page / "index.html")
+    assert len(_shown(browser)) == 15
+    assert browser.run("return document.title") == "made edits"
+    assert EVIL in _shown(browser)  # as text, which did nothing
+    browser.run("""
+        const images = [...document.querySelectorAll("article img")];
+        images.forEach(image => { image.loading = "eager"; });
+        return Promise.all(images.map(image => image.decode()));
+    """)  # fails if one cannot be
+
+    def texts(wanted: Any) -> list[str]:
+        numbers = [number for number in range(16) if number != 11 and wanted(_record(number))]
+        return [_record(number).instructions[0] for number in numbers]
+
+    browser.click("#dataset button[data-value=magicbrush]")
+    assert _shown(browser) == texts(lambda record: record.dataset == "magicbrush")
+    browser.click("#kind button[data-value=add]")
+    assert _shown(browser) == texts(lambda record: record.dataset == "magicbrush" and record.kind == "add")
+    browser.click("#dataset button[data-value=magicbrush]")  # off again
+    assert _shown(browser) == texts(lambda record: record.kind == "add")
+    browser.click("#everything")
+    assert len(_shown(browser)) == 15
+
+    browser.click("#split button[data-value=validation]")
+    assert _shown(browser) == texts(lambda record: int(record.id[1:]) >= 12)
+    browser.click("#everything")
+    browser.type("#words", "NUMBER 1")
+    assert _shown(browser) == texts(lambda record: "number" in record.instructions[0] and "1" in record.id)
+    browser.click("#everything")
+
+    browser.click("#score option[value=quality]")
+    scored = texts(lambda record: "quality" in record.scores)
+    assert _shown(browser) == scored
+    browser.run("document.querySelector('#least').value = 50; document.querySelector('form').oninput()")
+    assert _shown(browser) == texts(lambda record: record.scores.get("quality", 0) >= 0.5 + 0.5 * (7 - 0.5))
+    browser.click("#everything")
+    browser.run("document.querySelector('#side').value = 90; document.querySelector('form').oninput()")
+    assert _shown(browser) == texts(lambda record: min(60 + 4 * int(record.id[1:]), 100) >= 90)
+    browser.type("#words", "nobody wrote this")
+    assert browser.run("return document.querySelector('#none').textContent") == "Nothing fits these filters."
+    assert browser.errors() == []
+
+
+def test_two_pictures_are_compared_in_a_browser(browser: Browser, page: pathlib.Path) -> None:
+    browser.open(page / "index.html")
+    browser.click("article:nth-child(2) > button")
+    assert browser.run("return document.querySelector('dialog').open")
+    assert browser.run("return document.querySelector('dialog p').textContent") == "make edit number 1"
+    facts = browser.run("return document.querySelector('dialog dl').textContent")
+    assert "another wording" in facts and "64 × 100 pixels" in facts and "quality 0.5" in facts
+    assert browser.errors() == []
