@@ -92,13 +92,14 @@ def compile_step(config: RunConfig, target: Target) -> Row:
         "fits": memory["needed_gib"] <= memory["hbm_gib"],
         "memory": memory,
         "collectives": compiled.summary(found, sizes, tokens * width // mesh.shape["tensor"]),
-        "link_seconds_at_least": round(compiled.link_seconds(found, target.chip), 3),
-        "compiled_tflop_per_device": round(hlo.product_flops(module) / 1e12, 3),
+        "link_seconds_at_least": float(f"{compiled.link_seconds(found, target.chip):.4g}"),
+        "compiled_tflop_per_device": _tera(hlo.product_flops(module)),
         "kernel_calls": sum(
             times
             for instruction, _, times in module.instructions()
             if instruction.opcode == "custom-call" and "tpu_custom_call" in instruction.text
         ),
+        "loops_counted_once": module.loops_counted_once(),
         **seconds,
     }
 
@@ -180,12 +181,17 @@ def _flops(config: RunConfig, mesh: Mesh) -> Row:
     base, program = (count_step(config, remat) for remat in ("none", config.model.transformer.remat))
     return {
         "convention": CONVENTION,
-        "model_tflop": round(batch * flops.training / 1e12, 3),
-        "model_tflop_with_encoders": round(batch * flops.training_with_encoders / 1e12, 3),
-        "program_tflop": round(batch * program / 1e12, 3),
-        "program_tflop_per_device": round(batch * program / mesh.size / 1e12, 3),
+        "model_tflop": _tera(batch * flops.training),
+        "model_tflop_with_encoders": _tera(batch * flops.training_with_encoders),
+        "program_tflop": _tera(batch * program),
+        "program_tflop_per_device": _tera(batch * program / mesh.size),
         "again_of_forward": round((program - base) / flops.transformer, 4),
     }
+
+
+def _tera(operations: float) -> float:
+    """In 1e12, to six digits."""
+    return float(f"{operations / 1e12:.6g}")
 
 
 def count_step(config: RunConfig, remat: Any) -> float:

@@ -173,8 +173,10 @@ def purpose(collective: Collective, sizes: set[int]) -> str:
     """What a collective is for; `sizes` of `parameter_sizes`."""
     if collective.axes == ("tensor",):
         return TOKENS
-    if collective.array.size in sizes and collective.kind in ("all-gather", "reduce-scatter"):
-        return PARAMETERS if collective.kind == "all-gather" else GRADIENTS
+    if collective.kind == "reduce-scatter":  # nothing else is, over examples; padded, it need not have a known size
+        return GRADIENTS
+    if collective.kind == "all-gather" and collective.array.size in sizes:
+        return PARAMETERS
     return SUMS if collective.kind == "all-reduce" and "transpose(" in collective.op_name else OTHER
 
 

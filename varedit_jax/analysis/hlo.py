@@ -60,13 +60,16 @@ class Module:
     entry: str
 
     def executions(self) -> dict[str, int]:
-        """How often each computation runs when the program runs once: loops by their length, all branches once."""
+        """How often each computation runs when the program runs once: loops by their length, all branches once.
+
+        A loop whose length cannot be read off counts once (`loops_counted_once`).
+        """
         times: collections.Counter[str] = collections.Counter()
 
         def visit(name: str, count: int) -> None:
             times[name] += count
             for instruction in self.computations[name].values():
-                again = self._trips(instruction) if instruction.opcode == "while" else 1
+                again = (self._trips(instruction) or 1) if instruction.opcode == "while" else 1
                 for body in _called(instruction):
                     visit(body, count * again)
 
@@ -79,20 +82,23 @@ class Module:
             for instruction in self.computations[name].values():
                 yield instruction, name, count
 
-    def _trips(self, loop: Instruction) -> int:
+    def loops_counted_once(self) -> list[str]:
+        """Names of the loops whose length cannot be read off."""
+        return [entry.name for entry, _, _ in self.instructions() if entry.opcode == "while" and not self._trips(entry)]
+
+    def _trips(self, loop: Instruction) -> int | None:
         """Length of a loop: what XLA says, or what the counter, which starts at 0, is compared with."""
         known = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"')
         if known:
             return int(known)
         condition = self.computations[loop.attribute(r"condition=%([\w.\-]+)")]
+        counters = Array("s32", ()), Array("u32", ())
         bounds = [
             int(instruction.text)
             for instruction in condition.values()
-            if instruction.opcode == "constant" and instruction.results[0] == Array("s32", ())
+            if instruction.opcode == "constant" and instruction.results[0] in counters
         ]
-        if len(bounds) != 1:
-            raise ValueError(f"the loop {loop.name} has no length that can be read off its condition")
-        return bounds[0]
+        return bounds[0] if len(bounds) == 1 else None
 
 
 def parse(text: str) -> Module:

@@ -58,7 +58,8 @@ def make_loss(
       training: with text drop, self-correction and stochastic depth; without, for evaluation.
 
     The batch holds `text_ids` int32 [B, T], `text_length` int32 [B], and either pictures `source`, `target` uint8
-    [B, y, x, 3] or features `source_features`, `target_features` float32 [B, h, w, Z].
+    [B, y, x, 3] or features `source_features`, `target_features` float32 [B, h, w, Z]; and, where a frozen text encoder
+    was run ahead, `text_features` bfloat16 [B, T, E].
     """
     model = config.model
     transformer = Transformer(model.transformer, pyramid)
@@ -83,10 +84,14 @@ def make_loss(
                 flip_key, len(target), target.shape[-1], cells, config.loss.noise_scales, config.loss.noise_max
             )
             unconditional_B = jax.random.bernoulli(drop_key, config.loss.text_drop, (len(target),))
-        tokens = make_tokens(source, target, model, pyramid, flips)
-        text_params = params["text"] if config.train_text else frozen["text"]
-        with jax.named_scope("text"):
-            features_BTE = text_encoder.apply({"params": text_params}, batch["text_ids"], batch["text_length"])
+        # Small beside what becomes of them: only from the first block on are tokens split over `tensor`.
+        tokens = jax.tree.map(batch_only, make_tokens(source, target, model, pyramid, flips))
+        if "text_features" in batch:  # computed ahead
+            features_BTE = batch["text_features"].astype(jnp.float32)
+        else:
+            text_params = params["text"] if config.train_text else frozen["text"]
+            with jax.named_scope("text"):
+                features_BTE = text_encoder.apply({"params": text_params}, batch["text_ids"], batch["text_length"])
         hidden_BLC, cond_BC = transformer.apply(
             {"params": params["transformer"]},
             tokens.source_BSN,

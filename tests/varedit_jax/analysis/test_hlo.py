@@ -31,8 +31,11 @@ def test_kernels_with_line_breaks_in_their_attributes():
 def test_length_that_xla_states_and_one_that_cannot_be_read():
     stated = LOOP.replace("body=%inner_body", 'body=%inner_body, backend_config={"known_trip_count":{"n":"7"}}')
     assert hlo.parse(stated).executions()["fused.1"] == 5 * 7
-    with pytest.raises(ValueError, match=r"while\.1 has no length"):
-        hlo.parse(LOOP.replace("constant(3)", "get-tuple-element(%c0), index=0")).executions()
+    unsigned = LOOP.replace("%bound.1 = s32[]", "%bound.1 = u32[]")
+    assert hlo.parse(unsigned).executions()["fused.1"] == 15
+    unknown = hlo.parse(LOOP.replace("constant(3)", "get-tuple-element(%c0), index=0"))
+    assert unknown.executions()["fused.1"] == 5 and unknown.loops_counted_once() == ["while.1"]
+    assert hlo.parse(LOOP).loops_counted_once() == []
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.parse("HloModule nothing")
 

@@ -1,0 +1,186 @@
+"""Compiling ahead: the one JSON line of a small editor's step for a TPU, with the real compiler, and mistakes."""
+
+import json
+
+import pytest
+
+from varedit_jax.analysis import ahead, compiled
+from varedit_jax.analysis.ahead import Target, find_batch
+from varedit_jax.config import DataConfig, MeshConfig, OptimizerConfig, RunConfig, preset
+from varedit_jax.errors import UserError
+from varedit_jax.scales import editor_pyramid
+from varedit_jax.training.flops import run_flops
+
+CARD = """
+import dataclasses
+from varedit_jax.config import DataConfig, RunConfig, preset
+
+def get_config(variant: str = "") -> RunConfig:
+    model = preset("tiny")
+    transformer = dataclasses.replace(
+        model.transformer, depth=2, width=128, heads=1, remat="full", attention="plain", dtype="bfloat16"
+    )
+    return RunConfig(
+        name="small",
+        model=dataclasses.replace(model, transformer=transformer),
+        data=DataConfig(batch_size=8, text_tokens=16, features=variant or "online"),
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(run_program, tmp_path_factory):
+    """The program: split parameters and pictures, copied parameters and features, and mistakes."""
+    card = tmp_path_factory.mktemp("card") / "card.py"
+    card.write_text(CARD)
+    good = [f"--config={card}", "--topology=v5e:2x2"]
+    features = [f"--config={card}:precomputed", "--topology=v5e:2x2"]
+    lines = {
+        "fsdp": [*good, "--mesh=fsdp=4", "--accumulation=2"],
+        "data": [*features, "--mesh=data=4", "--hbm_gib=0.001"],
+        "topology": [f"--config={card}", "--topology=v7q:2x2"],
+        "mesh": [*good, "--mesh=fsdp=3"],
+        "axis": [*good, "--mesh=depth=3"],
+        "batch": [*good, "--mesh=fsdp=4", "--global_batch=6"],
+        "accumulation": [*good, "--global_batch=9", "--accumulation=2"],
+        "tensor": [*good, "--mesh=tensor=4"],
+        "slices": [*good, "--slices=2", "--mesh=fsdp=8"],
+    }
+    return run_program("compile_ahead", lines)
+
+
+def row(answer):
+    """The one line on standard output."""
+    code, out, err = answer
+    assert code == 0, err
+    (line,) = out.splitlines()
+    return json.loads(line)
+
+
+def test_split_parameters(answers):
+    """Parameters are gathered, gradients scattered, no activation is gathered; the figures agree with each other."""
+    figures = row(answers["fsdp"])
+    assert figures["fits"] is True and figures["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
+    assert (figures["chip"], figures["chips"]) == ("TPU v5e", 4)
+    memory = figures["memory"]
+    assert memory["hbm_gib"] == 15.75 and 0 < memory["arguments_gib"] < memory["needed_gib"] < 1
+    assert memory["donated_gib"] > 0.9 * memory["outputs_gib"]  # the state is given away to the next
+    purposes = figures["collectives"]["by_purpose"]
+    # Each microbatch gathers both blocks' five matrices at least, forward and backward, and scatters gradients, for so
+    # small ones in few operations.
+    assert purposes[compiled.PARAMETERS]["count"] >= 2 * 2 * 2 * 5
+    assert purposes[compiled.GRADIENTS]["count"] >= 2 * 2
+    assert figures["collectives"]["activation_sized_all_gathers"] == 0
+    # All blocks are computed again, the scores of plain attention twice.
+    assert 0.8 < figures["again_of_forward"] < 1.2
+    assert figures["program_tflop"] > figures["model_tflop_with_encoders"] > figures["model_tflop"] > 0
+    assert figures["compiled_tflop_per_device"] == pytest.approx(figures["program_tflop_per_device"], rel=0.05)
+    assert figures["link_seconds_at_least"] > 0 and figures["compile_seconds"] > 0
+    assert figures["loops_counted_once"] == []
+
+
+def test_copied_parameters(answers):
+    """Nothing is gathered or scattered, gradients are summed; and a memory that is too small is said, not raised."""
+    figures = row(answers["data"])
+    assert set(figures["collectives"]["by_kind"]) == {"all-reduce"}
+    assert figures["fits"] is False and figures["memory"]["hbm_gib"] == 0.001 < figures["memory"]["needed_gib"]
+
+
+@pytest.mark.parametrize(
+    ("case", "sentence"),
+    [
+        ("topology", "topology 'v7q:2x2' is unknown; give VERSION:SIDES"),
+        ("mesh", "does not fit 4 devices"),
+        ("axis", "'depth=3' is not AXIS=SIZE"),
+        ("batch", "data.batch_size 6 with optimizer.accumulation 1 does not divide over data 1 x fsdp 4"),
+        ("accumulation", "data.batch_size 9 does not divide into optimizer.accumulation=2"),
+        ("tensor", "dimension H = 1 does not divide over tensor = 4"),
+        ("slices", "mesh.data is 1, which does not divide over 2 slices"),
+    ],
+)
+def test_mistakes(answers, case, sentence):
+    """One sentence, exit code 1, nothing on standard output."""
+    code, out, err = answers[case]
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1].startswith("error: ") and sentence in err and "Traceback" not in err
+
+
+MESSAGE = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. \
+Used 41.17G of 31.25G hbm. Exceeded hbm capacity by 9.92G.
+
+Total hbm usage >= 41.92G:
+    reserved        768.00M
+    program          41.17G
+
+  Largest program allocations in hbm:
+
+  1. Size: 3.50G
+     Operator: op_name="jit(step)/jvp(encode)/conv" source_file="autoencoder.py"
+     Shape: f32[24,512,512,128]{3,2,1,0:T(8,128)}
+     Unpadded size: 3.00G
+     XLA label: fusion
+     Allocation type: HLO temp
+     ==========================
+
+  2. Size: 512.00M
+     Shape: bf16[40,4,3545,3584]{3,2,1,0:T(8,128)(2,1)}
+     Allocation type: HLO temp
+     ==========================
+"""
+
+
+def test_what_does_not_fit(monkeypatch):
+    """The compiler's refusal becomes what it asked for and its largest arrays; another error stays one."""
+    target = Target(topology="v6e:2x2")
+    assert ahead._too_large(MESSAGE, target) == {
+        "needed_gib": 41.17,
+        "hbm_gib": 31.25,
+        "largest": [
+            "3.50 GiB f32[24,512,512,128]{3,2,1,0:T(8,128)} jit(step)/jvp(encode)/conv",
+            "0.50 GiB bf16[40,4,3545,3584]{3,2,1,0:T(8,128)(2,1)} ",
+        ],
+    }
+    assert ahead._too_large("INTERNAL: something else", target) is None
+
+
+def config(batch: int = 8) -> RunConfig:
+    return RunConfig(
+        name="test",
+        model=preset("tiny"),
+        data=DataConfig(batch_size=batch, text_tokens=16),
+        optimizer=OptimizerConfig(accumulation=2),
+        mesh=MeshConfig(data=1, fsdp=-1, tensor=2),
+    )
+
+
+@pytest.mark.parametrize(
+    ("fixed", "each", "largest"), [(3.0, 1.0, 12), (15.0, 1.0, 0), (2.0, 0.11, 125), (0.5, 9.0, 1)]
+)
+def test_largest_batch(fixed, each, largest):
+    """The batch that just fits is found in a few compilations; each is reported; none may fit."""
+    said: list[str] = []
+    tried: list[int] = []
+
+    def compile(run, target):
+        count = run.data.batch_size // (2 * 2)  # fsdp 2, accumulation 2
+        tried.append(count)
+        needed = fixed + each * count
+        return {"fits": needed <= 15.75, "memory": {"needed_gib": needed, "hbm_gib": 15.75}, "compile_seconds": 1.0}
+
+    found = find_batch(config(), Target(topology="v5e:2x2"), said.append, compile)
+    assert found["batch_per_device"] == largest and found["fits"] is bool(largest)
+    assert len(tried) == len(set(tried)) == len(said) <= 6
+    assert said[0].startswith("1 a device: ")
+
+
+def test_operations_are_counted_as_the_formula_has_them():
+    """Without recomputation, what the traced step multiplies is what the formula says, to the parts it leaves out."""
+    run = config()
+    flops = run_flops(run, editor_pyramid(run.model))
+    assert ahead.count_step(run, "none") == pytest.approx(flops.training_with_encoders, rel=0.1)
+
+
+def test_chip_without_a_table(monkeypatch):
+    monkeypatch.setattr(ahead.hardware, "chip_of", lambda device: None)
+    with pytest.raises(UserError, match="does not know its chip"):
+        Target(topology="v5e:2x2").chip  # noqa: B018
