@@ -38,37 +38,24 @@ from typing import Any, Generic, Literal, NoReturn, TypeVar
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import jax
-from absl import app, flags
+from absl import flags
 from ml_collections import config_dict, config_flags
 
+from varedit_jax import command
 from varedit_jax import config as config_lib
 from varedit_jax.errors import UserError
 
 Config = TypeVar("Config")
 
-INTERRUPTED = 130  # exit code of a program that Ctrl-C ended, as shells have it
-
 
 def run(main: Callable[[list[str]], Any]) -> NoReturn:
-    """Parses the flags, sets up JAX, calls `main(argv)` and exits.
+    """Runs a program as `varedit_jax.command.run` does, with JAX set up before `main(argv)` is called."""
 
-    A UserError, from a flag or from `main`, is printed as one line `error: ...`, and the exit code is 1; so are
-    mistaken flags and arguments that are no flags. Any other exception is a defect, and keeps its stack trace.
-    """
+    def prepared(argv: list[str]) -> Any:
+        setup_jax()
+        return main(argv)
 
-    def guarded(argv: list[str]) -> Any:
-        try:
-            if len(argv) > 1:
-                raise UserError(f"unexpected argument {argv[1]!r}; this program takes flags only, see --help")
-            setup_jax()
-            return main(argv)
-        except UserError as error:
-            _fail(str(error))
-        except KeyboardInterrupt:
-            _fail("interrupted", INTERRUPTED)
-
-    app.run(guarded, flags_parser=_parse_flags)
-    raise AssertionError("app.run does not return")
+    command.run(prepared, _about_config)
 
 
 def setup_jax() -> None:
@@ -282,32 +269,13 @@ def _in_words(hint: Any) -> str:
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-    """The arguments that are no flags; exits with one sentence if a flag is wrong."""
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        # A parser's own error comes wrapped in one that says less.
-        _fail(str(error.__context__) if isinstance(error.__context__, UserError) else _flag_sentence(str(error)))
-    except UserError as error:
-        _fail(str(error))
-
-
-def _flag_sentence(text: str) -> str:
-    """What absl and ml_collections say about a wrong flag, in one sentence about the field."""
+def _about_config(text: str) -> str | None:
+    """What ml_collections says about a wrong --config, in one sentence about the field; None of other flags."""
     if re.fullmatch(r"Unknown command line flag 'config\..*'", text):
         return "fields of a configuration are set after --config=PATH.py, the card that has them"
-    missing = re.fullmatch(r"flag --(\w+)=None: Flag --\w+ must have a value other than None\.", text)
-    if missing:
-        return f"--{missing.group(1)} is missing; see --help"
     found = re.match(r"flag --config\.([\w.]+)=(.*?): ", text, re.DOTALL)
     parser = flags.FLAGS["config"].parser if "config" in flags.FLAGS else None
     if found and isinstance(parser, _CardParser):
         name, value = found.groups()
         return f"--config.{name} is {value!r}; it must be {_in_words(_annotations(parser.cls)[name])}"
-    return " ".join(text.split())
-
-
-def _fail(sentence: str, code: int = 1) -> NoReturn:
-    print(f"error: {sentence}", file=sys.stderr, flush=True)
-    sys.exit(code)
+    return None

@@ -9,7 +9,7 @@ from absl import app, flags
 
 from varedit_jax.errors import UserError
 
-INTERRUPTED = 130  # exit code of a program that Ctrl-C ended, as shells have it
+_INTERRUPTED = 130  # exit code of a program that Ctrl-C ended, as shells have it
 
 
 def run(main: Callable[[list[str]], Any], sentence: Callable[[str], str | None] = lambda text: None) -> NoReturn:
@@ -29,7 +29,7 @@ def run(main: Callable[[list[str]], Any], sentence: Callable[[str], str | None] 
         except UserError as error:
             _fail(str(error))
         except KeyboardInterrupt:
-            _fail("interrupted", INTERRUPTED)
+            _fail("interrupted", _INTERRUPTED)
 
     app.run(guarded, flags_parser=lambda argv: _parse_flags(argv, sentence))
     raise AssertionError("app.run does not return")
