@@ -31,7 +31,8 @@ class _Chunk(NamedTuple):
     number: int
 
 
-def _index_hash(folder: pathlib.Path) -> str:
+def index_hash(folder: pathlib.Path) -> str:
+    """Changes when a data set is prepared anew."""
     return hashlib.sha256((folder / INDEX).read_bytes()).hexdigest()[:16]
 
 
@@ -57,7 +58,7 @@ def check_split(folder: str | os.PathLike[str], split: str, processes: int = 1) 
     folder = pathlib.Path(folder)
     records = Records(folder, split)
     path, journal = folder / split / BAD, folder / split / f".{BAD}.partial"
-    header = {"index": _index_hash(folder), "records": len(records)}
+    header = {"index": index_hash(folder), "records": len(records)}
     done = _read_journal(journal, header)
     chunks = [_Chunk(str(folder), split, number) for number in range(-(-len(records) // CHUNK)) if number not in done]
     with room_explained("list of bad records", folder), journal.open("w") as file:
@@ -110,7 +111,7 @@ def kept_records(records: Records) -> NDArray[np.bool_]:
     if not path.exists():
         return kept
     header, *lines = (json.loads(line) for line in path.read_text().splitlines())
-    if header["index"] != _index_hash(pathlib.Path(records.folder)):
+    if header["index"] != index_hash(pathlib.Path(records.folder)):
         raise UserError(
             f"{path} is of data that were prepared anew since; run data_pipelines.check again, or delete it"
         )

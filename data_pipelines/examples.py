@@ -3,6 +3,7 @@
 What the loader needs of them is `Source`; what it uses beyond that where there is more to say is `RecordSource`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -27,6 +28,7 @@ from varedit_jax.scales import aspect_templates, editor_pyramid, image_size
 Example = dict[str, Any]
 
 _DEFAULT_DIRECTORY = "data"
+_SHOWN_TEXT = 120  # characters of an instruction beside its pictures
 _RECORD_SPLITS = {"train": "train", "test": "validation"}  # of prepared records, by what they are called elsewhere
 
 
@@ -206,3 +208,21 @@ def open_records(data: DataConfig, split: str, model: EditorConfig) -> RecordSou
 def open_examples(data: DataConfig, split: str, model: EditorConfig) -> TfdsSource | RecordSource:
     """Split `split` (`train` or `test`) of what `data` names, as `open_split` and `open_records`."""
     return open_records(data, split, model) if data.name == "records" else open_split(data, split)
+
+
+def shown_examples(source: Source, count: int) -> list[Example]:
+    """The first examples that can be used, for sheets of samples; of records, those of aspect 1.0 with short texts.
+
+    That aspect is what an editor works on if it is not told another; there are none where `data.aspects` lacks it.
+    """
+    if not isinstance(source, RecordSource):
+        return [source[index] for index in range(min(count, len(source)))]
+    found: list[Example] = []
+    square = source.data.aspects.index("1.0") if "1.0" in source.data.aspects else -1
+    for index in np.flatnonzero(source.kept & (source.buckets == square)).tolist():
+        if len(found) == count:
+            break
+        with contextlib.suppress(Damaged):
+            if len(source.instruction(index)) <= _SHOWN_TEXT:
+                found.append(source[index])
+    return found

@@ -11,7 +11,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -40,6 +40,15 @@ class Features(NamedTuple):
 
     source: NDArray[np.float32]  # [examples, h, w, Z]
     target: NDArray[np.float32]  # [examples, h, w, Z]
+
+    @property
+    def examples(self) -> int:
+        """How many there are."""
+        return len(self.source)
+
+    def rows(self, indices: Sequence[int]) -> dict[str, NDArray[Any]]:
+        """Part of a batch: `source_features` and `target_features`, float32 [B, h, w, Z]."""
+        return {f"{side}_features": np.asarray(array[indices]) for side, array in self._asdict().items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

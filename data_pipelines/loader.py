@@ -4,6 +4,7 @@ A batch is a dict of arrays:
 
     source, target                    uint8 [B, y, x, 3]        pictures; or, with precomputed features,
     source_features, target_features  float32 [B, h, w, Z]
+    text_features                     bfloat16 [B, T, E]        of the instruction, where they were computed too
     text_ids                          int32 [B, T]              the instruction, padded with 0
     text_length                       int32 [B]                 its tokens without the padding
     example_ids                       int64 [B]                 which examples of the split these are
@@ -25,9 +26,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.damage import Damaged, Quarantine
-from data_pipelines.examples import Example, RecordSource, Source, TfdsSource, open_examples, open_records, open_split
+from data_pipelines.examples import (
+    Example,
+    RecordSource,
+    Source,
+    TfdsSource,
+    open_examples,
+    open_records,
+    open_split,
+    shown_examples,
+)
 from data_pipelines.features import Features
 from data_pipelines.plan import InOrder, Plan, Rows, Shuffled
+from data_pipelines.record_features import RecordFeatures
 from varedit_jax.config import DataConfig
 from varedit_jax.errors import UserError
 from varedit_jax.training.replay import EXAMPLE_IDS
@@ -43,10 +54,12 @@ __all__ = [
     "open_examples",
     "open_records",
     "open_split",
+    "shown_examples",
     "training_batches",
 ]
 
 Batch = dict[str, NDArray[Any]]
+AnyFeatures = Features | RecordFeatures
 
 _CACHED_TEXTS = 200_000  # examples whose token ids a pipeline keeps, about 300 bytes each
 _ENDLESS = 2**48  # steps
@@ -76,7 +89,7 @@ class _Read:
     plan: Plan
     source: Source
     vocabulary: Vocabulary
-    features: Features | None
+    features: AnyFeatures | None
     text_tokens: int
     rows: slice
     # Token ids, without padding, of examples read so far: most of the cost of a batch of features would be its text.
@@ -87,10 +100,7 @@ class _Read:
         plan = self.plan(step)
         if self.features is not None:
             wanted = plan.indices[self.rows].tolist()
-            batch = {
-                "source_features": np.asarray(self.features.source[wanted]),
-                "target_features": np.asarray(self.features.target[wanted]),
-            }
+            batch = self.features.rows(wanted)
             return batch | self._text(wanted, self.source.instruction) | {EXAMPLE_IDS: np.array(wanted, np.int64)}, []
         return self._pictures(step, plan)
 
@@ -233,7 +243,9 @@ def _close(running: list[Any]) -> None:
         running.pop().close()
 
 
-def _check(data: DataConfig, source: Source, features: Features | None, process_index: int, process_count: int) -> None:
+def _check(
+    data: DataConfig, source: Source, features: AnyFeatures | None, process_index: int, process_count: int
+) -> None:
     if not 0 <= process_index < process_count:
         raise ValueError(f"process {process_index} of {process_count} does not exist")
     if data.batch_size % process_count:
@@ -246,27 +258,26 @@ def _check(data: DataConfig, source: Source, features: Features | None, process_
             f"data.batch_size is {data.batch_size}, but {data.name} has only {len(source)} examples in this split; "
             f"give a smaller batch or a larger data set"
         )
-    if features is not None:
-        for side, array in features._asdict().items():
-            if len(array) != len(source):
-                raise UserError(
-                    f"there are {side} features of {len(array)} examples, but {len(source)} examples; "
-                    f"compute the features of this split"
-                )
+    if features is not None and features.examples != len(source):
+        raise UserError(
+            f"there are features of {features.examples} examples, but {len(source)} examples; "
+            f"compute the features of this split"
+        )
 
 
-def _columns(source: Source) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
+def _columns(source: Source, features: AnyFeatures | None) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
     """Bucket of each example, and whether it is used."""
-    if isinstance(source, RecordSource):
-        return source.buckets, source.kept
-    return np.zeros(len(source), np.int8), None
+    if not isinstance(source, RecordSource):
+        return np.zeros(len(source), np.int8), None
+    kept = source.kept
+    return source.buckets, kept & features.kept if isinstance(features, RecordFeatures) else kept
 
 
 def training_batches(
     data: DataConfig,
     vocabulary: Vocabulary,
     source: Source,
-    features: Features | None = None,
+    features: AnyFeatures | None = None,
     process_index: int = 0,
     process_count: int = 1,
     quarantine: str | os.PathLike[str] | None = None,
@@ -289,7 +300,7 @@ def training_batches(
     the features are of another number of examples.
     """
     _check(data, source, features, process_index, process_count)
-    buckets, kept = _columns(source)
+    buckets, kept = _columns(source, features)
     datasets: NDArray[Any] = np.zeros(len(source), np.int8)
     weights = [1.0]
     if isinstance(source, RecordSource):
@@ -306,7 +317,7 @@ def evaluation_batches(
     data: DataConfig,
     vocabulary: Vocabulary,
     source: Source,
-    features: Features | None = None,
+    features: AnyFeatures | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Batches:
@@ -317,7 +328,7 @@ def evaluation_batches(
     `i // B`. Arguments and errors as of `training_batches`.
     """
     _check(data, source, features, process_index, process_count)
-    buckets, kept = _columns(source)
+    buckets, kept = _columns(source, features)
     plan = InOrder(buckets, data.batch_size, kept)
     if isinstance(source, RecordSource):
         source = dataclasses.replace(source, data=dataclasses.replace(source.data, flip=False))

@@ -60,8 +60,8 @@ def read_picture(data: bytes, size_hw: tuple[int, int], resize: str, flip: bool 
         if picture.mode != "RGB" or orientation(picture) != 1:
             picture = Image.fromarray(upright_rgb(picture, "the picture"))
     if resize == "pad":
-        fitted, _ = fit(np.asarray(picture), size_hw)
-        return fitted[:, ::-1] if flip else fitted
+        pixels = np.asarray(picture)
+        return fit(np.ascontiguousarray(pixels[:, ::-1]) if flip else pixels, size_hw)[0]  # white stays at the right
     if picture.size != (w, h):
         picture = picture.resize((w, h), Image.Resampling.LANCZOS, box=_middle(picture.size, w / h))
     pixels = np.asarray(picture)

@@ -20,8 +20,9 @@ import jax
 import numpy as np
 from absl import flags
 
+from data_pipelines import encoders, loader
 from data_pipelines import features as features_lib
-from data_pipelines import loader
+from data_pipelines.record_features import RecordFeatures
 from data_pipelines.shapes.scoring import sample_sheet
 from experiments import program, run_flags
 from varedit_jax.config import RunConfig, to_dict
@@ -48,10 +49,12 @@ _PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "processes of the r
 _PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "which of them this one is, from 0")
 
 
-def _features(config: RunConfig, source: Any, split: str) -> Any:
-    """Features of a split, computed on first use, if the card asks for them."""
+def _features(config: RunConfig, source: loader.TfdsSource | loader.RecordSource, split: str) -> Any:
+    """Features of a split, if the card asks for them: those of `shapes` are computed on first use."""
     if config.data.features == "online":
         return None
+    if isinstance(source, loader.RecordSource):
+        return RecordFeatures(source, encoders.made_by_card(config))
     tokenizer = load_folder(config.tokenizer_weights, "tokenizer", abstract_params(config.model, "tokenizer"))
     name = weights_hash(tokenizer["encoder"])  # features do not depend on the decoder
     encode = jax.jit(lambda params, images: encode_images(params, images, config.model))
@@ -88,8 +91,9 @@ def _train(config: RunConfig) -> None:
 
     def sample(state: Any, step: int) -> dict[str, np.ndarray]:
         del step
+        shown = loader.shown_examples(held_out, 8)
         editor = Editor(config.model, {**frozen, **state.params}, config.sampling)
-        return {"held_out": np.asarray(sample_sheet(editor, held_out, range(8)))}
+        return {"held_out": np.asarray(sample_sheet(editor, shown, range(len(shown))))} if shown else {}
 
     quarantine = pathlib.Path(run_flags.workdir()) / "quarantine" / f"process_{jax.process_index()}.jsonl"
     batches = loader.training_batches(config.data, vocabulary, train, train_features, *part, quarantine=quarantine)

@@ -83,16 +83,18 @@ def by_group(verdicts: Sequence[Verdict], records: Sequence[Any]) -> dict[str, S
 def sheet(records: Sequence[Any], pictures: NDArray[np.uint8], heading: str = "") -> Image.Image:
     """Contact sheet: source, the picture after each scale, target, with instruction and verdict.
 
-    pictures: uint8 [K, n, y, x, 3], after each scale; the last is the result.
+    pictures: uint8 [K, n, y, x, 3], after each scale; the last is the result. Examples of other data sets than
+    `shapes`, which do not say what is in them, get no verdict.
     """
-    verdicts = judge_records(pictures[-1], records)
+    judged = "source_scene" in records[0]
+    verdicts = [verdict.exact for verdict in judge_records(pictures[-1], records)] if judged else [None] * len(records)
     scales = [f"scale {k + 1}" for k in range(len(pictures) - 1)]
     rows = [
         Row(
             pictures=[record["source"], *pictures[:, i], record["target"]],
             instruction=record["instruction"],
-            kind=record["kind"],
-            verdict=verdicts[i].exact,
+            kind=record.get("kind", ""),
+            verdict=verdicts[i],
         )
         for i, record in enumerate(records)
     ]

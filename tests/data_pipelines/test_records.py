@@ -41,7 +41,7 @@ def _picture(number: int, side: int) -> bytes:
     width, height = SIZES[number % len(SIZES)]
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[:, :, 0] = np.linspace(0, 255, width)
-    pixels[:, :, 2] = number * 2 + side
+    pixels[:, :, 2] = (number * 2 + side) % 256
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
@@ -195,12 +195,12 @@ def test_evaluation_is_of_fixed_examples_in_their_order(folders: tuple[str, str]
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, str]]:
-    """120 records, 12 of them damaged in as many ways; and the reasons by id."""
+    """240 records, 12 of them damaged in as many ways; and the reasons by id."""
     folder = tmp_path_factory.mktemp("damaged") / "set"
-    records = [_record(number, "set") for number in range(120)]
+    records = [_record(number, "set") for number in range(240)]
     reasons = {}
     for place, (data, fault) in enumerate([*DAMAGE.values(), (b"", None)]):
-        number = 7 + 9 * place
+        number = 7 + 19 * place
         fields = {"source" if place % 2 else "target": data} if fault else {"instructions": (" ",)}
         records[number] = dataclasses.replace(records[number], **fields)
         reasons[records[number].id] = str(fault or "empty instruction")
@@ -217,14 +217,14 @@ def test_damage_is_passed_over_by_all_processes_alike_and_written_down(
     parts = [_batches(data, process, 2, quarantine=tmp_path / f"{process}.jsonl") for process in range(2)]
     one = _batches(data, quarantine=tmp_path / "one.jsonl")
     ids = []
-    for _ in range(120 // 4):  # an epoch, as 40 records of each aspect are whole batches
+    for _ in range(240 // 4):  # an epoch, as 80 records of each aspect are whole batches
         batch = next(one)
         _same(batch, _joined([next(part) for part in parts]))
         ids += batch["example_ids"].tolist()
         shown = np.where(batch["example_ids"] < 0, ~batch["example_ids"], batch["example_ids"])
         np.testing.assert_array_equal(batch["source"][:, 0, 0, 2], shown * 2 % 256)
     bad = {int(name) for name in reasons}
-    assert sorted(index for index in ids if index >= 0) == sorted(set(range(120)) - bad)
+    assert sorted(index for index in ids if index >= 0) == sorted(set(range(240)) - bad)
     assert sum(index < 0 for index in ids) == len(bad)
     lines = read_quarantine(tmp_path / "one.jsonl")
     assert {line["id"]: line["reason"] for line in lines} == reasons
@@ -237,8 +237,17 @@ def test_damage_is_passed_over_by_all_processes_alike_and_written_down(
 
 def test_too_much_damage_ends_the_run_with_a_summary(damaged: tuple[str, dict[str, str]]) -> None:
     batches = _batches(_data([damaged[0]], bad_share=0.01))
-    with pytest.raises(UserError, match=r"11 of \d+ examples .*\d empty instruction.*data.bad_share=0.01.*check"):
+    with pytest.raises(UserError, match=r"12 of 232 examples .*\d empty instruction.*data.bad_share=0.01.*check"):
         list(itertools.islice(batches, 100))
+
+
+def test_samples_are_of_examples_that_can_be_shown(damaged: tuple[str, dict[str, str]]) -> None:
+    folder, reasons = damaged
+    source = loader.open_records(_data([folder]), "train", MODEL)
+    shown = loader.shown_examples(source, 8)
+    assert [int(example["instruction"].split()[-1]) for example in shown] == [0, 3, 6, 9, 12, 15, 18, 21]
+    assert len(loader.shown_examples(source, 999)) == 80 - sum(int(name) % 3 == 0 for name in reasons)
+    assert loader.shown_examples(loader.open_records(_data([folder], aspects=("1.75",)), "train", MODEL), 8) == []
 
 
 def test_what_a_check_finds_is_never_met(damaged: tuple[str, dict[str, str]], tmp_path: pathlib.Path) -> None:
@@ -248,7 +257,7 @@ def test_what_a_check_finds_is_never_met(damaged: tuple[str, dict[str, str]], tm
     batches = _batches(_data([folder], batch_size=1, bad_share=0.0))
     with pytest.raises(UserError, match="found to be bad"):
         batches.set_state(before)
-    good = sorted(set(range(120)) - {int(name) for name in reasons})
+    good = sorted(set(range(240)) - {int(name) for name in reasons})
     for _ in range(2):
         assert sorted(int(next(batches)["example_ids"][0]) for _ in good) == good  # an epoch
     index = pathlib.Path(folder) / "index.json"

@@ -42,6 +42,8 @@ def test_pad_is_what_editing_does() -> None:
     data = _ramp(60, 100)
     expected, _ = fit(np.asarray(Image.open(io.BytesIO(data))), (64, 64))
     np.testing.assert_array_equal(read_picture(data, (64, 64), "pad"), expected)
+    mirrored, _ = fit(np.asarray(Image.open(io.BytesIO(data)).transpose(Image.Transpose.FLIP_LEFT_RIGHT)), (64, 64))
+    np.testing.assert_array_equal(read_picture(data, (64, 64), "pad", flip=True), mirrored)
     assert (expected[:, 42:] >= 250).all() and expected[:, :38].max(axis=2).min() < 100  # white at the right
 
 

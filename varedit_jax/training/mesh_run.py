@@ -71,12 +71,11 @@ class MeshRun:
         )
 
     def _pyramid_of(self, batch: Batch) -> Pyramid:
-        """The pyramid of a batch's pictures, which are all of one aspect. Features are of the run's own."""
-        if "source" not in batch:
-            return self.pyramid
-        height, width = batch["source"].shape[1:3]
+        """The pyramid of a batch's pictures, or of features of such, which are all of one aspect."""
+        pictures = "source" in batch
+        height, width = batch["source" if pictures else "source_features"].shape[1:3]
         pyramid = editor_pyramid(self.config.model, nearest_aspect(height, width))
-        if image_size(self.config.model, pyramid) != (height, width):
+        if pictures and image_size(self.config.model, pyramid) != (height, width):
             raise ValueError(f"pictures of {height} x {width} pixels are of no pyramid of this model")
         return pyramid
 

@@ -1,0 +1,69 @@
+"""The frozen encoders of a card, as functions that make features of pictures and instructions."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from data_pipelines.examples import picture_sizes
+from data_pipelines.record_features import EncodePictures, EncodeText, MadeBy
+from varedit_jax.config import RunConfig
+from varedit_jax.conversion.folder import load_folder, weights_hash
+from varedit_jax.parameters import abstract_params
+from varedit_jax.text.t5 import T5Encoder
+from varedit_jax.text.vocabulary import Vocabulary
+from varedit_jax.tokenizer.tokens import encode_images
+
+Params = dict[str, Any]
+
+
+def load_encoders(config: RunConfig) -> tuple[Params, Params | None]:
+    """Weights of the tokenizer, and of the text encoder unless it is trained. Raises UserError as `load_folder`."""
+    tokenizer = load_folder(config.tokenizer_weights, "tokenizer", abstract_params(config.model, "tokenizer"))
+    if config.train_text:
+        return tokenizer, None
+    return tokenizer, load_folder(config.text_weights, "text", abstract_params(config.model, "text"))
+
+
+def made_by(config: RunConfig, tokenizer: Params, text: Params | None) -> MadeBy:
+    """What decides about the features of a card's records. The tokenizer's decoder has no part in it."""
+    data = config.data
+    return MadeBy(
+        tokenizer=weights_hash(tokenizer["encoder"])
+        + f"-{config.tokenizer_precision}",  # the decoder has no part in it
+        text="" if text is None else weights_hash(text) + f"-{config.text_dtype}",
+        text_tokens=data.text_tokens,
+        sizes=picture_sizes(config.model, data.aspects),
+        resize=data.resize,
+    )
+
+
+@functools.cache
+def made_by_card(config: RunConfig) -> MadeBy:
+    """As `made_by`, of the weights that the card names."""
+    return made_by(config, *load_encoders(config))
+
+
+def encoders(config: RunConfig, tokenizer: Params, text: Params | None) -> tuple[EncodePictures, EncodeText | None]:
+    """The functions that compute features, on the first device."""
+    encode = jax.jit(lambda params, images: encode_images(params, images, config.model))
+
+    def encode_pictures(images: np.ndarray) -> jax.Array:
+        with jax.default_matmul_precision(config.tokenizer_precision):
+            return encode(tokenizer, images)
+
+    if text is None:
+        return encode_pictures, None
+    dtype = jnp.dtype(config.text_dtype)
+    weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), text)
+    apply = jax.jit(T5Encoder(config.model.text, dtype).apply)
+    vocabulary = Vocabulary.load()
+
+    def encode_text(instructions: Sequence[str]) -> tuple[jax.Array, np.ndarray]:
+        ids, lengths = vocabulary.encode(instructions, config.data.text_tokens)
+        return apply({"params": weights}, ids, lengths), lengths
+
+    return encode_pictures, encode_text

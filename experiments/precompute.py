@@ -1,0 +1,46 @@
+"""Computes the features of prepared records ahead, with the frozen encoders of a card.
+
+    python -m experiments.precompute --config=CARD.py --config.data.name=records \\
+        --config.data.mixture='(("prepared/ultraedit",1.0),)' --process_index=0 --process_count=8
+
+Each of several processes, on one machine or many that share the folders, takes its share of the shards; run the same
+command again to go on. Training with the same card and --config.data.features=precomputed then reads them, and refuses
+those of other weights.
+"""
+
+import dataclasses
+
+from absl import flags
+
+from data_pipelines import encoders, loader, record_features
+from experiments import program
+from varedit_jax.config import RunConfig
+from varedit_jax.errors import UserError
+
+_CONFIG = program.config_flag(RunConfig)
+_PROCESS_INDEX = flags.DEFINE_integer("process_index", 0, "which of several processes this is, from 0", lower_bound=0)
+_PROCESS_COUNT = flags.DEFINE_integer("process_count", 1, "processes that share the shards", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch", 32, "pictures that are encoded at a time", lower_bound=1)
+
+
+def main(argv: list[str]) -> None:
+    """Computes both splits."""
+    del argv
+    config: RunConfig = _CONFIG.value
+    index, count = _PROCESS_INDEX.value, _PROCESS_COUNT.value
+    if config.data.name != "records":
+        raise UserError(f"data.name is {config.data.name!r}; experiments.train computes features of it by itself")
+    if index >= count:
+        raise UserError(f"there is no --process_index={index} of --process_count={count}; the first one is 0")
+    weights = encoders.load_encoders(config)
+    made = encoders.made_by(config, *weights)
+    functions = encoders.encoders(config, *weights)
+    data = dataclasses.replace(config.data, flip=False)
+    for split in ("train", "test"):
+        source = loader.open_records(data, split, config.model)
+        written = record_features.precompute(source, made, *functions, _BATCH.value, index, count)
+        print(f"{split}: {written} shards written to features/{made.name} of each data set")
+
+
+if __name__ == "__main__":
+    program.run(main)
