@@ -57,10 +57,16 @@ class Collective:
 def collectives(module: Module, mesh: Mesh) -> list[Collective]:
     """All collectives of a step compiled for `mesh`, which the numbers of its devices refer to."""
     found: list[Collective] = []
+    chained: set[str] = set()
     for instruction, name, times in module.instructions():
         kind = instruction.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
+        if "chain_id=" in instruction.text:  # one operation, hidden behind several fusions that each name it
+            channel = instruction.attribute(r"channel_id=(\d+)")
+            if channel in chained:
+                continue
+            chained.add(channel)
         computation = module.computations[name]
         results = instruction.results
         summed = False
@@ -117,22 +123,32 @@ def _group(instruction: Instruction, mesh: Mesh) -> tuple[tuple[str, ...], int]:
 
 def _replica_groups(text: str, devices: int) -> np.ndarray:
     """[groups, members] of the three forms that XLA prints; all devices where the list is empty."""
-    named = re.match(r"mesh\[([^\]]*)\](?:, device_ids=\(([^)]*)\))? \{([^}]*)\}", text)
+    named = re.match(r"mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", text)
     if named:
         sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        order = np.array(re.findall(r"\d+", named[2]), int) if named[2] else np.arange(devices)
+        order = _iota(named[2]) if named[2] else np.arange(devices)
         shape, used = _split_axes(sizes, re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named[3]))
         rest = [axis for axis in range(len(shape)) if axis not in used]
         return order.reshape(shape).transpose(*rest, *used).reshape(-1, math.prod(shape[axis] for axis in used))
-    iota = re.match(r"\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    iota = re.match(r"\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", text)
     if iota:
-        shape = [int(side) for side in iota[3].split(",")]
-        axes = [int(axis) for axis in iota[4].split(",")] if iota[4] else list(range(len(shape)))
-        return np.arange(math.prod(shape)).reshape(shape).transpose(axes).reshape(int(iota[1]), int(iota[2]))
+        return _iota(iota[3]).reshape(int(iota[1]), int(iota[2]))
     listed = re.match(r"\{(\{[\d,{}]*\})\}", text)
     if listed:
         return np.array([[int(i) for i in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])])
-    return np.arange(devices)[None]
+    if text.startswith("{}"):
+        return np.arange(devices)[None]
+    raise ValueError(f"replica groups of an unknown form: {text[:80]}")
+
+
+def _iota(text: str) -> np.ndarray:
+    """The numbers of "[64,4]T(1,0)": counted up over a shape, then transposed; or of a plain list."""
+    shape, _, axes = text.partition("T")
+    numbers = [int(number) for number in re.findall(r"\d+", shape)]
+    if not text.startswith("["):
+        return np.array(numbers)
+    order = [int(axis) for axis in re.findall(r"\d+", axes)] or range(len(numbers))
+    return np.arange(math.prod(numbers)).reshape(numbers).transpose(*order).reshape(-1)
 
 
 def _split_axes(sizes: dict[str, int], used: list[tuple[str, str, str]]) -> tuple[list[int], list[int]]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from varedit_jax.config import TransformerConfig
-from varedit_jax.parallel.constrain import batch_only, has_mesh, pad_tokens, tokens_between_blocks
+from varedit_jax.parallel.constrain import batch_only, constrain, has_mesh, pad_tokens, tokens_between_blocks
 from varedit_jax.parallel.rules import gather
 from varedit_jax.scales import Grid, Pyramid
 from varedit_jax.transformer import rope
@@ -210,11 +210,12 @@ class Transformer(nn.Module):
 
     def _places(self, scales: range) -> jax.Array:
         """Embedding of the level of every token of `scales`, and of its place if configured so: [1, tokens, C]."""
-        # Not looked up by an index of tokens: the gradient of that is a scatter, which XLA's partitioner made a wrong one
-        # of on a mesh that splits examples and tokens.
+        # Not looked up by an index of tokens: the gradient of that is a scatter, which XLA's partitioner made a wrong
+        # one of on a mesh that splits examples and tokens.
         width = self.config.width
         rows = [jnp.broadcast_to(self.level_embed[scale], (self.pyramid.lengths[scale], width)) for scale in scales]
-        levels_LC = jnp.concatenate(rows)
+        # Whole everywhere: in pieces by tokens, the compiler would gather each scale's to put them together.
+        levels_LC = constrain(jnp.concatenate(rows))
         if not self.config.absolute_positions:
             return levels_LC[None]
         centres_LF = np.concatenate([centre_features(self.pyramid.grids[scale]) for scale in scales])

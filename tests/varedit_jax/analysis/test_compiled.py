@@ -1,7 +1,6 @@
 """Collectives of a compiled program: kinds, purposes, who takes part, and what they move."""
 
 import pathlib
-import types
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,8 @@ from varedit_jax.analysis import compiled, hlo
 from varedit_jax.parallel.topology import topology_devices
 
 # As the compiler writes for a TPU: a gather in a loop, a gather made of a sum with zeros, a sum that is cut at once, a
-# sum over everything, tokens gathered between chips with the same examples, an activation gathered, one sent on.
+# sum over everything, tokens gathered between chips with the same examples (in two parts, behind other work), an
+# activation gathered, one sent on.
 TEXT = (pathlib.Path(__file__).parents[2] / "data" / "hlo" / "collectives.txt").read_text()
 
 
@@ -80,12 +80,27 @@ def test_link_time(found):
     assert compiled.link_seconds(found, chip) == pytest.approx(sent / 200e9)
 
 
-def test_groups_over_a_part_of_an_axis():
-    """XLA may split an axis: the groups are still those of the devices' numbers."""
-    instruction = types.SimpleNamespace(
-        opcode="all-reduce", attribute=lambda pattern: "mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1':(1)2}, more"
-    )
-    mesh = types.SimpleNamespace(
-        size=8, devices=np.zeros((1, 2, 4)), axis_names=("data", "fsdp", "tensor"), shape={"fsdp": 2}
-    )
-    assert compiled._group(instruction, mesh) == (("fsdp", "tensor"), 4)
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1':(1)2}, more", [[0, 2, 4, 6], [1, 3, 5, 7]]),
+        (
+            "mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_0'}, dimensions={0}",
+            [[0, 1], [2, 3], [4, 5], [6, 7]],
+        ),
+        ("mesh['axis_0'=4], device_ids=(0,2,1,3) {'axis_0':(1)2}", [[0, 1], [2, 3]]),
+        ("[2,4]<=[4,2]T(1,0), dimensions={0}", [[0, 2, 4, 6], [1, 3, 5, 7]]),
+        ("[1,8]<=[8]", [[0, 1, 2, 3, 4, 5, 6, 7]]),
+        ("{{0,1},{2,3}}, use_global_device_ids=true", [[0, 1], [2, 3]]),
+        ("{}, to_apply=%add", [[0, 1, 2, 3, 4, 5, 6, 7]]),
+    ],
+)
+def test_ways_of_writing_groups(text, groups):
+    """Axes in part, devices in another order, counted numbers, lists, and nothing for all of them."""
+    found = compiled._replica_groups(text, 8)
+    assert sorted(sorted(group) for group in found.tolist()) == groups
+
+
+def test_groups_of_another_form_are_not_guessed():
+    with pytest.raises(ValueError, match="unknown form: all"):
+        compiled._replica_groups("all", 8)
