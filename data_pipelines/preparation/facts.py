@@ -80,6 +80,15 @@ class PartFiles:
         self.samples = folder / "samples"  # pictures of some that were left out
 
 
+def rows_so_far(folder: pathlib.Path) -> int:
+    """Number of records in the folders of parts below `folder`, those included that are being written."""
+    count = 0
+    for path in folder.glob("*/facts.bin"):
+        with contextlib.suppress(FileNotFoundError):  # it got its name in between
+            count += path.stat().st_size // FACTS.itemsize
+    return count
+
+
 class Facts:
     """The rows of all parts."""
 
@@ -125,8 +134,6 @@ class FactsWriter(contextlib.ExitStack):
 
     def __init__(self, files: PartFiles) -> None:
         super().__init__()
-        self.rows = 0
-        self.nbytes = 0
         self._facts, self._keys, self._ends = (
             self.enter_context(path.open("wb")) for path in (files.facts, files.keys, files.ends)
         )
@@ -136,4 +143,3 @@ class FactsWriter(contextlib.ExitStack):
         self._facts.write(row.tobytes())
         self._keys.write(json.dumps([record.dataset, record.id], ensure_ascii=False).encode())
         self._ends.write(self._keys.tell().to_bytes(8, "little"))
-        self.rows += 1

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.preparation import duplicates, vision_filter
-from data_pipelines.preparation.facts import Facts, PartFiles
+from data_pipelines.preparation.facts import Facts, PartFiles, rows_so_far
 from data_pipelines.preparation.filters import Cause
 from data_pipelines.preparation.report import count, write_report
 from data_pipelines.preparation.scan import Scan, scan
@@ -90,7 +90,7 @@ class _Steps:
             Scan(part=part, settings=self._settings, folder=folder)
             for part, folder in zip(self._parts, self._folders, strict=True)
         ]
-        self._waves.run("read", scan, tasks)
+        self._waves.run("read", scan, tasks, lambda: f"{rows_so_far(self._folder / 'scan'):,} records")
         self.facts = Facts([PartFiles(folder) for folder in self._folders])
         self.verdicts = np.zeros(len(self.facts), np.uint8)
 

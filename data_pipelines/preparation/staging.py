@@ -59,6 +59,8 @@ class Staging:
                     other.unlink()
             with new_file(path) as partial:
                 partial.write_text(json.dumps(self._job))
+        for unfinished in self.folder.glob("*/.*.partial"):
+            shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
         return self
 
     def __exit__(self, *error: object) -> None:

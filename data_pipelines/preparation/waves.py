@@ -44,20 +44,30 @@ class Waves:
         self._name, self._workers, self._options, self._folder = runner, workers, list(options), folder
         self._runner(1)
 
-    def run(self, name: str, work: Callable[[T], object], tasks: Sequence[T]) -> None:
-        """Does those tasks that are not done yet. Raises UserError with what stopped one of them."""
+    def run(
+        self, name: str, work: Callable[[T], object], tasks: Sequence[T], note: Callable[[], str] = lambda: ""
+    ) -> None:
+        """Does those tasks that are not done yet. Raises UserError with what stopped one of them.
+
+        `note` says how far tasks are that are not over yet, for the progress bar.
+        """
         todo = [task for task in tasks if not task.is_done()]
         if not todo:
             return
         for path in self._folder.glob("*.error"):
             path.unlink()
         bar = tqdm.tqdm(desc=name, total=len(tasks), initial=len(tasks) - len(todo), unit="task", leave=False)
-        with bar, _Watch(bar, todo):
+        with bar, _Watch(bar, todo, note):
             runner, options = self._runner(len(todo))
             pipeline = beam.Pipeline(runner, beam.PipelineOptions(options))
             tasks_P = pipeline | beam.Create(todo) | beam.Reshuffle()
             _ = tasks_P | name >> beam.ParDo(_Do(work, self._folder))
-            pipeline.run().wait_until_finish()
+            try:
+                pipeline.run().wait_until_finish()
+            except RuntimeError as error:  # what the local runner makes of Ctrl-C in a task
+                if "KeyboardInterrupt" in str(error):
+                    raise KeyboardInterrupt from error
+                raise
         for path in sorted(self._folder.glob("*.error")):
             raise UserError(path.read_text())
 
@@ -105,8 +115,8 @@ class _Do(beam.DoFn):
 class _Watch:
     """Moves a bar on as tasks are done, by whatever process."""
 
-    def __init__(self, bar: tqdm.tqdm, tasks: Sequence[Task]) -> None:
-        self._bar, self._left = bar, list(tasks)
+    def __init__(self, bar: tqdm.tqdm, tasks: Sequence[Task], note: Callable[[], str]) -> None:
+        self._bar, self._left, self._note = bar, list(tasks), note
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
 
@@ -124,5 +134,6 @@ class _Watch:
 
     def _count(self) -> None:
         left = [task for task in self._left if not task.is_done()]
+        self._bar.set_postfix_str(self._note(), refresh=False)
         self._bar.update(len(self._left) - len(left))
         self._left = left

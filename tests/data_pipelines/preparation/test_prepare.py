@@ -2,6 +2,8 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -163,6 +165,21 @@ def test_ids_that_come_twice_are_kept_once(tmp_path: pathlib.Path) -> None:
     lines = read_quarantine(tmp_path / "out" / "report" / "quarantine.jsonl")
     again = {line["id"] for line in lines if line["reason"] == Cause.SAME_ID}
     assert again >= set(names) and again >= stay
+
+
+def _program(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "data_pipelines.prepare", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_program_prepares_and_tells_mistakes_in_one_line(corpus: Corpus, tmp_path: pathlib.Path) -> None:
+    inputs = ",".join(map(str, corpus.inputs))
+    arguments = ["--source=manifest", f"--input={inputs}", f"--output={tmp_path / 'out'}", "--workers=1"]
+    done = _program(*arguments, "--source_options=dataset=made", "--min_score=quality:6", "--validation=0")
+    assert done.returncode == 0 and "24 for train; report/report.md" in done.stdout
+    failed = _program(*arguments, "--min_score=quality")
+    assert failed.returncode == 1
+    assert failed.stderr == "error: --min_score is 'quality'; it must be like NAME:VALUE\n"
 
 
 @pytest.mark.parametrize(
