@@ -6,6 +6,7 @@ import pytest
 
 from varedit_jax.analysis import ahead, compiled
 from varedit_jax.analysis.ahead import Target, find_batch
+from varedit_jax.analysis.operations import count_step
 from varedit_jax.config import DataConfig, MeshConfig, OptimizerConfig, RunConfig, preset
 from varedit_jax.errors import UserError
 from varedit_jax.scales import editor_pyramid
@@ -177,7 +178,7 @@ def test_operations_are_counted_as_the_formula_has_them():
     """Without recomputation, what the traced step multiplies is what the formula says, to the parts it leaves out."""
     run = config()
     flops = run_flops(run, editor_pyramid(run.model))
-    assert ahead.count_step(run, "none") == pytest.approx(flops.training_with_encoders, rel=0.1)
+    assert count_step(run, "none") == pytest.approx(flops.training_with_encoders, rel=0.1)
 
 
 def test_chip_without_a_table(monkeypatch):

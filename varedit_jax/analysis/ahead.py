@@ -14,15 +14,15 @@ from jax.sharding import Mesh
 
 from varedit_jax import hardware
 from varedit_jax.analysis import compiled, hlo
+from varedit_jax.analysis.operations import again_of_forward, count_step
 from varedit_jax.config import RunConfig
 from varedit_jax.errors import UserError
 from varedit_jax.parallel.mesh import make_mesh
 from varedit_jax.parallel.topology import topology_devices
 from varedit_jax.scales import editor_pyramid
-from varedit_jax.training.flops import CONVENTION, count_jaxpr, run_flops
+from varedit_jax.training.flops import CONVENTION, run_flops
 from varedit_jax.training.optimizer import make_optimizer
 from varedit_jax.training.sharded import abstract_batch, abstract_frozen, abstract_key, abstract_state, sharded_step
-from varedit_jax.training.step import make_step
 
 Row = dict[str, Any]
 
@@ -178,40 +178,20 @@ def _flops(config: RunConfig, mesh: Mesh) -> Row:
     """Operations of a step over all devices, by formula and counted in the program as it is traced."""
     flops = run_flops(config, editor_pyramid(config.model))
     batch = config.data.batch_size
-    base, program = (count_step(config, remat) for remat in ("none", config.model.transformer.remat))
+    program = batch * count_step(config, config.model.transformer.remat)
     return {
         "convention": CONVENTION,
         "model_tflop": _tera(batch * flops.training),
         "model_tflop_with_encoders": _tera(batch * flops.training_with_encoders),
-        "program_tflop": _tera(batch * program),
-        "program_tflop_per_device": _tera(batch * program / mesh.size),
-        "again_of_forward": round((program - base) / flops.transformer, 4),
+        "program_tflop": _tera(program),
+        "program_tflop_per_device": _tera(program / mesh.size),
+        "again_of_forward": round(again_of_forward(config), 4),
     }
 
 
 def _tera(operations: float) -> float:
     """In 1e12, to six digits."""
     return float(f"{operations / 1e12:.6g}")
-
-
-def count_step(config: RunConfig, remat: Any) -> float:
-    """Operations of a step an example, with `remat`'s recomputation and plain attention: kernels cannot be counted."""
-    transformer = dataclasses.replace(config.model.transformer, remat=remat, attention="plain")
-    config = dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, transformer=transformer),
-        optimizer=dataclasses.replace(config.optimizer, accumulation=1),
-        data=dataclasses.replace(config.data, batch_size=1),
-    )
-    pyramid, optimizer = editor_pyramid(config.model), make_optimizer(config.optimizer, config.steps)
-    one = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
-    arguments = (
-        abstract_state(config, optimizer, one),
-        abstract_frozen(config, one),
-        abstract_batch(config, pyramid, one),
-        abstract_key(one),
-    )
-    return count_jaxpr(jax.make_jaxpr(make_step(config, pyramid, optimizer))(*arguments))
 
 
 def _memory(program: Any, target: Target) -> Row:

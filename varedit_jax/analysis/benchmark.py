@@ -12,17 +12,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from varedit_jax import hardware
+from varedit_jax.analysis.operations import again_of_forward
 from varedit_jax.config import RunConfig
 from varedit_jax.parallel.mesh import put_batch
 from varedit_jax.parameters import init_text, init_tokenizer, init_transformer
 from varedit_jax.sampling import decode
 from varedit_jax.scales import editor_pyramid, image_size
 from varedit_jax.training.editor_run import make_init
-from varedit_jax.training.flops import count_jaxpr, run_flops
+from varedit_jax.training.flops import run_flops
 from varedit_jax.training.optimizer import make_optimizer
 from varedit_jax.training.report import Work
 from varedit_jax.training.sharded import abstract_batch, abstract_frozen, abstract_key, abstract_state, sharded_step
-from varedit_jax.training.step import make_step
 from varedit_jax.transformer.kernels import Kernel, choose
 
 Row = dict[str, Any]  # what was measured, ready for JSON
@@ -71,11 +71,8 @@ class Benchmark:
 
         `again_of_forward` is what is computed again in the backward pass, as a share of the transformer's forward pass.
         """
-        plain = _with(self.run, attention="plain", remat="none")  # operations inside of kernels cannot be counted
-        forward = self.run.data.batch_size * run_flops(self.run, editor_pyramid(self.run.model)).transformer
-        base = _count(plain)
         for remat in ("full", "named", "none"):
-            again = (_count(_with(plain, remat=remat)) - base) / forward if remat != "none" else 0.0
+            again = again_of_forward(_with(self.run, remat=remat))
             yield {**self.train(remat=remat), "what": "remat", "again_of_forward": again}
 
     @property
@@ -231,19 +228,6 @@ def _guarded(measure: Callable[[], Row]) -> Row:
         if not any(text in str(error) for text in ("RESOURCE_EXHAUSTED", "Out of memory", "OOM")):
             raise
         return {"note": OUT_OF_MEMORY}
-
-
-def _count(run: RunConfig) -> int:
-    """Operations of one step, counted."""
-    pyramid, optimizer = editor_pyramid(run.model), make_optimizer(run.optimizer, run.steps)
-    one = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
-    arguments = (
-        abstract_state(run, optimizer, one),
-        abstract_frozen(run, one),
-        abstract_batch(run, pyramid, one),
-        abstract_key(one),
-    )
-    return count_jaxpr(jax.make_jaxpr(make_step(run, pyramid, optimizer))(*arguments))
 
 
 def _random_frozen(run: RunConfig) -> Any:
