@@ -11,6 +11,7 @@ import pytest
 from varedit_jax.config import DataConfig, LossConfig, OptimizerConfig, RunConfig, preset
 from varedit_jax.parameters import abstract_params
 from varedit_jax.scales import Pyramid, editor_pyramid
+from varedit_jax.text.t5 import T5Encoder
 from varedit_jax.tokenizer.tokens import encode_images
 from varedit_jax.training import step as step_module
 from varedit_jax.training.state import TrainState
@@ -162,6 +163,18 @@ def test_online_features_equal_precomputed(params, evaluate, quick_jit):
         for images in (pictures, ahead)
     ]
     assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+def test_text_encoded_ahead_equals_its_encoding_in_the_step(params, evaluate, quick_jit):
+    batch = batch_of()
+    loss, _ = evaluate(params, params, batch, KEY)
+    encode = quick_jit(T5Encoder(MODEL.text, jnp.float32).apply)
+    ahead = {**batch, "text_features": encode({"params": params["text"]}, batch["text_ids"], batch["text_length"])}
+    without = {part: params[part] for part in ("transformer", "tokenizer")}
+    again, _ = evaluate(without, without, ahead, KEY)
+    np.testing.assert_allclose(again, loss, rtol=1e-6)
+    other, _ = evaluate(without, without, {**ahead, "text_features": -ahead["text_features"]}, KEY)
+    assert abs(other - loss) > 1e-4
 
 
 def test_text_drop_and_stochastic_depth(state, params, evaluate, quick_jit):
