@@ -12,7 +12,7 @@ try:
 finally:
     logging.disable(logging.NOTSET)
 
-logging.getLogger("apache_beam").setLevel(logging.ERROR)
+logging.getLogger("apache_beam").setLevel(logging.CRITICAL)  # errors come up as exceptions
 
 __all__ = [
     "Create",
