@@ -135,12 +135,14 @@ def kill(workdir: pathlib.Path, values: dict[str, object], steps: int, victim: i
         running[victim].send_signal(signal.SIGKILL)
         begin = time.monotonic()
         codes = gone(running)
+        seconds = time.monotonic() - begin
     made, saved = len(ends.metrics(workdir)), ends.newest(workdir)
     others = [code for index, code in enumerate(codes) if index != victim]
-    alone = f"{sum(code is not None for code in others)} of the other {len(others)} ended by themselves"
+    alone = sum(code is not None for code in others)
+    ended = f"{alone} of the other {len(others)} ended by themselves" if alone < len(others) else "the others ended"
     return (
         f"process {victim} got SIGKILL when {made} of {steps} steps were made and the checkpoint of step {saved} was "
-        f"complete; {alone}, within {time.monotonic() - begin:.0f} s, the rest was ended by the launcher"
+        f"complete; {ended} within {seconds:.0f} s"
     )
 
 

@@ -25,7 +25,7 @@ from varedit_jax.errors import UserError
 
 # After which the others are told that a process is gone. What a process of a run has to do in less than that is to
 # answer from a thread of its own, which it does while it compiles or waits, too.
-_HEARTBEAT_SECONDS = 60
+_HEARTBEAT_SECONDS = 100
 _PARTING_SECONDS = 120  # that a process waits for the others when it is done
 
 _WAITING_SECONDS = 4 * 3600  # for what the others compile, or process 0 prepares, at most
