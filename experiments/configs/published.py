@@ -59,7 +59,7 @@ LAYOUTS = {
         "v5p_128": Layout(6),
         "v5p_256": Layout(3),
         "v6e_256": Layout(3),
-        "v5e_256": Layout(24, tensor=4),
+        "v5e_256": Layout(6, tensor=4),
         "h100_64": Layout(12),
     },
     "varedit_8b_1024": {

@@ -2,6 +2,8 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from varedit_jax.analysis import ahead, compiled
@@ -130,18 +132,31 @@ Total hbm usage >= 41.92G:
 """
 
 
-def test_what_does_not_fit(monkeypatch):
-    """The compiler's refusal becomes what it asked for and its largest arrays; another error stays one."""
+def test_what_does_not_fit():
+    """The compiler's refusal, in any of its forms, becomes what it asked for; another error stays one."""
     target = Target(topology="v6e:2x2")
-    assert ahead._too_large(MESSAGE, target) == {
-        "needed_gib": 41.17,
-        "hbm_gib": 31.25,
-        "largest": [
-            "3.50 GiB f32[24,512,512,128]{3,2,1,0:T(8,128)} jit(step)/jvp(encode)/conv",
-            "0.50 GiB bf16[40,4,3545,3584]{3,2,1,0:T(8,128)(2,1)} ",
-        ],
-    }
+    refusal = ahead._too_large(MESSAGE, target)
+    assert refusal["needed_gib"] == 41.17 and refusal["hbm_gib"] == 31.25
+    assert refusal["says"].endswith(
+        "memory in memory space hbm. Used 41.17G of 31.25G hbm. Exceeded hbm capacity by 9.92G."
+    )
+    assert refusal["largest"] == [
+        "3.50 GiB f32[24,512,512,128]{3,2,1,0:T(8,128)} jit(step)/jvp(encode)/conv",
+        "0.50 GiB bf16[40,4,3545,3584]{3,2,1,0:T(8,128)(2,1)} ",
+    ]
+    assert ahead._too_large("RESOURCE_EXHAUSTED: so much", target)["needed_gib"] is None
     assert ahead._too_large("INTERNAL: something else", target) is None
+
+
+def test_refusal_of_the_real_compiler():
+    """A product of arrays of 14 GB each on a chip of 16 GB."""
+    target = Target(topology="v5e:1x1")
+    place = jax.sharding.SingleDeviceSharding(target.devices[0])
+    wide = jax.ShapeDtypeStruct((60000, 60000), jnp.float32, sharding=place)
+    with pytest.raises(jax.errors.JaxRuntimeError) as refusal:
+        jax.jit(lambda x: jnp.sum(jnp.sin(x @ x) @ (x @ x))).lower(wide).compile()
+    found = ahead._too_large(str(refusal.value), target)
+    assert found["needed_gib"] > found["hbm_gib"] == 15.75
 
 
 def config(batch: int = 8) -> RunConfig:

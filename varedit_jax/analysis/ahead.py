@@ -112,7 +112,7 @@ def with_batch(config: RunConfig, mesh: Mesh, per_device: int) -> RunConfig:
 
 
 def find_batch(
-    config: RunConfig, target: Target, log: Callable[[str], None], compile: Callable[..., Row] = compile_step
+    config: RunConfig, target: Target, log: Callable[[str], None], compiling: Callable[..., Row] = compile_step
 ) -> Row:
     """The row of the largest batch that fits, by bisection; `batch_per_device` is its examples a device and microbatch.
 
@@ -123,11 +123,12 @@ def find_batch(
     rows: dict[int, Row] = {}
 
     def fits(count: int) -> bool:
-        rows[count] = row = compile(with_batch(config, mesh, count), target)
+        rows[count] = row = compiling(with_batch(config, mesh, count), target)
         memory = row["memory"]
+        needed = "more than all" if memory["needed_gib"] is None else f"{memory['needed_gib']:.2f}"
         log(
-            f"{count} a device: {'fits' if row['fits'] else 'does not fit'}, {memory['needed_gib']:.2f} of "
-            f"{memory['hbm_gib']:.2f} GiB, compiled in {row['compile_seconds']:.0f} s"
+            f"{count} a device: {'fits' if row['fits'] else 'does not fit'}, {needed} of {memory['hbm_gib']:.2f} GiB, "
+            f"compiled in {row['compile_seconds']:.0f} s"
         )
         return row["fits"]
 
@@ -216,19 +217,25 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
 
 
 def _too_large(message: str, target: Target) -> Row | None:
-    """What a program would need, as the compiler says it when it gives up; None for another error."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
-    if found is None:
+    """What a program would need, as the compiler says it when it gives up; None for another error.
+
+    It names all of the program, or its temporaries alone, or (then `needed_gib` is None) nothing.
+    """
+    if "RESOURCE_EXHAUSTED" not in message:
         return None
-    needed, hbm = (float(found[part]) * _UNITS[found[part + 1]] / hardware.GIB for part in (1, 3))
+    size = r"([\d.]+)([KMGT]?)"
+    found = re.search(rf"Used {size} of {size} hbm", message) or re.search(
+        rf"\({size}\) exceeds available HBM \({size}\)", message
+    )
     largest: collections.Counter[str] = collections.Counter()
-    for size, unit, block in re.findall(r"Size: ([\d.]+)([KMGT]?)\n(.*?)={5}", message, re.DOTALL):
+    for number, unit, block in re.findall(rf"Size: {size}\n(.*?)={{5}}", message, re.DOTALL):
         operator = re.search(r'op_name="([^"]*)"', block)
         shape = re.search(r"Shape: (\S+)", block)
         name = f"{shape[1] if shape else ''} {operator[1] if operator else ''}"
-        largest[name] = max(largest[name], math.ceil(float(size) * _UNITS[unit]))
+        largest[name] = max(largest[name], math.ceil(float(number) * _UNITS[unit]))
     return {
-        "needed_gib": round(needed, 3),
-        "hbm_gib": round(min(hbm, target.hbm_bytes / hardware.GIB), 3),
-        "largest": [f"{size / hardware.GIB:.2f} GiB {name}" for name, size in largest.most_common(8)],
+        "needed_gib": round(float(found[1]) * _UNITS[found[2]] / hardware.GIB, 3) if found else None,
+        "hbm_gib": round(target.hbm_bytes / hardware.GIB, 3),
+        "says": message.splitlines()[0],
+        "largest": [f"{number / hardware.GIB:.2f} GiB {name}" for name, number in largest.most_common(8)],
     }
