@@ -7,6 +7,7 @@ the edit was not made, the second question is not asked.
 
 import base64
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -19,7 +20,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import numpy as np
 from PIL import Image
@@ -77,8 +78,11 @@ def ask(task: Ask) -> None:
     verdicts = np.load(task.verdicts, mmap_mode="r")
     numbers = (np.flatnonzero(verdicts[start:end] == 0) + start).tolist()
     records, found, clear = StagedRecords(facts), [], 0
-    with Model(task.vision, task.answers) as model:
-        asked = model.causes((number, records[number]) for number in numbers)
+    # Closed inside out: no thread may still write down an answer when the file of answers is closed.
+    with (
+        Model(task.vision, task.answers) as model,
+        contextlib.closing(model.causes((number, records[number]) for number in numbers)) as asked,
+    ):
         for count, (number, cause) in enumerate(asked, 1):
             clear += cause is not Cause.UNCLEAR
             if cause is not None:
@@ -113,9 +117,10 @@ class Model:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._answers.close()
+        with self._lock:
+            self._answers.close()
 
-    def causes(self, records: Iterator[tuple[int, Record]]) -> Iterator[tuple[int, Cause | None]]:
+    def causes(self, records: Iterator[tuple[int, Record]]) -> Generator[tuple[int, Cause | None], None, None]:
         """Why each record leaves, None if it does not; in order, a few at a time."""
         with concurrent.futures.ThreadPoolExecutor(self._vision.parallel) as pool:
             waiting: list[tuple[int, concurrent.futures.Future[Cause | None]]] = []
