@@ -201,7 +201,8 @@ def open_records(data: DataConfig, split: str, model: EditorConfig) -> RecordSou
     """
     if split not in _RECORD_SPLITS:
         raise UserError(f"prepared records have no split {split!r}; they have {', '.join(_RECORD_SPLITS)}")
-    parts = tuple(Records(folder, _RECORD_SPLITS[split]) for folder, _ in data.mixture)
+    folders = [pathlib.Path(data.directory) / folder for folder, _ in data.mixture]
+    parts = tuple(Records(folder, _RECORD_SPLITS[split]) for folder in folders)
     return RecordSource(data, parts, picture_sizes(model, data.aspects))
 
 

@@ -219,7 +219,8 @@ class DataConfig:
     """Where examples come from."""
 
     name: Literal["shapes", "records"] = "shapes"  # generated, or prepared by data_pipelines.prepare
-    directory: str = ""  # where `shapes` is prepared and read; "" means data/ in the working folder
+    # Where `shapes` is prepared and read, "" is data/ in the working folder; or what folders of `mixture` are below.
+    directory: str = ""
     train_examples: int = 0  # size of the training split, for data sets that are generated
     eval_examples: int = 0  # size of the held-out split, likewise
     # Of `records`: folders of prepared data sets, and how many times an epoch shows each of their examples. The share

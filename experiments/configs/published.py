@@ -71,8 +71,8 @@ LAYOUTS = {
     },
 }
 VARIANTS = ("", "tiny", *MACHINES)
-# Where data_pipelines.prepare is told to put what the recipe was trained on, each example once an epoch.
-MIXTURE = (("data/seed_data_edit", 1.0), ("data/imgedit", 1.0))
+# Folders that data_pipelines.prepare is told to make of what the recipe was trained on, each example once an epoch.
+MIXTURE = (("seed_data_edit", 1.0), ("imgedit", 1.0))
 
 
 def card(
@@ -97,7 +97,7 @@ def card(
         model=model,
         optimizer=OptimizerConfig(learning_rate=learning_rate, beta1=0.9, beta2=0.97, clip_norm=5.0),
         loss=LossConfig(scale_power=0.5, noise_scales=13, noise_max=0.3, text_drop=0.1),
-        data=DataConfig(name="records", mixture=MIXTURE, batch_size=batch_size, read_threads=16),
+        data=DataConfig(name="records", directory="data", mixture=MIXTURE, batch_size=batch_size, read_threads=16),
         steps=steps,
         text_dtype="bfloat16",
         tokenizer_precision="high",
