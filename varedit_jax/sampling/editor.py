@@ -32,7 +32,8 @@ class Editor:
     def __init__(self, config: EditorConfig, params: Params, sampling: SamplingConfig | None = None) -> None:
         """Takes parameters {"tokenizer", "text", "transformer"} and the sampling used when a call names none."""
         self.config = config
-        self.params = jax.device_put(params)
+        # Arrays that lie somewhere stay there, be it on the devices of other processes, too.
+        self.params = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf), params)
         self.sampling = sampling or SamplingConfig()
         self.vocabulary = Vocabulary.load()
 
