@@ -136,8 +136,8 @@ def param_shardings(params: Params, mesh: Mesh) -> Params:
 def state_shardings(state: Any, mesh: Mesh) -> Any:
     """Where each array of a TrainState lies: what belongs to a parameter (its moments, its average) lies as it does.
 
-    Scalars are whole on every device. Raises UserError as `param_shardings`, and ValueError for another array that
-    belongs to no parameter.
+    Scalars, and vectors that belong to no parameter (an optimizer's coefficients), are whole on every device. Raises
+    UserError as `param_shardings`, and ValueError for a larger array that belongs to no parameter.
     """
     known = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
 
@@ -147,7 +147,7 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
             name = "/".join(words[start:])
             if name in known and known[name].shape == leaf.shape:
                 return NamedSharding(mesh, _layout(name).spec(tuple(leaf.shape), mesh.shape))
-        if leaf.ndim == 0:
+        if leaf.ndim <= 1:
             return NamedSharding(mesh, PartitionSpec())
         raise ValueError(f"{'/'.join(words)} of shape {list(leaf.shape)} belongs to no parameter")
 

@@ -84,6 +84,25 @@ def test_the_state_lies_as_its_parameters_do():
         state_shardings(state.replace(opt_state={"other": {"thing": np.zeros((3, 3))}}), mesh(fsdp=2))
 
 
+@pytest.mark.parametrize("algorithm", ["adamw", "muon"])
+def test_the_state_of_every_optimizer_has_its_place(algorithm):
+    """Every large array of it is split as its parameter is; coefficients are whole."""
+    config = RunConfig(
+        name="test",
+        model=preset("tiny"),
+        optimizer=OptimizerConfig(algorithm=algorithm),
+        data=DataConfig(text_tokens=5),
+        train_text=True,
+    )
+    state = jax.eval_shape(make_init(config, make_optimizer(config.optimizer, 10)))
+    shardings = state_shardings(state, mesh(fsdp=2, tensor=2))
+    held, whole = 0, 0
+    for leaf, sharding in zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(shardings.opt_state), strict=True):
+        held += np.prod(sharding.shard_shape(leaf.shape))
+        whole += leaf.size
+    assert held < 0.6 * whole
+
+
 def test_the_table_is_strict(monkeypatch):
     """A parameter without a rule, one with two, and a rule without a parameter: all are errors."""
     params = {"text": abstract_params(preset("tiny"), "text")}
