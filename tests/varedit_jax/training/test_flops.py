@@ -130,7 +130,11 @@ def test_a_training_step_is_three_forward_passes():
 
 
 def test_what_is_made_again_counts_again():
-    """Full rematerialization is one more forward pass of the blocks, to the last operation, and is no model FLOP."""
+    """Full rematerialization is one more forward pass of the blocks, and one more of the scores of attention.
+
+    To the last operation, and no model FLOP. Blocks are made again, and inside of them the scores once more, so that
+    those of one product are kept at a time.
+    """
     counted = {}
     for remat in ("none", "named", "full"):
         model = model_of(remat=remat)
@@ -140,7 +144,9 @@ def test_what_is_made_again_counts_again():
         assert flops == run_flops(run_of(model_of()), pyramid)
     assert counted["none"] < counted["named"] <= counted["full"]
     blocks = flops.linear + flops.self_attention + flops.cross_attention
-    again = blocks + rope(model, flops.tokens) + resizes(model, pyramid)
+    width, depth = model.transformer.width, model.transformer.depth
+    scores = flops.self_attention // 2 + depth * 2 * width * flops.tokens * TEXT
+    again = blocks + scores + rope(model, flops.tokens) + resizes(model, pyramid)
     assert counted["full"] - counted["none"] == BATCH * again
 
 
