@@ -10,7 +10,17 @@ import dataclasses
 from typing import Literal
 
 from experiments.configs import shapes
-from varedit_jax.config import DataConfig, EditorConfig, LossConfig, MeshConfig, OptimizerConfig, RunConfig, preset
+from varedit_jax.config import (
+    REMAT_NAMES,
+    DataConfig,
+    EditorConfig,
+    LossConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+    TransformerConfig,
+    preset,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,34 +48,36 @@ class Layout:
     accumulation: int  # microbatches a step
     tensor: int = 1
     remat: Literal["none", "named", "full"] = "named"  # what of a block the backward pass computes again
+    saved: tuple[str, ...] = TransformerConfig.remat_saved  # with "named", what it keeps
 
 
-# By card and machine. Chips of v5e reduce-scatter over a part of the slice only, so their `tensor` is more than 1.
+# By card and machine. What memory there is keeps activations: on v5p all that have a name, and the backward pass makes
+# nothing but scores again. Chips of v5e reduce-scatter over a part of the slice only, so their `tensor` is more than 1.
 LAYOUTS = {
     "varedit_2b_256": {
-        "v5p_128": Layout(1),
-        "v5p_256": Layout(1),
+        "v5p_128": Layout(1, saved=REMAT_NAMES),
+        "v5p_256": Layout(1, saved=REMAT_NAMES),
         "v6e_256": Layout(1),
         "v5e_256": Layout(4, tensor=4),
         "h100_64": Layout(2),
     },
     "varedit_2b_512": {
-        "v5p_128": Layout(3),
-        "v5p_256": Layout(3, tensor=2),
+        "v5p_128": Layout(3, saved=REMAT_NAMES),
+        "v5p_256": Layout(3, tensor=2, saved=REMAT_NAMES),
         "v6e_256": Layout(3, tensor=4),
         "v5e_256": Layout(15, tensor=4),
         "h100_64": Layout(5),
     },
     "varedit_8b_512": {
-        "v5p_128": Layout(6),
-        "v5p_256": Layout(3),
+        "v5p_128": Layout(6, saved=REMAT_NAMES),
+        "v5p_256": Layout(3, saved=REMAT_NAMES),
         "v6e_256": Layout(3),
         "v5e_256": Layout(6, tensor=4),
         "h100_64": Layout(12),
     },
     "varedit_8b_1024": {
-        "v5p_128": Layout(8),
-        "v5p_256": Layout(4),
+        "v5p_128": Layout(8, saved=REMAT_NAMES),
+        "v5p_256": Layout(4, saved=REMAT_NAMES),
         "v6e_256": Layout(4, tensor=2),
         "v5e_256": Layout(8, tensor=4, remat="full"),
         "h100_64": Layout(8, remat="full"),
@@ -119,7 +131,7 @@ def card(
 def on_machine(run: RunConfig, machine: str) -> RunConfig:
     """A run in the layout of a machine."""
     layout = LAYOUTS[run.name][machine]
-    transformer = dataclasses.replace(run.model.transformer, remat=layout.remat)
+    transformer = dataclasses.replace(run.model.transformer, remat=layout.remat, remat_saved=layout.saved)
     return dataclasses.replace(
         run,
         model=dataclasses.replace(run.model, transformer=transformer),

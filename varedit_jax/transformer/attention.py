@@ -203,7 +203,7 @@ def grouped_attention(
             jnp.concatenate([x_BMHD[:, piece] for piece in group.keys], axis=1) for x_BMHD in (k_BLHD, v_BLHD)
         )
         if group.mask is None and queries.shape[1] >= small:
-            outputs.append(cudnn.full_attention(queries, keys, values, implementation))
+            outputs.append(cudnn.full_attention(queries, keys, values, None, "attention", implementation))
         else:
             product = jax.checkpoint(functools.partial(attend, mask_LM=group.mask), prevent_cse=False)
             outputs.append(checkpoint_name(product(queries, keys, values), "attention"))
@@ -220,6 +220,39 @@ def self_attention(
         "cudnn": grouped_attention,
     }
     return per_shard(functools.partial(functions[kernel], visibility=visibility), q_BLHD, k_BLHD, v_BLHD)
+
+
+def cross_attention(
+    q_BLHD: jax.Array,
+    k_BTHD: jax.Array,
+    v_BTHD: jax.Array,
+    mask_BT: jax.Array,
+    kernel: Kernel,
+    remat: bool = False,
+    implementation: str = "cudnn",
+) -> jax.Array:
+    """Attention to the text, whose real tokens come first, by `kernel`; each device as in `self_attention`.
+
+    With `remat` the backward pass of the plain product makes its scores again. `implementation` is as of
+    `cudnn.full_attention`.
+    """
+
+    def by_splash(q: jax.Array, k: jax.Array, v: jax.Array, mask_BT: jax.Array) -> jax.Array:
+        every = np.ones((q.shape[1], k.shape[1]), bool)
+        return splash.masked_attention(q, k, v, every, mask_BT, name="cross_attention", interpret=platform() != "tpu")
+
+    def by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask_BT: jax.Array) -> jax.Array:
+        real_B = jnp.sum(mask_BT, axis=1, dtype=jnp.int32)
+        return cudnn.full_attention(q, k, v, real_B, "cross_attention", implementation)
+
+    functions: dict[Kernel, Callable[..., jax.Array]] = {
+        "plain": jax.checkpoint(attend, prevent_cse=False) if remat else attend,
+        "splash": by_splash,
+        "cudnn": by_cudnn,
+    }
+    output_BLHD = per_shard(functions[kernel], q_BLHD, k_BTHD, v_BTHD, mask_BT)
+    # A kernel's output has the name already, together with what else its backward pass needs.
+    return checkpoint_name(output_BLHD, "cross_attention") if kernel == "plain" else output_BLHD
 
 
 def _normalized(x: jax.Array) -> jax.Array:
@@ -328,12 +361,14 @@ class CrossAttention(nn.Module):
         q = q.reshape(*x_BLC.shape[:2], heads, head_size) * jnp.asarray(head_size**-0.5, dtype)
         kv_kernel = self.param("kv_kernel", kernel_init(), (width, 2, heads, head_size))
         v_bias = self.param("v_bias", nn.initializers.zeros, (heads, head_size))
+        kernel: Kernel = "plain"
         if cache is None:
+            kernel = choose(config.attention, head_size, dtype)
             k, v = (_heads(memory_BTC.astype(dtype), kv_kernel[:, part], "cross_kv") for part in range(2))
             cache = {"text_k": k, "text_v": v + v_bias.astype(dtype)[None, None]}
-        product = attend if config.remat == "none" else jax.checkpoint(attend, prevent_cse=False)
-        output = per_shard(product, q, cache["text_k"], cache["text_v"], mask_BT).reshape(*x_BLC.shape[:2], width)
-        output = checkpoint_name(output, "cross_attention")
+        remat = config.remat != "none"
+        output = cross_attention(q, cache["text_k"], cache["text_v"], mask_BT, kernel, remat)
+        output = output.reshape(*x_BLC.shape[:2], width)
         proj_init = kernel_init((2 * config.depth) ** -0.5)
         output = nn.Dense(width, dtype=dtype, kernel_init=proj_init, name="proj")(output)
         return checkpoint_name(scatter_tokens(output), "cross_proj"), cache

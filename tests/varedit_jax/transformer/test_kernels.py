@@ -17,6 +17,7 @@ from varedit_jax.transformer.attention import (
     SMALL_GROUP,
     Visibility,
     attend,
+    cross_attention,
     grouped_attention,
     prefix_attention,
     query_groups,
@@ -96,6 +97,31 @@ def test_the_source_alone_gives_what_it_gives_within_the_sequence(quick_jit, blo
     q, k, v = (x.astype(np.float32) for x in (q, k, v))
     alone = quick_jit(lambda *x: KERNELS[kernel](*x, visibility))(*(x[:, :source] for x in (q, k, v)))
     np.testing.assert_allclose(alone, dense(q, k, v, visibility)[:, :source], rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("kernel", ["plain", "splash", "cudnn"])
+def test_attention_to_the_text_equals_a_dense_mask_forward_and_backward(quick_jit, kernel):
+    """Texts of one token, of some and of all, in several blocks; gradients of what is padding are zero."""
+    draw = np.random.default_rng(0)
+    queries, text = 140, 150
+    q, cotangent = draw.normal(size=(2, 3, queries, HEADS, SIZE)).astype(np.float32)
+    k, v = draw.normal(size=(2, 3, text, HEADS, SIZE)).astype(np.float32)
+    mask_BT = np.arange(text) < np.array([[1], [97], [text]])
+
+    def both(function):
+        @quick_jit
+        def run(q, k, v):
+            out, pull = jax.vjp(lambda *x: function(*x, mask_BT), q, k, v)
+            return out, *pull(jnp.asarray(cotangent))
+
+        return run(q, k, v)
+
+    wanted = both(attend)
+    found = both(functools.partial(cross_attention, kernel=kernel, remat=True, implementation="xla"))
+    for name, x, y in zip(("output", "dq", "dk", "dv"), found, wanted, strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-5, err_msg=name)
+    assert np.any(found[2][1, :97]) and not np.any(found[2][1, 97:]) and not np.any(found[3][0, 1:])
 
 
 def test_groups_of_the_published_pyramid():

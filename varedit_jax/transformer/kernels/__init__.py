@@ -1,4 +1,4 @@
-"""Fast self-attention, each kernel beside the plain one that it must equal, and which of them a program gets."""
+"""Fast attention, each kernel beside the plain one that it must equal, and which of them a program gets."""
 
 from typing import Literal, cast
 

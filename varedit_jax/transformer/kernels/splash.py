@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes, make_splash_mha
+from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes, SegmentIds, make_splash_mha
 
 LANES = 128  # blocks are multiples of it
 LARGEST_BLOCK = 512  # tokens; blocks of 1024 save nothing
@@ -16,16 +16,25 @@ def block_size(tokens: int) -> int:
 
 
 def masked_attention(
-    q_BLHD: jax.Array, k_BMHD: jax.Array, v_BMHD: jax.Array, mask_LM: np.ndarray, *, interpret: bool = False
+    q_BLHD: jax.Array,
+    k_BMHD: jax.Array,
+    v_BMHD: jax.Array,
+    mask_LM: np.ndarray,
+    mask_BM: jax.Array | None = None,
+    *,
+    name: str = "attention",
+    interpret: bool = False,
 ) -> jax.Array:
     """Softmax attention of each query to the keys its row of the mask shows: [B, L, H, D]. No scaling.
 
-    What the backward pass needs of the forward one (output and log of the sum of exponents) has the name "attention"
-    for `jax.checkpoint`; where it is not saved the kernel runs again.
+    What the backward pass needs of the forward one (output and log of the sum of exponents) has a name for
+    `jax.checkpoint`; where it is not saved the kernel runs again.
 
     Args:
       q_BLHD, k_BMHD, v_BMHD: queries, already scaled; keys; values.
       mask_LM: bool, numpy; every row shows a key.
+      mask_BM: bool, True where a key is real; None if all are.
+      name: of the residuals.
       interpret: run the kernel's blocks as ordinary operations, on any platform, slowly.
     """
     queries, keys = mask_LM.shape
@@ -46,12 +55,17 @@ def masked_attention(
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
-        residual_checkpoint_name="attention",
+        residual_checkpoint_name=name,
         interpret=interpret,
     )
 
     def heads_first(x_BLHD: jax.Array, more: int) -> jax.Array:
         return jnp.pad(jnp.swapaxes(x_BLHD, 1, 2), ((0, 0), (0, 0), (0, more), (0, 0)))
 
-    out_BHLD = jax.vmap(kernel)(heads_first(q_BLHD, more_q), heads_first(k_BMHD, more_k), heads_first(v_BMHD, more_k))
+    segments = None
+    if mask_BM is not None:  # queries see the keys of their own segment, 1
+        real_BM = jnp.pad(mask_BM, ((0, 0), (0, more_k))).astype(jnp.int32)
+        segments = SegmentIds(jnp.ones((len(q_BLHD), queries + more_q), jnp.int32), real_BM)
+    arrays = heads_first(q_BLHD, more_q), heads_first(k_BMHD, more_k), heads_first(v_BMHD, more_k)
+    out_BHLD = jax.vmap(kernel)(*arrays, segments)
     return jnp.swapaxes(out_BHLD[:, :, :queries], 1, 2)

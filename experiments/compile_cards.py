@@ -1,0 +1,124 @@
+"""Compiles every layout of the published cards ahead, one process each, and makes a table of what they need.
+
+    python -m experiments.compile_cards --rows=results/compile_ahead.jsonl --table=/tmp/table.md --only=8b_512
+
+A layout takes about ten minutes on two cores. Its line goes to --rows as soon as it is there; what has a line already
+is not compiled again, so that a run that was stopped goes on: remove lines to make them anew. Layouts for GPUs cannot
+be compiled without one: they are compiled for as many chips of v5p with the GPU's memory, and marked as a stand-in.
+"""
+
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import tqdm
+from absl import flags
+
+from experiments import program
+from experiments.configs.published import LAYOUTS, MACHINES
+from varedit_jax import hardware
+from varedit_jax.errors import UserError
+from varedit_jax.training.ledger import say
+
+_ROWS = flags.DEFINE_string("rows", "results/compile_ahead.jsonl", "where lines are, and go")
+_TABLE = flags.DEFINE_string("table", "", "Markdown file for the table; standard output by default")
+_ONLY = flags.DEFINE_list("only", [], "parts of CARD:MACHINE, any of which has to match; everything by default")
+
+STAND_IN = "v5p:4x4x4"  # 64 devices, as h100_64
+GPU_SHARE = 0.92  # of a GPU's memory for the program: XLA_PYTHON_CLIENT_MEM_FRACTION of experiments/launch/slurm.sbatch
+
+HEAD = (
+    "| card:machine | mesh | batch (microbatches x a device) | needed of HBM, GiB | arguments + temporaries | again "
+    "| parameters gathered, GiB (count) | gradients scattered + reduced | over `tensor` | activations gathered "
+    "| links, s at least | compiled, s |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def compile_layout(card: str, machine: str) -> dict[str, Any]:
+    """The row of one layout. Raises UserError with what compile_ahead says where it cannot."""
+    command = [sys.executable, "-m", "experiments.compile_ahead"]
+    command += [f"--config=experiments/configs/{card}.py:{machine}"]
+    topology = MACHINES[machine].topology
+    command += [f"--topology={topology or STAND_IN}"]
+    if not topology:
+        gpu = hardware.chip("NVIDIA H100 80GB HBM3")
+        assert gpu is not None
+        command += [f"--hbm_gib={GPU_SHARE * gpu.hbm_bytes / hardware.GIB:.2f}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{' '.join(command[1:])} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
+    return {"layout": f"{card}:{machine}", **json.loads(done.stdout.splitlines()[-1])}
+
+
+def table_row(row: dict[str, Any]) -> str:
+    """A line of the table."""
+    mesh = {axis: size for axis, size in row["mesh"].items() if size > 1}
+    shards = row["mesh"]["data"] * row["mesh"]["fsdp"]
+    a_device = row["global_batch"] // (shards * row["accumulation"])
+    stand_in = "" if MACHINES[row["layout"].split(":")[1]].topology else f" (as {row['topology']})"
+    memory = row["memory"]
+    cells = [
+        row["layout"] + stand_in,
+        ", ".join(f"{axis} {size}" for axis, size in mesh.items()),
+        f"{row['global_batch']} ({row['accumulation']} x {a_device})",
+    ]
+    if "collectives" in row:
+        purposes = row["collectives"]["by_purpose"]
+
+        def gib(*names: str) -> str:
+            found = [purposes[name] for name in names if name in purposes]
+            return f"{sum(x['gib'] for x in found):.1f} ({sum(x['count'] for x in found)})" if found else "0"
+
+        cells += [
+            f"{memory['needed_gib']:.1f} of {memory['hbm_gib']:.1f}" + ("" if row["fits"] else ": **does not fit**"),
+            f"{memory['arguments_gib']:.1f} + {memory['temporaries_gib']:.1f}",
+            f"{100 * row['again_of_forward']:.1f} %",
+            gib("parameter all-gathers"),
+            gib("gradient reduce-scatters", "gradient all-reduces"),
+            gib("tensor axis"),
+            str(row["collectives"]["activation_sized_all_gathers"]),
+            f"{row['link_seconds_at_least']:.2f}",
+        ]
+    else:
+        needed = f"{memory['needed_gib']:.1f}" if memory["needed_gib"] else "more"
+        again = f"{100 * row['again_of_forward']:.1f} %"
+        cells += [f"{needed} of {memory['hbm_gib']:.1f}: **does not fit**", "", again, *[""] * 5]
+    cells.append(f"{row['compile_seconds']:.0f}")
+    return "| " + " | ".join(cells) + " |"
+
+
+def main(argv: list[str]) -> None:
+    """Compiles what has no line, writes lines and the table."""
+    del argv
+    wanted = [
+        (card, machine)
+        for card, machines in LAYOUTS.items()
+        for machine in machines
+        if not _ONLY.value or any(part in f"{card}:{machine}" for part in _ONLY.value)
+    ]
+    if not wanted:
+        raise UserError(f"--only={','.join(_ONLY.value)} matches no layout; cards are {', '.join(LAYOUTS)}")
+    path = pathlib.Path(_ROWS.value)
+    rows = {}
+    if path.exists():
+        rows = {row["layout"]: row for row in map(json.loads, path.read_text().splitlines())}
+    for card, machine in tqdm.tqdm(wanted, unit="layout"):
+        if f"{card}:{machine}" in rows:
+            continue
+        row = rows[f"{card}:{machine}"] = compile_layout(card, machine)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        say(f"{row['layout']}: {'fits' if row['fits'] else 'does not fit'}")
+    order = [f"{card}:{machine}" for card, machines in LAYOUTS.items() for machine in machines]
+    text = "\n".join([HEAD, *(table_row(rows[layout]) for layout in order if layout in rows)])
+    if _TABLE.value:
+        pathlib.Path(_TABLE.value).write_text(text + "\n")
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    program.run(main)
