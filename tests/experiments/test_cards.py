@@ -101,7 +101,8 @@ def test_layouts_on_machines(name: str) -> None:
         mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
         check_batch(mesh, run.data.batch_size, run.optimizer.accumulation)
         param_shardings({part: abstract_params(base.model, part) for part in ("transformer", "text")}, mesh)
-        transformer = dataclasses.replace(run.model.transformer, remat=base.model.transformer.remat)
+        ours, kept = base.model.transformer, run.model.transformer
+        transformer = dataclasses.replace(kept, remat=ours.remat, remat_saved=ours.remat_saved)
         model = dataclasses.replace(run.model, transformer=transformer)
         optimizer = dataclasses.replace(run.optimizer, accumulation=1)
         assert dataclasses.replace(run, model=model, optimizer=optimizer, mesh=base.mesh) == base
