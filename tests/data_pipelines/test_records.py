@@ -235,6 +235,23 @@ def test_damage_is_passed_over_by_all_processes_alike_and_written_down(
     }
 
 
+def test_shards_that_are_short_or_gone_cost_their_own_records(tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "set"
+    _write(folder, [_record(number, "set") for number in range(48)], shards=6)
+    write_index(folder)
+    short, gone = (shard_path(folder / "train", "set", shard, 6) for shard in (1, 4))
+    short.write_bytes(short.read_bytes()[:-200])
+    gone.unlink()
+    bad = {*range(8, 16), *range(32, 40)}
+    batches = _batches(_data([str(folder)], bad_share=0.5), quarantine=tmp_path / "bad.jsonl")
+    ids = [index for batch in itertools.islice(batches, 48 // 4) for index in batch["example_ids"].tolist()]
+    assert sorted(index for index in ids if index >= 0) == sorted(set(range(48)) - bad)
+    lines = {int(line["id"]): line for line in read_quarantine(tmp_path / "bad.jsonl")}
+    assert set(lines) == bad
+    assert {line["reason"] for line in lines.values()} == {"unreadable record"}
+    assert all(f"set-0000{1 if number < 16 else 4}-of-00006" in line["detail"] for number, line in lines.items())
+
+
 def test_too_much_damage_ends_the_run_with_a_summary(damaged: tuple[str, dict[str, str]]) -> None:
     batches = _batches(_data([damaged[0]], bad_share=0.01))
     with pytest.raises(UserError, match=r"12 of 232 examples .*\d empty instruction.*data.bad_share=0.01.*check"):

@@ -293,10 +293,15 @@ def test_order_of_a_step(tmp_path: pathlib.Path) -> None:
 
 
 def test_what_a_logged_line_has(tmp_path: pathlib.Path) -> None:
-    """Times and the learning rate stand beside the metrics."""
+    """Times, the learning rate and what the data count stand beside the metrics."""
     cadence = Cadence(log_every=2, save_every=0)
-    Run(tmp_path, steps=4, cadence=cadence)(learning_rate=lambda step: 0.5 * step)
+    counts = iter(range(100))
+    Run(tmp_path, steps=4, cadence=cadence)(
+        learning_rate=lambda step: 0.5 * step, data_metrics=lambda: {"data/bad/cut_short": float(next(counts))}
+    )
     lines = read_metrics(tmp_path)
+    bad = [line["data/bad/cut_short"] for line in lines]
+    assert bad == sorted(set(bad))  # asked for anew at every line
     assert [line["step"] for line in lines] == [0, 2, 3]  # the last step is always there
     assert [line["learning_rate"] for line in lines] == [0.0, 1.0, 1.5]
     for line in lines:
