@@ -214,6 +214,7 @@ def train(
         last = steps if stop_after is None else min(steps, start + stop_after)
         step = start
         run: StepFn | None = None
+        compiled: set[Any] = set()  # shapes of batches that `run` was compiled for
         while step < last and not stop.requested() and look(step):
             run, before = step_fn(step), run
             anew = before is not None and run is not before and cadence.save_every > 0
@@ -228,11 +229,15 @@ def train(
                 example_ids = batch.get(EXAMPLE_IDS)
                 batch = put({name: value for name, value in batch.items() if name != EXAMPLE_IDS})
                 examples = len(jax.tree.leaves(batch)[0])
+            shapes = tuple(sorted((name, value.shape) for name, value in batch.items()))
+            if run is not before:
+                compiled.clear()
             if step == dump_step:
                 inputs.dump(step, "asked for", state)
             profiler.step(step, state)
-            with phase("step" if run is before else "compile"), jax.transfer_guard("disallow"):
+            with phase("step" if shapes in compiled else "compile"), jax.transfer_guard("disallow"):
                 state, metrics = run(state, batch, jax.random.fold_in(key, state.step))
+            compiled.add(shapes)
             watchdog.beat("step")
             report.later(step, metrics, examples, example_ids)
             step += 1

@@ -582,6 +582,25 @@ def test_what_a_run_leaves_for_those_who_measure(tmp_path: pathlib.Path) -> None
     assert {kind for kind, seconds in last.seconds.items() if seconds > 0} >= {"productive", "compile", "checkpoint"}
 
 
+def test_a_new_shape_is_compiled_and_not_a_slow_step(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a batch of another aspect; each shape once."""
+    phases: list[str] = []
+    beat = loop_lib.Watchdog.beat
+
+    def listen(watchdog: loop_lib.Watchdog, phase: str = "") -> None:
+        phases.append(phase)
+        beat(watchdog, phase)
+
+    monkeypatch.setattr(loop_lib.Watchdog, "beat", listen)
+    rows = [BATCH, BATCH, 2 * BATCH, BATCH, 2 * BATCH]
+    source = grain.MapDataset.range(len(rows)).map(
+        lambda step: jax.tree.map(lambda *x: np.stack(x), *[example(index) for index in range(rows[step])])
+    )
+    Run(tmp_path, steps=len(rows), cadence=Cadence(save_every=0))(batches=iter(source.to_iter_dataset()))
+    kinds = [phase for phase in phases if phase in ("compile", "step")][::2]  # and one when the step is made
+    assert kinds == ["compile", "step", "compile", "step", "step"]
+
+
 def test_a_folder_in_use(tmp_path: pathlib.Path) -> None:
     """A second run in it is refused while the first one lasts."""
 
