@@ -5,7 +5,6 @@
 The page filters by data set, kind, split, size, score and words of the instruction; a click compares two pictures.
 """
 
-import io
 import itertools
 import json
 import pathlib
@@ -15,15 +14,14 @@ from typing import Any
 import numpy as np
 import tqdm
 from absl import flags
-from PIL import Image
 
-from data_pipelines.damage import Damaged, decoding, open_picture
+from data_pipelines.damage import Damaged
 from data_pipelines.preparation.staging import new_folder
 from data_pipelines.record import BrokenRecord
 from data_pipelines.shards import Records, read_index
+from data_pipelines.transforms import preview
 from varedit_jax import command
 from varedit_jax.errors import UserError
-from varedit_jax.sampling.images import upright_rgb
 
 _INPUT = flags.DEFINE_string("input", None, "folder that prepare wrote", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "new folder for the page", required=True)
@@ -77,7 +75,7 @@ def write_page(
 def _entry(page: pathlib.Path, number: int, records: Records, index: int, side: int) -> dict[str, Any]:
     """What the page knows of a record, whose pictures are written."""
     record = records[index]
-    small = {name: _reduced(getattr(record, name), side) for name in ("source", "target")}
+    small = {name: preview(getattr(record, name), side, quality=85) for name in ("source", "target")}
     paths = {name: f"pictures/{number:05d}-{name}.jpg" for name in small}
     for name, data in small.items():
         (page / paths[name]).write_bytes(data)
@@ -93,19 +91,6 @@ def _entry(page: pathlib.Path, number: int, records: Records, index: int, side: 
         "height": int(records.columns.height[index]),
         **paths,
     }
-
-
-def _reduced(data: bytes, side: int) -> bytes:
-    """A picture as JPEG whose long side is at most `side`. Raises Damaged."""
-    picture = open_picture(data)
-    with decoding():
-        picture.draft("RGB", (side, side))
-        picture.load()
-        image = Image.fromarray(upright_rgb(picture, "the picture"))
-    image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=85)
-    return file.getvalue()
 
 
 def main(argv: list[str]) -> None:

@@ -6,6 +6,7 @@ JPEG that is several times too large is reduced by its decoder, as far as its si
 needed.
 """
 
+import io
 import re
 
 import numpy as np
@@ -85,3 +86,16 @@ def _reduce(picture: Image.Image, size_hw: tuple[int, int], resize: str) -> None
     scale = max(w / width, h / height) if resize == "crop" else min(w / width, h / height)
     wanted = round(width * scale * REDUCING_GAP), round(height * scale * REDUCING_GAP)
     picture.draft(None, wanted)  # the least of 1, 1/2, 1/4, 1/8 that is no smaller
+
+
+def preview(data: bytes, side: int, quality: int) -> bytes:
+    """A picture file as a JPEG whose longer side is at most `side` pixels, upright. Raises Damaged."""
+    picture = open_picture(data)
+    with decoding():
+        picture.draft("RGB", (side, side))
+        picture.load()
+        image = Image.fromarray(upright_rgb(picture, "the picture"))
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return file.getvalue()

@@ -10,7 +10,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 import os
 import pathlib
@@ -23,17 +22,15 @@ import urllib.request
 from collections.abc import Generator, Iterator
 
 import numpy as np
-from PIL import Image
 
-from data_pipelines.damage import open_picture
 from data_pipelines.preparation.facts import Facts, PartFiles
 from data_pipelines.preparation.filters import Cause
 from data_pipelines.preparation.settings import Vision
 from data_pipelines.preparation.staging import new_file
 from data_pipelines.preparation.write import StagedRecords
 from data_pipelines.record import Record
+from data_pipelines.transforms import preview
 from varedit_jax.errors import UserError
-from varedit_jax.sampling.images import upright_rgb
 
 QUESTIONS = {  # in the order in which they are asked, with what a "no" means
     Cause.NOT_DONE: (
@@ -232,11 +229,4 @@ def _asked_pause(header: str | None, otherwise: float) -> float:
 
 def _data_url(data: bytes, side: int) -> str:
     """A picture as JPEG in a data URL, upright, its longer side at most `side`."""
-    picture = open_picture(data)
-    picture.draft("RGB", (side, side))
-    picture.load()
-    image = Image.fromarray(upright_rgb(picture, "the picture"))
-    image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=90)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return f"data:image/jpeg;base64,{base64.b64encode(preview(data, side, quality=90)).decode()}"
