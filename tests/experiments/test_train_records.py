@@ -1,0 +1,85 @@
+"""From files on disk to a trained editor: prepare, check and train, on batches of several aspects with damage in them."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipelines.damage import read_quarantine
+from varedit_jax.training.goodput import read_goodput
+from varedit_jax.training.ledger import read_metrics
+
+ROOT = pathlib.Path(__file__).parents[2]
+SIZES = ((128, 128), (128, 86))  # pixels, width and height: of templates 1.0 and 0.666
+COUNT = 24
+BAD = 5  # its target ends early
+
+
+def _run(module: str, *arguments: str) -> str:
+    """What a program says. It compiles quickly rather than well."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A data set made of a list of pictures, by the program that users call, without its look at every picture."""
+    folder = tmp_path_factory.mktemp("files")
+    draw = np.random.default_rng(0)
+    lines = []
+    for number in range(COUNT):
+        line = {"id": str(number), "instruction": f"make it number {number}"}
+        for side in ("source", "target"):
+            path = folder / f"{number}_{side}.jpg"
+            few = Image.fromarray(draw.integers(0, 256, (4, 4, 3), np.uint8))
+            few.resize(SIZES[number % 2]).save(path, quality=95)
+            line[side] = path.name
+        lines.append(json.dumps(line))
+    (folder / "list.jsonl").write_text("\n".join(lines))
+    bad = folder / f"{BAD}_target.jpg"
+    bad.write_bytes(bad.read_bytes()[:-600])
+    output = folder / "data" / "mine"
+    _run(
+        "data_pipelines.prepare",
+        *("--source=manifest", f"--input={folder / 'list.jsonl'}", f"--output={output}"),
+        *("--validation=0.2", "--nodecode"),
+    )
+    return output
+
+
+def test_records_train_an_editor_of_several_aspects(prepared: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    workdir = tmp_path / "run"
+    _run(
+        "experiments.train",
+        "--config=experiments/configs/varedit_2b_256.py:tiny",
+        f"--workdir={workdir}",
+        "--config.data.name=records",
+        f"--config.data.directory={prepared.parent}",
+        f'--config.data.mixture=(("{prepared.name}",1.0),)',
+        '--config.data.aspects=("1.0","0.666")',
+        "--config.data.batch_size=4",
+        "--config.data.bad_share=0.1",
+        *("--config.model.grids=()", "--config.model.position_scale=1", "--config.model.pixel_budget=0.06M"),
+        *("--config.steps=6", "--config.log_every=1", "--config.eval_every=0", "--config.sample_every=0"),
+    )
+    lines = [line for line in read_metrics(workdir) if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(6))
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    assert lines[-1]["data/bad/cut_short"] == 1
+    bad = workdir / "quarantine" / "process_0.jsonl"
+    assert [line["id"] for line in read_quarantine(bad)] == [str(BAD)]
+    assert read_goodput(workdir)[-1].step == 6
