@@ -1,4 +1,4 @@
-"""From files on disk to a trained editor: prepare, check and train, on batches of several aspects with damage in them."""
+"""From files on disk to a trained editor: prepare and train, on batches of several aspects with damage in them."""
 
 import json
 import os
