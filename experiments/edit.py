@@ -29,7 +29,7 @@ _TOP_P = flags.DEFINE_float("top_p", None, "0.97 leaves out bits of probability 
 _GREEDY = flags.DEFINE_bool("greedy", None, "most likely bits; the checkpoint's own by default")
 _TOKENIZER = flags.DEFINE_string("tokenizer", "", "folder of the tokenizer, where the checkpoint has none or it moved")
 _TEXT = flags.DEFINE_string("text", "", "folder of the text encoder, likewise")
-_VERIFY = flags.DEFINE_bool("verify", False, "compare every tensor with the checkpoint's manifest before it is used")
+_VERIFY = flags.DEFINE_bool("verify", False, "compare every tensor of these folders with its manifest before it is used")
 
 
 def _sampling(own: SamplingConfig) -> SamplingConfig:
@@ -48,7 +48,8 @@ def main(argv: list[str]) -> None:
     images.check_output(_OUTPUT.value)
     picture = images.read_image(_IMAGE.value)
     if _VERIFY.value:
-        print(f"{convert.verify(_CHECKPOINT.value)} tensors of {_CHECKPOINT.value} are as they were written")
+        for folder in filter(None, dict.fromkeys((_CHECKPOINT.value, _TOKENIZER.value, _TEXT.value))):
+            print(f"{convert.verify(folder)} tensors of {folder} are as they were written")
     editor = Editor.load(_CHECKPOINT.value, _TOKENIZER.value, _TEXT.value)
     [edited] = editor.edit([picture], [_INSTRUCTION.value], [_SEED.value], _sampling(editor.sampling))
     images.write_image(_OUTPUT.value, edited)

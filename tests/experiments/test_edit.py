@@ -34,6 +34,7 @@ MISTAKES = {
     "damaged checkpoint": ({"checkpoint": "damaged"}, "transformer.safetensors is damaged"),
     "seed": ({"seed": "-1"}, "flag --seed=-1"),
     "temperature": ({"temperature": "0"}, "flag --temperature=0"),
+    "nothing to verify by": ({"verify": "true"}, "tiny has no manifest.json: there is nothing to verify it by"),
     "guidance": ({"guidance": "nan"}, "nan is not a list of 1 to 3 finite numbers"),
 }
 
