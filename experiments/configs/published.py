@@ -51,8 +51,8 @@ class Layout:
     saved: tuple[str, ...] = TransformerConfig.remat_saved  # with "named", what it keeps
 
 
-# By card and machine. What memory there is keeps activations: on v5p, and of 2B on v6e, all that have a name, and the
-# backward pass makes nothing but scores again. Chips of v5e reduce-scatter over a part of the slice only, so their
+# By card and machine. What memory there is keeps activations: on v5p and H100, and of 2B on v6e, all that have a name,
+# and the backward pass makes nothing but scores again. Chips of v5e reduce-scatter over a part of the slice only, so their
 # `tensor` is more than 1.
 LAYOUTS = {
     "varedit_2b_256": {
@@ -60,28 +60,28 @@ LAYOUTS = {
         "v5p_256": Layout(1, saved=REMAT_NAMES),
         "v6e_256": Layout(1, saved=REMAT_NAMES),
         "v5e_256": Layout(4, tensor=4),
-        "h100_64": Layout(2),
+        "h100_64": Layout(2, saved=REMAT_NAMES),
     },
     "varedit_2b_512": {
         "v5p_128": Layout(3, saved=REMAT_NAMES),
         "v5p_256": Layout(3, tensor=2, saved=REMAT_NAMES),
         "v6e_256": Layout(3, tensor=4, saved=REMAT_NAMES),
         "v5e_256": Layout(15, tensor=4),
-        "h100_64": Layout(5),
+        "h100_64": Layout(5, saved=REMAT_NAMES),
     },
     "varedit_8b_512": {
         "v5p_128": Layout(6, saved=REMAT_NAMES),
         "v5p_256": Layout(3, saved=REMAT_NAMES),
         "v6e_256": Layout(3),
         "v5e_256": Layout(6, tensor=4),
-        "h100_64": Layout(12),
+        "h100_64": Layout(8, saved=REMAT_NAMES),
     },
     "varedit_8b_1024": {
         "v5p_128": Layout(8, saved=REMAT_NAMES),
         "v5p_256": Layout(4, saved=REMAT_NAMES),
         "v6e_256": Layout(4, tensor=2),
         "v5e_256": Layout(8, tensor=4, remat="full"),
-        "h100_64": Layout(8, remat="full"),
+        "h100_64": Layout(8),
     },
 }
 VARIANTS = ("", "tiny", *MACHINES)
