@@ -80,10 +80,17 @@ def decode(data: bytes) -> Record:
     for name, value in values.items():
         if not isinstance(value, _TYPES.get(name, str)):
             raise BrokenRecord(f"field {name} of a record is {type(value).__name__}")
+    if not all(isinstance(text, str) for text in values.get("instructions", ())):
+        raise BrokenRecord("an instruction of a record is no text")
     try:
         return Record(**values)
     except TypeError as error:
         raise BrokenRecord(f"a record lacks a field: {error}") from error
+
+
+def clean_text(text: str) -> str:
+    """Text that can be written as UTF-8: halves of surrogate pairs, which JSON and tars may hold, become `?`."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def finite_scores(values: Mapping[str, Any]) -> dict[str, float]:
@@ -92,8 +99,8 @@ def finite_scores(values: Mapping[str, Any]) -> dict[str, float]:
     for name, value in values.items():
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             continue
         if math.isfinite(number):
-            scores[name] = number
+            scores[clean_text(name)] = number
     return scores

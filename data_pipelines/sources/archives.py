@@ -17,7 +17,7 @@ from data_pipelines.sources.files import safe_name
 from varedit_jax.errors import UserError
 
 _BUFFER = 1 << 17
-_DAMAGE = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError)
+_DAMAGE = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, RecursionError)
 
 # NAME.tar.gz.part-aa, NAME.tar.gz.part001, NAME.tar.split.000
 _PART = re.compile(r"(?P<name>.+\.(?:tar|tar\.gz|tgz))(?:\.(?:part|split)[-.]?(?P<part>\d+|[A-Za-z]+))?")
@@ -134,11 +134,13 @@ def _infos(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         yield info
         tar.fileobj.seek(tar.offset)  # type: ignore[union-attr]
         try:
-            info = tarfile.TarInfo.fromtarfile(tar)
+            start, info = tar.offset, tarfile.TarInfo.fromtarfile(tar)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             return
         except tarfile.EmptyHeaderError as error:  # type: ignore[attr-defined]
             raise tarfile.ReadError("ends without its end mark") from error
+        if tar.offset <= start:  # a size below 0; the same headers would come again, without end
+            raise tarfile.ReadError(f"{info.name} has a size of {info.size} bytes")
 
 
 def _problem(info: tarfile.TarInfo, name: str | None) -> tuple[Reason, str] | None:
@@ -146,7 +148,7 @@ def _problem(info: tarfile.TarInfo, name: str | None) -> tuple[Reason, str] | No
         return Reason.UNSAFE, "leaves the folder"
     if not info.isreg():
         return Reason.UNSAFE, "is no regular file"
-    if info.size > MAX_FILE_BYTES:
+    if not 0 <= info.size <= MAX_FILE_BYTES:
         return Reason.SIZE, f"{info.size} bytes"
     return None
 

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from data_pipelines.record import Record
+from data_pipelines.record import Record, clean_text
 
 MAX_FILE_BYTES = 256 * 2**20  # of one picture file; a 64-megapixel picture without compression is smaller
 
@@ -91,8 +91,3 @@ def make_entry(
     if not texts:
         return Refused(id=id, dataset=dataset, reason=Reason.INSTRUCTION)
     return Record(id=clean_text(id), dataset=dataset, source=source, target=target, instructions=tuple(texts), **fields)
-
-
-def clean_text(text: str) -> str:
-    """Text that can be written as UTF-8: halves of surrogate pairs, which JSON and tars may hold, become `?`."""
-    return text.encode("utf-8", "replace").decode()

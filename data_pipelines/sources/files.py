@@ -1,5 +1,6 @@
 """Files of a data set as it was downloaded: found by name, lists read entry by entry, pictures read by safe names."""
 
+import errno
 import fnmatch
 import json
 import pathlib
@@ -113,6 +114,8 @@ def json_items(path: str) -> Iterator[tuple[str, Any]]:
                     if not more:
                         at = end
                         return found
+                except RecursionError as error:
+                    raise ValueError(f"{pathlib.Path(path).name} is nested too deeply") from error
                 except ValueError:
                     more = file.read(max(1 << 20, len(text)))
                     if not more:
@@ -141,15 +144,22 @@ def json_items(path: str) -> Iterator[tuple[str, Any]]:
 def read_below(folders: Sequence[pathlib.Path], name: object) -> bytes | Reason:
     """Bytes of the file `name` in the first folder that has it; MISSING, UNSAFE or SIZE if there are none.
 
-    A name never leads out of the folders, not over links either.
+    A name never leads out of the folders, not over links either. Raises UserError if a file cannot be read.
     """
     plain = safe_name(name)
     if plain is None:
         return Reason.UNSAFE if name else Reason.MISSING
     for folder in folders:
         path = folder / plain
-        if path.is_file():
-            if not path.resolve().is_relative_to(folder.resolve()):
-                return Reason.UNSAFE
-            return path.read_bytes() if path.stat().st_size <= MAX_FILE_BYTES else Reason.SIZE
+        try:
+            if path.is_file():
+                if not path.resolve().is_relative_to(folder.resolve()):
+                    return Reason.UNSAFE
+                return path.read_bytes() if path.stat().st_size <= MAX_FILE_BYTES else Reason.SIZE
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:  # some text in place of a name
+                return Reason.MISSING
+            raise UserError(
+                f"cannot read {path}: {error.strerror}; put it right and run the same command again"
+            ) from error
     return Reason.MISSING

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from data_pipelines.record import finite_scores
 from data_pipelines.sources.archives import tail
 from data_pipelines.sources.entries import MAX_FILE_BYTES, Entry, Part, Reason, Refused, Source, make_entry
-from data_pipelines.sources.files import distinct, find, json_items, relative_name, safe_name
+from data_pipelines.sources.files import distinct, find, json_items, read_below, relative_name, safe_name
 from data_pipelines.sources.tables import picture_bytes, read_table
 from varedit_jax.errors import UserError
 
@@ -87,8 +87,8 @@ class _Folder:
         return True
 
     def read(self, name: str) -> bytes | None:
-        path = self._path / name
-        return path.read_bytes() if path.is_file() else None
+        data = read_below([self._path], name)
+        return data if isinstance(data, bytes) else None
 
 
 class _Zip:
@@ -131,7 +131,7 @@ def _read_folder(files: _Files, value: Any) -> Iterator[Entry]:
     if not files.has(name):
         return
     prompt: Any = {}
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         prompt = json.loads(files.read(f"{name}/prompt.json") or b"{}")
     scores = _scores(files.read(f"{name}/metadata.jsonl") or b"")
     for seed in value[1]:
@@ -153,7 +153,7 @@ def _scores(lines: bytes) -> dict[str, dict[str, float]]:
     """Scores by seed."""
     found = {}
     for line in lines.splitlines():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(line)
             if isinstance(value, dict):
                 found[str(value.get("seed"))] = finite_scores({name: value.get(name) for name in _SCORES})

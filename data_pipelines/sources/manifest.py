@@ -36,7 +36,7 @@ def _read(part: Part) -> Iterator[Entry]:
 
 
 def _convert(value: Mapping[str, Any], place: str, dataset: str, root: pathlib.Path) -> Entry:
-    id = str(value.get("id") or place)
+    id = str(place if value.get("id") in (None, "") else value["id"])
     sides: dict[str, bytes] = {}
     for side in ("source", "target", "mask"):
         name = value.get(side)
@@ -56,7 +56,7 @@ def _convert(value: Mapping[str, Any], place: str, dataset: str, root: pathlib.P
         target=sides["target"],
         instructions=[value.get("instruction"), *(others if isinstance(others, list) else [])],
         kind=str(value.get("kind") or ""),
-        turn=int(turn) if isinstance(turn, int) and turn >= 0 else 0,
+        turn=int(turn) if isinstance(turn, int) and 0 <= turn < 2**31 else 0,
         scores=finite_scores(scores if isinstance(scores, dict) else {}),
         mask=sides.get("mask"),
         licence=str(value.get("licence") or ""),

@@ -144,7 +144,10 @@ def _text(value: object) -> str:
 
 def _last(url: object) -> str:
     """The last part of a URL's path: Open Images are known by it."""
-    return pathlib.PurePosixPath(urllib.parse.urlparse(url).path).name if isinstance(url, str) else ""
+    try:
+        return pathlib.PurePosixPath(urllib.parse.urlparse(url).path).name if isinstance(url, str) else ""
+    except ValueError:  # "http://[", say
+        return ""
 
 
 def _names(local: object, url: object) -> list[object]:

@@ -81,12 +81,27 @@ def read_table(
             number, stop = start, start + table.metadata.row_group(group).num_rows
             try:
                 for batch in table.iter_batches(_ROWS, row_groups=[group], columns=columns):
-                    for row in batch.to_pylist():
-                        yield number, row
+                    for row in _rows(batch):
+                        yield number, row if isinstance(row, dict) else _refused_row(part, number, row)
                         number += 1
             except _DAMAGE as error:
                 yield number, _refused(part, f" rows {number}-{stop - 1}", error)
             start = stop
+
+
+def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:  # before the first row; text of one of them is not UTF-8
+        for row in range(batch.num_rows):
+            try:
+                yield from batch.slice(row, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                yield error
+
+
+def _refused_row(part: Part, number: int, error: UnicodeDecodeError) -> Refused:
+    return Refused(id=f"{part.name} row {number}", dataset=part.source, reason=Reason.ANNOTATION, detail=str(error))
 
 
 def _refused(part: Part, where: str, error: Exception) -> Refused:

@@ -27,7 +27,7 @@ def _read(part: Part) -> Iterator[Entry]:
             continue
         key, group = item
         about: Any = {}
-        with contextlib.suppress(ValueError):  # without it, the text alone has to do
+        with contextlib.suppress(ValueError, RecursionError):  # without it, the text alone has to do
             about = json.loads(group.get("json", b"{}"))
         about = about if isinstance(about, dict) else {}
         yield make_entry(
@@ -53,7 +53,7 @@ def _scores(about: Mapping[str, Any]) -> dict[str, float]:
         if "score" not in name:
             continue
         if isinstance(value, str) and value.startswith(("[", "(")):
-            with contextlib.suppress(ValueError, SyntaxError):
+            with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # of text alone
                 value = ast.literal_eval(value)
         if isinstance(value, (list, tuple)):
             found |= {f"{name}_{place}": number for place, number in enumerate(value)}

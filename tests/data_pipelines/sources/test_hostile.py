@@ -1,0 +1,120 @@
+"""What is published may say anything: it costs the record that says it, and no more."""
+
+import json
+import pathlib
+import tarfile
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_pipelines.record import Record, decode, encode
+from data_pipelines.sources import Entry, Reason, Refused, read
+from data_pipelines.sources.archives import Damage, TarIndex, members
+from data_pipelines.sources.files import json_items, read_below
+from tests.data_pipelines.sources.layouts import tar
+from varedit_jax.errors import UserError
+
+DEEP = "[" * 100_000
+
+
+def _listed(folder: pathlib.Path, values: list[dict[str, Any]]) -> list[Entry]:
+    """What a list of such objects gives, all of the same good pictures unless they say otherwise."""
+    (folder / "a.jpg").write_bytes(b"a")
+    (folder / "b.jpg").write_bytes(b"b")
+    good = {"source": "a.jpg", "target": "b.jpg", "instruction": "make it foggy"}
+    (folder / "list.jsonl").write_text("".join(json.dumps(good | value) + "\n" for value in values))
+    return list(read("manifest", [folder]))
+
+
+def test_values_of_a_list_that_fit_nowhere_are_put_right(tmp_path: pathlib.Path) -> None:
+    scores = {"a": 10**400, "\ud83d": 1, "b": 2}
+    found = _listed(tmp_path, [{"id": 0, "turn": 2**31}, {"id": "", "turn": 2**31 - 1}, {"scores": scores}])
+    assert all(isinstance(entry, Record) and decode(encode(entry)) == entry for entry in found)
+    assert [(entry.id, entry.turn, entry.scores) for entry in found if isinstance(entry, Record)] == [
+        ("0", 0, {}),
+        ("list.jsonl:2", 2**31 - 1, {}),
+        ("list.jsonl:3", 0, {"?": 1.0, "b": 2.0}),
+    ]
+
+
+def test_a_text_in_place_of_a_name_is_a_missing_picture(tmp_path: pathlib.Path) -> None:
+    [entry] = _listed(tmp_path, [{"source": "once upon a time " * 50}])
+    assert isinstance(entry, Refused) and entry.reason == Reason.MISSING
+
+
+def test_a_picture_that_cannot_be_read_is_told_to_the_user(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: pathlib.Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "a.jpg").write_bytes(b"a")
+    monkeypatch.setattr(pathlib.Path, "read_bytes", refuse)
+    with pytest.raises(UserError, match=r"cannot read .*a\.jpg: Permission denied"):
+        read_below([tmp_path], "a.jpg")
+
+
+def test_an_address_that_is_none_is_a_missing_picture(tmp_path: pathlib.Path) -> None:
+    edit = {"open_image_input_url": "http://[0/a.jpg", "output_image": "b.jpg", "text": "make it foggy"}
+    (tmp_path / "sft.jsonl").write_text(json.dumps(edit) + "\n")
+    [entry] = read("pico_banana", [tmp_path])
+    assert isinstance(entry, Refused) and entry.reason == Reason.MISSING
+
+
+@pytest.mark.parametrize("score", ["[{[]: 1}]", "[" + "-" * 100_000 + "1]", DEEP])
+def test_a_score_that_is_no_number_is_dropped(score: str, tmp_path: pathlib.Path) -> None:
+    about = json.dumps({"instruction": "make it foggy", "score": score, "score_b": "[9, 8]"}).encode()
+    files = [("1.1.0.jpg", b"a"), ("1.2.jpg", b"b"), ("1.json", about), ("2.1.0.jpg", b"a"), ("2.2.jpg", b"b")]
+    files += [("2.json", DEEP.encode()), ("2.txt", b"make it foggy")]
+    (tmp_path / "1.tar").write_bytes(tar(files))
+    scores = [entry.scores for entry in read("x2edit", [tmp_path]) if isinstance(entry, Record)]
+    assert scores == [{"score_b_0": 9.0, "score_b_1": 8.0}, {}]
+
+
+def test_folders_of_pictures_stay_in_themselves_whatever_is_in_them(tmp_path: pathlib.Path) -> None:
+    outside, folder = tmp_path / "outside.jpg", tmp_path / "data" / "one"
+    outside.write_bytes(b"a secret")
+    folder.mkdir(parents=True)
+    (tmp_path / "data" / "seeds.json").write_text(json.dumps([["one", ["1", "2", "3" * 300]]]))
+    (folder / "prompt.json").write_text(json.dumps({"edit": "make it foggy"}))
+    (folder / "metadata.jsonl").write_text(DEEP + "\n")
+    for name in ("1_0.jpg", "1_1.jpg", "2_0.jpg"):
+        (folder / name).write_bytes(b"a picture")
+    (folder / "2_1.jpg").symlink_to(outside)
+    good, linked, long = read("instruct_pix2pix", [tmp_path / "data"])
+    assert isinstance(good, Record) and good.id == "one/1"
+    assert isinstance(linked, Refused) and linked.reason == Reason.MISSING
+    assert isinstance(long, Refused) and long.reason == Reason.MISSING
+
+
+def test_json_that_is_nested_without_end_is_damaged(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "a.json").write_text(f"[1, {DEEP}")
+    with pytest.raises(ValueError, match="nested"):
+        list(json_items(str(tmp_path / "a.json")))
+
+
+def test_an_archive_whose_sizes_lead_back_ends(tmp_path: pathlib.Path) -> None:
+    header = bytearray(tarfile.TarInfo("a.jpg").tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = b"\xff" * 4 + (2**64 - 1024).to_bytes(8, "big")  # -1024 bytes
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    (tmp_path / "a.tar").write_bytes(tar([("b.jpg", b"b" * 600)])[:1536] + header + bytes(10_240))
+    found = list(members([str(tmp_path / "a.tar")]))
+    assert [item.name for item in found] == ["b.jpg", "a.tar"]
+    assert isinstance(found[1], Damage) and found[1].reason == Reason.ARCHIVE and "-1024 bytes" in found[1].detail
+    with TarIndex([str(tmp_path / "a.tar")]) as index:
+        assert index.read("b.jpg") == b"b" * 600 and [item.name for item in index.damage] == ["a.tar"]
+
+
+def test_text_of_a_table_that_is_not_utf_8_costs_its_row(tmp_path: pathlib.Path) -> None:
+    offsets = pa.py_buffer(np.array([0, 1, 2, 3], np.int32).tobytes())
+    texts = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"a\xffb")])
+    pictures = pa.array([b"1", b"2", b"3"])
+    table = pa.table({"original_image": pictures, "edit_prompt": texts, "edited_image": pictures})
+    pq.write_table(table, tmp_path / "a.parquet")
+    found = list(read("instruct_pix2pix", [tmp_path]))
+    assert [entry.id for entry in found] == ["a/0", "a.parquet row 1", "a/2"]
+    assert isinstance(found[1], Refused) and found[1].reason == Reason.ANNOTATION
