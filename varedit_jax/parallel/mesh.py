@@ -58,7 +58,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
     shape = tuple(sizes.values())
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # GPUs have a slice_index too: that of their node. Memory of all nodes may be needed for one copy of the parameters.
+    tpu = devices[0].platform == "tpu"
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if tpu else 1
     if slices > 1:
         if sizes["data"] % slices:
             raise UserError(
@@ -66,7 +68,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
                 f"give a multiple, as in --config.mesh.data={slices}"
             )
         within = (sizes["data"] // slices, *shape[1:])
-        grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
+        grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)
     else:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
@@ -87,22 +89,29 @@ def check_batch(mesh: Mesh, batch: int, accumulation: int = 1) -> None:
         )
 
 
-def batch_part(mesh: Mesh) -> tuple[int, int]:
-    """(index, count): which of `count` equal, consecutive parts of each batch this process has to read.
+def batch_part(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
+    """(index, count): which of `count` equal parts of each batch a process (this one by default) has to read.
 
-    Processes that differ in `tensor` alone read the same part. Raises UserError if the devices of this process do not
-    hold one such part, as with a mesh laid across processes in another order than theirs.
+    Processes that differ in `tensor` alone read the same part. On a torus of TPUs the devices of a process are a block
+    of it, and so need not follow each other in the mesh: then `put_batch` lays its part out between those of others.
+    The batch has the same examples, in another order. Raises UserError if two processes hold examples in common, but
+    not all.
     """
+    process = jax.process_index() if process is None else process
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    held = batch_sharding(mesh).addressable_devices_indices_map((shards,)).values()
-    rows = sorted({row for index in held if index is not None for row in range(*index[0].indices(shards))})
-    first, size = rows[0], len(rows)
-    if rows != list(range(first, first + size)) or first % size or shards % size:
+    held: dict[int, set[int]] = {}
+    for row, devices in enumerate(mesh.devices.reshape(shards, -1)):
+        for device in devices:
+            held.setdefault(device.process_index, set()).add(row)
+    parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+    own = tuple(sorted(held[process]))
+    if sum(map(len, parts)) != shards or any(len(rows) != len(own) for rows in parts):
         raise UserError(
-            f"process {jax.process_index()} holds the parts {rows} of {shards} of a batch, which are not consecutive; "
-            f"choose sizes of the mesh that divide the devices of a process, or are multiples of them"
+            f"process {process} holds the parts {list(own)} of {shards} of a batch, and other processes some of them, "
+            f"or another number; choose sizes of the mesh that divide the devices of a process, or are multiples of "
+            f"them"
         )
-    return first // size, shards // size
+    return parts.index(own), len(parts)
 
 
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:

@@ -15,7 +15,7 @@ import pytest
 from varedit_jax.config import MeshConfig
 from varedit_jax.errors import UserError
 from varedit_jax.parallel import processes
-from varedit_jax.parallel.mesh import make_mesh, put_batch, replicated
+from varedit_jax.parallel.mesh import batch_part, make_mesh, put_batch, replicated
 
 
 @pytest.mark.parametrize(
@@ -89,16 +89,16 @@ def test_a_process_alone_waits_for_nobody() -> None:
             pass
 
 
-def test_two_processes(tmp_path: pathlib.Path) -> None:
-    """The second finds what the first has left; when the second fails, its error is said, and the first ends, too."""
+def two_processes(what: str, folder: pathlib.Path, devices: int) -> tuple[list[int], list[str]]:
+    """Exit codes and output of two processes with so many devices each, which do what the end of this file says."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    begin = time.monotonic()
+    environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": ""}
     both = [
         subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path), address, str(index)],
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            [sys.executable, __file__, what, str(folder), address, str(index)],
+            env=os.environ | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -106,10 +106,22 @@ def test_two_processes(tmp_path: pathlib.Path) -> None:
         for index in range(2)
     ]
     said = [process.communicate(timeout=100)[0] for process in both]
+    return [process.returncode for process in both], said
+
+
+def test_two_processes(tmp_path: pathlib.Path) -> None:
+    """The second finds what the first has left; when the second fails, its error is said, and the first ends, too."""
+    begin = time.monotonic()
+    codes, said = two_processes("one_of_two", tmp_path, devices=1)
     assert "process 0 of 2 has left it" in said[0] and "process 1 of 2 found: it" in said[1], said
-    assert both[1].returncode == 1 and "UserError: a mistake" in said[1], said
-    assert both[0].returncode not in (0, None), said
+    assert codes[1] == 1 and "UserError: a mistake" in said[1], said
+    assert codes[0] != 0, said
     assert time.monotonic() - begin < processes._PARTING_SECONDS, said
+
+
+def test_devices_of_a_process_need_not_follow_each_other(tmp_path: pathlib.Path) -> None:
+    """As on a torus of TPUs: a process's part of a batch lies between those of the other."""
+    assert two_processes("crossed", tmp_path, devices=2)[0] == [0, 0]
 
 
 def one_of_two(folder: pathlib.Path, address: str, index: int) -> None:
@@ -131,5 +143,19 @@ def one_of_two(folder: pathlib.Path, address: str, index: int) -> None:
         jax.block_until_ready(jax.jit(jnp.sum, out_shardings=replicated(mesh))(halves))  # without the other
 
 
+def crossed(folder: pathlib.Path, address: str, index: int) -> None:
+    """For `test_devices_of_a_process_need_not_follow_each_other`."""
+    del folder
+    with processes.joined(address, 2, index):
+        mesh = make_mesh(MeshConfig(data=1, fsdp=4))
+        mesh = jax.sharding.Mesh(mesh.devices[:, [0, 2, 1, 3]], mesh.axis_names)
+        assert batch_part(mesh) == (index, 2)
+        placed = put_batch(mesh, {"x": np.array([index, index + 10])})["x"]
+        own = {shard.index[0].start: int(shard.data[0]) for shard in placed.addressable_shards}
+        assert own == {index: index, index + 2: index + 10}
+
+
 if __name__ == "__main__":
-    one_of_two(pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    {"one_of_two": one_of_two, "crossed": crossed}[sys.argv[1]](
+        pathlib.Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+    )
