@@ -7,7 +7,7 @@
                                                                        where every worker sees them under the same path
 
 The output appears whole or not at all; the same command goes on with what was ended. The same inputs and flags give the
-same bytes. A picture is in training or in validation, never in both. See preparation/ for the steps.
+same bytes. A picture, source or target, is in training or in validation, never in both. See preparation/ for the steps.
 """
 
 import os

@@ -26,6 +26,7 @@ FACTS = np.dtype(
         ("picture", "<u8"),  # of Record.picture
         ("content", "<u8"),  # of both pictures and the instruction
         ("source", "<u8"),  # of the source picture
+        ("target", "<u8"),
         ("words", "<u8"),  # of the instruction without case and punctuation
         ("source_shape", "<u8"),  # looks.Look.shape
         ("target_shape", "<u8"),
@@ -61,6 +62,7 @@ def hashes(record: Record) -> dict[str, int]:
         "picture": digest(record.picture.encode()),
         "content": digest(record.source, record.target, instruction.encode()),
         "source": digest(record.source),
+        "target": digest(record.target),
         # Writing without spaces between words, or of signs alone, is compared as it is.
         "words": digest((plain_words(instruction) or instruction).encode()),
     }

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.preparation import duplicates, vision_filter
-from data_pipelines.preparation.facts import Facts, PartFiles, rows_so_far
+from data_pipelines.preparation.facts import FACTS, Facts, PartFiles, rows_so_far
 from data_pipelines.preparation.filters import Cause
 from data_pipelines.preparation.report import count, write_report
 from data_pipelines.preparation.scan import Scan, scan
@@ -47,6 +47,7 @@ def prepare(
     """
     parts = find_parts(source, inputs, source_options)
     job = {
+        "facts": FACTS.descr,  # what an earlier version of this package read has other rows
         "settings": dataclasses.asdict(settings),
         "parts": [(part.source, part.name, dict(part.options), _stamps(part)) for part in parts],
     }

@@ -28,6 +28,7 @@ def test_a_picture_of_validation_under_another_name_leaves_training() -> None:
     rows["picture"] = 2**63  # training
     rows["picture"][::10] = 0  # validation
     rows["source"] = rows["source_shape"] = np.arange(40)
+    rows["target"] = rows["target_shape"] = 1000 + np.arange(40)
     rows["source"][13] = 10  # the same file
     rows["source_shape"][25] = 20  # the same look
     rows["source_shape"][36] = 30
@@ -38,3 +39,19 @@ def test_a_picture_of_validation_under_another_name_leaves_training() -> None:
     assert find_leaks(Rows(rows), verdicts, 0.0, near_bits=3).tolist() == []
     verdicts[[10, 25]] = 1  # what has left leaks nothing
     assert find_leaks(Rows(rows), verdicts, 0.5, near_bits=3).tolist() == []
+
+
+def test_an_edit_of_validation_is_not_trained_on_turned_around() -> None:
+    rows = np.zeros(40, FACTS)
+    rows["picture"] = 2**63  # training
+    rows["picture"][::10] = 0  # validation
+    for side, first in (("source", 0), ("target", 1000)):
+        rows[side] = rows[f"{side}_shape"] = first + np.arange(40)
+    rows["source"][13] = 1010  # the target of an edit of validation
+    rows["target"][14] = 10  # the source of one
+    rows["target"][15] = 1020  # another edit that ends in the same picture
+    rows["target_shape"][26] = 30  # looks like the source of one
+    verdicts = np.zeros(40, np.uint8)
+    found = [[13, 10], [14, 10], [15, 20]]
+    assert find_leaks(Rows(rows), verdicts, 0.5, near_bits=-1).tolist() == found
+    assert find_leaks(Rows(rows), verdicts, 0.5, near_bits=0).tolist() == [*found, [26, 30]]
