@@ -5,9 +5,11 @@ A part becomes a folder, with the files of `facts.PartFiles`. One record is in m
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from data_pipelines.preparation.settings import Settings
 from data_pipelines.preparation.staging import new_folder
 from data_pipelines.record import Record, encode
 from data_pipelines.sources import Part, Refused, read_part
+from varedit_jax.errors import UserError
 from varedit_jax.sampling.images import upright_rgb
 
 
@@ -40,7 +43,7 @@ class Scan:
 
 
 def scan(task: Scan) -> None:
-    """Reads a part. Raises UserError if its files are of another format."""
+    """Reads a part. Raises UserError if its files are of another format, or the disk is full."""
     with new_folder(task.folder) as folder:
         files = PartFiles(folder)
         counts: dict[str, collections.Counter[str]] = {}
@@ -75,11 +78,18 @@ def scan(task: Scan) -> None:
                         datasets.append(entry.dataset)
                     data = encode(entry)
                     row["dataset"], row["nbytes"] = datasets.index(entry.dataset), len(data)
-                    writer.write(data)
+                    _stored(files, functools.partial(writer.write, data))
                     facts.write(entry, row)
         finally:
-            writer.close()
+            _stored(files, writer.close)
         files.counts.write_text(json.dumps({"datasets": datasets, "counts": counts}))
+
+
+def _stored(files: PartFiles, work: Callable[[], object]) -> None:
+    try:
+        work()
+    except RuntimeError as error:  # what ArrayRecord has for a full disk
+        raise UserError(f"writing {files.records} failed: {error}; make room and run the same command again") from error
 
 
 def examine(record: Record, settings: Settings) -> NDArray[Any]:

@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 import pathlib
 import shutil
@@ -7,10 +8,11 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
 from data_pipelines.damage import read_quarantine
-from data_pipelines.preparation import pipeline
+from data_pipelines.preparation import pipeline, scan
 from data_pipelines.preparation.filters import Cause
 from data_pipelines.preparation.pipeline import prepare
 from data_pipelines.preparation.settings import Settings
@@ -80,7 +82,7 @@ def test_records_are_as_they_were_published_and_know_their_picture(corpus: Corpu
 def test_no_picture_is_in_training_and_in_validation(corpus: Corpus) -> None:
     pictures: dict[str, set[str]] = {"train": set(), "validation": set()}
     for split, record in _all(corpus.output):
-        pictures[split].add(record.picture)
+        pictures[split] |= {record.picture, hashlib.sha256(record.target).hexdigest()}
     assert pictures["train"] and pictures["validation"]
     assert pictures["train"].isdisjoint(pictures["validation"])
     same = {record.id: split for split, record in _all(corpus.output) if record.id in ("good-5", "same-source")}
@@ -151,6 +153,14 @@ def test_what_stops_a_worker_is_one_sentence_for_the_user(tmp_path: pathlib.Path
     with pytest.raises(UserError, match="omni_edit_id") as caught:
         prepare("omniedit", [str(path) for path in layout.inputs], tmp_path / "out", SETTINGS)
     assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_is_one_sentence_for_the_user(
+    corpus: Corpus, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scan, "ArrayRecordWriter", lambda path, options: ArrayRecordWriter("/dev/full", options))
+    with pytest.raises(UserError, match=r"writing .*records\.array_record failed: .*; make room"):
+        prepare("manifest", [str(corpus.inputs[0])], tmp_path / "out", SETTINGS)
 
 
 def test_ids_that_come_twice_are_kept_once(tmp_path: pathlib.Path) -> None:
