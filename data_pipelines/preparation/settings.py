@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import urllib.parse
 
 from varedit_jax.errors import UserError
 
@@ -18,6 +19,16 @@ class Vision:
     per_minute: float = 0.0  # questions, a process; 0 has no limit
     tries: int = 6  # of a question, with growing pauses
     timeout: float = 120.0  # seconds
+
+    def __post_init__(self) -> None:
+        """Raises UserError for what is no address."""
+        try:
+            parts = urllib.parse.urlsplit(self.url)
+            sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # of the port, or of brackets
+            sound = False
+        if not sound:
+            raise UserError(f"the endpoint is {self.url!r}; give an address like http://localhost:8000/v1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
+import http.client
 import json
 import os
 import pathlib
@@ -46,6 +47,8 @@ QUESTIONS = {  # in the order in which they are asked, with what a "no" means
 _FIRST = 20  # answers of a part; if most of them are unclear, so will the rest be
 _PASSING = (408, 409, 425, 429, 500, 502, 503, 504)  # status of what may be over soon
 _REFUSED = (400, 413, 422)  # of what is wrong with one question
+# No connection, one that was cut, or an answer of no shape.
+_TROUBLE = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError)
 _LONGEST_PAUSE = 60.0  # seconds
 
 
@@ -99,7 +102,7 @@ class Model:
     def __init__(self, vision: Vision, answers: pathlib.Path) -> None:
         """`answers` is a file that is gone on with. Raises UserError if it cannot be written."""
         self._vision = vision
-        self._key = os.environ.get(vision.key_variable, "")
+        self._key = os.environ.get(vision.key_variable, "").strip()
         self._lock = threading.Lock()
         self._next = 0.0  # when the next question may be asked
         self.last = ""
@@ -201,7 +204,7 @@ class Model:
                         f"key in {vision.key_variable}"
                     ) from error
                 pause = _asked_pause(error.headers.get("Retry-After"), pause)
-            except (OSError, ValueError, LookupError, TypeError) as error:  # no connection, or an answer of no shape
+            except _TROUBLE as error:
                 said = str(error) or type(error).__name__
             if attempt + 1 < vision.tries:
                 time.sleep(pause)

@@ -19,6 +19,8 @@ from data_pipelines.record import Record
 from tests.data_pipelines.preparation.corpus import edited, jpeg, picture
 from varedit_jax.errors import UserError
 
+CUT = 0  # in place of a status: an answer that ends too early
+
 
 class Endpoint:
     """A chat endpoint on this machine, whose answers depend on the instruction and on which question it is."""
@@ -37,6 +39,7 @@ class Endpoint:
                 outer.times.append(time.monotonic())
                 outer.headers.append(self.headers)
                 status = outer.statuses.pop(0) if outer.statuses else 200
+                cut, status = status == CUT, 200 if status == CUT else status
                 reply = b'{"error": "of that status"}'
                 if status == 200:
                     outer.questions.append(body)
@@ -49,7 +52,7 @@ class Endpoint:
                 if status == 429:
                     self.send_header("Retry-After", "0")
                 self.end_headers()
-                self.wfile.write(reply)
+                self.wfile.write(reply[:5] if cut else reply)
 
             def log_message(self, *args: object) -> None:
                 pass
@@ -126,7 +129,7 @@ def test_answers_are_kept_and_not_asked_for_again(endpoint: Endpoint, tmp_path: 
 
 
 def test_passing_troubles_are_tried_again_and_others_told(endpoint: Endpoint, tmp_path: pathlib.Path) -> None:
-    endpoint.statuses = [429, 503, 500]
+    endpoint.statuses = [429, 503, CUT, 500]
     with _model(endpoint, tmp_path) as model:
         assert model.cause(_record()) is None
         endpoint.statuses = [401]
@@ -139,6 +142,12 @@ def test_passing_troubles_are_tried_again_and_others_told(endpoint: Endpoint, tm
         pytest.raises(UserError, match="did not answer in 2 tries"),
     ):
         model.cause(_record())
+
+
+@pytest.mark.parametrize("url", ["server/v1", "localhost:8000/v1", "http://", "http://host:port/v1", "http://[::1/v1"])
+def test_an_address_that_is_none_is_told_at_once(url: str) -> None:
+    with pytest.raises(UserError, match="give an address like"):
+        Vision(url=url, model="seer")
 
 
 def test_questions_keep_to_the_rate(endpoint: Endpoint, tmp_path: pathlib.Path) -> None:
