@@ -68,6 +68,7 @@ class ShardWriter:
         if not _SHARD_NAME.fullmatch(self.path.name):
             raise ValueError(f"{self.path.name} is not the name of a shard")
         self._partial = self.path.with_name(f".{self.path.name}.partial")
+        self._half_notes = self._partial.with_name(f"{self._partial.name}.npz")
         self._rows: dict[str, list[Any]] = {name: [] for name in (*_NUMBERS, *_TEXTS, *_CATEGORIES)}
 
     def __enter__(self) -> "ShardWriter":
@@ -111,19 +112,20 @@ class ShardWriter:
             notes[f"{name}_lengths"] = np.array([len(text) for text in encoded], np.int64)
         for name in _CATEGORIES:
             names = sorted(set(self._rows[name]))
-            notes[name] = np.array([names.index(value) for value in self._rows[name]], np.int32)
+            codes = {value: code for code, value in enumerate(names)}  # of kinds there may be as many as records
+            notes[name] = np.array([codes[value] for value in self._rows[name]], np.int32)
             notes[f"{name}_names"] = np.frombuffer(json.dumps(names).encode(), np.uint8)
         notes["sha256"] = np.frombuffer(bytes.fromhex(_sha256(self._partial)), np.uint8)
-        half = self._partial.with_suffix(".npz")
-        self._do(lambda: np.savez(half, **notes))
+        self._do(lambda: np.savez(self._half_notes, **notes))
         self._partial.replace(self.path)
-        half.replace(_notes(self.path))
+        self._half_notes.replace(_notes(self.path))
 
     def _do(self, work: Callable[[], object]) -> None:
         try:
             work()
         except (OSError, RuntimeError) as error:  # RuntimeError is what ArrayRecord has for a full disk
             self._partial.unlink(missing_ok=True)
+            self._half_notes.unlink(missing_ok=True)
             raise UserError(f"writing {self.path} failed: {error}; make room and run the same command again") from error
 
 
@@ -193,7 +195,8 @@ def _index_split(folder: pathlib.Path, shards: Sequence[pathlib.Path]) -> dict[s
     for name in _CATEGORIES:
         names = [json.loads(note[f"{name}_names"].tobytes()) for note in notes]
         known[name] = sorted(set().union(*names))
-        write(name, np.int32, [np.array([known[name].index(each) for each in some], np.int32) for some in names])
+        codes = {value: code for code, value in enumerate(known[name])}
+        write(name, np.int32, [np.array([codes[each] for each in some], np.int32) for some in names])
     entries = [
         {
             "file": path.name,

@@ -1,6 +1,8 @@
+import dataclasses
 import hashlib
 import pathlib
 import pickle
+import time
 
 import numpy as np
 import pytest
@@ -109,6 +111,32 @@ def test_a_full_disk_is_told_to_the_user_and_leaves_nothing(tmp_path: pathlib.Pa
         for number in range(5000):
             writer.write(_record(number), (10, 10))
     assert not is_written(path) and not list(tmp_path.iterdir())
+
+
+def test_half_of_the_notes_do_not_make_a_shard_whole(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: pathlib.Path, **notes: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    path = _write(tmp_path) / "train" / "made-00000-of-00003.array_record"
+    path.with_name(f".{path.name}.npz").unlink()  # of a job that ended while it cleared up
+    monkeypatch.setattr(np, "savez", fail)
+    with pytest.raises(UserError, match="make room"), ShardWriter(path) as writer:
+        writer.write(_record(0), (10, 10))
+    assert path.exists() and not is_written(path)
+    assert not [name for name in _files(tmp_path) if "partial" in name]
+
+
+def test_as_many_kinds_as_records_cost_no_more_than_few(tmp_path: pathlib.Path) -> None:
+    count = 30_000
+    began = time.monotonic()
+    with ShardWriter(shard_path(tmp_path / "train", "made", 0, 1)) as writer:
+        for number in range(count):
+            writer.write(dataclasses.replace(_record(0), id=str(number), kind=f"kind {number:05d}"), (10, 10))
+    write_index(tmp_path)
+    assert time.monotonic() - began < 6  # more than twice as long if each were looked up in a list
+    columns = Records(tmp_path, "train").columns
+    assert len(columns.kinds) == count and columns.kinds[columns.kind[-1]] == "kind 29999"
 
 
 def test_a_missing_shard_is_told_before_an_index_is_written(tmp_path: pathlib.Path) -> None:
