@@ -110,7 +110,8 @@ def kept_records(records: Records) -> NDArray[np.bool_]:
     path = pathlib.Path(records.folder) / records.split / BAD
     if not path.exists():
         return kept
-    header, *lines = (json.loads(line) for line in path.read_text().splitlines())
+    # Not by `splitlines`: ids may hold ends of lines that JSON does not escape.
+    header, *lines = (json.loads(line) for line in path.read_text().split("\n") if line)
     if header["index"] != index_hash(pathlib.Path(records.folder)):
         raise UserError(
             f"{path} is of data that were prepared anew since; run data_pipelines.check again, or delete it"

@@ -46,16 +46,16 @@ def test_quarantine_keeps_each_record_once_and_goes_on(tmp_path: pathlib.Path) -
     path = tmp_path / "new" / "bad.jsonl"
     with Quarantine(path) as first:
         first.add(id="1", dataset="d", reason=Fault.BOMB, detail="9000 x 9000")
-        first.add(id="2", dataset="d", reason=Fault.SIZE)
+        first.add(id="2\u2028\x85", dataset="d", reason=Fault.SIZE)  # what else ends a line
         first.add(id="1", dataset="d", reason=Fault.BOMB)
         assert first.summary() == "2 too many pixels, 1 absurd size"
     path.write_bytes(path.read_bytes() + b'{"id": "cut')
     with Quarantine(path) as second:
-        second.add(id="2", dataset="d", reason=Fault.SIZE)
+        second.add(id="2\u2028\x85", dataset="d", reason=Fault.SIZE)
         second.add(id="2", dataset="e", reason="of another step")
         assert second.counts == {"absurd size": 1, "of another step": 1}
     assert [(line["dataset"], line["id"], line["reason"]) for line in read_quarantine(path)] == [
-        ("d", "1", "too many pixels"), ("d", "2", "absurd size"), ("e", "2", "of another step")
+        ("d", "1", "too many pixels"), ("d", "2\u2028\x85", "absurd size"), ("e", "2", "of another step")
     ]  # fmt: skip
 
 

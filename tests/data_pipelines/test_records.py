@@ -16,7 +16,7 @@ from PIL import Image
 from data_pipelines import checked, loader
 from data_pipelines.damage import read_quarantine
 from data_pipelines.record import Record
-from data_pipelines.shards import ShardWriter, shard_path, write_index
+from data_pipelines.shards import Records, ShardWriter, shard_path, write_index
 from tests.data_pipelines.pictures import DAMAGE
 from varedit_jax.config import DataConfig, EditorConfig
 from varedit_jax.errors import UserError
@@ -281,6 +281,15 @@ def test_what_a_check_finds_is_never_met(damaged: tuple[str, dict[str, str]], tm
     index.write_text(index.read_text() + "\n")
     with pytest.raises(UserError, match="bad.jsonl is of data that were prepared anew"):
         _batches(_data([folder]))
+
+
+def test_a_list_of_bad_records_holds_any_id(tmp_path: pathlib.Path) -> None:
+    records = [dataclasses.replace(_record(number, "set"), id=f"{number}\u2028\x85") for number in range(3)]
+    records[1] = dataclasses.replace(records[1], target=b"")
+    _write(tmp_path, records)
+    write_index(tmp_path)
+    assert checked.check_split(tmp_path, "train") == Counter({"empty file": 1})
+    assert checked.kept_records(Records(tmp_path, "train")).tolist() == [True, False, True]
 
 
 def test_other_shapes_than_the_model_has_are_refused(folders: tuple[str, str]) -> None:
