@@ -131,3 +131,13 @@ def test_a_folder_that_cannot_be_replayed(workdir: pathlib.Path, tmp_path: pathl
     file.rename(folder / "inputs_process_0-of-4.npz")
     with pytest.raises(UserError, match=r"holds inputs_process_0-of-4.npz, but inputs_process_0-of-1.npz is needed"):
         read_inputs(folder)
+
+
+def test_features_in_bfloat16_come_back(tmp_path: pathlib.Path) -> None:
+    """Numpy's files do not know the type."""
+    features = np.arange(6, dtype=np.float32).reshape(2, 3).astype(jnp.bfloat16)
+    inputs = Inputs(tmp_path)
+    inputs.keep(3, {"text_features": features})
+    inputs.dump(3, "asked for")
+    batch = read_inputs(tmp_path / "replay" / "step_3")[1]
+    np.testing.assert_array_equal(jax.device_put(batch)["text_features"], features)
