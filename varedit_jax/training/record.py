@@ -24,6 +24,7 @@ FREE_FIELDS = (
     r"steps",
     r"stages",
     r"optimizer\.decay_steps",
+    r"optimizer\.accumulation",  # another machine has room for other microbatches; noise is drawn for each anew
     r"optimizer\.ema_decay",  # `Checkpoints.restore` starts or drops the average
     r"(log|sample|eval|save|keep)_every",
     r"save_minutes",

@@ -390,7 +390,7 @@ def test_a_field_that_is_newer_than_the_run_has_its_default(tmp_path: pathlib.Pa
     write_config(tmp_path, old)
     check_config(tmp_path, to_dict(run))
     free = dataclasses.replace(run, mesh=MeshConfig(fsdp=4), guard=GuardConfig(spike_factor=3.0), save_minutes=5.0)
-    free = dataclasses.replace(free, keep_every=10, optimizer=OptimizerConfig(ema_decay=0.9))
+    free = dataclasses.replace(free, keep_every=10, optimizer=OptimizerConfig(ema_decay=0.9, accumulation=2))
     check_config(tmp_path, to_dict(free))
     precise = dataclasses.replace(run, tokenizer_precision="high")
     with pytest.raises(UserError, match="tokenizer_precision = 'highest', but this one has 'high'"):
