@@ -29,13 +29,15 @@ class MeshRun:
     """A card on a mesh. Nothing is computed before a method says so; call them under `jax.set_mesh(mesh)`."""
 
     def __init__(self, config: RunConfig, mesh: Mesh) -> None:
-        """Raises UserError for stages the pyramid does not have, and for what does not divide over the mesh."""
+        """Raises UserError for stages the pyramid does not have, for what does not divide over the mesh, and for a
+        kernel of attention that cannot work on it."""
         self.config, self.mesh = config, mesh
         self.pyramid = editor_pyramid(config.model)
         if any(scales > self.pyramid.scales for _, scales in config.stages):
             raise UserError(
                 f"stages={config.stages!r}, but the pyramid has {self.pyramid.scales} scales; lower the scales"
             )
+        sharded.check_attention(config)
         check_batch(mesh, config.data.batch_size, config.optimizer.accumulation)
         self._optimizer = make_optimizer(config.optimizer, config.steps)
         self.abstract_state = sharded.abstract_state(config, self._optimizer, mesh)
@@ -90,10 +92,17 @@ class MeshRun:
     def evaluate(
         self, state: TrainState, frozen: Params, batches: Iterable[Mapping[str, np.ndarray]]
     ) -> dict[str, np.ndarray]:
-        """Mean metrics of `batches`, this process's part of each. Stops between two of them if the run is to stop."""
+        """Mean metrics of `batches`, this process's part of each. Stops between two of them if the run is to stop.
+
+        Raises UserError if there is no batch.
+        """
         metrics: list[Metrics] = []
         for batch in batches:
             poll()
             placed = self.put(batch)
             metrics.append(jax.device_get(self._evaluate(self._pyramid_of(placed))(state.params, frozen, placed)))
+        if not metrics:
+            why = f"no aspect has data.batch_size = {self.config.data.batch_size} held-out examples"
+            why = why if self.config.eval_batches > 0 else f"eval_batches is {self.config.eval_batches}"
+            raise UserError(f"there is nothing to evaluate on: {why}; set eval_every to 0 to do without")
         return jax.tree.map(lambda *values: np.mean(values, axis=0), *metrics)

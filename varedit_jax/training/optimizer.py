@@ -9,6 +9,7 @@ import optax
 from optax import contrib
 
 from varedit_jax.config import OptimizerConfig
+from varedit_jax.errors import UserError
 
 # Parameters that weight decay leaves alone, by path. What is learned once for all inputs (a start token, a level's
 # embedding) or scales or shifts a channel has no excess norm to lose; the kernels are what decays.
@@ -50,15 +51,15 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
 
     Linear from 0 at step 0 to `config.learning_rate` at step `warmup_steps`; from there constant, or along a half
     cosine over the last `decay_steps` (0: all that are left) that reaches `final_fraction` of it at `total_steps`.
-    Raises ValueError if warm-up and decay do not fit into the steps.
+    Raises UserError if warm-up and decay do not fit into the steps.
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     parts, bounds = [optax.constant_schedule(peak)], []
     if config.schedule == "cosine":
         if warmup + max(config.decay_steps, 1) > total_steps:
-            raise ValueError(
+            raise UserError(
                 f"optimizer.warmup_steps is {warmup} and optimizer.decay_steps {config.decay_steps}, which do not fit "
-                f"into {total_steps} steps"
+                f"into {total_steps} steps; lower them, or raise steps"
             )
         decay = config.decay_steps or total_steps - warmup
         parts.append(optax.cosine_decay_schedule(peak, decay, alpha=config.final_fraction))

@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from varedit_jax.config import RunConfig
+from varedit_jax.errors import UserError
 from varedit_jax.parallel.mesh import batch_sharding, check_batch, replicated
 from varedit_jax.parallel.rules import check_rules, param_shardings, state_shardings, with_shardings
 from varedit_jax.parameters import abstract_params
@@ -16,6 +17,20 @@ from varedit_jax.scales import Pyramid, editor_pyramid, image_size
 from varedit_jax.training.editor_run import make_init
 from varedit_jax.training.state import TrainState
 from varedit_jax.training.step import Params, make_step
+from varedit_jax.transformer.kernels import choose, platform
+
+
+def check_attention(config: RunConfig) -> None:
+    """Raises UserError if the kernel that `transformer.attention` names cannot work on the mesh that is set."""
+    model = config.model.transformer
+    try:
+        kernel = choose(model.attention, model.head_size, model.dtype)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if kernel == "cudnn" and platform() not in ("gpu", "cuda"):
+        raise UserError(
+            f"attention is 'cudnn', which needs a GPU, not {platform()}; choose attention='auto' or 'plain'"
+        )
 
 
 def abstract_state(config: RunConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -75,9 +90,10 @@ _TPU_OPTIONS = {"xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter
 def sharded_step(config: RunConfig, pyramid: Pyramid, optimizer: optax.GradientTransformation, mesh: Mesh) -> Any:
     """The jitted step (state, frozen, batch, key) -> (state, metrics) of a run on `mesh`.
 
-    The state is donated and comes back where it lay; metrics are whole on every device. To be called, or lowered,
-    under `jax.set_mesh(mesh)`.
+    The state is donated and comes back where it lay; metrics are whole on every device. To be made, and called or
+    lowered, under `jax.set_mesh(mesh)`. Raises UserError as `check_attention`.
     """
+    check_attention(config)
     state = abstract_state(config, optimizer, mesh)
     out = jax.tree.map(lambda leaf: leaf.sharding, state)
     everywhere = NamedSharding(mesh, PartitionSpec())
