@@ -19,7 +19,7 @@ from data_pipelines.checked import kept_records
 from data_pipelines.damage import Damaged, Fault
 from data_pipelines.record import BrokenRecord
 from data_pipelines.shapes.builder import SPLITS, TEST_EXAMPLES, TRAIN_EXAMPLES, Shapes
-from data_pipelines.shards import Records
+from data_pipelines.shards import Records, read_index
 from data_pipelines.transforms import draw_flip, read_picture
 from varedit_jax.config import DataConfig, EditorConfig
 from varedit_jax.errors import UserError
@@ -196,13 +196,20 @@ def picture_sizes(model: EditorConfig, aspects: Sequence[str]) -> dict[str, tupl
 def open_records(data: DataConfig, split: str, model: EditorConfig) -> RecordSource:
     """Split `split` (`train` or `test`, which is `validation` on disk) of the prepared data sets of `data.mixture`.
 
-    Pictures get the size that `model` works on. Raises UserError for folders that hold no such split, and as
-    `picture_sizes`.
+    Pictures get the size that `model` works on. A data set may be too small to have a `validation`; it is passed over
+    in `test` if another has one. Raises UserError for folders that hold no such split, and as `picture_sizes`.
     """
     if split not in _RECORD_SPLITS:
         raise UserError(f"prepared records have no split {split!r}; they have {', '.join(_RECORD_SPLITS)}")
     folders = [pathlib.Path(data.directory) / folder for folder, _ in data.mixture]
-    parts = tuple(Records(folder, _RECORD_SPLITS[split]) for folder in folders)
+    name = _RECORD_SPLITS[split]
+    if split == "test":
+        folders = [folder for folder in folders if name in read_index(folder)["splits"]]
+        if not folders:
+            raise UserError(
+                f"none of the data sets of data.mixture has a split {name!r}; prepare one with a larger --validation"
+            )
+    parts = tuple(Records(folder, name) for folder in folders)
     return RecordSource(data, parts, picture_sizes(model, data.aspects))
 
 

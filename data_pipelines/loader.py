@@ -253,11 +253,6 @@ def _check(
             f"data.batch_size {data.batch_size} does not divide over {process_count} processes; "
             f"give a multiple of {process_count}"
         )
-    if len(source) < data.batch_size:
-        raise UserError(
-            f"data.batch_size is {data.batch_size}, but {data.name} has only {len(source)} examples in this split; "
-            f"give a smaller batch or a larger data set"
-        )
     if features is not None and features.examples != len(source):
         raise UserError(
             f"there are features of {features.examples} examples, but {len(source)} examples; "
@@ -300,6 +295,11 @@ def training_batches(
     the features are of another number of examples.
     """
     _check(data, source, features, process_index, process_count)
+    if len(source) < data.batch_size:
+        raise UserError(
+            f"data.batch_size is {data.batch_size}, but {data.name} has only {len(source)} examples in this split; "
+            f"give a smaller batch or a larger data set"
+        )
     buckets, kept = _columns(source, features)
     datasets: NDArray[Any] = np.zeros(len(source), np.int8)
     weights = [1.0]
@@ -325,11 +325,19 @@ def evaluation_batches(
 
     Whole batches of each bucket only, so that all processes take equally many steps of one shape: of n examples of one
     bucket the first `n - n % data.batch_size`. Example i of a single process and bucket is row `i % B` of batch
-    `i // B`. Arguments and errors as of `training_batches`.
+    `i // B`. Where no bucket fills a batch, there is one, of the largest bucket's examples again and again. Arguments
+    as of `training_batches`.
+
+    Raises UserError if the batch does not divide over the processes, if no example can be used, or if the features are
+    of another number of examples.
     """
     _check(data, source, features, process_index, process_count)
     buckets, kept = _columns(source, features)
     plan = InOrder(buckets, data.batch_size, kept)
+    if not plan.steps:
+        raise UserError(
+            f"none of the {len(source)} held-out examples can be used; prepare more of them, by --validation"
+        )
     if isinstance(source, RecordSource):
         source = dataclasses.replace(source, data=dataclasses.replace(source.data, flip=False))
     read = _Read(plan, source, vocabulary, features, data.text_tokens, _rows(data, process_index, process_count))

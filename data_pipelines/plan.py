@@ -211,7 +211,8 @@ class Shuffled:
 class InOrder:
     """A plan that shows each example once, in the stored order, as far as they fill batches of their bucket.
 
-    A batch comes where its last example is.
+    A batch comes where its last example is. Where no bucket fills one, there is one batch of the examples of the
+    largest bucket, again and again until it is full, so that few examples are better than none.
     """
 
     def __init__(
@@ -224,6 +225,9 @@ class InOrder:
             members = shown[buckets[shown] == bucket]
             found.append(members[: len(members) - len(members) % batch_size].reshape(-1, batch_size))
         batches = np.concatenate(found) if found else np.zeros((0, batch_size), np.int64)
+        if len(shown) and not len(batches):
+            present, counts = np.unique(buckets[shown], return_counts=True)
+            batches = np.resize(shown[buckets[shown] == present[np.argmax(counts)]], (1, batch_size))
         self._batches = batches[np.argsort(batches[:, -1])]
         self._buckets = np.asarray(buckets)[self._batches[:, 0]]
         self.digest = hashlib.sha256(self._batches.tobytes() + self._buckets.tobytes()).hexdigest()[:16]

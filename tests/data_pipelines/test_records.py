@@ -193,6 +193,24 @@ def test_evaluation_is_of_fixed_examples_in_their_order(folders: tuple[str, str]
     assert ids[0] == ids[1] == [[1, 4, 7, 9], [2, 5, 8, 10], [0, 3, 6, 11]]
 
 
+def test_few_held_out_examples_are_one_batch(folders: tuple[str, str], tmp_path: pathlib.Path) -> None:
+    records = [_record(number, "small") for number in range(40)]
+    _write(tmp_path / "small", records)
+    _write(tmp_path / "small", records[:4], "validation", 1)  # 0 and 3 are of one aspect
+    _write(tmp_path / "none", records)
+    for name in ("small", "none"):
+        write_index(tmp_path / name)
+    data = _data([str(tmp_path / "none"), str(tmp_path / "small")], batch_size=5)
+    source = loader.open_records(data, "test", MODEL)
+    assert [records.folder.name for records in source.parts] == ["small"]
+    for count, share in ((1, [slice(0, 5)]), (5, [slice(row, row + 1) for row in range(5)])):
+        for process in range(count):
+            [batch] = loader.evaluation_batches(data, Lengths(), source, None, process, count)
+            assert batch["example_ids"].tolist() == [0, 3, 0, 3, 0][share[process]]
+    with pytest.raises(UserError, match="larger --validation"):
+        loader.open_records(_data([str(tmp_path / "none")]), "test", MODEL)
+
+
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, str]]:
     """240 records, 12 of them damaged in as many ways; and the reasons by id."""
