@@ -82,6 +82,9 @@ def decode(data: bytes) -> Record:
             raise BrokenRecord(f"field {name} of a record is {type(value).__name__}")
     if not all(isinstance(text, str) for text in values.get("instructions", ())):
         raise BrokenRecord("an instruction of a record is no text")
+    for name, score in values.get("scores", {}).items():
+        if not isinstance(name, str) or not isinstance(score, (int, float)):
+            raise BrokenRecord(f"score {name!r} of a record is {type(score).__name__}")
     try:
         return Record(**values)
     except TypeError as error:

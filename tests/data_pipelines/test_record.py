@@ -68,6 +68,7 @@ def test_a_newer_version_is_told_to_the_user() -> None:
         (msgpack.packb(msgpack.unpackb(VERSION_1) | {"source": "text"}), "field source .* is str"),
         (msgpack.packb(msgpack.unpackb(VERSION_1) | {"id": 7}), "field id .* is int"),
         (msgpack.packb(msgpack.unpackb(VERSION_1) | {"instructions": [7]}), "no text"),
+        (msgpack.packb(msgpack.unpackb(VERSION_1) | {"scores": {"a": [1]}}), "score 'a' .* is list"),
     ],
 )
 def test_bytes_that_are_no_record_are_broken(data: bytes, says: str) -> None:
