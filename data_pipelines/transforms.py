@@ -23,11 +23,14 @@ _FLIP = 4  # what a hash is for, beside those of plan.py
 
 # Words that a flipped picture would make wrong: sides, directions, and writing. Languages of the public data sets.
 _SIDED = re.compile(
-    r"\b(?:left|right|lefthand|righthand|leftmost|rightmost|leftward|rightward|leftwards|rightwards|clockwise|counter-?"
-    r"clockwise|anticlockwise|east|west|eastern|western|mirror|mirrored|flip|flipped|"
+    r"\b(?:left|right|lefthand|righthand|leftside|rightside|leftmost|rightmost|leftward|rightward|leftwards|"
+    r"rightwards|clockwise|counter-?clockwise|anticlockwise|east|west|eastern|western|mirror|mirrored|flip|flipped|"
     r"text|texts|word|words|letter|letters|lettering|caption|captions|title|logo|logos|sign|signs|signage|label|labels|"
-    r"write|writes|writing|written|wrote|read|reads|reading|say|says|saying|spell|spells|number|numbers|digit|digits|"
-    r"font|slogan|watermark|license plate|plate number|clock|"
+    r"inscriptions?|inscribed|handwriting|handwritten|labell?ed|titled|captioned|subtitles?|headlines?|graffiti|"
+    r"calligraphy|typography|phrases?|sentences?|messages?|slogans?|spelled|spelt|misspell\w*|typos?|translat\w*|"
+    r"write|writes|writing|written|wrote|rewrite|rewritten|"
+    r"read|reads|reading|say|says|saying|spell|spells|number|numbers|digit|digits|"
+    r"fonts?|watermarks?|licen[sc]e[ -]plates?|plate number|clock|\d+:\d\d|"
     r"links|rechts|linken?|rechten?|linke[rs]|rechte[rs]|schrift|schriftzug|wort|worte|"  # German
     r"gauche|droite|texte|mot|mots|écrire|écrit|"  # French
     r"izquierd[oa]s?|derech[oa]s?|texto|palabras?|letras?|escrib\w*|"  # Spanish
