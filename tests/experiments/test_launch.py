@@ -1,5 +1,6 @@
 """The launch scripts: the shell can read them, and what they and their pages ask of the training program exists."""
 
+import os
 import pathlib
 import re
 import subprocess
@@ -42,3 +43,29 @@ def test_a_page_shows_the_command_of_its_script(script: str, page: str) -> None:
         return set(re.findall(r"--(?:config\.)?[\w.]*\w=", command.partition("\n\n")[0]))
 
     assert flags(page) <= flags(script) and len(flags(page)) == 8
+
+
+def test_slurm_puts_a_job_in_the_queue_again(tmp_path: pathlib.Path) -> None:
+    """Unless it is finished, has a mistake, or ends at once for the third time in a row."""
+    for name, lines in (("srun", "exit $CODE"), ("scontrol", 'echo "$@"')):
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+
+    def job(code: int, restarts: int, seconds: int = 0) -> bool:
+        """Whether a job whose processes end so, after so many seconds, runs again."""
+        environment = {
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "DISK": str(tmp_path),
+            "CODE": str(code),
+            "SLURM_JOB_ID": "7",
+            "SLURM_RESTART_COUNT": str(restarts),
+            "SECONDS": str(seconds),
+        }
+        command = ["bash", str(FOLDER / "slurm.sbatch")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == code and done.stdout in ("", "requeue 7\n"), done
+        return bool(done.stdout)
+
+    assert [job(0, 0), job(1, 0), job(143, 0)] == [False, False, True]
+    assert [job(137, 1), job(137, 2, seconds=3600), job(137, 3), job(137, 4), job(137, 5)] == [True] * 4 + [False]
+    assert job(137, 0)  # submitted anew
