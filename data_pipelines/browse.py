@@ -9,6 +9,7 @@ import itertools
 import json
 import pathlib
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -50,11 +51,23 @@ def write_page(
 ) -> int:
     """Writes index.html and its pictures for the prepared data set in `folder`; returns the number of samples.
 
-    Records that cannot be read are passed over. Raises UserError if `output` exists or `folder` holds no data set.
+    Records that cannot be read are passed over. Raises UserError if `output` exists or cannot be written, or `folder`
+    holds no data set.
     """
     if output.exists():
         raise UserError(f"{output} exists; give a new folder, or remove it first")
     splits = {split: Records(folder, split) for split in read_index(folder)["splits"]}
+    try:
+        return _write(folder, output, splits, samples, side, seed)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {output}: {error.strerror or error}; make room, or give another folder"
+        ) from error
+
+
+def _write(
+    folder: pathlib.Path, output: pathlib.Path, splits: Mapping[str, Records], samples: int, side: int, seed: int
+) -> int:
     total = sum(map(len, splits.values()))
     entries: list[dict[str, Any]] = []
     with new_folder(output) as partial:

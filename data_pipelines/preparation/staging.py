@@ -92,7 +92,11 @@ def new_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    yield partial
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     if path.exists():  # another worker was faster
         shutil.rmtree(partial)
     else:

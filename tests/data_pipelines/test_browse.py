@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from data_pipelines import browse
 from data_pipelines.browse import choose, write_page
 from data_pipelines.record import Record
 from data_pipelines.shards import Records, ShardWriter, shard_path, write_index
@@ -76,6 +77,22 @@ def test_each_kind_of_each_data_set_is_shown_as_often_as_it_can_be(prepared: pat
     assert len({(_record(number).dataset, _record(number).kind) for number in chosen}) == 5
     assert choose(records, 100, seed=0) == list(range(12))
     assert choose(records, 5, seed=0) == chosen
+
+
+def test_a_page_that_was_ended_leaves_nothing_and_one_without_a_place_is_told(
+    prepared: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write .*page: .*; make room, or give another folder"):
+        write_page(prepared, tmp_path / "file" / "page")
+
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(browse, "_entry", end)
+    with pytest.raises(KeyboardInterrupt):
+        write_page(prepared, tmp_path / "page")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_page_is_not_written_over_another(prepared: pathlib.Path, page: pathlib.Path) -> None:
