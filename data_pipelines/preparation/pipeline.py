@@ -43,8 +43,15 @@ def prepare(
     The same inputs and settings give the same bytes, whatever the runner and the number of workers. What was ended
     goes on when it is called again. Answers of a vision-language model are kept beside the output, in OUTPUT.answers.
 
-    Raises UserError for inputs that cannot be read, settings that leave nothing, and an output that exists.
+    Raises UserError for inputs that cannot be read, settings that leave nothing, and an output that exists or lies in
+    an input.
     """
+    for path in map(pathlib.Path, inputs):
+        if path.is_dir() and pathlib.Path(output).resolve().is_relative_to(path.resolve()):
+            raise UserError(
+                f"{output} lies below {path}, and would be taken for a part of it when the same command goes on; "
+                f"give a folder beside it"
+            )
     parts = find_parts(source, inputs, source_options)
     job = {
         "facts": FACTS.descr,  # what an earlier version of this package read has other rows

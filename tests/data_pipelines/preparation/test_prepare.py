@@ -163,6 +163,13 @@ def test_a_full_disk_is_one_sentence_for_the_user(
         prepare("manifest", [str(corpus.inputs[0])], tmp_path / "out", SETTINGS)
 
 
+def test_an_output_inside_of_the_input_is_told_to_the_user(corpus: Corpus) -> None:
+    folder = corpus.inputs[0].parent
+    with pytest.raises(UserError, match="lies below .*; give a folder beside it"):
+        prepare("manifest", [str(folder)], folder / "new" / "out", SETTINGS)
+    assert not (folder / "new").exists()
+
+
 def test_ids_that_come_twice_are_kept_once(tmp_path: pathlib.Path) -> None:
     inputs, stay, _ = write_corpus(tmp_path / "in", lists=1)
     other, _, _ = write_corpus(tmp_path / "again", lists=1)
