@@ -141,10 +141,19 @@ def json_items(path: str) -> Iterator[tuple[str, Any]]:
             position += 1
 
 
+def _lies_in(path: pathlib.Path, folder: pathlib.Path) -> bool:
+    """Whether a file, links resolved, is of a folder. In the Hub's cache, snapshots/REVISION/... links to blobs/..."""
+    if path.is_relative_to(folder.resolve()):
+        return True
+    snapshots = [above for above in folder.absolute().parents if above.name == "snapshots"]
+    return any(path.parent == (above.parent / "blobs").resolve() for above in snapshots)
+
+
 def read_below(folders: Sequence[pathlib.Path], name: object) -> bytes | Reason:
     """Bytes of the file `name` in the first folder that has it; MISSING, UNSAFE or SIZE if there are none.
 
-    A name never leads out of the folders, not over links either. Raises UserError if a file cannot be read.
+    A name never leads out of the folders, not over links either; those of the Hub's cache are followed. Raises
+    UserError if a file cannot be read.
     """
     plain = safe_name(name)
     if plain is None:
@@ -153,7 +162,7 @@ def read_below(folders: Sequence[pathlib.Path], name: object) -> bytes | Reason:
         path = folder / plain
         try:
             if path.is_file():
-                if not path.resolve().is_relative_to(folder.resolve()):
+                if not _lies_in(path.resolve(), folder):
                     return Reason.UNSAFE
                 return path.read_bytes() if path.stat().st_size <= MAX_FILE_BYTES else Reason.SIZE
         except OSError as error:

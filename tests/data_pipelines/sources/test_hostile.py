@@ -90,6 +90,20 @@ def test_folders_of_pictures_stay_in_themselves_whatever_is_in_them(tmp_path: pa
     assert isinstance(long, Refused) and long.reason == Reason.MISSING
 
 
+def test_links_of_the_hubs_cache_are_followed_and_others_are_not(tmp_path: pathlib.Path) -> None:
+    cache = tmp_path / "datasets--a--b"
+    folder = cache / "snapshots" / "0123abcd" / "train"
+    for made in (folder, cache / "blobs"):
+        made.mkdir(parents=True)
+    (cache / "blobs" / "feed").write_bytes(b"a picture")
+    (cache / "secret").write_bytes(b"a secret")
+    (folder / "a.jpg").symlink_to("../../../blobs/feed")
+    (folder / "b.jpg").symlink_to("../../../secret")
+    assert read_below([folder], "a.jpg") == b"a picture"
+    assert read_below([folder.parent], "train/a.jpg") == b"a picture"
+    assert read_below([folder], "b.jpg") is Reason.UNSAFE
+
+
 def test_json_that_is_nested_without_end_is_damaged(tmp_path: pathlib.Path) -> None:
     (tmp_path / "a.json").write_text(f"[1, {DEEP}")
     with pytest.raises(ValueError, match="nested"):
