@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import pathlib
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
@@ -29,7 +30,7 @@ from data_pipelines.damage import Damaged
 from data_pipelines.examples import Example, RecordSource
 from data_pipelines.shards import Records, read_index
 from varedit_jax.errors import UserError
-from varedit_jax.training.record import make_folder, room_explained, write_json
+from varedit_jax.training.record import make_folder, room_explained
 
 MANIFEST = "features.json"
 FOLDER = "features"
@@ -84,28 +85,29 @@ def precompute(
     """Computes what is missing of every `process_count`-th shard; returns the number of shards that it wrote.
 
     Both functions get whole batches of one shape, the last one filled up. Raises UserError if a feature is not finite,
-    or the disk is full.
+    the disk is full, or features of other records lie there.
     """
     todo = []
     for part, records in enumerate(source.parts):
         folder = _folder(records, made_by)
         for name, rows in _shards(records):
             todo.append((part, folder / records.split / name, rows))
-    todo = [entry for entry in todo[process_index::process_count] if not entry[1].with_suffix(".npy").exists()]
+    for records in source.parts:
+        _write_manifest(records, made_by)
+    todo = [entry for entry in todo[process_index::process_count] if not _file(entry[1], "npy").exists()]
     with tqdm.tqdm(total=sum(len(rows) for _, _, rows in todo), desc="features", unit="example") as progress:
         for part, path, rows in todo:
             make_folder(path.parent)
             with room_explained("features", path.parent):
-                write_json(path.parent.parent / MANIFEST, made_by.manifest(source.parts[part]))
                 start = int(source.starts[part])
                 indices = np.arange(start + rows.start, start + rows.stop)
-                partial = path.with_suffix(".partial")
+                partial = _file(path, "partial")
                 with partial.open("wb") as file:
                     table = _write(file, source, indices, encode, encode_text, batch_size, progress)
-                partial.replace(path.with_suffix(".bfloat16"))
+                partial.replace(_file(path, "bfloat16"))
                 with partial.open("wb") as file:
                     np.save(file, table)
-                partial.replace(path.with_suffix(".npy"))
+                partial.replace(_file(path, "npy"))
     return len(todo)
 
 
@@ -180,14 +182,20 @@ class RecordFeatures:
             for name, rows in _shards(records):
                 path = _folder(records, made_by) / records.split / name
                 try:
-                    table = np.load(path.with_suffix(".npy"))
-                    complete = len(table) == len(rows) and path.with_suffix(".bfloat16").exists()
+                    table = np.load(_file(path, "npy"))
+                    complete = len(table) == len(rows) and _file(path, "bfloat16").exists()
                 except (OSError, ValueError):
                     complete = False
                 if not complete:
                     raise UserError(f"features of {path} are missing; compute them with experiments.precompute")
+                size = _file(path, "bfloat16").stat().st_size
+                if size != _bytes(table):
+                    raise UserError(
+                        f"features of {path} have {size} bytes, not {_bytes(table)}; delete {_file(path, 'npy').name} "
+                        f"there and compute them again"
+                    )
                 tables.append(table)
-                files.append(path.with_suffix(".bfloat16"))
+                files.append(_file(path, "bfloat16"))
                 starts.append(starts[-1] + len(rows))
         self._table = np.concatenate(tables)
         self._files = files
@@ -233,6 +241,29 @@ class RecordFeatures:
             numbers[begin:end].reshape(shape) for begin, end, shape in zip(ends[:-1], ends[1:], shapes, strict=True)
         )
         return source, target, text
+
+
+def _file(path: pathlib.Path, kind: str) -> pathlib.Path:
+    """One of a shard's files; names of shards may have dots."""
+    return path.with_name(f"{path.name}.{kind}")
+
+
+def _bytes(table: NDArray[np.int64]) -> int:
+    """Of the numbers that a shard's table speaks of."""
+    _, h, w, channels, tokens, width = table[table[:, 0] >= 0].T
+    return 2 * int((2 * h * w * channels + tokens * width).sum())
+
+
+def _write_manifest(records: Records, made_by: MadeBy) -> None:
+    path = _folder(records, made_by) / MANIFEST
+    if path.exists():
+        _check_manifest(records, made_by)
+        return
+    make_folder(path.parent)
+    with room_explained("features", path.parent):
+        draft = path.with_name(f".{uuid.uuid4().hex}.draft")  # other processes may be doing the same
+        draft.write_text(json.dumps(made_by.manifest(records), indent=2) + "\n")
+        draft.replace(path)
 
 
 def _check_manifest(records: Records, made_by: MadeBy) -> None:

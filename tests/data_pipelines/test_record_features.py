@@ -1,5 +1,6 @@
 """Features beside records: of every good one, by any number of processes, refused where other weights made them."""
 
+import concurrent.futures
 import dataclasses
 import json
 import pathlib
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from data_pipelines import loader
+from data_pipelines import loader, record_features
 from data_pipelines.record import Record
 from data_pipelines.record_features import MadeBy, RecordFeatures, precompute
 from data_pipelines.shards import ShardWriter, shard_path, write_index
@@ -127,6 +128,39 @@ def test_features_of_other_weights_settings_and_records_are_refused(source: load
     index.write_text(index.read_text() + "\n")
     with pytest.raises(UserError, match="has index"):
         RecordFeatures(source, MADE_BY)
+    with pytest.raises(UserError, match="has index"):  # nor are some of these records put beside some of those
+        precompute(source, MADE_BY, encode, encode_text, 4)
+
+
+def test_many_processes_may_begin_at_once(source: loader.RecordSource) -> None:
+    for _ in range(20):
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda _: record_features._write_manifest(source.parts[0], MADE_BY), range(8)))
+        [manifest] = (source.parts[0].folder / "features" / MADE_BY.name).iterdir()
+        manifest.unlink()
+
+
+def test_features_that_are_cut_short_are_told_at_once(source: loader.RecordSource) -> None:
+    precompute(source, MADE_BY, encode, encode_text, 4)
+    path = source.parts[0].folder / "features" / MADE_BY.name / "train" / "made-00001-of-00003.bfloat16"
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(UserError, match=r"have \d+ bytes, not \d+; delete made-00001-of-00003.npy"):
+        RecordFeatures(source, MADE_BY)
+
+
+def test_shards_whose_names_have_dots_keep_apart(tmp_path: pathlib.Path) -> None:
+    for shard in range(2):
+        with ShardWriter(shard_path(tmp_path / "train", "made.v2", shard, 2)) as writer:
+            picture = encoded(SIZES[0], "PNG", seed=shard)
+            texts = (f"word {shard}",)
+            writer.write(
+                Record(id=str(shard), dataset="d", source=picture, target=picture, instructions=texts), SIZES[0]
+            )
+    write_index(tmp_path)
+    source = loader.open_records(_data(tmp_path), "train", MODEL)
+    assert precompute(source, MADE_BY, encode, encode_text, 4) == 2
+    rows = RecordFeatures(source, MADE_BY).rows([0, 1])
+    assert rows["text_features"][:, 0, 1].astype(np.float32).tolist() == [0.0, 1.0]
 
 
 def test_features_that_are_no_numbers_end_the_job_and_leave_no_shard(source: loader.RecordSource) -> None:
