@@ -94,7 +94,8 @@ class Damage(NamedTuple):
 def group_parts(files: Sequence[pathlib.Path]) -> dict[str, list[str]]:
     """Archives by name, each with its parts in order: numbers as numbers, `aa`, `ab`, ... by letters.
 
-    Raises UserError if a part between the first and the last is missing, since all after it could not be read.
+    Raises UserError if a part before the last is missing, since all after it could not be read. Letters begin with
+    `aa`, numbers with 0 or 1.
     """
     groups: dict[str, dict[int, str]] = {}
     for file in files:
@@ -102,6 +103,9 @@ def group_parts(files: Sequence[pathlib.Path]) -> dict[str, list[str]]:
             number = _part_number(match["part"] or "0")
             groups.setdefault(str(file.with_name(match["name"])), {})[number] = str(file)
     for name, parts in groups.items():
+        first = pathlib.Path(parts[min(parts)]).name
+        if min(parts) > int(first[-1].isdecimal()):
+            raise UserError(f"the parts of {name} that are there begin with {first}; download those before it too")
         for number in range(min(parts), max(parts)):
             if number not in parts:
                 raise UserError(

@@ -15,7 +15,7 @@ def _convert(row: dict[str, Any], stem: str, number: int) -> Entry:
         source=picture_bytes(row["source_img"]),
         target=picture_bytes(row["target_img"]),
         instructions=[row["instruction"]],
-        turn=max(0, (row["turn_index"] or 0) - 1),
+        turn=max(0, int(row["turn_index"] or 0) - 1),
         mask=picture_bytes(row.get("mask_img")),
         licence=_LICENCE,
         picture=str(row["img_id"]),

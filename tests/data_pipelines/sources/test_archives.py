@@ -1,5 +1,6 @@
 import io
 import pathlib
+import string
 import tarfile
 import tracemalloc
 from collections.abc import Iterator
@@ -45,8 +46,7 @@ def test_split_archives_read_as_one_compressed_or_not(mode: str, parts: int, tmp
 
 def test_parts_are_in_order_of_numbers_or_letters_and_archives_apart(tmp_path: pathlib.Path) -> None:
     names = [
-        "b.tar.split.010",
-        "b.tar.split.009",
+        *(f"b.tar.split.{number:03d}" for number in range(10, -1, -1)),
         "a.tar.gz.part-ab",
         "a.tar.gz.part-aa",
         "c.tar",
@@ -57,7 +57,7 @@ def test_parts_are_in_order_of_numbers_or_letters_and_archives_apart(tmp_path: p
     found = group_parts([tmp_path / name for name in names])
     assert {pathlib.Path(name).name: [pathlib.Path(file).name for file in files] for name, files in found.items()} == {
         "a.tar.gz": ["a.tar.gz.part-aa", "a.tar.gz.part-ab"],
-        "b.tar": ["b.tar.split.009", "b.tar.split.010"],
+        "b.tar": [f"b.tar.split.{number:03d}" for number in range(11)],
         "c.tar": ["c.tar"],
         "d.tgz": ["d.tgz"],
         "e.tar.gz": [f"e.tar.gz.part{number}" for number in range(1, 12)],
@@ -66,10 +66,17 @@ def test_parts_are_in_order_of_numbers_or_letters_and_archives_apart(tmp_path: p
 
 @pytest.mark.parametrize("missing", ["a.tar.gz.part-ba", "b.tar.split.1"])
 def test_a_part_that_was_not_downloaded_is_told_to_the_user(missing: str, tmp_path: pathlib.Path) -> None:
-    names = ["a.tar.gz.part-az", "a.tar.gz.part-ba", "a.tar.gz.part-bb"] + [f"b.tar.split.{i}" for i in range(3)]
+    letters = [f"a.tar.gz.part-a{letter}" for letter in string.ascii_lowercase]
+    names = [*letters, "a.tar.gz.part-ba", "a.tar.gz.part-bb"] + [f"b.tar.split.{i}" for i in range(3)]
     assert len(group_parts([tmp_path / name for name in names])) == 2
     with pytest.raises(UserError, match="the one after .*(part-az|split.0) is missing; download it too"):
         group_parts([tmp_path / name for name in names if name != missing])
+
+
+@pytest.mark.parametrize("there", ["a.tar.gz.part-ab", "a.tar.gz.part002", "a.tar.split.010"])
+def test_a_first_part_that_was_not_downloaded_is_told_to_the_user(there: str, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match=f"begin with {there}; download those before it too"):
+        group_parts([tmp_path / there])
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])

@@ -132,3 +132,12 @@ def test_text_of_a_table_that_is_not_utf_8_costs_its_row(tmp_path: pathlib.Path)
     found = list(read("instruct_pix2pix", [tmp_path]))
     assert [entry.id for entry in found] == ["a/0", "a.parquet row 1", "a/2"]
     assert isinstance(found[1], Refused) and found[1].reason == Reason.ANNOTATION
+
+
+def test_turns_that_a_table_has_as_fractions_are_whole(tmp_path: pathlib.Path) -> None:
+    pictures = pa.array([b"1", b"2", b"3"])
+    turns = pa.array([1.0, 2.0, None])  # what becomes of whole numbers beside one that is not there
+    table = {"img_id": ["a", "a", "b"], "turn_index": turns, "source_img": pictures, "target_img": pictures}
+    pq.write_table(pa.table(table | {"instruction": ["make it foggy"] * 3}), tmp_path / "a.parquet")
+    found = [decode(encode(entry)).turn for entry in read("magicbrush", [tmp_path]) if isinstance(entry, Record)]
+    assert found == [0, 1, 0]
