@@ -81,7 +81,8 @@ def _write(
                     continue
         data = {"title": folder.absolute().name, "total": total, "samples": entries}
         text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # so that no text can end the script
-        (partial / "index.html").write_text(_TEMPLATE.read_text().replace("/*DATA*/null", text))
+        page = _TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/null", text)
+        (partial / "index.html").write_text(page, encoding="utf-8")
     return len(entries)
 
 

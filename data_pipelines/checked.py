@@ -80,7 +80,8 @@ def check_split(folder: str | os.PathLike[str], split: str, processes: int = 1) 
             for row, reason, detail in done[number]
         ]
     with room_explained("list of bad records", folder):
-        journal.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (header, *lines)))
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (header, *lines))
+        journal.write_text(text, encoding="utf-8")
         journal.replace(path)
     return Counter(line["reason"] for line in lines)
 
@@ -91,7 +92,7 @@ def _read_journal(journal: pathlib.Path, header: dict[str, Any]) -> dict[int, An
     if not journal.exists():
         return done
     try:
-        first, *lines = journal.read_text().splitlines()
+        first, *lines = journal.read_text(encoding="utf-8").splitlines()
         if json.loads(first) == header:
             for line in lines:
                 number, found = json.loads(line)
@@ -111,7 +112,7 @@ def kept_records(records: Records) -> NDArray[np.bool_]:
     if not path.exists():
         return kept
     # Not by `splitlines`: ids may hold ends of lines that JSON does not escape.
-    header, *lines = (json.loads(line) for line in path.read_text().split("\n") if line)
+    header, *lines = (json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line)
     if header["index"] != index_hash(pathlib.Path(records.folder)):
         raise UserError(
             f"{path} is of data that were prepared anew since; run data_pipelines.check again, or delete it"

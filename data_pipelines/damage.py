@@ -179,7 +179,9 @@ class Quarantine:
 def read_quarantine(path: str | os.PathLike[str]) -> list[dict[str, str]]:
     """Lines of a quarantine file; one that a kill cut short is left out."""
     lines = []
-    for text in pathlib.Path(path).read_text(errors="replace").split("\n"):  # ids may hold other ends of lines
+    for text in (
+        pathlib.Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+    ):  # ids may hold other ends of lines
         with contextlib.suppress(ValueError):
             lines.append(json.loads(text))
     return lines

@@ -47,8 +47,10 @@ def write_report(
     """
     folder.mkdir(parents=True, exist_ok=True)
     counts = count(facts, verdicts, validation)
-    (folder / "report.json").write_text(json.dumps(_as_json(counts), indent=1, ensure_ascii=False) + "\n")
-    (folder / "report.md").write_text(_as_markdown(counts))
+    (folder / "report.json").write_text(
+        json.dumps(_as_json(counts), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    (folder / "report.md").write_text(_as_markdown(counts), encoding="utf-8")
     _write_quarantine(folder / "quarantine.jsonl", facts, verdicts, twins)
     _draw_samples(folder / "samples.png", facts, verdicts)
 
@@ -106,9 +108,9 @@ def _as_markdown(counts: Counts) -> str:
 
 
 def _write_quarantine(path: pathlib.Path, facts: Facts, verdicts: NDArray[np.uint8], twins: Twins) -> None:
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for index, part in enumerate(facts.parts):
-            with part.left.open() as lines:
+            with part.left.open(encoding="utf-8") as lines:
                 file.writelines(lines)
             start, end = facts.starts[index : index + 2]
             for number in (np.flatnonzero(verdicts[start:end]) + start).tolist():

@@ -50,7 +50,11 @@ def scan(task: Scan) -> None:
         datasets: list[str] = []
         writer = ArrayRecordWriter(str(files.records), "group_size:1,uncompressed")
         try:
-            with FactsWriter(files) as facts, files.left.open("w") as left, SampleKeeper(files.samples) as samples:
+            with (
+                FactsWriter(files) as facts,
+                files.left.open("w", encoding="utf-8") as left,
+                SampleKeeper(files.samples) as samples,
+            ):
 
                 def leave(id: str, dataset: str, reason: str, detail: str) -> None:
                     counts[dataset][reason] += 1

@@ -69,7 +69,7 @@ class Waves:
                     raise KeyboardInterrupt from error
                 raise
         for path in sorted(self._folder.glob("*.error")):
-            raise UserError(path.read_text())
+            raise UserError(path.read_text(encoding="utf-8"))
 
     def _runner(self, tasks: int) -> tuple[beam.PipelineRunner, list[str]]:
         """A runner for some tasks, and its options.
@@ -109,7 +109,7 @@ class _Do(beam.DoFn):
                 raise
             text = f"writing failed: {error}; make room and run the same command again" if full else str(error)
             with new_file(self._folder / f"{uuid.uuid4().hex}.error") as partial:
-                partial.write_text(text)
+                partial.write_text(text, encoding="utf-8")
 
 
 class _Watch:

@@ -1,6 +1,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -184,9 +185,9 @@ def test_ids_that_come_twice_are_kept_once(tmp_path: pathlib.Path) -> None:
     assert again >= set(names) and again >= stay
 
 
-def _program(*arguments: str) -> subprocess.CompletedProcess[str]:
+def _program(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "data_pipelines.prepare", *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
 
 
 def test_the_program_prepares_and_tells_mistakes_in_one_line(corpus: Corpus, tmp_path: pathlib.Path) -> None:
@@ -197,6 +198,24 @@ def test_the_program_prepares_and_tells_mistakes_in_one_line(corpus: Corpus, tmp
     failed = _program(*arguments, "--min_score=quality")
     assert failed.returncode == 1
     assert failed.stderr == "error: --min_score is 'quality'; it must be like NAME:VALUE\n"
+
+
+def test_texts_are_utf_8_whatever_the_machine_takes_for_usual(corpus: Corpus, tmp_path: pathlib.Path) -> None:
+    names = {side: str(corpus.inputs[0].with_name(f"0-{side}.jpg")) for side in ("source", "target")}
+    lines = [{"id": "猫", "instruction": "去掉猫", **names}, {"id": "狗", "instruction": "", **names}]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = _program(
+        "--source=manifest",
+        f"--input={tmp_path / 'list.jsonl'}",
+        f"--source_options=root={corpus.inputs[0].parent}",
+        f"--output={tmp_path / 'out'}",
+        LC_ALL="C",
+        PYTHONUTF8="0",
+        PYTHONCOERCECLOCALE="0",
+    )
+    assert done.returncode == 0, done.stderr
+    [line] = read_quarantine(tmp_path / "out" / "report" / "quarantine.jsonl")
+    assert line["id"] == "狗"
 
 
 @pytest.mark.parametrize(
