@@ -32,12 +32,12 @@ def main(argv: list[str]) -> None:
         raise UserError(f"data.name is {config.data.name!r}; experiments.train computes features of it by itself")
     if index >= count:
         raise UserError(f"there is no --process_index={index} of --process_count={count}; the first one is 0")
+    data = dataclasses.replace(config.data, flip=False)
+    sources = {split: loader.open_records(data, split, config.model) for split in ("train", "test")}
     weights = encoders.load_encoders(config)
     made = encoders.made_by(config, *weights)
     functions = encoders.encoders(config, *weights)
-    data = dataclasses.replace(config.data, flip=False)
-    for split in ("train", "test"):
-        source = loader.open_records(data, split, config.model)
+    for split, source in sources.items():
         written = record_features.precompute(source, made, *functions, _BATCH.value, index, count)
         print(f"{split}: {written} shards written to features/{made.name} of each data set")
 
