@@ -27,6 +27,7 @@ def answers(run_program, tmp_path_factory):
         "mesh": ["--mesh=fsdp=3"],
         "text": ["--preset=2b", "--text=huge"],
         "accumulation": ["--accumulation=2"],
+        "attention": ["--attention=cudnn", "--what=train"],
     }
     # A third of the time to compile; the programs run but a few times.
     quick = "import os; os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=0'"
@@ -97,6 +98,7 @@ def test_what_is_printed(answers):
         ("mesh", "mesh data 1 x fsdp 3 x tensor 1 does not fit 1 devices"),
         ("text", "unknown text encoder 'huge'; known are small, base, large, xl, xxl"),
         ("accumulation", "data.batch_size 1 does not divide into optimizer.accumulation=2 microbatches"),
+        ("attention", "attention is 'cudnn', which needs a compute type of 16 bits, as bfloat16, not float32"),
     ],
 )
 def test_mistakes(answers, case, sentence):

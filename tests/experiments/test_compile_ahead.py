@@ -47,6 +47,7 @@ def answers(run_program, tmp_path_factory):
         "batch": [*good, "--mesh=fsdp=4", "--global_batch=6"],
         "accumulation": [*good, "--global_batch=9", "--accumulation=2"],
         "tensor": [*good, "--mesh=tensor=4"],
+        "attention": [*good, "--config.model.transformer.attention=cudnn"],
         "slices": [*good, "--slices=2", "--mesh=fsdp=8"],
     }
     return run_program("compile_ahead", lines)
@@ -98,6 +99,7 @@ def test_copied_parameters(answers):
         ("batch", "data.batch_size 6 with optimizer.accumulation 1 does not divide over data 1 x fsdp 4"),
         ("accumulation", "data.batch_size 9 does not divide into optimizer.accumulation=2"),
         ("tensor", "dimension H = 1 does not divide over tensor = 4"),
+        ("attention", "attention is 'cudnn', which needs a GPU, not tpu"),
         ("slices", "mesh.data is 1, which does not divide over 2 slices"),
     ],
 )

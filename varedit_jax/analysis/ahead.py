@@ -22,7 +22,14 @@ from varedit_jax.parallel.topology import topology_devices
 from varedit_jax.scales import editor_pyramid
 from varedit_jax.training.flops import CONVENTION, run_flops
 from varedit_jax.training.optimizer import make_optimizer
-from varedit_jax.training.sharded import abstract_batch, abstract_frozen, abstract_key, abstract_state, sharded_step
+from varedit_jax.training.sharded import (
+    abstract_batch,
+    abstract_frozen,
+    abstract_key,
+    abstract_state,
+    check_attention,
+    sharded_step,
+)
 
 Row = dict[str, Any]
 
@@ -57,10 +64,12 @@ class Target:
 def compile_step(config: RunConfig, target: Target) -> Row:
     """Compiles the step of a run, pictures and token ids in, for `target`: what `experiments.compile_ahead` prints.
 
-    Raises UserError for a topology, mesh or batch that do not go together. A program too large for the memory is a row
-    with `fits` false.
+    Raises UserError for a topology, mesh, batch or kernel of attention that do not go together. A program too large for
+    the memory is a row with `fits` false.
     """
     mesh = make_mesh(config.mesh, target.devices)
+    with jax.set_mesh(mesh):
+        check_attention(config)
     pyramid = editor_pyramid(config.model)
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = abstract_state(config, optimizer, mesh)

@@ -22,7 +22,14 @@ from varedit_jax.training.editor_run import make_init
 from varedit_jax.training.flops import run_flops
 from varedit_jax.training.optimizer import make_optimizer
 from varedit_jax.training.report import Work
-from varedit_jax.training.sharded import abstract_batch, abstract_frozen, abstract_key, abstract_state, sharded_step
+from varedit_jax.training.sharded import (
+    abstract_batch,
+    abstract_frozen,
+    abstract_key,
+    abstract_state,
+    check_attention,
+    sharded_step,
+)
 from varedit_jax.transformer.kernels import Kernel, choose
 
 Row = dict[str, Any]  # what was measured, ready for JSON
@@ -110,6 +117,8 @@ class Benchmark:
 
     def _train(self, run: RunConfig) -> Row:
         before = _peak()
+        with jax.set_mesh(self.mesh):
+            check_attention(run)
         pyramid = editor_pyramid(run.model)
         optimizer = make_optimizer(run.optimizer, run.steps)
         abstract = (
