@@ -10,9 +10,9 @@ A batch is a dict of arrays:
     example_ids                       int64 [B]                 which examples of the split these are
 
 An example that cannot be used never ends a run and never goes unsaid: its row gets the next example of the batch that
-can (in the order of the whole batch, over all processes), a second time; `example_ids` has ~i, which is negative, where
-example i stands in for another. It is counted, and its name written down. Where data_pipelines.check found it before,
-it is no part of the plan, and there is nothing to stand in for.
+can (in the order of the whole batch, over all processes; of a later batch where none of it can), a second time;
+`example_ids` has ~i, which is negative, where example i stands in for another. It is counted, and its name written
+down. Where data_pipelines.check found it before, it is no part of the plan, and there is nothing to stand in for.
 """
 
 import dataclasses
@@ -63,6 +63,7 @@ AnyFeatures = Features | RecordFeatures
 
 _CACHED_TEXTS = 200_000  # examples whose token ids a pipeline keeps, about 300 bytes each
 _ENDLESS = 2**48  # steps
+_LATER = 100  # steps after one of which no example can be used, in which one to stand in is looked for
 _FIRST = 1000  # examples before which the share of bad ones says nothing: so many count as seen from the start
 
 
@@ -121,13 +122,13 @@ class _Read:
             for other in range(row, row + count):
                 content = example(other % count)
                 if not isinstance(content, _Bad):
+                    index = int(plan.indices[other % count])
                     break
                 if other == row:
                     bad.append(content)
             else:
-                raise UserError(f"no example of step {step} can be used; the first is {content}")
-            index = int(plan.indices[other % count])
-            used.append(index if other == row else ~index)
+                index, content = self._from_later(step, plan.bucket)
+            used.append(~index if isinstance(example(row), _Bad) else index)
             texts[index] = content["instruction"]
             for side in ("source", "target"):
                 if side not in batch:
@@ -135,6 +136,18 @@ class _Read:
                 batch[side][place] = content[side]
         wanted = [index if index >= 0 else ~index for index in used]
         return batch | self._text(wanted, texts.__getitem__) | {EXAMPLE_IDS: np.array(used, np.int64)}, bad
+
+    def _from_later(self, step: int, bucket: int) -> tuple[int, Example]:
+        """The next example that can be used, where none of a step's can: of later steps of the same bucket."""
+        end = step + _LATER if self.plan.steps is None else min(step + _LATER, self.plan.steps)
+        for later in map(self.plan, range(step + 1, end)):
+            for index, number in zip(later.indices.tolist(), later.passes.tolist(), strict=True):
+                if later.bucket == bucket and not isinstance(content := self._example(index, number), _Bad):
+                    return index, content
+        raise UserError(
+            f"no example of step {step} can be used, nor one like them of the next steps; find all of them with "
+            f"data_pipelines.check"
+        )
 
     def _example(self, index: int, number: int) -> Example | _Bad:
         if not isinstance(self.source, RecordSource):

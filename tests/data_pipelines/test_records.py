@@ -253,6 +253,20 @@ def test_damage_is_passed_over_by_all_processes_alike_and_written_down(
     }
 
 
+def test_a_batch_of_one_bad_example_does_not_end_a_run(damaged: tuple[str, dict[str, str]]) -> None:
+    folder, reasons = damaged
+    batches = _batches(_data([folder], batch_size=1, bad_share=0.2))
+    found = [next(batches) for _ in range(240)]
+    ids = [int(batch["example_ids"][0]) for batch in found]
+    assert sorted(index for index in ids if index >= 0) == sorted(set(range(240)) - {int(name) for name in reasons})
+    assert all((batch["source"][:, 0, 0, 2] == max(i, ~i) * 2 % 256).all() for i, batch in zip(ids, found, strict=True))
+    assert sum(batches.metrics().values()) == len(reasons)
+    restored = _batches(_data([folder], batch_size=1, bad_share=0.2))
+    step = next(step for step, index in enumerate(ids) if index < 0)
+    restored.set_state(batches.get_state() | {"next_step": step})
+    _same(next(restored), found[step])
+
+
 def test_shards_that_are_short_or_gone_cost_their_own_records(tmp_path: pathlib.Path) -> None:
     folder = tmp_path / "set"
     _write(folder, [_record(number, "set") for number in range(48)], shards=6)
