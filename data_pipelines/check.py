@@ -9,13 +9,12 @@ command runs again.
 """
 
 import os
-import sys
 
-from absl import app, flags
+from absl import flags
 
 from data_pipelines.checked import check_split
 from data_pipelines.shards import read_index
-from varedit_jax.errors import UserError
+from varedit_jax import command
 
 _INPUT = flags.DEFINE_string("input", None, "folder of a prepared data set", required=True)
 _PROCESSES = flags.DEFINE_integer("processes", os.cpu_count() or 1, "that decode at a time", lower_bound=1)
@@ -24,14 +23,11 @@ _PROCESSES = flags.DEFINE_integer("processes", os.cpu_count() or 1, "that decode
 def main(argv: list[str]) -> None:
     """Checks all splits."""
     del argv
-    try:
-        for split in read_index(_INPUT.value)["splits"]:
-            counts = check_split(_INPUT.value, split, _PROCESSES.value)
-            told = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
-            print(f"{split}: {counts.total()} records cannot be used{f': {told}' if told else ''}")
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    for split in read_index(_INPUT.value)["splits"]:
+        counts = check_split(_INPUT.value, split, _PROCESSES.value)
+        told = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+        print(f"{split}: {counts.total()} records cannot be used{f': {told}' if told else ''}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

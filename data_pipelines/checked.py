@@ -65,15 +65,16 @@ def check_split(folder: str | os.PathLike[str], split: str, processes: int = 1) 
         file.write(json.dumps(header) + "\n" + "".join(json.dumps(entry) + "\n" for entry in done.items()))
         with (
             multiprocessing.get_context("spawn").Pool(processes) as pool,
-            tqdm.tqdm(total=len(records), initial=len(done) * CHUNK, desc=split, unit="record") as progress,
+            tqdm.tqdm(total=len(records), desc=split, unit="record") as progress,
         ):
+            progress.update(min(len(done) * CHUNK, len(records)))
             for number, found in (
                 pool.imap_unordered(_check_chunk, chunks) if processes > 1 else map(_check_chunk, chunks)
             ):
                 done[number] = found
                 file.write(json.dumps((number, found)) + "\n")
                 file.flush()
-                progress.update(CHUNK)
+                progress.update(min(CHUNK, len(records) - number * CHUNK))
         lines = [
             {"row": row, "id": records.id(row), "dataset": records.dataset(row), "reason": reason, "detail": detail}
             for number in sorted(done)

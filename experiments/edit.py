@@ -29,7 +29,9 @@ _TOP_P = flags.DEFINE_float("top_p", None, "0.97 leaves out bits of probability 
 _GREEDY = flags.DEFINE_bool("greedy", None, "most likely bits; the checkpoint's own by default")
 _TOKENIZER = flags.DEFINE_string("tokenizer", "", "folder of the tokenizer, where the checkpoint has none or it moved")
 _TEXT = flags.DEFINE_string("text", "", "folder of the text encoder, likewise")
-_VERIFY = flags.DEFINE_bool("verify", False, "compare every tensor of these folders with its manifest before it is used")
+_VERIFY = flags.DEFINE_bool(
+    "verify", False, "compare every tensor of these folders with its manifest before it is used"
+)
 
 
 def _sampling(own: SamplingConfig) -> SamplingConfig:

@@ -144,7 +144,7 @@ class _Steps:
             )
             for bucket in range(buckets)
         ]
-        self._waves.run(f"{cause}s", duplicates.search, tasks)
+        self._waves.run(f"search for {cause}", duplicates.search, tasks)
         pairs = np.concatenate([np.load(task.found) for task in tasks])
         self._leave(cause, pairs[:, 0], pairs[:, 1])
 

@@ -11,12 +11,13 @@ _LICENCE = "MIT"
 
 
 def _convert(row: dict[str, Any], stem: str, number: int) -> Entry:
+    texts = row["edited_prompt_list"] or ()
     return make_entry(
         id=str(row["omni_edit_id"]),
         dataset="omniedit",
         source=picture_bytes(row["src_img"]),
         target=picture_bytes(row["edited_img"]),
-        instructions=row["edited_prompt_list"] or (),
+        instructions=[texts] if isinstance(texts, str) else texts,  # one text is no list of letters
         kind=str(row.get("task") or ""),
         scores=finite_scores({name: row.get(name) for name in _SCORES}),
         licence=_LICENCE,
