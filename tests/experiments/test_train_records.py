@@ -11,11 +11,15 @@ import pytest
 from PIL import Image
 
 from data_pipelines.damage import read_quarantine
+from varedit_jax.config import EditorConfig
+from varedit_jax.scales import editor_pyramid
+from varedit_jax.training.flops import example_flops
 from varedit_jax.training.goodput import read_goodput
 from varedit_jax.training.ledger import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
 SIZES = ((128, 128), (128, 86))  # pixels, width and height: of templates 1.0 and 0.666
+MODEL = EditorConfig(pixel_budget="0.06M")
 COUNT = 24
 BAD = 5  # its target ends early
 
@@ -79,6 +83,8 @@ def test_records_train_an_editor_of_several_aspects(prepared: pathlib.Path, tmp_
     lines = [line for line in read_metrics(workdir) if "loss" in line]
     assert [line["step"] for line in lines] == list(range(6))
     assert all(np.isfinite(line["loss"]) for line in lines)
+    tokens = {round(line["time/tokens_per_second"] / line["time/examples_per_second"]) for line in lines}
+    assert tokens == {example_flops(MODEL, editor_pyramid(MODEL, aspect), 32).tokens for aspect in ("1.0", "0.666")}
     assert lines[-1]["data/bad/cut_short"] == 1
     bad = workdir / "quarantine" / "process_0.jsonl"
     assert [line["id"] for line in read_quarantine(bad)] == [str(BAD)]

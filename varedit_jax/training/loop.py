@@ -75,7 +75,7 @@ def train(
     stop_after: int | None = None,
     resume: bool | None = None,
     guard: GuardConfig | None = None,
-    work: Work | Callable[[int], Work] | None = None,
+    work: Work | Callable[[int, Any], Work] | None = None,
     profile_steps: tuple[int, int] = (0, 0),
     dump_step: int | None = None,
     data_metrics: Callable[[], Mapping[str, float]] | None = None,
@@ -125,7 +125,7 @@ def train(
       resume: True: only go on with a run; False: only start a new one; None: whichever it is, but do not start from
         nothing where checkpoints were lost.
       guard: what is too many skipped steps, a jump of the loss, too long without a step; None: as GuardConfig has it.
-      work: what an example costs, for TFLOP/s and MFU; a function of the step where stages differ.
+      work: what an example costs, for TFLOP/s and MFU; a function of step and batch where stages or aspects differ.
       profile_steps: steps [first, last) that are traced into `workdir`/profile.
       dump_step: a step whose state and batch are written to `workdir`/replay.
       data_metrics: what the pipeline of `batches` counts, to be written down beside the metrics of a step.
@@ -181,9 +181,7 @@ def train(
         inputs = Inputs(workdir)
         checks = _Checks(Guard(guard, ledger.say), inputs, data_metrics or dict)
         checks.guard.recall(line for line in written if line["step"] < start)
-        report = Report(
-            ledger, clock, cadence.log_every, steps, learning_rate, work=work, guard=checks, goodput=goodput
-        )
+        report = Report(ledger, clock, cadence.log_every, steps, learning_rate, guard=checks, goodput=goodput)
         profiler = Profiler(workdir, *profile_steps)
         stack.callback(profiler.close)
         timer = _Timer(cadence.save_minutes)
@@ -239,7 +237,7 @@ def train(
                 state, metrics = run(state, batch, jax.random.fold_in(key, state.step))
             compiled.add(shapes)
             watchdog.beat("step")
-            report.later(step, metrics, examples, example_ids)
+            report.later(step, metrics, examples, example_ids, work(step, batch) if callable(work) else work)
             step += 1
 
         report.finish()

@@ -44,10 +44,9 @@ class MeshRun:
         # Of each stage, the last of which is the whole pyramid: the step it ends before, and the scales it trains.
         self._ends = [*itertools.accumulate(steps for steps, _ in config.stages), config.steps]
         self._scales = [*(scales for _, scales in config.stages), self.pyramid.scales]
-        self._works = [
-            Work.of(run_flops(config, self.pyramid.first(scales), whole=self.pyramid), mesh.devices.flat)
-            for scales in self._scales
-        ]
+        self._work = functools.cache(
+            lambda scales, pyramid: Work.of(run_flops(config, pyramid.first(scales), whole=pyramid), mesh.devices.flat)
+        )
         self._evaluate = functools.cache(
             lambda pyramid: jax.jit(editor_run.make_evaluate(config, pyramid), out_shardings=replicated(mesh))
         )
@@ -81,9 +80,10 @@ class MeshRun:
             raise ValueError(f"pictures of {height} x {width} pixels are of no pyramid of this model")
         return pyramid
 
-    def work(self, step: int) -> Work:
-        """What an example of step `step` costs."""
-        return self._works[min(bisect.bisect_right(self._ends, step), len(self._works) - 1)]
+    def work(self, step: int, batch: Batch) -> Work:
+        """What an example of step `step` costs, in a batch of one aspect."""
+        scales = self._scales[min(bisect.bisect_right(self._ends, step), len(self._scales) - 1)]
+        return self._work(scales, self._pyramid_of(batch))
 
     def put(self, batch: Mapping[str, np.ndarray]) -> Batch:
         """This process's part of a batch as arrays of the whole batch, without `example_ids`."""

@@ -89,7 +89,6 @@ class Report:
         steps: int,
         learning_rate: Callable[[int], float] | None,
         *,
-        work: Work | Callable[[int], Work] | None = None,
         guard: Check | None = None,
         goodput: Goodput | None = None,
     ) -> None:
@@ -100,21 +99,27 @@ class Report:
           log_every: steps between lines; 0 = none.
           steps: of the whole run.
           learning_rate: of a step, for the log.
-          work: for tokens/s, TFLOP/s and MFU: one for all steps, or a function of the step where a run has stages.
           guard: looks at every step.
           goodput: gets a line whenever the log does.
         """
         self._ledger, self._clock, self._steps = ledger, clock, steps
         self._log_every, self._learning_rate = log_every, learning_rate
-        self._work, self._guard, self._goodput = work, guard, goodput
-        self._pending: tuple[int, Metrics, int, np.ndarray | None] | None = None
+        self._guard, self._goodput = guard, goodput
+        self._pending: tuple[int, Metrics, int, np.ndarray | None, Work | None] | None = None
         self._window = _Window()
         self._recent: collections.deque[float] = collections.deque(maxlen=RECENT_STEPS)
         self._last = time.perf_counter()  # when the step before ended
         self._spent = dict(clock.seconds)  # by then
         self._data = clock.seconds.get("data", 0.0)  # seconds of it when the last step was dispatched
 
-    def later(self, step: int, metrics: Metrics, examples: int, example_ids: np.ndarray | None = None) -> None:
+    def later(
+        self,
+        step: int,
+        metrics: Metrics,
+        examples: int,
+        example_ids: np.ndarray | None = None,
+        work: Work | None = None,
+    ) -> None:
         """Takes the metrics of a step just dispatched, and writes down those of the step before it.
 
         Args:
@@ -122,34 +127,35 @@ class Report:
           metrics: scalars or vectors [K], on the devices.
           examples: of the step, over all processes.
           example_ids: of this process, int [B], for the guard.
+          work: what an example of the step costs, for tokens/s, TFLOP/s and MFU.
         """
         if self._pending is not None and not _ready(self._pending[1]):
             # This step's batch came while the step before was still running: nothing waited for it.
             self._clock.move("data", "step", self._clock.seconds.get("data", 0.0) - self._data)
         self._data = self._clock.seconds.get("data", 0.0)
         self.finish()
-        self._pending = (step, metrics, examples, example_ids)
+        self._pending = (step, metrics, examples, example_ids, work)
 
     def finish(self) -> None:
         """Writes down the metrics that are pending, waiting for their step to end."""
         if self._pending is None:
             return
-        step, device_metrics, examples, example_ids = self._pending
+        step, device_metrics, examples, example_ids, work = self._pending
         self._pending = None
         with self._clock.time("step"):
             metrics = jax.device_get(dict(device_metrics))
-        self._measure(step, examples, skipped=float(metrics.get("skipped", 0)) > 0)
+        self._measure(examples, work, skipped=float(metrics.get("skipped", 0)) > 0)
         if self._guard is not None:
             self._window.extra |= self._guard.check(step, metrics, example_ids)
         self._ledger.advance()
         if self._log_every and (step % self._log_every == 0 or step + 1 == self._steps):
-            self._log(step, metrics)
+            self._log(step, metrics, work)
 
     def _since(self, part: str) -> float:
         """Seconds of a part since the step before ended."""
         return self._clock.seconds.get(part, 0.0) - self._spent.get(part, 0.0)
 
-    def _measure(self, step: int, examples: int, *, skipped: bool) -> None:
+    def _measure(self, examples: int, work: Work | None, *, skipped: bool) -> None:
         """Adds the step that just ended to the window: all the time since the one before, but for other parts."""
         now = time.perf_counter()
         others = sum(self._since(part) for part in self._clock.seconds if part not in ("data", "step"))
@@ -164,25 +170,20 @@ class Report:
         window.examples += examples
         window.seconds += seconds
         window.data += data
-        work = self._work_of(step)
         if work:
             window.tokens += examples * work.tokens
             window.flops += examples * work.flops
             window.flops_with_encoders += examples * work.flops_with_encoders
 
-    def _work_of(self, step: int) -> Work | None:
-        return self._work(step) if callable(self._work) else self._work
-
-    def _log(self, step: int, metrics: Metrics) -> None:
+    def _log(self, step: int, metrics: Metrics, work: Work | None) -> None:
         window, self._window = self._window, _Window()
         times = {
             "time/step_seconds": window.seconds / window.steps,
             "time/examples_per_second": window.examples / window.seconds,
             "time/data_share": min(window.data / window.seconds, 1.0),
         }
-        work = self._work_of(step)
         if work:
-            # Of the window's own steps, which may have been of two stages.
+            # Of the window's own steps, which may have been of two stages and of many aspects.
             mean = dataclasses.replace(
                 work,
                 flops=round(window.flops / window.examples),

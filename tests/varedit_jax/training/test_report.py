@@ -38,8 +38,8 @@ class Ledger:
 class Loop:
     """A loop whose time goes by as told."""
 
-    def __init__(self, monkeypatch, **arguments):
-        self.time = 0.0
+    def __init__(self, monkeypatch, work=None, **arguments):
+        self.time, self.work = 0.0, work
         monkeypatch.setattr("time.perf_counter", lambda: self.time)
         self.ready = True
         monkeypatch.setattr("varedit_jax.training.report._ready", lambda metrics: self.ready)
@@ -54,7 +54,7 @@ class Loop:
                 with self.clock.time(name):
                     self.time += seconds
         ids = np.arange(self.step * 8, self.step * 8 + 8)
-        self.report.later(self.step, {"loss": jnp.float32(loss), **metrics}, examples, ids)
+        self.report.later(self.step, {"loss": jnp.float32(loss), **metrics}, examples, ids, self.work)
         self.step += 1
 
 
@@ -129,10 +129,10 @@ def test_work_of_devices():
     assert work.speed(4, 2.0)["mfu"] == pytest.approx(flops.training / 2 / 1e12 / 2307)
 
 
-def test_stages_count_what_they_cost(monkeypatch):
+def test_stages_and_aspects_count_what_they_cost(monkeypatch):
     small = Work(flops=10**12, flops_with_encoders=10**12, tokens=10, devices=4, chip=H100)
-    loop = Loop(monkeypatch, work=lambda step: small if step < 2 else WORK)
-    for _ in range(4):
+    loop = Loop(monkeypatch)
+    for loop.work in (small, small, WORK, WORK):
         loop.run()
     line = loop.ledger.lines[2]  # of steps 1 and 2
     assert line["time/tokens_per_second"] == pytest.approx((10 + 100) * 8 / 2)
