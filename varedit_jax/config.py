@@ -298,6 +298,17 @@ class GuardConfig:
     hang_minutes: float = 0.0  # without a finished step; then stacks are written and the process exits; 0 = never
 
 
+_CADENCE = ("log_every", "sample_every", "eval_every", "save_every", "save_minutes", "keep_every")
+
+
+def _check_cadence(run: Any) -> None:
+    """Numbers of steps, and of what happens every so many of them."""
+    for least, names in ((1, ("steps", "keep_checkpoints")), (0, _CADENCE)):
+        for name in names:
+            if not getattr(run, name, least) >= least:
+                raise ValueError(f"{name} is {getattr(run, name)}; it must be at least {least}")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One training run of an editor: what an experiment card returns."""
@@ -334,6 +345,7 @@ class RunConfig:
     keep_every: int = 0  # steps; checkpoints of multiples of it are kept for good; 0 = none
 
     def __post_init__(self) -> None:
+        _check_cadence(self)
         _check_choice("text_dtype", self.text_dtype, ("float32", "bfloat16"))
         _check_choice("tokenizer_precision", self.tokenizer_precision, ("default", "high", "highest"))
         if self.data.batch_size % self.optimizer.accumulation:
@@ -382,6 +394,9 @@ class TokenizerRunConfig:
     save_minutes: float = 0.0
     keep_checkpoints: int = 2
     keep_every: int = 0
+
+    def __post_init__(self) -> None:
+        _check_cadence(self)
 
 
 # Infinity's and VAREdit's transformers (model.md, section 1): depth, width, heads.

@@ -19,7 +19,7 @@ exec xpk workload create --workload="$RUN" --cluster="$CLUSTER" --project="$PROJ
   --tpu-type="$TPU" --num-slices="$SLICES" --docker-image="$IMAGE" \
   --max-restarts=1000 --restart-on-user-code-failure --termination-grace-period-seconds=120 \
   --env="JAX_COMPILATION_CACHE_DIR=$DISK/cache" \
-  --command="cd /varedit_jax && python -m experiments.train --config=$CARD --workdir=$DISK/runs/$RUN \
+  --command="cd /varedit_jax && exec python -m experiments.train --config=$CARD --workdir=$DISK/runs/$RUN \
     --config.mesh.data=$SLICES --config.mesh.fsdp=-1 \
     --config.tokenizer_weights=$DISK/weights/bsq_14bit --config.text_weights=$DISK/weights/flan_t5_xl \
     --config.init_from=$DISK/weights/infinity_8b --config.data.directory=$DISK/data \

@@ -51,6 +51,15 @@ MISTAKES = {
         lambda: RunConfig(name="r", model=preset("2b"), stages=((5, 2), (3, 3)), steps=8),
         r"stages=\(\(5, 2\), \(3, 3\)\) leave none of the 8 steps",
     ),
+    "no steps": (lambda: RunConfig(name="r", model=preset("2b"), steps=0), "steps is 0; it must be at least 1"),
+    "cadence": (
+        lambda: RunConfig(name="r", model=preset("2b"), log_every=-1),
+        "log_every is -1; it must be at least 0",
+    ),
+    "tokenizer's cadence": (
+        lambda: TokenizerRunConfig(name="r", model=preset("2b"), keep_checkpoints=0),
+        "keep_checkpoints is 0; it must be at least 1",
+    ),
     "reduction": (lambda: LossConfig(reduction="max"), "reduction is 'max'.*mean, sum"),
     "features": (lambda: DataConfig(features="cached"), "features is 'cached'.*online, precomputed"),
     "microbatches": (
