@@ -43,17 +43,19 @@ MACHINES = {
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a run lies on a machine. Devices along `tensor` work on the same examples, all others are fsdp."""
+    """How a run lies on a machine. Devices along `tensor` work on the same examples; what is left is fsdp."""
 
     accumulation: int  # microbatches a step
     tensor: int = 1
+    data: int = 1  # copies of the parameters
     remat: Literal["none", "named", "full"] = "named"  # what of a block the backward pass computes again
     saved: tuple[str, ...] = TransformerConfig.remat_saved  # with "named", what it keeps
 
 
 # By card and machine. What memory there is keeps activations: on v5p and H100, and of 2B on v6e, all that have a name,
 # and the backward pass makes nothing but scores again. Chips of v5e reduce-scatter over a part of the slice only, so
-# their `tensor` is more than 1.
+# their `tensor` is more than 1. On 128 chips of v5p the gradients of 8B, in 128 pieces, would be all-reduced: the pieces
+# are 64, twice.
 LAYOUTS = {
     "varedit_2b_256": {
         "v5p_128": Layout(1, saved=REMAT_NAMES),
@@ -71,14 +73,14 @@ LAYOUTS = {
     },
     "varedit_8b_512": {
         "v5p_128": Layout(6, saved=REMAT_NAMES),
-        "v5p_256": Layout(3, saved=REMAT_NAMES),
+        "v5p_256": Layout(3, data=2, saved=REMAT_NAMES),
         "v6e_256": Layout(3),
         "v5e_256": Layout(6, tensor=4),
         "h100_64": Layout(8, saved=REMAT_NAMES),
     },
     "varedit_8b_1024": {
         "v5p_128": Layout(8, saved=REMAT_NAMES),
-        "v5p_256": Layout(4, saved=REMAT_NAMES),
+        "v5p_256": Layout(4, data=2, saved=REMAT_NAMES),
         "v6e_256": Layout(4, tensor=2),
         "v5e_256": Layout(8, tensor=4, remat="full"),
         "h100_64": Layout(8),
@@ -137,7 +139,9 @@ def on_machine(run: RunConfig, machine: str) -> RunConfig:
         run,
         model=dataclasses.replace(run.model, transformer=transformer),
         optimizer=dataclasses.replace(run.optimizer, accumulation=layout.accumulation),
-        mesh=MeshConfig(data=1, fsdp=MACHINES[machine].chips // layout.tensor, tensor=layout.tensor),
+        mesh=MeshConfig(
+            data=layout.data, fsdp=MACHINES[machine].chips // (layout.data * layout.tensor), tensor=layout.tensor
+        ),
     )
 
 
