@@ -54,8 +54,8 @@ class Layout:
 
 # By card and machine. What memory there is keeps activations: on v5p and H100, and of 2B on v6e, all that have a name,
 # and the backward pass makes nothing but scores again. Chips of v5e reduce-scatter over a part of the slice only, so
-# their `tensor` is more than 1. On 128 chips of v5p the gradients of 8B, in 128 pieces, would be all-reduced: the pieces
-# are 64, twice.
+# their `tensor` is more than 1. On 128 chips of v5p the gradients of 8B, in 128 pieces, would be all-reduced: the
+# pieces are 64, twice.
 LAYOUTS = {
     "varedit_2b_256": {
         "v5p_128": Layout(1, saved=REMAT_NAMES),
