@@ -2,8 +2,8 @@
 
 AdamW with betas 0.9 / 0.97 at a constant rate, gradients clipped at 5, bfloat16 compute over float32 weights,
 self-correction up to 0.3 on 13 scales, the loss reweighted by scale, text dropped with probability 0.1. The precision
-of the frozen encoders is as measured in results/precision.md. Which layouts were compiled is in
-results/compile_ahead.md; the others are estimates, to be compiled ahead before they are used.
+of the frozen encoders is as measured in results/precision.md; what each layout needs, compiled ahead, is in
+results/compile_ahead.md.
 """
 
 import dataclasses

@@ -6,8 +6,8 @@
 
 Recipe: 60,000 steps, batch 1536, rate 6e-5. Published result on EMU-Edit / PIE-Bench (GPT-Balance): 7.892 / 8.105.
 Variant `tiny` has the same settings over the smallest model, batch 8 and the `shapes` data, for a CPU. Variants
-`v5p_128`, `v5p_256`, `v6e_256`, `v5e_256` and `h100_64` are layouts for those machines; those that
-were compiled are in results/compile_ahead.md.
+`v5p_128`, `v5p_256`, `v6e_256`, `v5e_256` and `h100_64` are layouts for those machines; what each
+needs, compiled ahead, is in results/compile_ahead.md.
 """
 
 from experiments.configs import published
