@@ -82,7 +82,7 @@ LAYOUTS = {
         "v5p_128": Layout(8, saved=REMAT_NAMES),
         "v5p_256": Layout(4, data=2, saved=REMAT_NAMES),
         "v6e_256": Layout(4, tensor=2),
-        "v5e_256": Layout(8, tensor=4, remat="full"),
+        "v5e_256": Layout(8, tensor=4),
         "h100_64": Layout(8),
     },
 }
