@@ -7,7 +7,6 @@ results/compile_ahead.md.
 """
 
 import dataclasses
-from typing import Literal
 
 from experiments.configs import shapes
 from varedit_jax.config import (
@@ -48,8 +47,7 @@ class Layout:
     accumulation: int  # microbatches a step
     tensor: int = 1
     data: int = 1  # copies of the parameters
-    remat: Literal["none", "named", "full"] = "named"  # what of a block the backward pass computes again
-    saved: tuple[str, ...] = TransformerConfig.remat_saved  # with "named", what it keeps
+    saved: tuple[str, ...] = TransformerConfig.remat_saved  # of a block's activations; the others are made again
 
 
 # By card and machine. What memory there is keeps activations: on v5p and H100, and of 2B on v6e, all that have a name,
@@ -134,7 +132,7 @@ def card(
 def on_machine(run: RunConfig, machine: str) -> RunConfig:
     """A run in the layout of a machine."""
     layout = LAYOUTS[run.name][machine]
-    transformer = dataclasses.replace(run.model.transformer, remat=layout.remat, remat_saved=layout.saved)
+    transformer = dataclasses.replace(run.model.transformer, remat="named", remat_saved=layout.saved)
     return dataclasses.replace(
         run,
         model=dataclasses.replace(run.model, transformer=transformer),
