@@ -11,7 +11,8 @@ ZONE=${ZONE:?zone of the cluster}
 IMAGE=${IMAGE:?container image with this repository in /varedit_jax (gke.md)}
 DISK=${DISK:-/disk} # where the shared disk is mounted in the container
 TPU=${TPU:-v5p-256} # 128 chips
-SLICES=${SLICES:-1} # more than one: each has a copy of the parameters, --config.mesh.data
+SLICES=${SLICES:-1}
+COPIES=${COPIES:-2} # of the parameters in each slice; 2 on v5p-256, 1 on the others (data of the card's layout)
 CARD=${CARD:-experiments/configs/varedit_8b_512.py:v5p_256}
 RUN=${RUN:-varedit-8b-512}
 
@@ -20,7 +21,7 @@ exec xpk workload create --workload="$RUN" --cluster="$CLUSTER" --project="$PROJ
   --max-restarts=1000 --restart-on-user-code-failure --termination-grace-period-seconds=120 \
   --env="JAX_COMPILATION_CACHE_DIR=$DISK/cache" \
   --command="cd /varedit_jax && exec python -m experiments.train --config=$CARD --workdir=$DISK/runs/$RUN \
-    --config.mesh.data=$SLICES --config.mesh.fsdp=-1 \
+    --config.mesh.data=$((COPIES * SLICES)) --config.mesh.fsdp=-1 \
     --config.tokenizer_weights=$DISK/weights/bsq_14bit --config.text_weights=$DISK/weights/flan_t5_xl \
     --config.init_from=$DISK/weights/infinity_8b --config.data.directory=$DISK/data \
     --config.save_minutes=15 --config.guard.hang_minutes=30"
