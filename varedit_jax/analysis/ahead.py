@@ -123,10 +123,11 @@ def with_batch(config: RunConfig, mesh: Mesh, per_device: int) -> RunConfig:
 def find_batch(
     config: RunConfig, target: Target, log: Callable[[str], None], compiling: Callable[..., Row] = compile_step
 ) -> Row:
-    """The row of the largest batch that fits, by bisection; `batch_per_device` is its examples a device and microbatch.
+    """The row of the largest batch that fits; `batch_per_device` is its examples a device and microbatch.
 
-    Memory grows about evenly with the batch, so the next try is where it would be full. `log` gets a line for each.
-    If not even one example fits, the row of one example, with `fits` false and `batch_per_device` 0.
+    Memory grows about evenly with the batch, so the next try is where it would be full by the two largest that fit;
+    then once by the largest that fits and the first that does not; after that the room between is halved. `log` gets a
+    line for each. If not even one example fits, the row of one example, with `fits` false and `batch_per_device` 0.
     """
     mesh = make_mesh(config.mesh, target.devices)
     rows: dict[int, Row] = {}
@@ -153,17 +154,18 @@ def find_batch(
 
 
 def _next(rows: dict[int, Row], good: int, bad: int) -> int:
-    """The batch to try: where memory would be full, along the line through the two largest that fit."""
+    """The batch to try: where memory would be full, along the line through two that are known; then halves."""
     known = sorted(count for count in rows if rows[count]["fits"])[-2:]
-    guess = 2 * good
-    if len(known) == 2:
-        low, high = (rows[count]["memory"]["needed_gib"] for count in known)
-        slope = (high - low) / (known[1] - known[0])
-        room = rows[known[1]]["memory"]["hbm_gib"] - high
-        guess = known[1] + int(room / slope) if slope > 0 else guess
-    if not bad:
-        return max(guess, good + 1)
-    return min(max(guess, good + 1), bad - 1) if len(known) == 2 else (good + bad) // 2
+    first = next((count for count in rows if not rows[count]["fits"]), 0)  # that did not fit
+    if good and bad == first == list(rows)[-1] and rows[bad]["memory"]["needed_gib"] is not None:
+        known = [good, bad]
+    elif bad or len(known) < 2:
+        return (good + bad) // 2 if bad else 2 * good
+    low, high = (rows[count]["memory"]["needed_gib"] for count in known)
+    slope = (high - low) / (known[1] - known[0])
+    room = rows[good]["memory"]["hbm_gib"] - rows[good]["memory"]["needed_gib"]
+    guess = good + int(room / slope) if slope > 0 else 2 * good
+    return min(max(guess, good + 1), bad - 1) if bad else max(guess, good + 1)
 
 
 def _about(config: RunConfig, target: Target, mesh: Mesh) -> Row:
