@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from tests.varedit_jax.training.runs import assert_same, without_times
 from varedit_jax.config import MeshConfig, OptimizerConfig
 from varedit_jax.parallel.mesh import batch_part, make_mesh, put_batch
 from varedit_jax.training.checkpoint import Checkpoints, checkpoint_steps, data_place, restore_state
-from varedit_jax.training.ledger import read_metrics
 from varedit_jax.training.loop import Cadence, train
 from varedit_jax.training.optimizer import make_optimizer
 from varedit_jax.training.state import TrainState
@@ -104,23 +104,16 @@ class Run:
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
 
-def assert_same(ours: Any, theirs: Any) -> None:
-    """Two trees are equal, bit for bit."""
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(ours), jax.device_get(theirs))
-
-
-def without_times(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """Metrics that do not depend on the clock or the machine."""
-    return [
-        {name: value for name, value in line.items() if not name.startswith(("time/", "memory/"))}
-        for line in read_metrics(workdir)
-    ]
+# This file as a program (see its end), which other tests' modules are in reach of.
+PROGRAM = [sys.executable, "-m", "tests.varedit_jax.training.test_kills"]
+ROOT = pathlib.Path(__file__).parents[3]
 
 
 def run_here(folder: pathlib.Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """This file as a program (see its end)."""
+    """The program, to its end."""
     return subprocess.run(
-        [sys.executable, __file__, str(folder), *arguments],
+        [*PROGRAM, str(folder), *arguments],
+        cwd=ROOT,
         env=os.environ | environment,
         capture_output=True,
         text=True,
@@ -193,8 +186,8 @@ def test_several_processes(tmp_path: pathlib.Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, __file__, str(tmp_path / "run"), "process", port]
-    both = [subprocess.Popen([*command, str(i)], stderr=subprocess.PIPE, text=True) for i in range(2)]
+    command = [*PROGRAM, str(tmp_path / "run"), "process", port]
+    both = [subprocess.Popen([*command, str(i)], cwd=ROOT, stderr=subprocess.PIPE, text=True) for i in range(2)]
     said = [process.communicate(timeout=120)[1] for process in both]
     assert [process.returncode for process in both] == [143, 143], said
     assert "stopped by SIGTERM at step 8 of 12, which is saved" in said[0]
