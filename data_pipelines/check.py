@@ -12,7 +12,7 @@ import os
 
 from absl import flags
 
-from data_pipelines.checked import check_split
+from data_pipelines.bad_records import check_split
 from data_pipelines.shards import read_index
 from varedit_jax import command
 

@@ -18,8 +18,8 @@ from PIL import Image, UnidentifiedImageError
 
 from data_pipelines.record import Record
 from varedit_jax.errors import UserError
-from varedit_jax.sampling.images import MAX_PIXELS, READABLE, orientation
-from varedit_jax.training.record import make_folder, room_explained
+from varedit_jax.images import MAX_PIXELS, READABLE, orientation
+from varedit_jax.training.run_config import make_folder, room_explained
 
 MIN_SIDE = 16  # pixels; less is a placeholder or a tracking pixel
 MAX_SIDE = 65_500  # pixels; what a JPEG can have

@@ -2,22 +2,20 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data_pipelines.examples import picture_sizes
+from data_pipelines.datasets import picture_sizes
 from data_pipelines.record_features import EncodePictures, EncodeText, MadeBy
 from varedit_jax.config import RunConfig
-from varedit_jax.conversion.folder import load_folder, weights_hash
 from varedit_jax.parameters import abstract_params
 from varedit_jax.text.t5 import T5Encoder
 from varedit_jax.text.vocabulary import Vocabulary
 from varedit_jax.tokenizer.tokens import encode_images
-
-Params = dict[str, Any]
+from varedit_jax.types import Params
+from varedit_jax.weights.directory import load_folder, weights_hash
 
 
 def load_encoders(config: RunConfig) -> tuple[Params, Params | None]:

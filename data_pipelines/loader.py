@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.damage import Damaged, Quarantine
-from data_pipelines.examples import (
+from data_pipelines.datasets import (
     Example,
     RecordSource,
     Source,

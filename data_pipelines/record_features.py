@@ -25,12 +25,12 @@ import numpy as np
 import tqdm
 from numpy.typing import ArrayLike, NDArray
 
-from data_pipelines.checked import index_hash
+from data_pipelines.bad_records import index_hash
 from data_pipelines.damage import Damaged
-from data_pipelines.examples import Example, RecordSource
+from data_pipelines.datasets import Example, RecordSource
 from data_pipelines.shards import Records, read_index
 from varedit_jax.errors import UserError
-from varedit_jax.training.record import make_folder, room_explained
+from varedit_jax.training.run_config import make_folder, room_explained
 
 MANIFEST = "features.json"
 FOLDER = "features"

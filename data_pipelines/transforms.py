@@ -15,7 +15,7 @@ from PIL import Image
 
 from data_pipelines.damage import decoding, open_picture
 from data_pipelines.plan import mix
-from varedit_jax.sampling.images import fit, orientation, upright_rgb
+from varedit_jax.images import fit, orientation, upright_rgb
 
 REDUCING_GAP = 3.0  # what a decoder leaves for Lanczos to do, so that hardly a difference is left
 

@@ -9,7 +9,7 @@ import jax
 from absl import flags
 
 from experiments import program
-from varedit_jax.conversion import parity
+from varedit_jax.analysis import parity
 from varedit_jax.errors import UserError
 
 _GOLDEN = flags.DEFINE_string(

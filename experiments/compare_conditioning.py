@@ -19,7 +19,7 @@ from experiments import program
 from experiments.configs import shapes
 from varedit_jax.config import RunConfig
 from varedit_jax.errors import UserError
-from varedit_jax.training.ledger import read_metrics
+from varedit_jax.training.metrics import read_metrics
 
 _SEEDS = flags.DEFINE_integer("seeds", 2, "runs of each conditioning", lower_bound=1)
 _EXAMPLES = flags.DEFINE_integer("examples", 200, "held-out edits to judge", lower_bound=1)

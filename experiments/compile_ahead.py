@@ -24,7 +24,7 @@ from varedit_jax.analysis.ahead import Target, compile_step, find_batch
 from varedit_jax.config import RunConfig
 from varedit_jax.errors import UserError
 from varedit_jax.parallel.mesh import parse_mesh
-from varedit_jax.training.ledger import say
+from varedit_jax.parallel.processes import say
 
 _CONFIG = program.config_flag(RunConfig)
 _TOPOLOGY = flags.DEFINE_string(

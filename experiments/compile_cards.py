@@ -21,7 +21,7 @@ from experiments import program
 from experiments.configs.published import LAYOUTS, MACHINES
 from varedit_jax import hardware
 from varedit_jax.errors import UserError
-from varedit_jax.training.ledger import say
+from varedit_jax.parallel.processes import say
 
 _ROWS = flags.DEFINE_string("rows", "results/compile_ahead.jsonl", "where lines are, and go")
 _TABLE = flags.DEFINE_string("table", "", "Markdown file for the table; standard output by default")

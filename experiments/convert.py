@@ -21,11 +21,11 @@ from absl import flags
 from experiments import program
 from varedit_jax.config import PIXEL_BUDGETS, preset
 from varedit_jax.conversion import convert
-from varedit_jax.conversion.folder import PARTS, STORED_TYPES
-from varedit_jax.conversion.infer import FAMILIES
-from varedit_jax.conversion.source import open_source
+from varedit_jax.conversion.infer_config import FAMILIES
 from varedit_jax.errors import UserError
-from varedit_jax.training.checkpoint import size_text
+from varedit_jax.weights.directory import PARTS, STORED_TYPES
+from varedit_jax.weights.export_source import open_source
+from varedit_jax.weights.manifest import size_text
 
 _TO = flags.DEFINE_enum("to", "jax", ["jax", "torch", "folder"], "what to write")
 _OUTPUT = flags.DEFINE_string("output", "", "new folder")

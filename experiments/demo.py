@@ -20,10 +20,10 @@ from absl import flags
 
 from experiments import program
 from experiments.configs import shapes
+from varedit_jax import images
 from varedit_jax.errors import UserError
 from varedit_jax.evaluation.sheet import Panel, curve_sheet
-from varedit_jax.sampling import images
-from varedit_jax.training.ledger import read_metrics
+from varedit_jax.training.metrics import read_metrics
 
 _FULL = flags.DEFINE_bool("full", False, "make the shipped tokenizer and editor again, and score 1000 edits")
 _FOLDER = flags.DEFINE_string("folder", "", "where to leave everything; runs/demo or runs/demo-full by default")

@@ -12,9 +12,9 @@ from typing import Any
 from absl import flags
 
 from experiments import program
+from varedit_jax import images
 from varedit_jax.config import SamplingConfig
 from varedit_jax.conversion import convert
-from varedit_jax.sampling import images
 from varedit_jax.sampling.editor import Editor
 
 _SHIPPED = str(importlib.resources.files("varedit_jax") / "data" / "shapes")

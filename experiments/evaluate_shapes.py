@@ -19,8 +19,8 @@ from data_pipelines import loader
 from data_pipelines.shapes import scoring
 from experiments import program
 from experiments.configs import shapes
+from varedit_jax import images
 from varedit_jax.errors import UserError
-from varedit_jax.sampling import images
 from varedit_jax.sampling.editor import Editor
 from varedit_jax.scales import editor_pyramid, image_size
 

@@ -24,12 +24,12 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import ends, program
+from experiments import compare_runs, program
 from varedit_jax.errors import UserError
-from varedit_jax.training import checkpoint
 from varedit_jax.training.goodput import run_shares
-from varedit_jax.training.ledger import read_metrics
 from varedit_jax.training.lock import LOCK_FILE
+from varedit_jax.training.metrics import read_metrics
+from varedit_jax.weights import run_directory
 
 _FOLDER = flags.DEFINE_string("folder", None, "new folder to work in", required=True)
 _KILLS = flags.DEFINE_integer("kills", 20, "how often", lower_bound=1)
@@ -69,7 +69,7 @@ class Watched:
 
     def removes(self) -> bool:
         """It has completed a checkpoint, so an old one has to go."""
-        return ends.newest(self.workdir) > self.newest
+        return compare_runs.newest(self.workdir) > self.newest
 
 
 # Phase: how many of 20 kills, what begins it, and how many seconds later the kill comes at most.
@@ -90,7 +90,7 @@ def metric_lines(workdir: pathlib.Path) -> int:
 
 def unfinished(workdir: pathlib.Path) -> set[str]:
     """Folders of saves that are not complete."""
-    folder = workdir / checkpoint.CHECKPOINTS
+    folder = workdir / run_directory.CHECKPOINTS
     return {path.name for path in folder.iterdir() if not path.name.isdecimal()} if folder.exists() else set()
 
 
@@ -119,7 +119,7 @@ def finish(workdir: pathlib.Path) -> float:
 def kill(workdir: pathlib.Path, phase: str, rng: np.random.Generator) -> dict[str, Any]:
     """Starts the run, and kills it at a random moment of `phase`; gives what that left."""
     _, reached, longest = PHASES[phase]
-    before = ends.newest(workdir)
+    before = compare_runs.newest(workdir)
     delay = float(rng.uniform(0, longest))
     more = int(rng.integers(1, 7))
     with start(workdir) as process:
@@ -130,11 +130,11 @@ def kill(workdir: pathlib.Path, phase: str, rng: np.random.Generator) -> dict[st
         process.send_signal(signal.SIGKILL)
     if process.returncode != -signal.SIGKILL:
         raise UserError(f"the run ended before it was killed, with {process.returncode}; see {workdir}.log")
-    after = ends.newest(workdir)
+    after = compare_runs.newest(workdir)
     if after < before:
         raise UserError(f"a checkpoint was lost: {before} was there before the kill, and {after} is the newest now")
     if after:
-        state, _ = ends.read(workdir)
+        state, _ = compare_runs.read(workdir)
         if int(state.step) != after:
             raise UserError(f"the checkpoint of step {after} holds step {int(state.step)}")
     lines = read_metrics(workdir)
@@ -155,7 +155,7 @@ def report(rows: list[dict[str, Any]], folder: pathlib.Path, seconds: dict[str, 
 
     python -m experiments.kill_test --folder=... --kills={len(rows)} --steps={_STEPS.value} --seed={_SEED.value}
 
-{time.strftime("%Y-%m-%d")}, {ends.machine()}; Python {sys.version.split()[0]}, jax {jax.__version__}.
+{time.strftime("%Y-%m-%d")}, {compare_runs.machine()}; Python {sys.version.split()[0]}, jax {jax.__version__}.
 A run of `{CARD}` with {_STEPS.value} steps and a checkpoint every
 {SAVE_EVERY} of them got SIGKILL {len(rows)} times, and was started again each time:
 {phases}.
@@ -195,7 +195,7 @@ def main(argv: list[str]) -> None:
         print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
     finish(killed)
     seconds["killed"] = time.monotonic() - begin
-    differ = ends.differences(killed, whole)
+    differ = compare_runs.differences(killed, whole)
     if differ:
         raise UserError(f"the run that was killed ended otherwise: {', '.join(differ)} differ")
     text = report(rows, folder, seconds)

@@ -23,10 +23,10 @@ import jax
 import tqdm
 from absl import flags
 
-from experiments import ends, program
+from experiments import compare_runs, program
 from experiments.configs import shapes
 from varedit_jax.errors import UserError
-from varedit_jax.training.ledger import duration
+from varedit_jax.training.metrics import duration
 
 _FOLDER = flags.DEFINE_string("folder", "runs/pod_demo", "where to leave everything; emptied first")
 _STEPS = flags.DEFINE_integer("steps", 24, "of the run", lower_bound=8)
@@ -95,7 +95,7 @@ def follow(running: Sequence[Process], workdir: pathlib.Path, steps: int, until:
     with tqdm.tqdm(total=steps, desc=workdir.name, unit="step") as bar:
 
         def show() -> None:
-            if (made := len(ends.metrics(workdir))) > bar.n:
+            if (made := len(compare_runs.metrics(workdir))) > bar.n:
                 bar.update(made - bar.n)
 
         while any(process.poll() is None for process in running) and not any(process.poll() for process in running):
@@ -129,14 +129,14 @@ def kill(workdir: pathlib.Path, values: dict[str, object], steps: int, victim: i
     """Starts the run and kills one of its processes past the middle, between two checkpoints; says what came of it."""
     middle = steps // 2 // SAVE_EVERY * SAVE_EVERY + SAVE_EVERY // 2
     with started(workdir, values) as running:
-        follow(running, workdir, steps, lambda: len(ends.metrics(workdir)) > middle)
+        follow(running, workdir, steps, lambda: len(compare_runs.metrics(workdir)) > middle)
         if any(process.poll() is not None for process in running):
             raise UserError(f"a process ended before one was killed; see {workdir}_*.log")
         running[victim].send_signal(signal.SIGKILL)
         begin = time.monotonic()
         codes = gone(running)
         seconds = time.monotonic() - begin
-    made, saved = len(ends.metrics(workdir)), ends.newest(workdir)
+    made, saved = len(compare_runs.metrics(workdir)), compare_runs.newest(workdir)
     others = [code for index, code in enumerate(codes) if index != victim]
     alone = sum(code is not None for code in others)
     ended = f"{alone} of the other {len(others)} ended by themselves" if alone < len(others) else "the others ended"
@@ -152,7 +152,7 @@ def report(seconds: dict[str, float], story: str, steps: int) -> str:
 
     python -m experiments.pod_demo --steps={steps} --output=results/pod_demo.md
 
-{time.strftime("%Y-%m-%d")}, {ends.machine()}; Python {sys.version.split()[0]}, jax {jax.__version__}.
+{time.strftime("%Y-%m-%d")}, {compare_runs.machine()}; Python {sys.version.split()[0]}, jax {jax.__version__}.
 {PROCESSES} processes with one CPU device each, on a mesh of fsdp 2 x tensor 2, go on from the shipped editor of
 `shapes` for {steps} steps of 16 examples, with a checkpoint every {SAVE_EVERY} steps.
 
@@ -187,7 +187,7 @@ def main(argv: list[str]) -> None:
     seconds["killed"] = time.monotonic() - before
     print(f"{story}; all start again")
     seconds["resumed"] = finish(killed, values, steps)
-    differ = ends.differences(killed, whole)
+    differ = compare_runs.differences(killed, whole)
     if differ:
         raise UserError(f"NOT EQUAL: the run that was killed ended otherwise: {', '.join(differ)} differ")
     seconds["all"] = time.monotonic() - begin

@@ -27,7 +27,6 @@ from data_pipelines.shapes.scoring import sample_sheet
 from experiments import program, run_flags
 from varedit_jax.config import RunConfig, to_dict
 from varedit_jax.conversion import convert
-from varedit_jax.conversion.folder import load_folder, save_folder, weights_hash
 from varedit_jax.errors import UserError
 from varedit_jax.parallel import processes
 from varedit_jax.parallel.mesh import batch_part, make_mesh
@@ -35,11 +34,12 @@ from varedit_jax.parameters import abstract_params
 from varedit_jax.sampling.editor import Editor
 from varedit_jax.text.vocabulary import Vocabulary
 from varedit_jax.tokenizer.tokens import encode_images
-from varedit_jax.training import checkpoint, loop
-from varedit_jax.training.ledger import flat_metrics
-from varedit_jax.training.mesh_run import MeshRun
+from varedit_jax.training import run_config, trainer
+from varedit_jax.training.metrics import flat_metrics
 from varedit_jax.training.optimizer import learning_rate
 from varedit_jax.training.replay import replay
+from varedit_jax.training.setup import MeshRun
+from varedit_jax.weights.directory import load_folder, save_folder, weights_hash
 
 _CONFIG = program.config_flag(RunConfig)
 _VERIFY = flags.DEFINE_bool("verify", False, "compare the weights it starts from with their manifests first")
@@ -65,7 +65,7 @@ def _features(config: RunConfig, source: loader.TfdsSource | loader.RecordSource
 
 def _replay(run: MeshRun, step_fn: Callable[[int], Any]) -> None:
     """Prints the metrics of a step that is done again."""
-    checkpoint.check_config(pathlib.Path(_REPLAY.value).absolute().parent.parent, to_dict(run.config))
+    run_config.check_config(pathlib.Path(_REPLAY.value).absolute().parent.parent, to_dict(run.config))
     key = jax.random.key(run.config.seed)
     metrics = replay(_REPLAY.value, key=key, abstract_state=run.abstract_state, step_fn=step_fn, put=run.put)
     if jax.process_index() == 0:
@@ -101,7 +101,7 @@ def _train(config: RunConfig) -> None:
         if _REPLAY.value:
             return _replay(run, stages.step)
         processes.wait_for_all("the run to begin")
-        state = loop.train(
+        state = trainer.train(
             **run_flags.loop_arguments(),
             steps=config.steps,
             key=jax.random.key(config.seed),
@@ -112,7 +112,7 @@ def _train(config: RunConfig) -> None:
             data_metrics=batches.metrics,
             put=run.put,
             run_record=to_dict(config),
-            cadence=loop.Cadence.of(config),
+            cadence=trainer.Cadence.of(config),
             evaluate=evaluate,
             sample=sample,
             learning_rate=learning_rate(config.optimizer, config.steps),

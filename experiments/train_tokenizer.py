@@ -13,12 +13,12 @@ import numpy as np
 from data_pipelines import loader
 from experiments import program, run_flags
 from varedit_jax.config import TokenizerRunConfig, to_dict
-from varedit_jax.conversion.folder import save_folder
 from varedit_jax.evaluation.sheet import Row, contact_sheet
 from varedit_jax.text.vocabulary import Vocabulary
-from varedit_jax.training import loop, tokenizer_step
+from varedit_jax.training import tokenizer_step, trainer
 from varedit_jax.training.optimizer import learning_rate, make_optimizer
 from varedit_jax.training.perceptual import load_perceptual
+from varedit_jax.weights.directory import save_folder
 
 _CONFIG = program.config_flag(TokenizerRunConfig)
 
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
 
     init = tokenizer_step.make_init(config, optimizer)
     step = jax.jit(tokenizer_step.make_step(config, optimizer, perceptual), donate_argnums=0)
-    state = loop.train(
+    state = trainer.train(
         **run_flags.loop_arguments(),
         steps=config.steps,
         key=jax.random.key(config.seed),
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
         batches=loader.training_batches(config.data, Vocabulary.load(), loader.open_split(config.data, "train")),
         put=jax.device_put,
         run_record=to_dict(config),
-        cadence=loop.Cadence.of(config),
+        cadence=trainer.Cadence.of(config),
         sample=sample,
         learning_rate=learning_rate(config.optimizer, config.steps),
         guard=config.guard,

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +11,7 @@ from varedit_jax.scales import Pyramid, editor_pyramid
 from varedit_jax.text.t5 import T5Encoder
 from varedit_jax.tokenizer.autoencoder import Autoencoder
 from varedit_jax.transformer.model import Transformer
-
-Params = dict[str, Any]
+from varedit_jax.types import Params
 
 
 def init_tokenizer(config: EditorConfig, key: jax.Array) -> Params:

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipelines.preparation.facts import Facts, PartFiles
 from data_pipelines.preparation.filters import Cause
-from data_pipelines.preparation.looks import alike
+from data_pipelines.preparation.fingerprints import Facts, PartFiles
+from data_pipelines.preparation.perceptual_hash import alike
 from data_pipelines.preparation.staging import new_file
 
 BUCKET = 1 << 17  # records of a bucket, about

@@ -2,7 +2,7 @@
 
 import enum
 
-from data_pipelines.preparation.looks import Look, change
+from data_pipelines.preparation.perceptual_hash import Look, change
 from data_pipelines.preparation.settings import Settings
 from data_pipelines.record import Record
 

@@ -10,14 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.preparation import duplicates, vision_filter
-from data_pipelines.preparation.facts import FACTS, Facts, PartFiles, rows_so_far
 from data_pipelines.preparation.filters import Cause
-from data_pipelines.preparation.report import count, write_report
+from data_pipelines.preparation.fingerprints import FACTS, Facts, PartFiles, rows_so_far
 from data_pipelines.preparation.scan import Scan, scan
 from data_pipelines.preparation.settings import Settings
 from data_pipelines.preparation.split import find_leaks
+from data_pipelines.preparation.stages import Waves
 from data_pipelines.preparation.staging import Staging, new_file
-from data_pipelines.preparation.waves import Waves
+from data_pipelines.preparation.summary import count, write_report
 from data_pipelines.preparation.write import lay_out, shard_tasks, write
 from data_pipelines.shards import write_index
 from data_pipelines.sources import Part, find_parts

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_pipelines.damage import Damaged, decoding, open_picture
-from data_pipelines.preparation.facts import digest
+from data_pipelines.preparation.fingerprints import digest
 from data_pipelines.record import Record
 from varedit_jax.evaluation.sheet import Row
-from varedit_jax.sampling.images import upright_rgb
+from varedit_jax.images import upright_rgb
 
 EACH = 3  # of a data set and a cause
 _SIDE = 144  # pixels

@@ -17,16 +17,16 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from numpy.typing import NDArray
 
 from data_pipelines.damage import Damaged, Fault, decoding, open_picture, upright_size
-from data_pipelines.preparation.facts import FACTS, FactsWriter, PartFiles, hashes
 from data_pipelines.preparation.filters import LeftOut, check_change, check_size, check_text
-from data_pipelines.preparation.looks import Look
+from data_pipelines.preparation.fingerprints import FACTS, FactsWriter, PartFiles, hashes
+from data_pipelines.preparation.perceptual_hash import Look
 from data_pipelines.preparation.samples import SampleKeeper
 from data_pipelines.preparation.settings import Settings
 from data_pipelines.preparation.staging import new_folder
 from data_pipelines.record import Record, encode
 from data_pipelines.sources import Part, Refused, read_part
 from varedit_jax.errors import UserError
-from varedit_jax.sampling.images import upright_rgb
+from varedit_jax.images import upright_rgb
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.preparation.duplicates import Pairs, left
-from data_pipelines.preparation.facts import Facts
-from data_pipelines.preparation.looks import alike
+from data_pipelines.preparation.fingerprints import Facts
+from data_pipelines.preparation.perceptual_hash import alike
 
 SPLITS = ("train", "validation")
 _SIDES = ("source", "target")

@@ -24,8 +24,8 @@ from collections.abc import Generator, Iterator
 
 import numpy as np
 
-from data_pipelines.preparation.facts import Facts, PartFiles
 from data_pipelines.preparation.filters import Cause
+from data_pipelines.preparation.fingerprints import Facts, PartFiles
 from data_pipelines.preparation.settings import Vision
 from data_pipelines.preparation.staging import new_file
 from data_pipelines.preparation.write import StagedRecords

@@ -10,7 +10,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from numpy.typing import NDArray
 
 from data_pipelines.preparation.duplicates import left
-from data_pipelines.preparation.facts import Facts, PartFiles
+from data_pipelines.preparation.fingerprints import Facts, PartFiles
 from data_pipelines.preparation.split import SPLITS, in_validation
 from data_pipelines.preparation.staging import new_file
 from data_pipelines.record import Record, decode

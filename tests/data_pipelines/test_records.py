@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_pipelines import checked, loader
+from data_pipelines import bad_records, loader
 from data_pipelines.damage import read_quarantine
 from data_pipelines.record import Record
 from data_pipelines.shards import Records, ShardWriter, shard_path, write_index
@@ -302,7 +302,7 @@ def test_samples_are_of_examples_that_can_be_shown(damaged: tuple[str, dict[str,
 def test_what_a_check_finds_is_never_met(damaged: tuple[str, dict[str, str]], tmp_path: pathlib.Path) -> None:
     folder, reasons = damaged
     before = _batches(_data([folder])).get_state()
-    assert checked.check_split(folder, "train") == Counter(reasons.values())
+    assert bad_records.check_split(folder, "train") == Counter(reasons.values())
     batches = _batches(_data([folder], batch_size=1, bad_share=0.0))
     with pytest.raises(UserError, match="found to be bad"):
         batches.set_state(before)
@@ -320,8 +320,8 @@ def test_a_list_of_bad_records_holds_any_id(tmp_path: pathlib.Path) -> None:
     records[1] = dataclasses.replace(records[1], target=b"")
     _write(tmp_path, records)
     write_index(tmp_path)
-    assert checked.check_split(tmp_path, "train") == Counter({"empty file": 1})
-    assert checked.kept_records(Records(tmp_path, "train")).tolist() == [True, False, True]
+    assert bad_records.check_split(tmp_path, "train") == Counter({"empty file": 1})
+    assert bad_records.kept_records(Records(tmp_path, "train")).tolist() == [True, False, True]
 
 
 def test_other_shapes_than_the_model_has_are_refused(folders: tuple[str, str]) -> None:

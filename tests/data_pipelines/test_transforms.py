@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from data_pipelines.transforms import draw_flip, may_flip, read_picture
-from varedit_jax.sampling.images import fit
+from varedit_jax.images import fit
 
 
 def _ramp(width: int, height: int, kind: str = "PNG", **options: object) -> bytes:

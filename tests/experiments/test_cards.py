@@ -13,14 +13,16 @@ from jax.sharding import AbstractMesh
 from experiments import configs
 from experiments.configs import published
 from varedit_jax.config import RunConfig, TokenizerRunConfig, per_scale
-from varedit_jax.conversion.folder import load_folder
 from varedit_jax.parallel import topology
 from varedit_jax.parallel.mesh import check_batch, mesh_sizes
 from varedit_jax.parallel.rules import param_shardings
 from varedit_jax.parameters import abstract_params
 from varedit_jax.scales import editor_pyramid, image_size
-from varedit_jax.training import editor_run, tokenizer_step
+from varedit_jax.training import tokenizer_step
 from varedit_jax.training.optimizer import make_optimizer
+from varedit_jax.training.state import make_init
+from varedit_jax.training.step import make_step
+from varedit_jax.weights.directory import load_folder
 
 ROOT = pathlib.Path(__file__).parents[2]
 FOLDER = pathlib.Path(configs.__file__).parent
@@ -72,10 +74,10 @@ def test_training_step_of_every_card(name: str, variant: str) -> None:
     batch, key = batch_of(config), jax.eval_shape(lambda: jax.random.key(0))
     if isinstance(config, RunConfig):
         pyramid = editor_pyramid(config.model)
-        state = jax.eval_shape(editor_run.make_init(config, optimizer))
+        state = jax.eval_shape(make_init(config, optimizer))
         parts = ["tokenizer", *([] if config.train_text else ["text"])]
         frozen = {part: abstract_params(config.model, part) for part in parts}
-        after, metrics = jax.eval_shape(editor_run.make_step(config, pyramid, optimizer), state, frozen, batch, key)
+        after, metrics = jax.eval_shape(make_step(config, pyramid, optimizer), state, frozen, batch, key)
         per_scale(config.sampling.guidance, pyramid.scales)  # raises where the card's sampling does not fit
         per_scale(config.sampling.temperature, pyramid.scales)
     else:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from varedit_jax.conversion.reader import read_state_dict
+from varedit_jax.weights.reader import read_state_dict
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "data" / "golden" / "mini_a"
 

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from varedit_jax.config import SamplingConfig, preset
-from varedit_jax.conversion.folder import PARTS, save_folder
 from varedit_jax.parameters import abstract_params
+from varedit_jax.weights.directory import PARTS, save_folder
 
 # What is left out of a case is as here; names are in one folder.
 USUAL = {"checkpoint": "tiny", "image": "in.png", "instruction": "add a red circle", "output": "x.png"}

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from varedit_jax.config import EditorConfig, SamplingConfig, preset
-from varedit_jax.conversion.folder import PARTS, save_folder
 from varedit_jax.parameters import abstract_params
+from varedit_jax.weights.directory import PARTS, save_folder
 
 Answer = tuple[int, str, str]
 HELD_OUT = 8

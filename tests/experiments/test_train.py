@@ -13,11 +13,13 @@ import pytest
 import safetensors.numpy
 
 from varedit_jax.config import RunConfig, from_dict
-from varedit_jax.conversion import convert, names
-from varedit_jax.conversion.source import open_source
-from varedit_jax.training import checkpoint, editor_run
-from varedit_jax.training.ledger import read_metrics
+from varedit_jax.conversion import convert
+from varedit_jax.training import setup
+from varedit_jax.training.metrics import read_metrics
 from varedit_jax.training.optimizer import make_optimizer
+from varedit_jax.training.state import make_init
+from varedit_jax.weights import names, run_directory
+from varedit_jax.weights.export_source import open_source
 
 ROOT = pathlib.Path(__file__).parents[2]
 CARD = "experiments/configs/shapes.py:tiny"
@@ -84,11 +86,9 @@ def test_exported_folder_names_its_model(uninterrupted: pathlib.Path) -> None:
 def test_a_run_can_be_started_from_and_exported(uninterrupted: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """A second stage takes a run's folder as it is; `convert` makes of it what --export made."""
     folder = uninterrupted / "run"
-    run = dataclasses.replace(from_dict(RunConfig, checkpoint.read_config(folder)), init_from=str(folder))
-    abstract = jax.eval_shape(editor_run.make_init(run, make_optimizer(run.optimizer, run.steps)))
-    state = editor_run.start(
-        run, abstract, lambda: jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), abstract)
-    )
+    run = dataclasses.replace(from_dict(RunConfig, run_directory.read_config(folder)), init_from=str(folder))
+    abstract = jax.eval_shape(make_init(run, make_optimizer(run.optimizer, run.steps)))
+    state = setup.start(run, abstract, lambda: jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), abstract))
     convert.to_folder(open_source(folder), tmp_path / "shared", licence="mit", quiet=True)
     assert convert.verify(tmp_path / "shared") > 0
     for part in ("transformer", "text"):

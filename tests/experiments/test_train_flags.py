@@ -10,8 +10,9 @@ import sys
 import numpy as np
 import pytest
 
-from varedit_jax.training.checkpoint import checkpoint_steps, data_place
-from varedit_jax.training.ledger import read_metrics
+from varedit_jax.training.checkpoint import data_place
+from varedit_jax.training.metrics import read_metrics
+from varedit_jax.weights.run_directory import checkpoint_steps
 
 ROOT = pathlib.Path(__file__).parents[2]
 # Two scales alone, which compile quickly.

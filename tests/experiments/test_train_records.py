@@ -15,7 +15,7 @@ from varedit_jax.config import EditorConfig
 from varedit_jax.scales import editor_pyramid
 from varedit_jax.training.flops import example_flops
 from varedit_jax.training.goodput import read_goodput
-from varedit_jax.training.ledger import read_metrics
+from varedit_jax.training.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
 SIZES = ((128, 128), (128, 86))  # pixels, width and height: of templates 1.0 and 0.666

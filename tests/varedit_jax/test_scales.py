@@ -4,14 +4,7 @@ import numpy as np
 import pytest
 
 from varedit_jax.config import PIXEL_BUDGETS, preset
-from varedit_jax.scales import (
-    Pyramid,
-    aspect_templates,
-    editor_pyramid,
-    image_size,
-    nearest_aspect,
-    published_pyramid,
-)
+from varedit_jax.scales import Pyramid, aspect_templates, editor_pyramid, image_size, nearest_aspect, published_pyramid
 
 OBLONG = Pyramid(((1, 1), (2, 3), (4, 5)), ((1, 1), (2, 3), (4, 5), (8, 10)))
 

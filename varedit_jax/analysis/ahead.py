@@ -20,9 +20,7 @@ from varedit_jax.errors import UserError
 from varedit_jax.parallel.mesh import make_mesh
 from varedit_jax.parallel.topology import topology_devices
 from varedit_jax.scales import editor_pyramid
-from varedit_jax.training.flops import CONVENTION, run_flops
-from varedit_jax.training.optimizer import make_optimizer
-from varedit_jax.training.sharded import (
+from varedit_jax.training.compile_step import (
     abstract_batch,
     abstract_frozen,
     abstract_key,
@@ -30,6 +28,8 @@ from varedit_jax.training.sharded import (
     check_attention,
     sharded_step,
 )
+from varedit_jax.training.flops import CONVENTION, run_flops
+from varedit_jax.training.optimizer import make_optimizer
 
 Row = dict[str, Any]
 

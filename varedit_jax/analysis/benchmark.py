@@ -16,13 +16,9 @@ from varedit_jax.analysis.operations import again_of_forward
 from varedit_jax.config import RunConfig
 from varedit_jax.parallel.mesh import put_batch
 from varedit_jax.parameters import init_text, init_tokenizer, init_transformer
-from varedit_jax.sampling import decode
+from varedit_jax.sampling import sampler
 from varedit_jax.scales import editor_pyramid, image_size
-from varedit_jax.training.editor_run import make_init
-from varedit_jax.training.flops import run_flops
-from varedit_jax.training.optimizer import make_optimizer
-from varedit_jax.training.report import Work
-from varedit_jax.training.sharded import (
+from varedit_jax.training.compile_step import (
     abstract_batch,
     abstract_frozen,
     abstract_key,
@@ -30,6 +26,10 @@ from varedit_jax.training.sharded import (
     check_attention,
     sharded_step,
 )
+from varedit_jax.training.flops import run_flops
+from varedit_jax.training.metrics import Work
+from varedit_jax.training.optimizer import make_optimizer
+from varedit_jax.training.state import make_init
 from varedit_jax.transformer.kernels import Kernel, choose
 
 Row = dict[str, Any]  # what was measured, ready for JSON
@@ -164,7 +164,7 @@ class Benchmark:
         lengths = np.full((batch,), tokens, np.int32)
 
         def function(*arguments: Any) -> jax.Array:
-            return decode.edit(*arguments, config=model, pyramid=pyramid, sampling=run.sampling)
+            return sampler.edit(*arguments, config=model, pyramid=pyramid, sampling=run.sampling)
 
         with jax.default_device(self._device):
             params = self._initial["editor"]()

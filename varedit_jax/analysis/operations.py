@@ -7,9 +7,9 @@ import jax
 
 from varedit_jax.config import RunConfig
 from varedit_jax.scales import editor_pyramid
+from varedit_jax.training.compile_step import abstract_batch, abstract_frozen, abstract_key, abstract_state
 from varedit_jax.training.flops import count_jaxpr, run_flops
 from varedit_jax.training.optimizer import make_optimizer
-from varedit_jax.training.sharded import abstract_batch, abstract_frozen, abstract_key, abstract_state
 from varedit_jax.training.step import make_step
 
 

@@ -16,8 +16,7 @@ from varedit_jax.config import EditorConfig
 from varedit_jax.scales import Pyramid
 from varedit_jax.tokenizer.quantizer import quantize
 from varedit_jax.tokenizer.tokens import encode_images
-
-Params = dict[str, Any]
+from varedit_jax.types import Params
 
 
 def _rounded(x: jax.Array) -> jax.Array:

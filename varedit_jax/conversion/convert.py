@@ -21,21 +21,16 @@ import numpy as np
 
 import varedit_jax
 from varedit_jax.config import EditorConfig, RopeLayout, SamplingConfig, to_dict
-from varedit_jax.conversion import infer, names, ours, stream
-from varedit_jax.conversion.card import model_card
-from varedit_jax.conversion.folder import CONFIG, STORED_TYPES, VOCABULARY, read_config
-from varedit_jax.conversion.reader import WeightsFile, open_weights
-from varedit_jax.conversion.source import Source, stamp
-from varedit_jax.conversion.writer import (
-    Planned,
-    PthFile,
-    SafetensorsFile,
-    TensorFile,
-    safetensors_shards,
-    shard_index,
-)
+from varedit_jax.conversion import infer_config, stream
+from varedit_jax.conversion.model_card import model_card
+from varedit_jax.conversion.writer import Planned, PthFile, SafetensorsFile, TensorFile, safetensors_shards, shard_index
 from varedit_jax.errors import UserError
 from varedit_jax.parameters import abstract_params
+from varedit_jax.weights import names, native
+from varedit_jax.weights.directory import CONFIG, STORED_TYPES, VOCABULARY, read_config
+from varedit_jax.weights.export_source import Source, stamp
+from varedit_jax.weights.manifest import MANIFEST, check_finite, check_float, read_manifest, sha256
+from varedit_jax.weights.reader import WeightsFile, open_weights
 
 FORMATS = ("pth", "safetensors")
 _WRAPPERS = re.compile(r"^module\.|_orig_mod\.|_fsdp_wrapped_module\.")
@@ -104,16 +99,16 @@ class Mapped(NamedTuple):
 
 def _open(request: Published) -> _Opened:
     files = {part: _select(request, part, path) for part, path in request.files.items()}
-    family = request.family or infer.family_of(request.files.get("transformer", ""))
+    family = request.family or infer_config.family_of(request.files.get("transformer", ""))
     if "transformer" in files and not family:
         raise UserError(
             f"{request.files['transformer']} does not say in its name whose weights it holds; give --family=varedit or "
             f"--family=infinity (their positions differ)"
         )
-    layout = cast(RopeLayout, request.rope_layout or infer.FAMILIES[family or "varedit"])
-    budget = request.pixel_budget or infer.pixel_budget_of(request.files.get("transformer", "")) or "0.25M"
+    layout = cast(RopeLayout, request.rope_layout or infer_config.FAMILIES[family or "varedit"])
+    budget = request.pixel_budget or infer_config.pixel_budget_of(request.files.get("transformer", "")) or "0.25M"
     shapes = {part: {name: x.shape for name, x in file.items()} for part, file in files.items()}
-    return _Opened(files, infer.editor_config(shapes, budget, layout), family)
+    return _Opened(files, infer_config.editor_config(shapes, budget, layout), family)
 
 
 def _select(request: Published, part: str, path: str) -> WeightsFile:
@@ -180,7 +175,7 @@ def to_jax(request: Published, output: str | os.PathLike[str], quiet: bool = Fal
     """
     opened = _open(request)
     tasks: list[stream.Task] = []
-    writers: list[ours.OrbaxPart] = []
+    writers: list[native.OrbaxPart] = []
     record: dict[str, Any] = {"form": "orbax", "family": opened.family, "dialects": {}}
     record |= {"weights": request.weights, "tokenizer_weights": request.tokenizer_weights}
     staging_parts = []
@@ -190,9 +185,9 @@ def to_jax(request: Published, output: str | os.PathLike[str], quiet: bool = Fal
         kinds: dict[str, set[np.dtype]] = {}
         for link in links:
             if not link.is_buffer:
-                stream.check_float(file[link.name].dtype, link.name)
+                check_float(file[link.name].dtype, link.name)
                 kinds.setdefault(link.path, set()).add(np.dtype(file[link.name].dtype))
-        leaves = {path: ours.Leaf(tuple(expected[path].shape), _stored_type(kinds[path])) for path in expected}
+        leaves = {path: native.Leaf(tuple(expected[path].shape), _stored_type(kinds[path])) for path in expected}
         staging_parts.append((part, file, links, leaves))
         record["dialects"][part] = dataclasses.asdict(names.dialect_of(file))
     paths = [path for file in opened.files.values() for path in file.paths]
@@ -201,7 +196,7 @@ def to_jax(request: Published, output: str | os.PathLike[str], quiet: bool = Fal
         print(opened)
     with stream.Job(output, fingerprint) as job:
         for part, file, links, leaves in staging_parts:
-            writer = ours.OrbaxPart(job.staging / part, leaves)
+            writer = native.OrbaxPart(job.staging / part, leaves)
             writers.append(writer)
             tasks += [_import_task(part, file, link, leaves, writer) for link in links]
         size = sum(task.nbytes for task in tasks)
@@ -216,7 +211,7 @@ def to_jax(request: Published, output: str | os.PathLike[str], quiet: bool = Fal
 
 
 def _import_task(
-    part: str, file: WeightsFile, link: names.Link, leaves: Mapping[str, ours.Leaf], writer: ours.OrbaxPart
+    part: str, file: WeightsFile, link: names.Link, leaves: Mapping[str, native.Leaf], writer: native.OrbaxPart
 ) -> stream.Task:
     lazy = file[link.name]
     shape = leaves[link.path].shape[0 if link.index is None else 1 :]
@@ -227,10 +222,10 @@ def _import_task(
         if link.is_buffer:
             names.check_buffer(tensor, link)
             return found
-        stream.check_finite(tensor, link.name)
+        check_finite(tensor, link.name)
         mine = np.ascontiguousarray(names.to_ours(tensor, link, shape).astype(leaves[link.path].dtype, copy=False))
         writer.write(link.path, link.index, mine)
-        return found | {"ours": stream.sha256(mine)}
+        return found | {"ours": sha256(mine)}
 
     return stream.Task(f"{part}/{link.name}", int(np.prod(lazy.shape)) * lazy.dtype.itemsize, work)
 
@@ -243,7 +238,7 @@ def _record(part: str, link: names.Link, tensor: np.ndarray) -> stream.Record:
         "dtype": str(tensor.dtype),
         "path": "" if link.is_buffer else link.path,
         "index": link.index,
-        "sha256": stream.sha256(tensor),
+        "sha256": sha256(tensor),
     }
 
 
@@ -316,7 +311,7 @@ def to_torch(
             if len(group) > 1:
                 stream.write_json(group[0].path.parent / "model.safetensors.index.json", shard_index(group))
             if part == "text":
-                stream.write_json(group[0].path.parent / CONFIG, infer.hugging_face_config(source.config.text))
+                stream.write_json(group[0].path.parent / CONFIG, infer_config.hugging_face_config(source.config.text))
         job.finish({"form": "torch", "tensors": [job.done[task.key] for task in tasks]})
     return size
 
@@ -375,7 +370,7 @@ def _files_of(
     return [PthFile(folder / name, planned, under="vae" if part == "tokenizer" else "")]
 
 
-def _export_task(part: str, link: names.Link, planned: Planned, leaf: ours.Leaf, file: TensorFile) -> stream.Task:
+def _export_task(part: str, link: names.Link, planned: Planned, leaf: native.Leaf, file: TensorFile) -> stream.Task:
     def work() -> stream.Record:
         if link.is_buffer:
             tensor = names.BUFFERS[link.layout](link.shape).astype(planned.dtype)
@@ -391,7 +386,7 @@ def _export_task(part: str, link: names.Link, planned: Planned, leaf: ours.Leaf,
 def _rounded(tensor: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     with np.errstate(over="ignore"):  # what becomes infinite is refused, by name
         rounded = np.ascontiguousarray(tensor.astype(dtype, copy=False))
-    stream.check_finite(rounded, name if rounded.dtype == tensor.dtype else f"{name}, as {dtype},")
+    check_finite(rounded, name if rounded.dtype == tensor.dtype else f"{name}, as {dtype},")
     return rounded
 
 
@@ -418,7 +413,7 @@ def to_folder(
             tasks += [
                 _copy_task(part, tensor, index, leaves[tensor.name], file)
                 for tensor in planned
-                for index in (range(tensor.shape[0]) if ours.is_stack(tensor.name) else (None,))
+                for index in (range(tensor.shape[0]) if native.is_stack(tensor.name) else (None,))
             ]
         size = sum(file.size for file in files)
         job.check_room(tasks, size)
@@ -435,14 +430,14 @@ def to_folder(
     return size
 
 
-def _copy_task(part: str, planned: Planned, index: int | None, leaf: ours.Leaf, file: TensorFile) -> stream.Task:
+def _copy_task(part: str, planned: Planned, index: int | None, leaf: native.Leaf, file: TensorFile) -> stream.Task:
     nbytes = planned.nbytes if index is None else planned.nbytes // planned.shape[0]
 
     def work() -> stream.Record:
         name = planned.name if index is None else f"{planned.name}[{index}]"
         tensor = _rounded(np.asarray(leaf.read(index)), planned.dtype, name)
         file.write(planned.name, tensor, start=nbytes * (index or 0))
-        return {"part": part, "path": planned.name, "index": index, "ours": stream.sha256(tensor)}
+        return {"part": part, "path": planned.name, "index": index, "ours": sha256(tensor)}
 
     return stream.Task(f"{part}/{planned.name}/{index}", nbytes, work)
 
@@ -453,9 +448,9 @@ def verify(folder: str | os.PathLike[str]) -> int:
     Raises UserError naming every tensor that differs, or if there is no manifest.
     """
     root = pathlib.Path(folder)
-    manifest = stream.read_manifest(root)
+    manifest = read_manifest(root)
     if manifest is None:
-        raise UserError(f"{root} has no {stream.MANIFEST}: there is nothing to verify it by")
+        raise UserError(f"{root} has no {MANIFEST}: there is nothing to verify it by")
     tensors = manifest["tensors"]
     damaged = [what for what, wanted, found in _checksums(root, manifest["form"], tensors) if wanted != found]
     if damaged:
@@ -472,15 +467,15 @@ def _checksums(root: pathlib.Path, form: str, tensors: Sequence[stream.Record]) 
             file = open_weights(pth if pth.exists() or not (root / part).exists() else root / part).under("vae.")
             for entry in entries:
                 name = entry["name"]
-                yield name, entry["sha256"], stream.sha256(file[name].load()) if name in file else ""
+                yield name, entry["sha256"], sha256(file[name].load()) if name in file else ""
                 file.release()
         else:
-            leaves = ours.open_part(root, part, abstract_params(read_config(root)[0], part))
+            leaves = native.open_part(root, part, abstract_params(read_config(root)[0], part))
             for entry in entries:
                 if entry["path"]:  # buffers have no place in our tree
                     name = f"{part}/{entry['path']}" + ("" if entry["index"] is None else f"[{entry['index']}]")
                     try:
-                        found = stream.sha256(np.asarray(leaves[entry["path"]].read(entry["index"])))
+                        found = sha256(np.asarray(leaves[entry["path"]].read(entry["index"])))
                     except UserError:  # a chunk is missing or cut short
                         found = ""
                     yield name, entry["ours"], found

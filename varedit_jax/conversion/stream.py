@@ -7,7 +7,6 @@ again, as long as its inputs are the same.
 import concurrent.futures
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import pathlib
@@ -15,14 +14,11 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import tqdm
 
 from varedit_jax.errors import UserError
-from varedit_jax.training.checkpoint import size_text
+from varedit_jax.weights.manifest import MANIFEST, MANIFEST_VERSION, size_text
 
-MANIFEST = "manifest.json"
-MANIFEST_VERSION = 1
 _JOURNAL = "journal.jsonl"
 _WORKERS = 2  # tensors on their way at a time; each takes up to four times its size of memory
 
@@ -163,42 +159,6 @@ def _read_lines(path: pathlib.Path) -> tuple[list[Record], int]:
             lines.append(json.loads(text))
             end += len(text)
     return lines, end
-
-
-def sha256(tensor: np.ndarray) -> str:
-    """SHA-256 of a tensor's bytes, in hexadecimal."""
-    return hashlib.sha256(memoryview(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)).hexdigest()
-
-
-def check_float(dtype: np.dtype, name: str) -> None:
-    """Raises UserError naming the tensor if it is not of floating-point numbers."""
-    if dtype.kind not in "fV":  # bfloat16 is V
-        raise UserError(f"{name} is of type {dtype}; weights are floating-point numbers")
-
-
-def check_finite(tensor: np.ndarray, name: str) -> None:
-    """Raises UserError naming the tensor if it holds NaN or infinite values."""
-    finite = np.isfinite(tensor if tensor.dtype.kind == "f" else tensor.astype(np.float32))
-    if not finite.all():
-        raise UserError(
-            f"{name} holds {finite.size - int(finite.sum())} of {finite.size} values that are NaN or infinite; "
-            f"the file is of a run that diverged, or damaged"
-        )
-
-
-def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The manifest of a folder; None if it has none. Raises UserError if it is damaged, or of a newer version."""
-    path = pathlib.Path(folder) / MANIFEST
-    if not path.is_file():
-        return None
-    try:
-        manifest = json.loads(path.read_text())
-        version = int(manifest["version"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    if version > MANIFEST_VERSION:
-        raise UserError(f"{path} is of version {version}; this package reads up to {MANIFEST_VERSION}, use a newer one")
-    return manifest
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from varedit_jax.conversion.reader import SAFETENSORS_TYPES, STORAGES
 from varedit_jax.errors import UserError
+from varedit_jax.weights.reader import SAFETENSORS_TYPES, STORAGES
 
 _STORAGE_NAMES = {np.dtype(dtype): name for name, dtype in STORAGES.items()}
 _SAFETENSORS_NAMES = {np.dtype(dtype): name for name, dtype in SAFETENSORS_TYPES.items()}

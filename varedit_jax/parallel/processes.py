@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from itertools import combinations, count
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -192,3 +192,9 @@ def _arguments(coordinator: str, process_count: int | None, process_index: int |
         "process_id": process_index,
         "cluster_detection_method": "deactivate",  # the environment may say otherwise
     }
+
+
+def say(sentence: str, screen: TextIO | None = None) -> None:
+    """Shows a line to the user, on standard error if no screen is given; the first process does it for all."""
+    if jax.process_index() == 0:
+        print(sentence, file=screen or sys.stderr, flush=True)

@@ -20,8 +20,7 @@ from jax.typing import DTypeLike
 
 from varedit_jax.errors import UserError
 from varedit_jax.parallel.constrain import has_mesh
-
-Params = dict[str, Any]
+from varedit_jax.types import Params
 
 WHOLE = "..."  # small: every device has all of it
 

@@ -10,17 +10,17 @@ from typing import Any
 import jax
 import numpy as np
 
+from varedit_jax import images
 from varedit_jax.config import EditorConfig, RunConfig, SamplingConfig, from_dict, per_scale
-from varedit_jax.conversion.folder import PARTS, VOCABULARY, is_folder, load_folder, read_config
 from varedit_jax.errors import UserError
 from varedit_jax.parallel.mesh import replicated
 from varedit_jax.parameters import abstract_params
-from varedit_jax.sampling import decode, images
+from varedit_jax.sampling import sampler
 from varedit_jax.scales import Pyramid, editor_pyramid, image_size, nearest_aspect
 from varedit_jax.text.vocabulary import Vocabulary
-from varedit_jax.training import checkpoint
-
-Params = dict[str, Any]
+from varedit_jax.types import Params
+from varedit_jax.weights import run_directory
+from varedit_jax.weights.directory import PARTS, VOCABULARY, is_folder, load_folder, read_config
 
 
 class Editor:
@@ -63,7 +63,7 @@ class Editor:
 
     @classmethod
     def _from_run(cls, folder: pathlib.Path, tokenizer: str, text: str) -> "Editor":
-        record = checkpoint.read_config(folder)
+        record = run_directory.read_config(folder)
         if "train_text" not in record:
             raise UserError(f"{folder} is a run of {record.get('name', 'something else')}, not of an editor")
         try:
@@ -72,7 +72,7 @@ class Editor:
             raise UserError(f"{folder}/config.json does not describe a run of this version: {error}") from error
         config = run.model
         trained = ["transformer", *(["text"] if run.train_text else [])]
-        params = checkpoint.restore_params(folder, {part: abstract_params(config, part) for part in trained})
+        params = run_directory.restore_params(folder, {part: abstract_params(config, part) for part in trained})
         params["tokenizer"] = load_folder(
             tokenizer or run.tokenizer_weights, "tokenizer", abstract_params(config, "tokenizer")
         )
@@ -172,6 +172,6 @@ def _compiled(
 ) -> Any:
     """The program of a call. On a mesh, all processes call it with the same pictures, and all get the results."""
     return jax.jit(
-        functools.partial(decode.edit, config=config, pyramid=pyramid, sampling=sampling, every_scale=every_scale),
+        functools.partial(sampler.edit, config=config, pyramid=pyramid, sampling=sampling, every_scale=every_scale),
         out_shardings=None if mesh.empty else replicated(mesh),
     )

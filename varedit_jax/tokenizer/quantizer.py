@@ -9,8 +9,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from varedit_jax.resize import area_resize, linear_resize
 from varedit_jax.scales import Pyramid
-from varedit_jax.tokenizer.resize import area_resize, linear_resize
 
 
 @flax.struct.dataclass

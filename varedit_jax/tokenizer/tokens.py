@@ -1,19 +1,16 @@
 """Images to what the transformer takes: condition, teacher-forced inputs and labels (model.md, sections 1, 3 and 5)."""
 
-from typing import Any
-
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from varedit_jax.config import EditorConfig
+from varedit_jax.resize import area_resize
 from varedit_jax.scales import Pyramid
 from varedit_jax.tokenizer import quantizer
 from varedit_jax.tokenizer.autoencoder import Autoencoder
 from varedit_jax.tokenizer.pixels import to_model_range, to_uint8
-from varedit_jax.tokenizer.resize import area_resize
-
-Params = dict[str, Any]
+from varedit_jax.types import Params
 
 
 @flax.struct.dataclass

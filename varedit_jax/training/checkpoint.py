@@ -8,57 +8,41 @@ checkpoint loadable.
 What was saved on one mesh by so many processes can be restored on another by another number of them.
 """
 
-import contextlib
 import dataclasses
 import json
-import logging
 import os
 import pathlib
 import re
 import shutil
 import types
-from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 import grain
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from varedit_jax.errors import UserError
-from varedit_jax.training.ledger import read_metrics
-from varedit_jax.training.record import (
-    CONFIG_FILE,
-    check_config,
-    make_folder,
-    read_config,
-    room_explained,
-    write_config,
-    write_json,
-)
+from varedit_jax.training.metrics import read_metrics
+from varedit_jax.training.run_config import make_folder, room_explained, write_json
 from varedit_jax.training.state import TrainState
+from varedit_jax.weights.manifest import size_text
+from varedit_jax.weights.run_directory import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    check_same,
+    check_version,
+    checkpoint_steps,
+    damage_explained,
+    listing,
+    placed,
+    quiet_orbax,
+    read_checkpoint,
+    read_fields,
+    stored_fields,
+)
 
-__all__ = [
-    "CHECKPOINTS",
-    "CONFIG_FILE",
-    "Checkpoints",
-    "check_config",
-    "check_resume",
-    "checkpoint_steps",
-    "data_place",
-    "quiet_orbax",
-    "read_config",
-    "read_tree",
-    "restore_params",
-    "restore_state",
-    "save_tree",
-    "size_text",
-    "write_config",
-]
-
-CHECKPOINTS = "checkpoints"
 SAVED_FILE = "saved.json"
 
 _OURS = re.compile(r"\d+|\d+\.orbax-checkpoint-tmp.*|\..*")  # names in a folder of checkpoints; .nfs... comes with NFS
@@ -131,12 +115,12 @@ class Checkpoints:
             raise UserError(f"there is no checkpoint in {self.folder}")
         if step not in checkpoint_steps(self.folder.parent):
             raise UserError(
-                f"{self.folder / str(step)} is no checkpoint of a run: it holds {_listing(self.folder / str(step))} "
+                f"{self.folder / str(step)} is no checkpoint of a run: it holds {listing(self.folder / str(step))} "
                 f"instead of state and data; use another --workdir"
             )
         state = restore_state(self.folder.parent, abstract_state, step)
         place = data_place(self.folder.parent, step)
-        with _damage_explained(self.folder, step):
+        with damage_explained(self.folder, step):
             iterator.set_state(place)
             iterator.start_prefetch()
         return state
@@ -192,15 +176,15 @@ def restore_state(folder: str | os.PathLike[str], abstract_state: TrainState, st
     """The state alone of the checkpoint of `step` of a run: as `Checkpoints.restore`, with the same errors."""
     quiet_orbax()
     checkpoints = pathlib.Path(folder).absolute() / CHECKPOINTS
-    _check_version(checkpoints.parent)
+    check_version(checkpoints.parent)
     wanted = _fields(abstract_state)
-    starts_ema = "ema" in wanted and not _stored(checkpoints, step).get("ema")
+    starts_ema = "ema" in wanted and not stored_fields(checkpoints, step).get("ema")
     if starts_ema:
         del wanted["ema"]
-    _check_same(checkpoints, step, wanted)
-    restored = _read(checkpoints, step, wanted)
+    check_same(checkpoints, step, wanted)
+    restored = read_checkpoint(checkpoints, step, wanted)
     if starts_ema:
-        places = jax.tree.map(lambda leaf: _placed(leaf).sharding, abstract_state.ema)
+        places = jax.tree.map(lambda leaf: placed(leaf).sharding, abstract_state.ema)
         # Copies: the state is donated to each step, and no array can be given away twice.
         types = jax.tree.map(lambda leaf: leaf.dtype, abstract_state.ema)
         copy = jax.jit(
@@ -210,53 +194,13 @@ def restore_state(folder: str | os.PathLike[str], abstract_state: TrainState, st
     return dataclasses.replace(abstract_state, **restored)
 
 
-def restore_params(
-    folder: str | os.PathLike[str], abstract_params: Any, step: int | None = None, *, ema: bool = False
-) -> Any:
-    """The parameters alone of a run's checkpoint; nothing of the optimizer is read.
-
-    Args:
-      folder: folder of a run (the one with config.json and checkpoints/).
-      abstract_params: tree of jax.ShapeDtypeStruct; shardings as in `Checkpoints.restore`.
-      step: which checkpoint; None is the newest.
-      ema: their running average instead of the parameters themselves.
-
-    Raises:
-      UserError: no such folder, no checkpoint in it, no such step, another model's parameters, no average, a newer
-        version's checkpoint, or damaged files.
-    """
-    quiet_orbax()
-    root = pathlib.Path(folder).absolute()
-    if not root.is_dir():
-        raise UserError(f"there is no folder {folder}")
-    steps = checkpoint_steps(root)
-    if not steps:
-        raise UserError(
-            f"{folder} is not the folder of a run with a checkpoint: it has no {CHECKPOINTS}/<step>/; "
-            f"it holds {_listing(root)}"
-        )
-    step = steps[-1] if step is None else step
-    if step not in steps:
-        raise UserError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
-    _check_version(root)
-    checkpoints = root / CHECKPOINTS
-    field = "ema" if ema else "params"
-    if ema and not _stored(checkpoints, step).get(field):
-        raise UserError(
-            f"{checkpoints / str(step)} has no average of the parameters, for the run kept none "
-            f"(optimizer.ema_decay); take the parameters themselves"
-        )
-    _check_same(checkpoints, step, {field: abstract_params})
-    return _read(checkpoints, step, {field: abstract_params})[field]
-
-
 def data_place(folder: str | os.PathLike[str], step: int) -> dict[str, Any]:
     """The state of the data iterator in a run's checkpoint: what this process saved, or what all did.
 
     Raises UserError if it is damaged, or was saved by another number of processes, and not all at the same place.
     """
     checkpoints = pathlib.Path(folder).absolute() / CHECKPOINTS
-    with _damage_explained(checkpoints, step):
+    with damage_explained(checkpoints, step):
         files = {path.name: path.read_text() for path in (checkpoints / str(step) / "data").glob("process_*-of-*.json")}
         if not files:
             raise ValueError("it does not say which batch comes next")
@@ -279,14 +223,8 @@ def save_tree(folder: pathlib.Path, state: TrainState) -> None:
 def read_tree(folder: pathlib.Path, abstract_state: TrainState) -> TrainState:
     """Reads what `save_tree` wrote. Raises UserError if it is damaged."""
     quiet_orbax()
-    with _damage_explained(folder.parent, folder.name):
-        return dataclasses.replace(abstract_state, **_read_fields(folder.absolute(), _fields(abstract_state)))
-
-
-def checkpoint_steps(folder: str | os.PathLike[str]) -> list[int]:
-    """Steps of the complete checkpoints of the run in `folder`, ascending; empty if there are none."""
-    found = pathlib.Path(folder).glob(f"{CHECKPOINTS}/*/state/_METADATA")
-    return sorted(int(path.parts[-3]) for path in found if path.parts[-3].isdecimal())
+    with damage_explained(folder.parent, folder.name):
+        return dataclasses.replace(abstract_state, **read_fields(folder.absolute(), _fields(abstract_state)))
 
 
 def check_resume(workdir: str | os.PathLike[str], resume: bool | None) -> None:
@@ -335,122 +273,10 @@ def _saved(root: pathlib.Path) -> dict[str, Any]:
         return {}
 
 
-def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
-    """An abstract array that says where it goes: where it says nothing, to the first device of this process."""
-    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Shape and type of each array, by path."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): (tuple(leaf.shape), np.dtype(leaf.dtype))
-        for path, leaf in leaves
-    }
-
-
 def _fields(state: TrainState) -> dict[str, Any]:
     """The fields of a state that there are, by name: what is saved."""
     return {name: value for name, value in vars(state).items() if value is not None}
 
 
-def _check_version(root: pathlib.Path) -> None:
-    """Raises UserError if the run was written by a newer version."""
-    if (root / CONFIG_FILE).exists():
-        read_config(root)
-
-
-def _stored(checkpoints: pathlib.Path, step: int) -> dict[str, Any]:
-    """What a checkpoint holds: trees of what is known of each array, by field of TrainState."""
-    with _damage_explained(checkpoints, step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        metadata = checkpointer.metadata(checkpoints / str(step) / "state").item_metadata
-        if metadata is None:
-            raise ValueError("it does not say what it holds")
-        return dict(metadata.tree)
-
-
-def _check_same(checkpoints: pathlib.Path, step: int, wanted_fields: Mapping[str, Any]) -> None:
-    """Raises UserError naming the first array that differs between a checkpoint and these fields of a TrainState."""
-    found = _stored(checkpoints, step)
-    stored: dict[str, Any] = {}
-    wanted: dict[str, Any] = {}
-    # The parameters first: what differs there differs in their moments, too.
-    for field in sorted(wanted_fields, key=lambda name: name != "params"):
-        stored |= _shapes({field: found.get(field)})
-        wanted |= _shapes({field: wanted_fields[field]})
-    for path in dict.fromkeys([*wanted, *stored]):
-        if stored.get(path) != wanted.get(path):
-            field, _, name = path.partition("/")
-            what = f"parameter {name}" if field == "params" else f"array {path}"
-            raise UserError(
-                f"{checkpoints / str(step)} is a checkpoint of another model: {what} is "
-                f"{_shape_text(stored.get(path))} there and {_shape_text(wanted.get(path))} in this model"
-            )
-
-
-def _read(checkpoints: pathlib.Path, step: int, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """These fields (abstract trees) of a checkpoint's state, and nothing else of it."""
-    with _damage_explained(checkpoints, step):
-        return _read_fields(checkpoints / str(step) / "state", fields)
-
-
-def _read_fields(folder: pathlib.Path, fields: Mapping[str, Any]) -> dict[str, Any]:
-    item = jax.tree.map(_placed, dict(fields))
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        restored = checkpointer.restore(
-            folder,
-            args=ocp.args.PyTreeRestore(
-                item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
-            ),
-        )
-    return dict(restored)
-
-
-def _shape_text(found: tuple[tuple[int, ...], np.dtype] | None) -> str:
-    return "absent" if found is None else f"{found[1]}{list(found[0])}"
-
-
-def size_text(count: float) -> str:
-    """Bytes as text, in MB or GB."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def _listing(folder: pathlib.Path) -> str:
-    """What a folder holds, in a few words."""
-    names = sorted(path.name for path in folder.iterdir())
-    if not names:
-        return "nothing"
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
 def _going_on(step: int | None) -> str:
     return "" if step is None else f"; it goes on from step {step}"
-
-
-@contextlib.contextmanager
-def _damage_explained(checkpoints: pathlib.Path, step: int | str) -> Iterator[None]:
-    """Turns a failure to read a complete checkpoint into a UserError that says how to get past it."""
-    try:
-        yield
-    except Exception as error:
-        # Orbax wraps a failed read in a bare Exception; other types, such as one for lack of memory, are no damage.
-        damage = isinstance(error, (OSError, ValueError, KeyError, TypeError)) or type(error) is Exception
-        if not damage or isinstance(error, UserError):
-            raise
-        reason = re.split(r"\n|\. See full | \[tensorstore_spec", str(error).strip())[0]
-        raise UserError(
-            f"{checkpoints / str(step)} cannot be read ({reason}); if its files are damaged, delete that folder to go "
-            f"on from the checkpoint before it"
-        ) from error
-
-
-def quiet_orbax() -> None:
-    """Keeps Orbax's log lines off the screen: what it has to say to the user reaches him as an error."""
-    logger = logging.getLogger("absl")
-    if _not_from_orbax not in logger.filters:
-        logger.addFilter(_not_from_orbax)
-
-
-def _not_from_orbax(record: logging.LogRecord) -> bool:
-    return f"{os.sep}orbax{os.sep}" not in record.pathname

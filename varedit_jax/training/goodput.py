@@ -23,13 +23,13 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 
 from varedit_jax.errors import UserError
-from varedit_jax.training.ledger import Stopwatch, writing
+from varedit_jax.training.run_config import writing
 
 GOODPUT_FILE = "goodput.jsonl"
 
@@ -46,6 +46,33 @@ _KIND_OF = {
 }
 
 Seconds = dict[str, float]  # by kind
+
+
+class Stopwatch:
+    """Seconds spent in each named part of a run: data, step, skipped, compile, evaluate, sample, save, restore."""
+
+    def __init__(self) -> None:
+        """Starts now."""
+        self._start = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def time(self, part: str) -> Iterator[None]:
+        """Adds the time the block takes to `part`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
+
+    def move(self, part: str, other: str, seconds: float) -> None:
+        """Counts so many seconds of `part` as time of `other` instead."""
+        self.seconds[part] = self.seconds.get(part, 0.0) - seconds
+        self.seconds[other] = self.seconds.get(other, 0.0) + seconds
+
+    def share(self, part: str) -> float:
+        """Time of `part` as a share of all the time since the start."""
+        return self.seconds.get(part, 0.0) / (time.perf_counter() - self._start)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

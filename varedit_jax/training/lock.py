@@ -10,7 +10,7 @@ from typing import Self, TextIO
 import jax
 
 from varedit_jax.errors import UserError
-from varedit_jax.training.record import make_folder
+from varedit_jax.training.run_config import make_folder
 
 LOCK_FILE = "lock"
 

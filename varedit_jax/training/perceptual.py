@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varedit_jax.conversion.reader import read_state_dict
 from varedit_jax.errors import UserError
+from varedit_jax.weights.reader import read_state_dict
 
 # Convolutions of torchvision's `vgg16().features`, a list a resolution; features are compared after each list.
 _STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))

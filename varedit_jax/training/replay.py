@@ -19,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from varedit_jax.errors import UserError
+from varedit_jax.parallel.processes import say
 from varedit_jax.training import checkpoint
-from varedit_jax.training.ledger import say
-from varedit_jax.training.record import make_folder, room_explained
+from varedit_jax.training.run_config import make_folder, room_explained
 from varedit_jax.training.state import TrainState
+from varedit_jax.weights import run_directory
 
 REPLAY = "replay"
 EXAMPLE_IDS = "example_ids"
@@ -126,7 +127,7 @@ def replay(
         say(f"step {step} is done again, from the state before it")
     else:
         run = root.parent.parent
-        earlier = [number for number in checkpoint.checkpoint_steps(run) if number <= step]
+        earlier = [number for number in run_directory.checkpoint_steps(run) if number <= step]
         if not earlier:
             raise UserError(
                 f"{folder} holds no state, and {run} has no checkpoint of step {step} or before; make the run dump "

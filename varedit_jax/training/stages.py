@@ -3,17 +3,17 @@
 import bisect
 import concurrent.futures
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
 import jax
 
 from varedit_jax.parallel.processes import wait_for_all
-from varedit_jax.training.loop import Metrics, StepFn
 from varedit_jax.training.state import TrainState
+from varedit_jax.training.trainer import StepFn
+from varedit_jax.types import Batch, Metrics
 
-Batch = Mapping[str, jax.Array]
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # of a batch, by name
 
 

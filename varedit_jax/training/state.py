@@ -1,9 +1,15 @@
 """What a training step changes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
+import optax
+
+from varedit_jax.config import RunConfig
+from varedit_jax.parameters import init_text, init_transformer
 
 
 @flax.struct.dataclass
@@ -14,3 +20,18 @@ class TrainState:
     params: Any  # tree of parameters
     opt_state: Any  # optax state of `params`
     ema: Any = None  # running average of `params` in float32, where the run keeps one
+
+
+def make_init(config: RunConfig, optimizer: optax.GradientTransformation) -> Callable[[], TrainState]:
+    """Makes the state of step 0 with random parameters, from the config's seed: `() -> TrainState`."""
+
+    def init() -> TrainState:
+        transformer_key, text_key = jax.random.split(jax.random.key(config.seed))
+        params = {"transformer": init_transformer(config.model, transformer_key)}
+        if config.train_text:
+            params["text"] = init_text(config.model, text_key)
+        # Copies: the state is donated to each step, and no array can be given away twice.
+        ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params), ema=ema)
+
+    return init

@@ -11,18 +11,16 @@ import optax
 from varedit_jax.config import RunConfig
 from varedit_jax.parallel.constrain import batch_only, constrain, has_mesh
 from varedit_jax.parallel.mesh import BATCH
+from varedit_jax.resize import area_resize
 from varedit_jax.scales import Pyramid
 from varedit_jax.text.t5 import T5Encoder
-from varedit_jax.tokenizer.resize import area_resize
 from varedit_jax.tokenizer.tokens import encode_images, make_tokens
 from varedit_jax.training.loss import bitwise_loss
 from varedit_jax.training.self_correction import draw_flips
 from varedit_jax.training.state import TrainState
 from varedit_jax.transformer.model import Transformer
+from varedit_jax.types import Batch, Metrics, Params
 
-Batch = dict[str, jax.Array]
-Metrics = dict[str, jax.Array]
-Params = dict[str, Any]
 Step = Callable[[TrainState, Params, Batch, jax.Array], tuple[TrainState, Metrics]]
 
 

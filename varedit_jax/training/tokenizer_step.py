@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 
 from varedit_jax.config import EditorConfig, TokenizerRunConfig
-from varedit_jax.conversion.folder import load_folder
 from varedit_jax.parameters import abstract_params
 from varedit_jax.scales import editor_pyramid
 from varedit_jax.tokenizer import quantizer
@@ -17,8 +16,8 @@ from varedit_jax.tokenizer.pixels import to_model_range
 from varedit_jax.tokenizer.tokens import decode_bits, encode_images
 from varedit_jax.training.self_correction import draw_flips
 from varedit_jax.training.state import TrainState
-
-Metrics = dict[str, jax.Array]
+from varedit_jax.types import Metrics
+from varedit_jax.weights.directory import load_folder
 
 
 def make_loss(

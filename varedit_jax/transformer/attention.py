@@ -14,8 +14,8 @@ from jax.ad_checkpoint import checkpoint_name
 from varedit_jax.config import TransformerConfig
 from varedit_jax.parallel.constrain import constrain, gather_tokens, per_shard, scatter_tokens
 from varedit_jax.parallel.mesh import BATCH
+from varedit_jax.resize import area_resize
 from varedit_jax.scales import Pyramid
-from varedit_jax.tokenizer.resize import area_resize
 from varedit_jax.transformer.kernels import Kernel, choose, cudnn, platform, splash
 from varedit_jax.transformer.rope import rotate
 

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from data_pipelines.preparation import duplicates
-from data_pipelines.preparation.facts import FACTS, digest, plain_words
-from data_pipelines.preparation.looks import Look, alike, change
+from data_pipelines.preparation.fingerprints import FACTS, digest, plain_words
+from data_pipelines.preparation.perceptual_hash import Look, alike, change
 from tests.data_pipelines.preparation.corpus import edited, jpeg, picture
 
 

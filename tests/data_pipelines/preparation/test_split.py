@@ -1,6 +1,6 @@
 import numpy as np
 
-from data_pipelines.preparation.facts import FACTS, digest
+from data_pipelines.preparation.fingerprints import FACTS, digest
 from data_pipelines.preparation.split import find_leaks, in_validation
 
 

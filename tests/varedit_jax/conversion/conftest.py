@@ -8,8 +8,8 @@ import pytest
 import safetensors.numpy
 
 from varedit_jax.conversion import convert
-from varedit_jax.conversion.reader import StateDict, read_state_dict
 from varedit_jax.conversion.writer import Planned, PthFile
+from varedit_jax.weights.reader import StateDict, read_state_dict
 
 DATA = pathlib.Path(__file__).parents[2] / "data"
 GOLDEN = DATA / "golden" / "mini_a"

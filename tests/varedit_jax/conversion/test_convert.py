@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 
 from varedit_jax.config import TextConfig
-from varedit_jax.conversion import convert, names, ours, stream
-from varedit_jax.conversion.folder import load_folder, read_config
-from varedit_jax.conversion.reader import StateDict, read_state_dict
-from varedit_jax.conversion.source import open_source
+from varedit_jax.conversion import convert, stream
 from varedit_jax.conversion.writer import Planned, safetensors_shards, shard_index
 from varedit_jax.errors import UserError
 from varedit_jax.parameters import abstract_params, init_text
 from varedit_jax.sampling.editor import Editor
+from varedit_jax.weights import manifest, names, native
+from varedit_jax.weights.directory import load_folder, read_config
+from varedit_jax.weights.export_source import open_source
+from varedit_jax.weights.reader import StateDict, read_state_dict
 
 DATA = pathlib.Path(__file__).parents[2] / "data"
 GOLDEN = DATA / "golden" / "mini_a"
@@ -226,7 +227,7 @@ def test_an_ended_conversion_goes_on(
             raise KeyboardInterrupt
         return checksum(tensor)
 
-    checksum = stream.sha256
+    checksum = manifest.sha256
     monkeypatch.setattr(stream, "sha256", ends)
     with pytest.raises(KeyboardInterrupt):
         start(tmp_path / "out")
@@ -324,6 +325,6 @@ def test_an_editor_of_converted_parts(
 
 
 def test_chunks_are_small_enough_to_read_alone() -> None:
-    assert ours._chunks((39, 3584, 14336), 4, stacked=True) == (1, 3584, 3584)
-    assert ours._chunks((32128, 2048), 4, stacked=False) == (8032, 2048)
-    assert ours._chunks((5, 7), 4, stacked=False) == (5, 7)
+    assert native._chunks((39, 3584, 14336), 4, stacked=True) == (1, 3584, 3584)
+    assert native._chunks((32128, 2048), 4, stacked=False) == (8032, 2048)
+    assert native._chunks((5, 7), 4, stacked=False) == (5, 7)

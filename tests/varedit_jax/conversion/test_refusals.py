@@ -14,11 +14,11 @@ import pytest
 import safetensors.numpy
 
 from varedit_jax.conversion import convert, stream
-from varedit_jax.conversion.folder import load_folder, read_config
-from varedit_jax.conversion.reader import StateDict, open_weights, read_state_dict
-from varedit_jax.conversion.source import open_source
 from varedit_jax.errors import UserError
 from varedit_jax.parameters import abstract_params
+from varedit_jax.weights.directory import load_folder, read_config
+from varedit_jax.weights.export_source import open_source
+from varedit_jax.weights.reader import StateDict, open_weights, read_state_dict
 
 Write = Callable[..., pathlib.Path]
 Spoil = Callable[[Write, pathlib.Path, StateDict], pathlib.Path]

@@ -10,8 +10,8 @@ from varedit_jax.errors import UserError
 from varedit_jax.parallel import rules
 from varedit_jax.parallel.rules import check_rules, param_shardings, path_name, state_shardings
 from varedit_jax.parameters import abstract_params
-from varedit_jax.training.editor_run import make_init
 from varedit_jax.training.optimizer import make_optimizer
+from varedit_jax.training.state import make_init
 
 PARTS = ("tokenizer", "text", "transformer")
 

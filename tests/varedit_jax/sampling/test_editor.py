@@ -13,13 +13,14 @@ import optax
 import pytest
 
 from varedit_jax.config import DataConfig, EditorConfig, RunConfig, SamplingConfig, TokenizerRunConfig, preset, to_dict
-from varedit_jax.conversion.folder import PARTS, save_folder
 from varedit_jax.errors import UserError
 from varedit_jax.parameters import abstract_params
 from varedit_jax.sampling import editor as editor_module
 from varedit_jax.sampling.editor import Editor
-from varedit_jax.training.checkpoint import Checkpoints, write_config
+from varedit_jax.training.checkpoint import Checkpoints
+from varedit_jax.training.run_config import write_config
 from varedit_jax.training.state import TrainState
+from varedit_jax.weights.directory import PARTS, save_folder
 
 TINY = preset("tiny")
 GREEDY = SamplingConfig(guidance=1.0, greedy=True)

@@ -12,9 +12,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from varedit_jax import config as configs
-from varedit_jax.conversion import names
 from varedit_jax.parameters import abstract_params
 from varedit_jax.text.t5 import T5Encoder, relative_buckets
+from varedit_jax.weights import names
 
 DATA = pathlib.Path(__file__).parents[2] / "data"
 ENCODERS = json.loads((DATA / "t5_encoders.json").read_text())

@@ -8,10 +8,10 @@ import pytest
 
 from varedit_jax.config import EditorConfig, preset
 from varedit_jax.parameters import abstract_params
+from varedit_jax.resize import area_resize
 from varedit_jax.scales import editor_pyramid
 from varedit_jax.tokenizer import quantizer, tokens
 from varedit_jax.tokenizer.autoencoder import Autoencoder
-from varedit_jax.tokenizer.resize import area_resize
 
 GRIDS = ((1, 1), (2, 3), (4, 5))
 

@@ -12,11 +12,12 @@ import numpy as np
 import optax
 
 from varedit_jax.config import OptimizerConfig
-from varedit_jax.training.checkpoint import checkpoint_steps, restore_state
-from varedit_jax.training.ledger import read_metrics
-from varedit_jax.training.loop import Cadence, train
+from varedit_jax.training.checkpoint import restore_state
+from varedit_jax.training.metrics import read_metrics
 from varedit_jax.training.optimizer import make_optimizer
 from varedit_jax.training.state import TrainState
+from varedit_jax.training.trainer import Cadence, train
+from varedit_jax.weights.run_directory import checkpoint_steps
 
 WIDTH = 300  # large enough that an update in place would show in a checkpoint being written
 BATCH = 8

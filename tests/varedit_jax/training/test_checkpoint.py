@@ -19,16 +19,10 @@ import pytest
 
 from varedit_jax.config import DataConfig, GuardConfig, MeshConfig, OptimizerConfig, RunConfig, preset, to_dict
 from varedit_jax.errors import UserError
-from varedit_jax.training.checkpoint import (
-    Checkpoints,
-    check_config,
-    check_resume,
-    checkpoint_steps,
-    read_config,
-    restore_params,
-    write_config,
-)
+from varedit_jax.training.checkpoint import Checkpoints, check_resume
+from varedit_jax.training.run_config import check_config, write_config
 from varedit_jax.training.state import TrainState
+from varedit_jax.weights.run_directory import checkpoint_steps, read_config, restore_params
 
 OPTIMIZER = optax.adam(1e-3)
 

@@ -10,9 +10,9 @@ import pytest
 
 from varedit_jax.config import DataConfig, LossConfig, RunConfig, TransformerConfig, preset, text_preset
 from varedit_jax.parameters import abstract_params
+from varedit_jax.resize import area_resize
 from varedit_jax.scales import editor_pyramid, image_size
 from varedit_jax.text.t5 import T5Encoder
-from varedit_jax.tokenizer.resize import area_resize
 from varedit_jax.tokenizer.tokens import encode_images, make_tokens
 from varedit_jax.training.flops import count_jaxpr, encoder_flops, example_flops, run_flops, text_flops
 from varedit_jax.training.state import TrainState

@@ -14,12 +14,12 @@ from varedit_jax.training.goodput import (
     GOODPUT_FILE,
     KINDS,
     Goodput,
+    Stopwatch,
     process_start,
     read_goodput,
     run_seconds,
     run_shares,
 )
-from varedit_jax.training.ledger import Stopwatch
 
 
 class Process:
@@ -177,7 +177,7 @@ def test_a_full_disk_is_one_sentence(tmp_path):
 LOOP = """
 import sys, time
 from varedit_jax.training.goodput import Goodput
-from varedit_jax.training.ledger import Stopwatch
+from varedit_jax.training.goodput import Stopwatch
 clock = Stopwatch()
 goodput = Goodput(sys.argv[1], clock, int(sys.argv[2]))
 for step in range(int(sys.argv[2]), 10**9):

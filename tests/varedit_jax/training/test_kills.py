@@ -21,11 +21,12 @@ import optax
 from tests.varedit_jax.training.runs import assert_same, without_times
 from varedit_jax.config import MeshConfig, OptimizerConfig
 from varedit_jax.parallel.mesh import batch_part, make_mesh, put_batch
-from varedit_jax.training.checkpoint import Checkpoints, checkpoint_steps, data_place, restore_state
-from varedit_jax.training.loop import Cadence, train
+from varedit_jax.training.checkpoint import Checkpoints, data_place, restore_state
 from varedit_jax.training.optimizer import make_optimizer
 from varedit_jax.training.state import TrainState
 from varedit_jax.training.stop import poll
+from varedit_jax.training.trainer import Cadence, train
+from varedit_jax.weights.run_directory import checkpoint_steps
 
 STEPS = 12
 WIDTH = 296  # large enough that a save takes a while; divides over eight devices

@@ -12,7 +12,8 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from varedit_jax.errors import UserError
-from varedit_jax.training.ledger import Ledger, Stopwatch, duration, flat_metrics, read_metrics
+from varedit_jax.training.goodput import Stopwatch
+from varedit_jax.training.metrics import Ledger, duration, flat_metrics, read_metrics
 
 
 class Terminal(io.StringIO):

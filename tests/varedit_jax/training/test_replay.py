@@ -12,11 +12,11 @@ import pytest
 
 from varedit_jax.config import OptimizerConfig
 from varedit_jax.errors import UserError
-from varedit_jax.training.ledger import read_metrics
-from varedit_jax.training.loop import Cadence, train
+from varedit_jax.training.metrics import read_metrics
 from varedit_jax.training.optimizer import make_optimizer
 from varedit_jax.training.replay import MOST, Inputs, read_inputs, replay
 from varedit_jax.training.state import TrainState
+from varedit_jax.training.trainer import Cadence, train
 
 OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=3), 6)
 KEY = jax.random.key(5)

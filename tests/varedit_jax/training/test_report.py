@@ -11,9 +11,8 @@ from varedit_jax.config import preset
 from varedit_jax.errors import UserError
 from varedit_jax.scales import editor_pyramid
 from varedit_jax.training.flops import example_flops
-from varedit_jax.training.goodput import Goodput, read_goodput
-from varedit_jax.training.ledger import Stopwatch
-from varedit_jax.training.report import Report, Work
+from varedit_jax.training.goodput import Goodput, Stopwatch, read_goodput
+from varedit_jax.training.metrics import Report, Work
 
 H100 = hardware.chip("NVIDIA H100 80GB HBM3")
 WORK = Work(flops=2 * 10**12, flops_with_encoders=3 * 10**12, tokens=100, devices=4, chip=H100)
@@ -42,7 +41,7 @@ class Loop:
         self.time, self.work = 0.0, work
         monkeypatch.setattr("time.perf_counter", lambda: self.time)
         self.ready = True
-        monkeypatch.setattr("varedit_jax.training.report._ready", lambda metrics: self.ready)
+        monkeypatch.setattr("varedit_jax.training.metrics._ready", lambda metrics: self.ready)
         self.clock, self.ledger = Stopwatch(), Ledger()
         self.report = Report(self.ledger, self.clock, 2, 100, None, **arguments)
         self.step = 0

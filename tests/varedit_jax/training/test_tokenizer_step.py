@@ -9,7 +9,6 @@ import optax
 import pytest
 
 from varedit_jax.config import OptimizerConfig, TokenizerConfig, TokenizerRunConfig, preset
-from varedit_jax.conversion.folder import save_folder
 from varedit_jax.errors import UserError
 from varedit_jax.parameters import abstract_params
 from varedit_jax.scales import editor_pyramid
@@ -20,6 +19,7 @@ from varedit_jax.training import tokenizer_step
 from varedit_jax.training.optimizer import make_optimizer
 from varedit_jax.training.self_correction import draw_flips
 from varedit_jax.training.state import TrainState
+from varedit_jax.weights.directory import save_folder
 
 MODEL = dataclasses.replace(
     preset("tiny"),

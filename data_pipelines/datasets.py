@@ -1,0 +1,236 @@
+"""Examples that can be read in any order: of the generated data set, or of prepared records.
+
+What the loader needs of them is `Source`; what it uses beyond that where there is more to say is `RecordSource`.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import tensorflow_datasets as tfds
+from numpy.typing import NDArray
+from tensorflow_datasets.proto import tf_example_pb2
+
+from data_pipelines.bad_records import kept_records
+from data_pipelines.damage import Damaged, Fault
+from data_pipelines.record import BrokenRecord
+from data_pipelines.shapes.builder import SPLITS, TEST_EXAMPLES, TRAIN_EXAMPLES, Shapes
+from data_pipelines.shards import Records, read_index
+from data_pipelines.transforms import draw_flip, read_picture
+from varedit_jax.config import DataConfig, EditorConfig
+from varedit_jax.errors import UserError
+from varedit_jax.scales import aspect_templates, editor_pyramid, image_size
+
+Example = dict[str, Any]
+
+_DEFAULT_DIRECTORY = "data"
+_SHOWN_TEXT = 120  # characters of an instruction beside its pictures
+_RECORD_SPLITS = {"train": "train", "test": "validation"}  # of prepared records, by what they are called elsewhere
+
+
+class Source(Protocol):
+    """Examples that can be read in any order, all of one size."""
+
+    def __len__(self) -> int:
+        """Number of examples."""
+
+    def __getitem__(self, index: int) -> Example:
+        """One example: `source` and `target`, uint8 [y, x, 3], `instruction`, and what else the data set has."""
+
+    def instruction(self, index: int) -> str:
+        """The instruction of an example; cheap, as no picture is decoded."""
+
+
+class TfdsSource:
+    """A split of a prepared TFDS data set. Texts are str; pictures are decoded when an example is read."""
+
+    def __init__(self, builder: tfds.core.DatasetBuilder, split: str) -> None:
+        """Raises UserError for a split that the data set does not have."""
+        if split not in builder.info.splits:
+            raise UserError(f"{builder.name} has no split {split!r}; it has {', '.join(builder.info.splits)}")
+        self.directory = str(builder.data_dir)  # of the prepared data set
+        self._decoded = builder.as_data_source(split)
+        # For instructions alone. TFDS would decode every feature of the record, which takes about five times as long.
+        self._stored = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self._decoded)
+
+    def __getitem__(self, index: int) -> Example:
+        """One example; all that TFDS stores as bytes is text here."""
+        record = self._decoded[index]
+        return {name: value.decode() if isinstance(value, bytes) else value for name, value in record.items()}
+
+    def instruction(self, index: int) -> str:
+        """The instruction of an example."""
+        example = tf_example_pb2.Example.FromString(self._stored[index])
+        return example.features.feature["instruction"].bytes_list.value[0].decode()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RecordSource:
+    """Prepared records of one or several folders, one after the other, their pictures brought to the model's size."""
+
+    data: DataConfig
+    parts: tuple[Records, ...]  # a folder each, in the order of the mixture
+    sizes: Mapping[str, tuple[int, int]]  # pixels (height, width) of the pictures of each aspect
+    starts: NDArray[np.int64] = dataclasses.field(init=False)  # first example of each part, and the number of all
+    buckets: NDArray[np.int8] = dataclasses.field(init=False)  # [n] index into `data.aspects`
+
+    def __post_init__(self) -> None:
+        """Puts every example into its bucket."""
+        object.__setattr__(self, "starts", np.cumsum([0, *(len(part) for part in self.parts)]))
+        object.__setattr__(self, "buckets", self._find_buckets())
+
+    def _find_buckets(self) -> NDArray[np.int8]:
+        ratios = np.concatenate([part.columns.height / part.columns.width for part in self.parts])
+        templates = np.array([float(name) for name in self.data.aspects])
+        order = np.argsort(templates)
+        between = (templates[order][1:] + templates[order][:-1]) / 2
+        return order[np.searchsorted(between, ratios)].astype(np.int8)
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return int(self.starts[-1])
+
+    @property
+    def datasets(self) -> NDArray[np.int32]:
+        """Which part each example is of, [n]."""
+        return np.repeat(np.arange(len(self.parts), dtype=np.int32), np.diff(self.starts))
+
+    @property
+    def kept(self) -> NDArray[np.bool_]:
+        """False for those that data_pipelines.check found to be bad, [n]."""
+        return np.concatenate([kept_records(part) for part in self.parts])
+
+    def _find(self, index: int) -> tuple[Records, int]:
+        part = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.parts[part], int(index - self.starts[part])
+
+    def name(self, index: int) -> tuple[str, str]:
+        """Data set and id of an example, known even where the record is broken."""
+        records, row = self._find(index)
+        return records.dataset(row), records.id(row)
+
+    def instruction(self, index: int) -> str:
+        """The instruction of an example."""
+        records, row = self._find(index)
+        return records.instruction(row)
+
+    def __getitem__(self, index: int) -> Example:
+        """One example, as it is without anything random."""
+        return self.read(index, flip=False)
+
+    def draw(self, index: int, number: int) -> Example:
+        """One example in its pass `number`, with what is random about it. Raises Damaged."""
+        flip = self.data.flip and draw_flip(self.data.seed, index, number, self.instruction(index))
+        return self.read(index, flip)
+
+    def read(self, index: int, flip: bool) -> Example:
+        """Pictures uint8 [h, w, 3] of the size of the example's bucket, and the instruction. Raises Damaged."""
+        records, row = self._find(index)
+        try:
+            record = records[row]
+        except BrokenRecord as error:
+            raise Damaged(Fault.RECORD, str(error)) from error
+        if not record.instructions or not record.instructions[0].strip():
+            raise Damaged(Fault.INSTRUCTION)
+        size = self.sizes[self.data.aspects[self.buckets[index]]]
+        example: Example = {"instruction": record.instructions[0]}
+        for side in ("source", "target"):
+            try:
+                example[side] = read_picture(getattr(record, side), size, self.data.resize, flip)
+            except Damaged as error:
+                raise Damaged(error.fault, f"{side}: {error.detail}") from error
+        return example
+
+
+def _shapes(data: DataConfig) -> tfds.core.DatasetBuilder:
+    return Shapes(
+        data_dir=data.directory or _DEFAULT_DIRECTORY,
+        train_examples=data.train_examples or TRAIN_EXAMPLES,
+        test_examples=data.eval_examples or TEST_EXAMPLES,
+    )
+
+
+def open_split(data: DataConfig, split: str) -> TfdsSource:
+    """Split `split` (`train` or `test`) of the generated data set, prepared under `data.directory` on first use.
+
+    Raises UserError for a split that it does not have, and for a directory that cannot be written.
+    """
+    if split not in SPLITS:
+        raise UserError(f"{data.name} has no split {split!r}; it has {', '.join(SPLITS)}")
+    make = functools.partial(_shapes, data)
+    try:
+        builder = make()
+        builder.download_and_prepare()
+    except OSError as error:
+        builder = make()
+        # Several processes may start on an unprepared directory; the first to finish wins.
+        if not pathlib.Path(builder.data_dir).exists():
+            raise UserError(
+                f"cannot prepare {data.name} under {data.directory or _DEFAULT_DIRECTORY}: {error}; "
+                f"give a writable data.directory"
+            ) from error
+    return TfdsSource(builder, split)
+
+
+def picture_sizes(model: EditorConfig, aspects: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Pixels (height, width) of a model's pictures of each aspect.
+
+    Raises UserError for aspects that are no templates, or that a model with a pyramid of its own does not have.
+    """
+    unknown = [name for name in aspects if name not in aspect_templates()]
+    if unknown:
+        raise UserError(f"data.aspects has {unknown[0]!r}; templates are {', '.join(aspect_templates())}")
+    if model.grids and len(aspects) > 1:
+        raise UserError(f"data.aspects has {len(aspects)} templates, but a model with grids of its own has one shape")
+    return {name: image_size(model, editor_pyramid(model, name)) for name in aspects}
+
+
+def open_records(data: DataConfig, split: str, model: EditorConfig) -> RecordSource:
+    """Split `split` (`train` or `test`, which is `validation` on disk) of the prepared data sets of `data.mixture`.
+
+    Pictures get the size that `model` works on. A data set may be too small to have a `validation`; it is passed over
+    in `test` if another has one. Raises UserError for folders that hold no such split, and as `picture_sizes`.
+    """
+    if split not in _RECORD_SPLITS:
+        raise UserError(f"prepared records have no split {split!r}; they have {', '.join(_RECORD_SPLITS)}")
+    folders = [pathlib.Path(data.directory) / folder for folder, _ in data.mixture]
+    name = _RECORD_SPLITS[split]
+    if split == "test":
+        folders = [folder for folder in folders if name in read_index(folder)["splits"]]
+        if not folders:
+            raise UserError(
+                f"none of the data sets of data.mixture has a split {name!r}; prepare one with a larger --validation"
+            )
+    parts = tuple(Records(folder, name) for folder in folders)
+    return RecordSource(data, parts, picture_sizes(model, data.aspects))
+
+
+def open_examples(data: DataConfig, split: str, model: EditorConfig) -> TfdsSource | RecordSource:
+    """Split `split` (`train` or `test`) of what `data` names, as `open_split` and `open_records`."""
+    return open_records(data, split, model) if data.name == "records" else open_split(data, split)
+
+
+def shown_examples(source: Source, count: int) -> list[Example]:
+    """The first examples that can be used, for sheets of samples; of records, those of aspect 1.0 with short texts.
+
+    That aspect is what an editor works on if it is not told another; there are none where `data.aspects` lacks it.
+    """
+    if not isinstance(source, RecordSource):
+        return [source[index] for index in range(min(count, len(source)))]
+    found: list[Example] = []
+    square = source.data.aspects.index("1.0") if "1.0" in source.data.aspects else -1
+    for index in np.flatnonzero(source.kept & (source.buckets == square)).tolist():
+        if len(found) == count:
+            break
+        with contextlib.suppress(Damaged):
+            if len(source.instruction(index)) <= _SHOWN_TEXT:
+                found.append(source[index])
+    return found

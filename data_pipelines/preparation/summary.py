@@ -1,0 +1,147 @@
+"""What came in, what left and why, and what some of it looks like.
+
+    report/report.json       counts by data set: read, each reason, train, validation
+    report/report.md         the same for people
+    report/quarantine.jsonl  a line for each record that was left out: id, data set, reason, detail
+    report/samples.png       some records of each data set and reason, and some that stayed
+
+The same records give the same bytes: no dates, no durations.
+"""
+
+import collections
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipelines.damage import Fault
+from data_pipelines.preparation.filters import Cause
+from data_pipelines.preparation.fingerprints import Facts
+from data_pipelines.preparation.samples import EACH, SampleKeeper, read_samples
+from data_pipelines.preparation.split import SPLITS, in_validation
+from data_pipelines.preparation.write import StagedRecords
+from data_pipelines.sources import Reason
+from varedit_jax.evaluation.sheet import contact_sheet
+
+_SHEET_ROWS = 40  # of the picture sheet; a page is no longer than can be looked at
+_ORDER = [*map(str, Reason), *map(str, Fault), *map(str, Cause)]
+
+Twins = Mapping[int, tuple[NDArray[np.int64], NDArray[np.int64]]]
+Counts = dict[str, collections.Counter[str]]
+
+
+def write_report(
+    folder: pathlib.Path, facts: Facts, verdicts: NDArray[np.uint8], twins: Twins, validation: float
+) -> None:
+    """Writes the report of a data set.
+
+    Args:
+      folder: to write to.
+      facts: rows of the N records that no filter left out.
+      verdicts: uint8 [N]; 0 where a record stayed, otherwise 1 + index of its Cause.
+      twins: by verdict, numbers of records in order, and of those that each of them is like.
+      validation: share of pictures.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    counts = count(facts, verdicts, validation)
+    (folder / "report.json").write_text(
+        json.dumps(_as_json(counts), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    (folder / "report.md").write_text(_as_markdown(counts), encoding="utf-8")
+    _write_quarantine(folder / "quarantine.jsonl", facts, verdicts, twins)
+    _draw_samples(folder / "samples.png", facts, verdicts)
+
+
+def count(facts: Facts, verdicts: NDArray[np.uint8], validation: float) -> Counts:
+    """By data set: how many were "read", left for each reason, and stayed in each split."""
+    counts: Counts = collections.defaultdict(collections.Counter)
+    names = []
+    for part in facts.parts:
+        said = json.loads(part.counts.read_text())
+        names.append(said["datasets"])
+        for dataset, some in said["counts"].items():
+            counts[dataset].update(some)
+    labels = [*SPLITS, *map(str, Cause)]
+    for first, rows in facts.pieces():
+        verdict = verdicts[first : first + len(rows)].astype(np.int64)
+        split = in_validation(rows["picture"], validation).astype(np.int64)
+        label = np.where(verdict == 0, split, verdict + len(SPLITS) - 1)
+        for dataset, name in enumerate(names[facts.place(first)[0]]):
+            found = np.bincount(label[rows["dataset"] == dataset], minlength=len(labels))
+            counts[name].update({labels[n]: int(found[n]) for n in np.flatnonzero(found)})
+    return counts
+
+
+def _reasons(counts: Counts) -> list[str]:
+    """Reasons that occur, in the order of the steps."""
+    found = {name for some in counts.values() for name in some} - {"read", *SPLITS}
+    return [*(name for name in _ORDER if name in found), *sorted(found.difference(_ORDER))]
+
+
+def _as_json(counts: Counts) -> dict[str, Any]:
+    reasons = _reasons(counts)
+    return {
+        dataset: {
+            "read": counts[dataset]["read"],
+            **{split: counts[dataset][split] for split in SPLITS},
+            "left": {name: counts[dataset][name] for name in reasons if counts[dataset][name]},
+        }
+        for dataset in sorted(counts)
+    }
+
+
+def _as_markdown(counts: Counts) -> str:
+    names = sorted(counts)
+    table = [("read", "read"), *((name, name) for name in _reasons(counts)), *((f"**{s}**", s) for s in SPLITS)]
+    total: collections.Counter[str] = sum((counts[name] for name in names), collections.Counter())
+    columns = [*((name, counts[name]) for name in names), *([("all", total)] if len(names) > 1 else [])]
+    lines = ["# What came in, what left and why", ""]
+    lines.append("| | " + " | ".join(name for name, _ in columns) + " |")
+    lines.append("|---" * (len(columns) + 1) + "|")
+    for title, name in table:
+        lines.append(f"| {title} | " + " | ".join(f"{some[name]:,}" for _, some in columns) + " |")
+    lines += ["", "Each record that left is in `quarantine.jsonl` with what was found; `samples.png` shows some."]
+    return "\n".join(lines) + "\n"
+
+
+def _write_quarantine(path: pathlib.Path, facts: Facts, verdicts: NDArray[np.uint8], twins: Twins) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for index, part in enumerate(facts.parts):
+            with part.left.open(encoding="utf-8") as lines:
+                file.writelines(lines)
+            start, end = facts.starts[index : index + 2]
+            for number in (np.flatnonzero(verdicts[start:end]) + start).tolist():
+                verdict = int(verdicts[number])
+                detail = ""
+                if verdict in twins:
+                    numbers, others = twins[verdict]
+                    detail = "of " + "/".join(facts.key(int(others[np.searchsorted(numbers, number)])))
+                dataset, id = facts.key(number)
+                line = {"id": id, "dataset": dataset, "reason": list(Cause)[verdict - 1], "detail": detail}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _draw_samples(path: pathlib.Path, facts: Facts, verdicts: NDArray[np.uint8]) -> None:
+    keeper = SampleKeeper()
+    for part in facts.parts:
+        keeper.add(read_samples(part.samples))
+    records = StagedRecords(facts)
+    for verdict, name in enumerate(("stayed", *map(str, Cause))):
+        # The first of each part are enough to choose from; keys are hashes, so any are as good.
+        for start, end in zip(facts.starts[:-1], facts.starts[1:], strict=True):
+            for number in (np.flatnonzero(verdicts[start:end] == verdict)[:EACH] + start).tolist():
+                keeper.offer(records[number], name)
+    samples = sorted(keeper, key=lambda sample: ((*_ORDER, "stayed").index(sample.cause), sample.dataset, sample.order))
+    # A row of each first, where not all have room.
+    turns = collections.Counter[tuple[str, str]]()
+    ranked = []
+    for place, sample in enumerate(samples):
+        ranked.append((turns[sample.cause, sample.dataset], place))
+        turns[sample.cause, sample.dataset] += 1
+    shown = sorted(place for _, place in sorted(ranked)[:_SHEET_ROWS])
+    if shown:
+        rows = [samples[place].row() for place in shown]
+        contact_sheet(rows, ["source", "target"], scale=1, heading="What left, why, and what stayed").save(path)

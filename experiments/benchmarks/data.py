@@ -1,0 +1,214 @@
+"""Measures the loader on this machine: against its limit and a peer, and with a million records.
+
+    python -m experiments.benchmarks.data --folder=/tmp/data --peer_python=PEER/bin/python --output=data_throughput.md
+
+Makes JPEG pairs with a short side of 512 px, as prepared records and as WebDataset tars, and has each contestant turn
+them into batches in a process of its own, in turns: bare Pillow that only decodes and resizes pictures in memory (the
+limit), the loader with threads and with worker processes, and a PyTorch DataLoader over the tars. PEER is an
+environment with torch, webdataset and pillow; without it there is no peer. The folder is removed at the end.
+"""
+
+import io
+import json
+import os
+import pathlib
+import shutil
+import statistics
+import subprocess
+import sys
+import tarfile
+import time
+from typing import Any
+
+import numpy as np
+import tqdm
+from absl import flags
+from PIL import Image
+
+from data_pipelines import loader
+from data_pipelines.record import Record
+from data_pipelines.shards import Records, ShardWriter, shard_path, write_index
+from experiments import program
+from experiments.benchmarks import data_peer as peer
+from varedit_jax.config import DataConfig, EditorConfig
+from varedit_jax.errors import UserError
+from varedit_jax.scales import aspect_templates
+from varedit_jax.text.vocabulary import Vocabulary
+
+_FOLDER = flags.DEFINE_string("folder", None, "new folder to work in", required=True)
+_PEER = flags.DEFINE_string("peer_python", "", "Python of an environment with torch, webdataset and pillow")
+_PAIRS = flags.DEFINE_integer("pairs", 512, "pairs on disk")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "turns of each contestant, whose median counts")
+_BATCHES = flags.DEFINE_integer("batches", 32, "batches that are timed in a turn")
+_RECORDS = flags.DEFINE_integer("records", 1_000_000, "small records, for index and resume")
+_OUTPUT = flags.DEFINE_string("output", "", "Markdown file for the tables")
+_TURN = flags.DEFINE_string("turn", "", "of one contestant, as the program itself calls it: threads|workers:BUDGET")
+
+BATCH = 16
+WARM_UP = 6
+AHEAD = 4  # batches that a contestant may have ready: few, for they are made before the clock starts
+CORES = os.cpu_count() or 1
+SIZES = {256: "0.06M", 512: "0.25M"}  # pixels, and the budget of the model that has them
+
+
+def _photo(draw: np.random.Generator) -> Image.Image:
+    """A picture of 640 x 512 px with details of every size, of about as many bytes as a photo."""
+    pixels = draw.normal(0, 3, (512, 640, 3))
+    for cell, weight in ((8, 0.25), (32, 0.35), (128, 0.4)):
+        coarse = Image.fromarray(draw.integers(0, 256, (512 // cell, 640 // cell, 3), np.uint8))
+        pixels += weight * np.asarray(coarse.resize((640, 512), Image.Resampling.BICUBIC), np.float64)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def _jpeg(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def _make_pairs(folder: pathlib.Path, shards: int = 4) -> None:
+    """The same pairs as prepared records and as tars."""
+    draw = np.random.default_rng(0)
+    for shard in range(shards):
+        path = shard_path(folder / "records" / "train", "pairs", shard, shards)
+        with tarfile.open(folder / f"pairs-{shard}.tar", "w") as tar, ShardWriter(path) as writer:
+            for number in tqdm.trange(_PAIRS.value // shards, desc=f"pairs {shard + 1}/{shards}"):
+                picture = _photo(draw)
+                source, target = _jpeg(picture), _jpeg(picture.transpose(Image.Transpose.ROTATE_180))
+                name, text = f"{shard}{number:06d}", f"turn picture {number} upside down"
+                record = Record(id=name, dataset="pairs", source=source, target=target, instructions=(text,))
+                writer.write(record, picture.size)
+                for suffix, data in (("src.jpg", source), ("tgt.jpg", target), ("txt", text.encode())):
+                    member = tarfile.TarInfo(f"{name}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    write_index(folder / "records")
+
+
+def _open(folder: pathlib.Path, budget: str, **fields: Any) -> loader.Batches:
+    mixture = ((str(folder), 1.0),)
+    data = DataConfig(
+        name="records", mixture=mixture, batch_size=BATCH, text_tokens=64, prefetch_batches=AHEAD, **fields
+    )
+    source = loader.open_records(data, "train", EditorConfig(pixel_budget=budget))
+    return loader.training_batches(data, Vocabulary.load(), source)
+
+
+def _turn(kind: str, budget: str) -> dict[str, float]:
+    """One contestant's turn, of ours."""
+    fields = {"read_threads": CORES} if kind == "threads" else {"read_threads": 1, "workers": CORES}
+    batches = _open(pathlib.Path(_FOLDER.value) / "records", budget, **fields)
+    for _ in range(WARM_UP):
+        next(batches)
+    wall, cpu = time.perf_counter(), peer.cpu_seconds()
+    for _ in range(_BATCHES.value):
+        next(batches)
+    measured = {"seconds": time.perf_counter() - wall, "cpu_seconds": peer.cpu_seconds() - cpu}
+    batches.close()
+    return measured
+
+
+def _call(*command: str) -> dict[str, float]:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{' '.join(command)} failed: {done.stderr.strip().splitlines()[-1:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _race(folder: pathlib.Path, size: int) -> list[str]:
+    """Rows of the table of one size."""
+    ours = [sys.executable, "-m", "experiments.benchmarks.data", f"--folder={folder}", f"--batches={_BATCHES.value}"]
+    numbers = [str(number) for number in (size, BATCH, _BATCHES.value, WARM_UP, CORES, AHEAD // CORES)]
+    contestants = {
+        "bare Pillow, decode and resize": [sys.executable, peer.__file__, "limit", str(folder), *numbers],
+        "loader, threads": [*ours, f"--turn=threads:{SIZES[size]}"],
+        "loader, worker processes": [*ours, f"--turn=workers:{SIZES[size]}"],
+    }
+    if _PEER.value:
+        title = "PyTorch DataLoader over WebDataset"
+        contestants[title] = [_PEER.value, peer.__file__, "webdataset", str(folder), *numbers]
+    turns: dict[str, list[dict[str, float]]] = {title: [] for title in contestants}
+    for _ in tqdm.trange(_ROUNDS.value, desc=f"{size} px", unit="round"):
+        for title, command in contestants.items():
+            turns[title].append(_call(*command))
+    images = 2 * BATCH * _BATCHES.value
+    rates = {
+        title: [statistics.median(images / turn[clock] for turn in taken) for clock in ("seconds", "cpu_seconds")]
+        for title, taken in turns.items()
+    }
+    (_, limit), *_ = rates.values()
+    return [
+        f"| {size} px | {title} | {wall / 2 / BATCH:.2f} | {wall:.0f} | {cpu:.0f} | {cpu / limit:.2f} |"
+        for title, (wall, cpu) in rates.items()
+    ]
+
+
+def _many(folder: pathlib.Path) -> list[str]:
+    """Rows about index, shuffling and resuming with many records."""
+    count, shards = _RECORDS.value, 16
+    tiny = _jpeg(Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)))
+    draw = np.random.default_rng(1)
+    for shard in tqdm.trange(shards, desc="small records", unit="shard"):
+        with ShardWriter(shard_path(folder / "train", "small", shard, shards)) as writer:
+            for number in range(count * shard // shards, count * (shard + 1) // shards):
+                size = (int(draw.integers(256, 1024)), int(draw.integers(256, 1024)))  # for the buckets alone
+                record = Record(id=str(number), dataset="small", source=tiny, target=tiny, instructions=(str(number),))
+                writer.write(record, size)
+    start = time.perf_counter()
+    write_index(folder)
+    rows = [f"| writing the index of {count:,} records | {time.perf_counter() - start:.2f} |"]
+    start = time.perf_counter()
+    Records(folder, "train")
+    rows.append(f"| opening it | {time.perf_counter() - start:.3f} |")
+    aspects = tuple(aspect_templates())
+    start = time.perf_counter()
+    batches = _open(folder, "0.06M", aspects=aspects, read_threads=0)
+    rows.append(f"| opening it and planning the batches of 15 aspects | {time.perf_counter() - start:.3f} |")
+    state = batches.get_state()
+    taken = []
+    for step in np.random.default_rng(2).integers(0, 100 * count // BATCH, 10).tolist():
+        batches.set_state(state | {"next_step": step})
+        start = time.perf_counter()
+        next(batches)
+        taken.append(time.perf_counter() - start)
+    middle = statistics.median(taken)
+    rows.append(f"| first batch of {BATCH} after resuming anywhere in 100 epochs, median of 10 | {middle:.3f} |")
+    rows.append(f"| the same, slowest | {max(taken):.3f} |")
+    return rows
+
+
+def main(argv: list[str]) -> None:
+    """Makes pictures, has all take their turns, and writes the tables."""
+    del argv
+    folder = pathlib.Path(_FOLDER.value)
+    if _TURN.value:
+        print(json.dumps(_turn(*_TURN.value.split(":"))))
+        return
+    folder.mkdir(parents=True)
+    try:
+        _make_pairs(folder)
+        rows = [row for size in SIZES for row in _race(folder, size)]
+        many = _many(folder / "small")
+        lines = [
+            "# Throughput of the loader\n",
+            "    python -m experiments.benchmarks.data --folder=... --peer_python=... --output=...\n",
+            f"{time.strftime('%Y-%m-%d')}, {CORES} cores, at a load of {os.getloadavg()[2]:.0f}. {_PAIRS.value} pairs "
+            f"of JPEGs of 640 x 512 px, the middle brought to the size (Lanczos), batches of {BATCH} pairs, {CORES} "
+            f"threads or processes; {_BATCHES.value} batches a turn, median of {_ROUNDS.value} turns, which all took "
+            f"one after the other. Images a processor second count all processes, and depend less on what else runs.\n",
+            "| to | | batches/s | images/s | images / processor second | of the limit |",
+            "|---|---|---|---|---|---|",
+            *rows,
+            "\n| | seconds |",
+            "|---|---|",
+            *many,
+        ]
+        print("\n".join(lines))
+        if _OUTPUT.value:
+            pathlib.Path(_OUTPUT.value).write_text("\n".join(lines) + "\n")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    program.run(main)

@@ -1,0 +1,119 @@
+"""What benchmark_data compares the loader with: bare Pillow, and a PyTorch DataLoader over WebDataset tars.
+
+Stands alone, so that an environment without this package can run it:
+
+    python experiments/benchmarks/data_peer.py limit|webdataset FOLDER SIZE BATCH BATCHES WARM_UP PROCESSES AHEAD
+
+FOLDER holds pairs-*.tar with ID.src.jpg, ID.tgt.jpg and ID.txt. Both bring the middle of a picture to SIZE x SIZE
+pixels (Lanczos); each process has up to AHEAD batches ready. Prints JSON: seconds, and processor seconds of all
+processes, of BATCHES batches after WARM_UP.
+"""
+
+import glob
+import io
+import json
+import os
+import sys
+import tarfile
+import time
+
+import numpy as np
+from PIL import Image
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process and all of its descendants that live, or that were waited for."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    parents, spent = {}, {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                with open(f"/proc/{name}/stat") as file:
+                    fields = file.read().rsplit(")", 1)[1].split()
+            except OSError:  # it has ended since
+                continue
+            parents[int(name)] = int(fields[1])
+            spent[int(name)] = sum(int(field) for field in fields[11:15]) / ticks  # own and of children waited for
+    family = {os.getpid()}
+    while more := {child for child, parent in parents.items() if parent in family} - family:
+        family |= more
+    return sum(spent[member] for member in family if member in spent)
+
+
+def middle(width: int, height: int) -> tuple[float, float, float, float]:
+    """The largest square in the middle: left, top, right, bottom."""
+    side = min(width, height)
+    return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
+
+
+def picture(data: bytes, size: int) -> Image.Image:
+    """A file decoded and resized."""
+    opened = Image.open(io.BytesIO(data)).convert("RGB")
+    return opened.resize((size, size), Image.Resampling.LANCZOS, box=middle(*opened.size))
+
+
+def limit(
+    tars: list[str], size: int, batch: int, batches: int, warm_up: int, processes: int, _: int
+) -> tuple[float, float]:
+    """Decodes and resizes pictures that lie in memory, in forked processes, and throws them away."""
+    files = []
+    for path in tars:
+        with tarfile.open(path) as tar:
+            pictures = (tar.extractfile(member) for member in tar if member.name.endswith(".jpg"))
+            files += [file.read() for file in pictures if file]
+
+    def work(pictures: int) -> None:
+        children = []
+        for number in range(processes):
+            child = os.fork()
+            if not child:
+                for index in range(number, pictures, processes):
+                    picture(files[index % len(files)], size)
+                os._exit(0)
+            children.append(child)
+        for child in children:
+            os.waitpid(child, 0)
+
+    work(2 * batch * warm_up)
+    wall, cpu = time.perf_counter(), cpu_seconds()
+    work(2 * batch * batches)
+    return time.perf_counter() - wall, cpu_seconds() - cpu
+
+
+def webdataset(
+    tars: list[str], size: int, batch: int, batches: int, warm_up: int, processes: int, ahead: int
+) -> tuple[float, float]:
+    """Batches of uint8 tensors and texts, shuffled, made in the workers of a DataLoader."""
+    import torch
+    import webdataset as wds
+
+    def read(sample: dict) -> tuple:
+        pixels = [torch.from_numpy(np.array(picture(sample[side], size))) for side in ("src.jpg", "tgt.jpg")]
+        return (*pixels, sample["txt"].decode())
+
+    def stack(samples: list) -> tuple:
+        source, target, text = zip(*samples, strict=True)
+        return torch.stack(source), torch.stack(target), list(text)
+
+    data = (
+        wds.WebDataset(tars, resampled=True, shardshuffle=False, nodesplitter=None)
+        .shuffle(200)
+        .map(read)
+        .batched(batch, collation_fn=stack)
+    )
+    loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=processes, prefetch_factor=ahead)
+    iterator = iter(loader)
+    for _ in range(warm_up):
+        next(iterator)
+    wall, cpu = time.perf_counter(), cpu_seconds()
+    for _ in range(batches):
+        source, target, _ = next(iterator)
+        assert source.shape == target.shape == (batch, size, size, 3)
+    return time.perf_counter() - wall, cpu_seconds() - cpu
+
+
+if __name__ == "__main__":
+    role = limit if sys.argv[1] == "limit" else webdataset
+    numbers = [int(text) for text in sys.argv[3:]]
+    seconds, cpu = role(sorted(glob.glob(f"{sys.argv[2]}/pairs-*.tar")), *numbers)
+    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu}))

@@ -1,0 +1,80 @@
+"""Measures what cheaper products of the frozen encoders change, for tokenizers and text encoders at hand.
+
+    python -m experiments.benchmarks.precision --golden=tests/data/golden/mini_a,tests/data/golden/mini_b
+
+The first row is the shipped editor of `shapes`, on held-out pictures: the only trained one here. Prints a table for
+`tokenizer_precision` (share of bits that change, by scale) and one for `text_dtype` (relative error of the features,
+and the held-out loss with them).
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+
+from data_pipelines import loader
+from experiments import program
+from experiments.configs import shapes
+from varedit_jax.analysis import parity
+from varedit_jax.analysis.precision import bits_at, changed_bits
+from varedit_jax.config import EditorConfig, RunConfig
+from varedit_jax.sampling.editor import Editor
+from varedit_jax.scales import Pyramid, editor_pyramid
+from varedit_jax.text.t5 import T5Encoder
+from varedit_jax.text.vocabulary import Vocabulary
+from varedit_jax.training.setup import make_evaluate
+
+_GOLDEN = flags.DEFINE_list("golden", [], "folders of golden models to measure too")
+_EXAMPLES = flags.DEFINE_integer("examples", 64, "held-out pictures of shapes", lower_bound=1)
+
+
+def _tokenizers(editor: Editor, pictures: jax.Array) -> Iterator[tuple[str, Any, jax.Array, EditorConfig, Pyramid]]:
+    """Name, weights, pictures, configuration and pyramid of every tokenizer."""
+    yield "shapes, shipped", editor.params["tokenizer"], pictures, editor.config, editor_pyramid(editor.config)
+    for folder in _GOLDEN.value:
+        golden = parity.read_golden(folder)
+        images = np.moveaxis(golden.tensors["tgt_image_uint8"], 1, -1)
+        yield folder, golden.tokenizer, jax.device_put(images), golden.config, golden.pyramid
+
+
+def main(argv: list[str]) -> None:
+    """Prints both tables."""
+    del argv
+    editor = Editor.load(shapes.SHIPPED)
+    data = dataclasses.replace(shapes.DATA, batch_size=_EXAMPLES.value, train_examples=1)
+    held_out = loader.open_split(data, "test")
+    batch = jax.device_put(next(loader.evaluation_batches(data, Vocabulary.load(), held_out)))
+
+    print("| tokenizer | bits | tokenizer_precision | changed, % | by scale |\n|---|---|---|---|---|")
+    for name, params, pictures, config, pyramid in _tokenizers(editor, batch["target"]):
+        exact = bits_at("highest", params, pictures, config, pyramid)
+        for precision in ("high", "default"):
+            *scales, every = changed_bits(exact, bits_at(precision, params, pictures, config, pyramid))
+            by_scale = ", ".join(f"{100 * share:.2g}" for share in scales)
+            print(
+                f"| {name} | {sum(scale.size for scale in exact)} | {precision} | {100 * every:.2g} | {by_scale} |",
+                flush=True,
+            )
+
+    print("\n| text encoder | text_dtype | relative error of features | held-out loss |\n|---|---|---|---|")
+    exact_BTE = None
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
+    for dtype in dtypes:
+        run = RunConfig(name="precision", model=editor.config, data=data, text_dtype=dtype)
+        text = optax.tree.cast(editor.params["text"], dtype)
+        frozen = {**editor.params, "text": text}
+        encoder = T5Encoder(editor.config.text, jnp.dtype(dtype))
+        features_BTE = jax.jit(encoder.apply)({"params": text}, batch["text_ids"], batch["text_length"])
+        exact_BTE = features_BTE if exact_BTE is None else exact_BTE
+        error = float(jnp.linalg.norm(features_BTE - exact_BTE) / jnp.linalg.norm(exact_BTE))
+        metrics = jax.jit(make_evaluate(run, editor_pyramid(editor.config)))(editor.params, frozen, batch)
+        print(f"| shapes | {dtype} | {error:.2g} | {float(metrics['loss']):.5f} |", flush=True)
+
+
+if __name__ == "__main__":
+    program.run(main)

@@ -1,0 +1,200 @@
+"""Measures the training step and editing at a preset, on whatever device is there.
+
+    python -m experiments.benchmarks.speed --preset=tiny --json=benchmark.json
+
+On one H200 (141 GB), 2B complete, and 8B at full width with as many blocks as fit; MFU is of the blocks that are there:
+
+    python -m experiments.benchmarks.speed --preset=2b --batch=8 --what=train,edit,attention,remat --json=2b.json
+    python -m experiments.benchmarks.speed --preset=8b --depth=10 --batch=8 --what=train,attention,remat --json=8b.json
+
+Weights and pictures are random. The step is the whole one of a run: frozen encoders on pictures and token ids, forward
+and backward pass, clipping, AdamW, a state that is donated. It is timed from its dispatch until its results are there,
+after two calls for warming up. What needs more memory than there is becomes a row that says so.
+"""
+
+import dataclasses
+import json
+import pathlib
+import typing
+from typing import Any
+
+import jax
+from absl import flags
+
+from experiments import program
+from varedit_jax import config as config_lib
+from varedit_jax.analysis.benchmark import Benchmark, Row, environment
+from varedit_jax.config import DataConfig, EditorConfig, OptimizerConfig, RunConfig
+from varedit_jax.errors import UserError
+from varedit_jax.parallel.mesh import check_batch, make_mesh, parse_mesh
+from varedit_jax.scales import editor_pyramid, image_size
+from varedit_jax.training.flops import CONVENTION, run_flops
+
+WHAT = ("train", "edit", "attention", "remat")
+BUDGETS = {256: "0.06M", 512: "0.25M", 768: "0.60M", 1024: "1M"}
+
+_PRESET = flags.DEFINE_enum("preset", "tiny", config_lib.PRESETS, "size of the editor")
+_DEPTH = flags.DEFINE_integer("depth", None, "blocks, instead of the preset's", lower_bound=1)
+_TEXT = flags.DEFINE_string("text", "", "Flan-T5 encoder: small, base, large, xl, xxl; the preset's own by default")
+_PIXELS = flags.DEFINE_integer("pixels", None, f"side of the pictures: {', '.join(map(str, BUDGETS))}; 512 by default")
+_TEXT_TOKENS = flags.DEFINE_integer("text_tokens", None, "T of a training batch; all the model has by default")
+_BATCH = flags.DEFINE_integer(
+    "batch", 1, "examples a step, over all devices; pictures of the larger edit", lower_bound=1
+)
+_ACCUMULATION = flags.DEFINE_integer("accumulation", 1, "microbatches a step", lower_bound=1)
+_WHAT = flags.DEFINE_list("what", ["train", "edit"], f"what to measure, of {', '.join(WHAT)}")
+_MESH = flags.DEFINE_string("mesh", "data=-1", "sizes of the mesh's axes, as in fsdp=-1,tensor=4")
+_FEATURES: flags.FlagHolder[Any] = flags.DEFINE_enum(
+    "features", "online", ["online", "precomputed"], "encode pictures in the step, or ahead"
+)
+_DTYPE: flags.FlagHolder[Any] = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16"], "of products in the blocks and the text encoder; float32 on a CPU alone"
+)
+_MOMENTS: flags.FlagHolder[Any] = flags.DEFINE_enum(
+    "moments", "float32", ["float32", "bfloat16"], "type of AdamW's first moment"
+)
+_PRECISION: flags.FlagHolder[Any] = flags.DEFINE_enum(
+    "precision", "highest", ["default", "high", "highest"], "of the tokenizer's convolutions"
+)
+_REMAT: flags.FlagHolder[Any] = flags.DEFINE_enum(
+    "remat", "named", ["none", "named", "full"], "what the backward pass computes again"
+)
+_ATTENTION: flags.FlagHolder[Any] = flags.DEFINE_enum(
+    "attention", "auto", ["auto", "plain", "splash", "cudnn"], "kernel of self-attention"
+)
+_REPEATS = flags.DEFINE_integer("repeats", 10, "timed calls of each program", lower_bound=1)
+_JSON = flags.DEFINE_string("json", "", "file for the figures")
+
+
+def _model() -> EditorConfig:
+    """The preset with what the flags change."""
+    model = config_lib.preset(_PRESET.value)
+    text, pixels = model.text, _PIXELS.value
+    if _TEXT.value:
+        text = config_lib.text_preset(_TEXT.value)
+    if pixels is not None:
+        if model.grids or pixels not in BUDGETS:
+            raise UserError(
+                f"--pixels is {pixels}; give one of {', '.join(map(str, BUDGETS))}, and none with --preset=tiny"
+            )
+        model = dataclasses.replace(model, pixel_budget=BUDGETS[pixels])
+    dtype: Any = _DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    transformer = dataclasses.replace(
+        model.transformer,
+        depth=_DEPTH.value or model.transformer.depth,
+        text_width=text.width,
+        dtype=dtype,
+        remat=_REMAT.value,
+        attention=_ATTENTION.value,
+    )
+    return dataclasses.replace(model, text=text, transformer=transformer)
+
+
+def _run() -> RunConfig:
+    model = _model()
+    return RunConfig(
+        name="benchmark",
+        model=model,
+        data=DataConfig(
+            batch_size=_BATCH.value,
+            text_tokens=_TEXT_TOKENS.value or model.transformer.unconditional_rows,
+            features=_FEATURES.value,
+        ),
+        optimizer=OptimizerConfig(accumulation=_ACCUMULATION.value, moment_dtype=_MOMENTS.value),
+        text_dtype=typing.cast(Any, model.transformer.dtype),
+        tokenizer_precision=_PRECISION.value,
+    )
+
+
+def _about(run: RunConfig) -> Row:
+    """What is measured, in figures and in a sentence."""
+    pyramid, full = editor_pyramid(run.model), config_lib.preset(_PRESET.value).transformer.depth
+    flops, depth = run_flops(run, pyramid), run.model.transformer.depth
+    height, width = image_size(run.model, pyramid)
+    return {
+        "preset": _PRESET.value,
+        "depth": depth,
+        "full_depth": full,
+        "pixels": [height, width],
+        "tokens": flops.tokens,
+        "text_tokens": run.data.text_tokens,
+        "dtype": run.model.transformer.dtype,
+        "features": run.data.features,
+        "accumulation": run.optimizer.accumulation,
+        "tflop_per_example": flops.training / 1e12,
+        "tflop_per_example_with_encoders": flops.training_with_encoders / 1e12,
+        "convention": CONVENTION,
+    }
+
+
+def _say(about: Row, device: Row) -> None:
+    reduced = "" if about["depth"] == about["full_depth"] else f" of {about['full_depth']} (REDUCED DEPTH)"
+    print(
+        f"{about['preset']}: depth {about['depth']}{reduced}, {about['pixels'][0]} x {about['pixels'][1]} px, "
+        f"{about['tokens']} tokens, {about['text_tokens']} text tokens, {about['dtype']}, "
+        f"{about['tflop_per_example']:.4g} TFLOP per example, "
+        f"{about['tflop_per_example_with_encoders']:.4g} with encoders"
+    )
+    peak = device["peak_tflops_per_chip"]
+    print(f"{device['devices']} x {device['device']}, jax {device['jax']}; peak {peak or 'not known, so no MFU'}")
+    print(f"convention: {CONVENTION}\n")
+    print("| what | batch | attention | remat | median s (min, quartiles) | examples/s | TFLOP/s a chip | MFU | GiB |")
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+
+
+def _line(row: Row) -> str:
+    """A row as Markdown."""
+    cells = [row["what"], row["batch"], row.get("attention", ""), row.get("remat", "")]
+    if "again_of_forward" in row:
+        cells[-1] += f", {row['again_of_forward']:.0%} of forward again"
+    if "note" in row:
+        return f"| {' | '.join(map(str, cells))} | {row['note']} | | | | |"
+    low, high = row["quartiles_s"]
+    cells.append(f"{row['median_s']:.4g} ({row['min_s']:.4g}, {low:.4g} to {high:.4g})")
+    cells.append(f"{row['examples_per_s']:.4g}")
+    cells.append(f"{row['tflops_per_chip']:.4g}" if "tflops_per_chip" in row else "")
+    cells.append(f"{row['mfu']:.1%}, with encoders {row['mfu_with_encoders']:.1%}" if "mfu" in row else "")
+    memory = [f"{row['planned_gib']:.3g} planned"] if "planned_gib" in row else []
+    if row.get("peak_gib") is not None:
+        memory.append(f"{row['peak_gib']:.3g} peak")
+    elif "peak_at_most_gib" in row:
+        memory.append(f"peak at most {row['peak_at_most_gib']:.3g}")
+    return f"| {' | '.join(map(str, cells))} | {', '.join(memory)} |"
+
+
+def main(argv: list[str]) -> None:
+    """Measures, prints a table and writes the figures."""
+    unknown = sorted(set(_WHAT.value) - set(WHAT))
+    if unknown:
+        raise UserError(f"--what={unknown[0]} is unknown; give some of {', '.join(WHAT)}")
+    try:
+        run = _run()
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    mesh = make_mesh(parse_mesh(_MESH.value))
+    check_batch(mesh, run.data.batch_size, run.optimizer.accumulation)
+    bench = Benchmark(run=run, mesh=mesh, repeats=_REPEATS.value)
+    about, device = _about(run), environment(mesh)
+    _say(about, device)
+    rows: list[Row] = []
+
+    def measured(row: Row) -> None:
+        rows.append(row)
+        print(_line(row), flush=True)
+        if _JSON.value:  # after every row: a run that is cut short keeps what it has
+            figures: dict[str, Any] = {"about": about, "device": device, "rows": rows}
+            pathlib.Path(_JSON.value).write_text(json.dumps(figures, indent=2) + "\n")
+
+    if "train" in _WHAT.value:
+        measured(bench.train())
+    if "edit" in _WHAT.value:
+        for batch in sorted({1, run.data.batch_size}):
+            measured(bench.edit(batch))
+    for job in ("attention", "remat"):
+        if job in _WHAT.value:
+            for row in getattr(bench, job)():
+                measured(row)
+
+
+if __name__ == "__main__":
+    program.run(main)

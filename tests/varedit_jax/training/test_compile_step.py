@@ -1,0 +1,121 @@
+"""The step on meshes of eight devices equals the step on one: loss, gradients, moments, parameters."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from varedit_jax.config import DataConfig, LossConfig, MeshConfig, OptimizerConfig, RunConfig, preset
+from varedit_jax.parallel.mesh import make_mesh, put_batch
+from varedit_jax.parallel.rules import path_name
+from varedit_jax.scales import editor_pyramid
+from varedit_jax.training.compile_step import abstract_frozen, abstract_state, sharded_step
+from varedit_jax.training.optimizer import make_optimizer
+
+MESHES = {
+    "one": {},
+    "data": {"data": 8},
+    "fsdp": {"fsdp": 8},
+    "tensor": {"tensor": 8},
+    "all": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # compiles in half the time
+BATCH = 16
+TINY = preset("tiny")
+MODEL = dataclasses.replace(
+    TINY,
+    tokenizer=dataclasses.replace(TINY.tokenizer, base_channels=16, norm_groups=8),
+    text=dataclasses.replace(TINY.text, vocabulary_size=24, layers=2, heads=8, head_size=8),
+    transformer=dataclasses.replace(TINY.transformer, depth=3, width=64, heads=8, remat="full"),
+    grids=((1, 1), (2, 2), (3, 3)),
+)
+RUN = RunConfig(
+    name="test",
+    model=MODEL,
+    loss=LossConfig(noise_max=0.3, text_drop=0.3),
+    data=DataConfig(batch_size=BATCH, text_tokens=5),
+    train_text=True,
+    # Without clipping, and with a large epsilon: what is compared is smooth in the gradients.
+    optimizer=OptimizerConfig(learning_rate=1e-2, epsilon=1e-2, clip_norm=0.0, weight_decay=0.1, accumulation=2),
+)
+STEPS = 2
+
+
+def lively(abstract: Any) -> Any:
+    """Parameters of an abstract tree, none of them zero or one."""
+    draw = np.random.default_rng(1)
+
+    def fill(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        around = 1.0 if path[-1].key in ("scale", "scale_mul") else 0.0
+        return (around + 0.1 * draw.normal(size=leaf.shape)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(fill, abstract)
+
+
+def run(sizes: dict[str, int]) -> dict[str, np.ndarray]:
+    """State and metrics after some steps, by path."""
+    devices = jax.devices()[: int(np.prod([*sizes.values()]))]
+    mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}), devices)
+    pyramid = editor_pyramid(MODEL)
+    optimizer = make_optimizer(RUN.optimizer, STEPS)
+    draw = np.random.default_rng(0)
+    side = pyramid.last[0] * MODEL.token_stride
+    batch = {
+        "source": draw.integers(0, 256, (BATCH, side, side, 3), np.uint8),
+        "target": draw.integers(0, 256, (BATCH, side, side, 3), np.uint8),
+        "text_ids": draw.integers(0, 24, (BATCH, 5), np.int32),
+        "text_length": draw.integers(1, 6, BATCH, np.int32),
+    }
+    abstract = abstract_state(RUN, optimizer, mesh)
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
+    # Nothing but the moments starts at zero, which could hide a gradient that is missing.
+    state = jax.device_put(state.replace(params=lively(abstract.params)), places)
+    frozen = abstract_frozen(RUN, mesh)
+    frozen = jax.device_put(lively(frozen), jax.tree.map(lambda leaf: leaf.sharding, frozen))
+    with jax.set_mesh(mesh):
+        step = sharded_step(RUN, pyramid, optimizer, mesh)
+        metrics = []
+        for number in range(STEPS):
+            key = jax.random.fold_in(jax.random.key(1), number)
+            state, values = step(state, frozen, put_batch(mesh, batch), key)
+            metrics.append(values)
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == places  # donated, and back where it lay
+    tree = {"state": state, "metrics": metrics}
+    return {path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, np.ndarray]]:
+    """Of every mesh, from a process that has eight devices."""
+    folder = tmp_path_factory.mktemp("sharded")
+    environment = {**os.environ, "XLA_FLAGS": FLAGS}
+    done = subprocess.run(
+        [sys.executable, __file__, str(folder)], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    return {name: dict(np.load(folder / f"{name}.npz")) for name in MESHES}
+
+
+@pytest.mark.parametrize("name", [name for name in MESHES if name != "one"])
+def test_sharded_equals_unsharded(results, name):
+    """To float32 rounding. The first moments are the gradients, averaged over two steps."""
+    one, sharded = results["one"], results[name]
+    assert sharded.keys() == one.keys()
+    moments = [path for path in one if "/mu/" in path]
+    assert len(moments) > 40
+    for path, value in one.items():
+        if path in moments:
+            assert np.abs(value).max() > 1e-8 or "text_unconditional" in path, f"{path} has no gradient"
+        scale = max(np.abs(value).max(), 1e-3)
+        np.testing.assert_allclose(sharded[path], value, rtol=2e-5, atol=2e-5 * scale, err_msg=f"{name}: {path}")
+
+
+if __name__ == "__main__":
+    for _name, _sizes in MESHES.items():
+        np.savez(f"{sys.argv[1]}/{_name}.npz", **run(_sizes))

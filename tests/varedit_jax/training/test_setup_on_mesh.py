@@ -1,0 +1,46 @@
+"""A card on a mesh: what cannot be is one sentence."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from tests.varedit_jax.training.test_compile_step import RUN
+from varedit_jax.config import MeshConfig, OptimizerConfig, RunConfig
+from varedit_jax.errors import UserError
+from varedit_jax.parallel.mesh import make_mesh
+from varedit_jax.training.setup import MeshRun
+
+
+def run_with(**transformer: str) -> RunConfig:
+    """The run with some fields of the transformer replaced."""
+    changed = dataclasses.replace(RUN.model.transformer, **transformer)
+    return dataclasses.replace(RUN, model=dataclasses.replace(RUN.model, transformer=changed))
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        (run_with(attention="cudnn"), "attention is 'cudnn', which needs a compute type of 16 bits"),
+        (run_with(attention="cudnn", dtype="bfloat16"), "attention is 'cudnn', which needs a GPU, not cpu"),
+        (
+            dataclasses.replace(RUN, optimizer=OptimizerConfig(schedule="cosine", warmup_steps=8000)),
+            "optimizer.warmup_steps is 8000 and optimizer.decay_steps 0, which do not fit into 8000 steps",
+        ),
+    ],
+)
+def test_what_cannot_be(config: RunConfig, sentence: str) -> None:
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    with jax.set_mesh(mesh), pytest.raises(UserError, match=sentence):
+        MeshRun(config, mesh)
+
+
+@pytest.mark.parametrize(
+    ("batches", "sentence"), [(4, "no aspect has data.batch_size = 16 held-out"), (0, "eval_batches is 0")]
+)
+def test_nothing_to_evaluate_on(batches: int, sentence: str) -> None:
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        run = MeshRun(dataclasses.replace(RUN, eval_batches=batches), mesh)
+        with pytest.raises(UserError, match=f"there is nothing to evaluate on: {sentence}"):
+            run.evaluate(run.abstract_state, {}, [])

@@ -1,0 +1,392 @@
+"""Metrics of a run: a JSONL file, TensorBoard, images and progress; what is reported of each step, one step late."""
+
+import collections
+import contextlib
+import dataclasses
+import io
+import json
+import math
+import os
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, TextIO
+
+import jax
+import numpy as np
+import PIL.Image
+import tqdm
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+
+from varedit_jax import hardware
+from varedit_jax.parallel.processes import say
+from varedit_jax.training.flops import Flops
+from varedit_jax.training.goodput import Goodput, Stopwatch
+from varedit_jax.training.run_config import writing
+from varedit_jax.types import Metrics
+
+METRICS_FILE = "metrics.jsonl"
+SAMPLES = "samples"
+
+
+class Ledger:
+    """Metrics to TensorBoard and metrics.jsonl, pictures to TensorBoard and samples/, progress to the screen.
+
+    Only the first process writes; the others' calls do nothing.
+    """
+
+    def __init__(
+        self, workdir: str | os.PathLike[str], *, first_step: int, steps: int, screen: TextIO | None = None
+    ) -> None:
+        """Opens the ledger of a run that goes on at `first_step` (0 for a new one) towards `steps`.
+
+        What an earlier process wrote down for `first_step` and later is dropped, for it comes again.
+        `screen` is standard error if not given: a progress bar on a terminal, plain lines elsewhere.
+        """
+        self._writes = jax.process_index() == 0
+        self._screen = screen or sys.stderr
+        self._steps = steps
+        self._bar: tqdm.tqdm | None = None
+        if not self._writes:
+            return
+        self._folder = pathlib.Path(workdir)
+        with writing(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            _drop_from(self._folder / METRICS_FILE, first_step)
+            # Unbuffered, and TensorBoard's file without a thread of its own: nothing written is lost, whatever ends
+            # the process, and a full disk is noticed where it is met.
+            self._lines = (self._folder / METRICS_FILE).open("ab", buffering=0)
+            self._board = EventsWriter(str(self._folder / "events"), f".{first_step}")
+            if first_step:  # hides what an earlier process wrote from this step on
+                self._publish(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+        if self._screen.isatty():
+            self._bar = tqdm.tqdm(
+                total=steps,
+                initial=first_step,
+                file=self._screen,
+                dynamic_ncols=True,
+                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+            )
+
+    def record(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Writes the metrics of one step; a vector [K] becomes `name/scale_k`. A value that is not finite is null."""
+        if not self._writes:
+            return
+        values = dict(flat_metrics(metrics))
+        line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in values.items()}
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        with writing(self._folder):
+            self._lines.write(json.dumps(line).encode() + b"\n")
+            self._publish(Event(step=step, summary=Summary(value=scalars)))
+
+    def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Writes uint8 pictures [y, x, 3], as samples/NAME_STEP.png too."""
+        if not self._writes:
+            return
+        for name, picture in pictures.items():
+            if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
+                raise ValueError(f"picture {name!r} is {picture.dtype}{list(picture.shape)}, not uint8[y, x, 3]")
+            encoded = io.BytesIO()
+            PIL.Image.fromarray(picture).save(encoded, format="png")
+            height, width, _ = picture.shape
+            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded.getvalue())
+            with writing(self._folder):
+                (self._folder / SAMPLES).mkdir(exist_ok=True)
+                (self._folder / SAMPLES / f"{name}_{step:07d}.png").write_bytes(encoded.getvalue())
+                self._publish(Event(step=step, summary=Summary(value=[Summary.Value(tag=name, image=image)])))
+
+    def progress(
+        self,
+        step: int,
+        metrics: Mapping[str, Any],
+        *,
+        examples_per_second: float,
+        eta: float,
+        mfu: float | None = None,
+    ) -> None:
+        """Shows where the run is after `step` updates. `eta` is the seconds that are left, `mfu` a share."""
+        shown = [f"{name} {float(metrics[name]):.4g}" for name in ("loss", "bit_accuracy") if name in metrics]
+        shown.append(f"{examples_per_second:.3g} examples/s")
+        if mfu is not None:
+            shown.append(f"MFU {mfu:.1%}")
+        shown.append(f"{duration(eta)} left")
+        if self._bar is not None:
+            self._bar.set_postfix_str(", ".join(shown), refresh=False)
+        else:
+            self.say(", ".join([f"step {step}/{self._steps}", *shown]))
+
+    def advance(self) -> None:
+        """Counts one step on the progress bar, where there is one."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def say(self, sentence: str) -> None:
+        """Shows a line to the user."""
+        if self._bar is not None:
+            self._bar.write(sentence, file=self._screen)
+        else:
+            say(sentence, self._screen)
+
+    def close(self) -> None:
+        """Writes out what is pending."""
+        if not self._writes:
+            return
+        if self._bar is not None:
+            self._bar.close()
+        self._lines.close()
+        with contextlib.suppress(OSError):  # of what a full disk did not take, which has been said
+            self._board.close()
+
+    def _publish(self, event: Event) -> None:
+        """Writes an event to TensorBoard's file."""
+        event.wall_time = time.time()
+        self._board.write_event(event)
+        self._board.flush()
+
+
+def flat_metrics(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Names and numbers of metrics: a scalar as it is, entry k of a vector as `name/scale_k`."""
+    for name, value in metrics.items():
+        array = np.asarray(value)
+        if array.ndim == 0:
+            yield name, float(array)
+        elif array.ndim == 1:
+            for k, entry in enumerate(array):
+                yield f"{name}/scale_{k}", float(entry)
+        else:
+            raise ValueError(f"metric {name!r} has shape {list(array.shape)}; metrics are scalars or vectors [K]")
+
+
+def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, in order; a last line that was cut short is left out."""
+    path = pathlib.Path(workdir) / METRICS_FILE
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:  # the process was killed while writing it
+            continue
+    return lines
+
+
+def duration(seconds: float) -> str:
+    """Seconds as text: 4 s, 3 min, 2 h 05 min."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _drop_from(path: pathlib.Path, first_step: int) -> None:
+    """Removes the lines of `first_step` and later."""
+    if not path.exists():
+        return
+    kept = [line for line in read_metrics(path.parent) if line["step"] < first_step]
+    draft = path.with_suffix(".draft")
+    draft.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    draft.replace(path)
+
+
+RECENT_STEPS = 50  # whose median says how long the rest takes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one training example costs, and what does it: for TFLOP/s and MFU, by the convention of flops.py."""
+
+    flops: int  # of an example: the transformer's training
+    flops_with_encoders: int  # and the frozen encoders' forward passes
+    tokens: int  # of an example, source and target
+    devices: int  # JAX devices, of all processes
+    chip: hardware.Chip | None  # None where its peak is not known: then there is no MFU
+
+    @classmethod
+    def of(cls, flops: Flops, devices: Any) -> "Work":
+        """Of `flops` on JAX devices (a flat list, as of `mesh.devices.flat`), all of one kind."""
+        devices = list(devices)
+        return cls(
+            flops=flops.training,
+            flops_with_encoders=flops.training_with_encoders,
+            tokens=flops.tokens,
+            devices=len(devices),
+            chip=hardware.chip_of(devices[0]),
+        )
+
+    def speed(self, examples: float, seconds: float) -> dict[str, float]:
+        """Model TFLOP/s and MFU a chip, where so many examples took so many seconds.
+
+        `tflops_per_chip` is of a device where the chip is not known; `mfu` and `mfu_with_encoders` are absent there.
+        """
+        chips = self.devices / (self.chip.devices if self.chip else 1)
+        rate = examples / seconds / chips / 1e12
+        values = {"tflops_per_chip": rate * self.flops}
+        if self.chip:
+            values["mfu"] = rate * self.flops / self.chip.tflops
+            values["mfu_with_encoders"] = rate * self.flops_with_encoders / self.chip.tflops
+        return values
+
+
+class Check(Protocol):
+    """What looks at the metrics of every step (guard.py)."""
+
+    def check(self, step: int, metrics: Metrics, example_ids: np.ndarray | None) -> dict[str, float]:
+        """Metrics to be written beside those of the step; raises UserError to end the run."""
+
+
+@dataclasses.dataclass
+class _Window:
+    """Sums since the last line of the log."""
+
+    steps: int = 0
+    examples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    data: float = 0.0
+    flops: float = 0.0
+    flops_with_encoders: float = 0.0
+    extra: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+class Report:
+    """Metrics of the step before the one that runs now: fetched late, so that fetching does not hold up the devices."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        clock: Stopwatch,
+        log_every: int,
+        steps: int,
+        learning_rate: Callable[[int], float] | None,
+        *,
+        guard: Check | None = None,
+        goodput: Goodput | None = None,
+    ) -> None:
+        """Starts the clock of the first step.
+
+        Args:
+          ledger, clock: what is written to, and what the loop times its parts with.
+          log_every: steps between lines; 0 = none.
+          steps: of the whole run.
+          learning_rate: of a step, for the log.
+          guard: looks at every step.
+          goodput: gets a line whenever the log does.
+        """
+        self._ledger, self._clock, self._steps = ledger, clock, steps
+        self._log_every, self._learning_rate = log_every, learning_rate
+        self._guard, self._goodput = guard, goodput
+        self._pending: tuple[int, Metrics, int, np.ndarray | None, Work | None] | None = None
+        self._window = _Window()
+        self._recent: collections.deque[float] = collections.deque(maxlen=RECENT_STEPS)
+        self._last = time.perf_counter()  # when the step before ended
+        self._spent = dict(clock.seconds)  # by then
+        self._data = clock.seconds.get("data", 0.0)  # seconds of it when the last step was dispatched
+
+    def later(
+        self,
+        step: int,
+        metrics: Metrics,
+        examples: int,
+        example_ids: np.ndarray | None = None,
+        work: Work | None = None,
+    ) -> None:
+        """Takes the metrics of a step just dispatched, and writes down those of the step before it.
+
+        Args:
+          step: counted from 0.
+          metrics: scalars or vectors [K], on the devices.
+          examples: of the step, over all processes.
+          example_ids: of this process, int [B], for the guard.
+          work: what an example of the step costs, for tokens/s, TFLOP/s and MFU.
+        """
+        if self._pending is not None and not _ready(self._pending[1]):
+            # This step's batch came while the step before was still running: nothing waited for it.
+            self._clock.move("data", "step", self._clock.seconds.get("data", 0.0) - self._data)
+        self._data = self._clock.seconds.get("data", 0.0)
+        self.finish()
+        self._pending = (step, metrics, examples, example_ids, work)
+
+    def finish(self) -> None:
+        """Writes down the metrics that are pending, waiting for their step to end."""
+        if self._pending is None:
+            return
+        step, device_metrics, examples, example_ids, work = self._pending
+        self._pending = None
+        with self._clock.time("step"):
+            metrics = jax.device_get(dict(device_metrics))
+        self._measure(examples, work, skipped=float(metrics.get("skipped", 0)) > 0)
+        if self._guard is not None:
+            self._window.extra |= self._guard.check(step, metrics, example_ids)
+        self._ledger.advance()
+        if self._log_every and (step % self._log_every == 0 or step + 1 == self._steps):
+            self._log(step, metrics, work)
+
+    def _since(self, part: str) -> float:
+        """Seconds of a part since the step before ended."""
+        return self._clock.seconds.get(part, 0.0) - self._spent.get(part, 0.0)
+
+    def _measure(self, examples: int, work: Work | None, *, skipped: bool) -> None:
+        """Adds the step that just ended to the window: all the time since the one before, but for other parts."""
+        now = time.perf_counter()
+        others = sum(self._since(part) for part in self._clock.seconds if part not in ("data", "step"))
+        seconds = max(now - self._last - others, 1e-9)
+        data = self._since("data")
+        if skipped:  # it changed nothing
+            self._clock.move("step", "skipped", self._since("step"))
+        self._last, self._spent = now, dict(self._clock.seconds)
+        self._recent.append(seconds)
+        window = self._window
+        window.steps += 1
+        window.examples += examples
+        window.seconds += seconds
+        window.data += data
+        if work:
+            window.tokens += examples * work.tokens
+            window.flops += examples * work.flops
+            window.flops_with_encoders += examples * work.flops_with_encoders
+
+    def _log(self, step: int, metrics: Metrics, work: Work | None) -> None:
+        window, self._window = self._window, _Window()
+        times = {
+            "time/step_seconds": window.seconds / window.steps,
+            "time/examples_per_second": window.examples / window.seconds,
+            "time/data_share": min(window.data / window.seconds, 1.0),
+        }
+        if work:
+            # Of the window's own steps, which may have been of two stages and of many aspects.
+            mean = dataclasses.replace(
+                work,
+                flops=round(window.flops / window.examples),
+                flops_with_encoders=round(window.flops_with_encoders / window.examples),
+            )
+            times["time/tokens_per_second"] = window.tokens / window.seconds
+            times |= {f"time/{name}": value for name, value in mean.speed(window.examples, window.seconds).items()}
+        if self._goodput is not None:
+            shares = self._goodput.record(step + 1)
+            times |= {f"time/share/{kind}": share for kind, share in shares.items()}
+            times["time/goodput"] = shares.get("productive", math.nan)
+        else:
+            times["time/goodput"] = self._clock.share("step")
+        memory = hardware.memory(jax.local_devices())
+        times |= {f"memory/{name}_gib": value / hardware.GIB for name, value in memory.items()}
+        rate = {} if self._learning_rate is None else {"learning_rate": float(self._learning_rate(step))}
+        self._ledger.record(step, {**metrics, **window.extra, **rate, **times})
+        self._ledger.progress(
+            step + 1,
+            metrics,
+            examples_per_second=times["time/examples_per_second"],
+            eta=(self._steps - step - 1) * statistics.median(self._recent),
+            mfu=times.get("time/mfu"),
+        )
+
+
+def _ready(metrics: Metrics) -> bool:
+    """Whether the step that gives these metrics has ended."""
+    return all(getattr(leaf, "is_ready", lambda: True)() for leaf in jax.tree.leaves(dict(metrics)))

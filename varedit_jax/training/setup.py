@@ -1,0 +1,201 @@
+"""Setup of a training run of an editor: frozen weights, initial state, evaluation, and the run on a mesh."""
+
+import bisect
+import functools
+import itertools
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from varedit_jax.config import RunConfig
+from varedit_jax.errors import UserError
+from varedit_jax.parallel.mesh import check_batch, put_batch, replicated
+from varedit_jax.parallel.processes import say
+from varedit_jax.scales import Pyramid, editor_pyramid, image_size, nearest_aspect
+from varedit_jax.training import compile_step
+from varedit_jax.training.flops import run_flops
+from varedit_jax.training.metrics import Work
+from varedit_jax.training.optimizer import make_optimizer
+from varedit_jax.training.replay import EXAMPLE_IDS
+from varedit_jax.training.stages import Stages
+from varedit_jax.training.state import TrainState, make_init
+from varedit_jax.training.step import make_loss
+from varedit_jax.training.stop import poll
+from varedit_jax.types import Batch, Metrics, Params
+from varedit_jax.weights import names, native
+
+
+def load_frozen(config: RunConfig, abstract: Params) -> Params:
+    """Weights the run uses but does not change: the tokenizer, and the text encoder unless it is trained.
+
+    `abstract` are these parts as jax.ShapeDtypeStruct (compile_step.abstract_frozen): each process reads what its
+    devices hold of them. Raises UserError if the card names no folder for one, or the folder's weights do not fit.
+    """
+    folders = {"tokenizer": config.tokenizer_weights, "text": config.text_weights}
+    frozen = {}
+    for part, wanted in abstract.items():
+        if not folders[part]:
+            raise UserError(f"the card names no {part}_weights; give --config.{part}_weights=FOLDER")
+        leaves, like = native.open_part(folders[part], part, wanted), names.flat(wanted)
+        frozen[part] = names.tree({path: native.place(leaf, like[path]) for path, leaf in leaves.items()})
+    return frozen
+
+
+# What may differ between a model and the one it starts from, and is then initialized anew, as the recipe does: the maps
+# from and to bits of another tokenizer; everything about a text encoder of another width; what published models lack.
+_MAY_DIFFER = {
+    "transformer": (
+        r"word_embed/kernel|head/.*",
+        r"text_.*",
+        r"position_embed/.*",
+    ),
+}
+
+
+def start(
+    config: RunConfig, abstract: TrainState, init: Callable[[], TrainState], log: Callable[[str], None] = say
+) -> TrainState:
+    """The state of step 0: random, or with what is trained (the transformer, the text encoder) from `init_from`.
+
+    `init_from` is a folder of weights or of a run. What does not fit is initialized, if the recipe allows it to differ;
+    `log` gets what was loaded and what was not. Every array is made where `abstract` has it, and each process reads
+    what its devices hold. Raises UserError naming anything else that does not fit.
+    """
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    if not config.init_from:
+        return jax.jit(init, out_shardings=places)()
+    found = {part: _fitting(config.init_from, part, params) for part, params in abstract.params.items()}
+    state = jax.jit(init, out_shardings=places)()
+    params = {}
+    for part, (loaded, anew) in found.items():
+        log(f"{part} from {config.init_from}: {len(loaded)} arrays loaded: {', '.join(loaded) or 'none'}")
+        if anew:
+            log(f"{part}: {len(anew)} arrays do not fit and are initialized: {'; '.join(anew.values())}")
+        values, like = names.flat(state.params[part]), names.flat(abstract.params[part])
+        params[part] = names.tree(
+            {path: native.place(loaded[path], like[path]) if path in loaded else x for path, x in values.items()}
+        )
+    ema = state.ema
+    if ema is not None:  # Copies: the state is donated to each step, and no array can be given away twice.
+        ema = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=places.ema)(params)
+    return state.replace(params=params, ema=ema)
+
+
+def _fitting(folder: str, part: str, expected: Params) -> tuple[dict[str, native.Leaf], dict[str, str]]:
+    """Arrays of a part that a run can start from, by path; and, by path, how the others differ."""
+    wanted = names.flat(expected)
+    found = native.find_part(folder, part)
+    differ = {
+        path: f"{path} (there {list(found[path].shape) if path in found else 'none'}, here {list(leaf.shape)})"
+        for path, leaf in wanted.items()
+        if path not in found or tuple(found[path].shape) != tuple(leaf.shape)
+    }
+    groups = [re.compile(pattern) for pattern in _MAY_DIFFER.get(part, ())]
+    anew: set[str] = set()
+    for group in groups:  # one that differs takes its group with it, as the recipe has it
+        members = {path for path in wanted if group.fullmatch(path)}
+        if members & set(differ):
+            anew |= members
+    refused = [text for path, text in differ.items() if path not in anew]
+    if refused:
+        raise UserError(f"a run of this configuration cannot start from {folder}: {part} {'; '.join(refused)}")
+    loaded = {path: found[path] for path in wanted if path not in anew}
+    return loaded, {path: differ.get(path, f"{path} (goes with them)") for path in wanted if path in anew}
+
+
+def make_evaluate(config: RunConfig, pyramid: Pyramid) -> Callable[[Params, Params, Batch], Metrics]:
+    """Metrics of a held-out batch, without noise or drop: `(params, frozen, batch) -> metrics`."""
+    loss_fn: Callable[..., Any] = make_loss(config, pyramid, training=False)
+
+    def evaluate(params: Params, frozen: Params, batch: Batch) -> Metrics:
+        return loss_fn(params, frozen, batch, jax.random.key(0))[1]
+
+    return evaluate
+
+
+class MeshRun:
+    """A card on a mesh. Nothing is computed before a method says so; call them under `jax.set_mesh(mesh)`."""
+
+    def __init__(self, config: RunConfig, mesh: Mesh) -> None:
+        """Raises UserError for stages the pyramid does not have, for what does not divide over the mesh, and for a
+        kernel of attention that cannot work on it."""
+        self.config, self.mesh = config, mesh
+        self.pyramid = editor_pyramid(config.model)
+        if any(scales > self.pyramid.scales for _, scales in config.stages):
+            raise UserError(
+                f"stages={config.stages!r}, but the pyramid has {self.pyramid.scales} scales; lower the scales"
+            )
+        compile_step.check_attention(config)
+        check_batch(mesh, config.data.batch_size, config.optimizer.accumulation)
+        self._optimizer = make_optimizer(config.optimizer, config.steps)
+        self.abstract_state = compile_step.abstract_state(config, self._optimizer, mesh)
+        # Of each stage, the last of which is the whole pyramid: the step it ends before, and the scales it trains.
+        self._ends = [*itertools.accumulate(steps for steps, _ in config.stages), config.steps]
+        self._scales = [*(scales for _, scales in config.stages), self.pyramid.scales]
+        self._work = functools.cache(
+            lambda scales, pyramid: Work.of(run_flops(config, pyramid.first(scales), whole=pyramid), mesh.devices.flat)
+        )
+        self._evaluate = functools.cache(
+            lambda pyramid: jax.jit(make_evaluate(config, pyramid), out_shardings=replicated(mesh))
+        )
+
+    def load_frozen(self) -> Params:
+        """The frozen weights on the mesh. Raises UserError as load_frozen."""
+        return load_frozen(self.config, compile_step.abstract_frozen(self.config, self.mesh))
+
+    def init_state(self) -> TrainState:
+        """The state of step 0, on the mesh. Raises UserError as start."""
+        return start(self.config, self.abstract_state, make_init(self.config, self._optimizer))
+
+    def stages(self, frozen: Params) -> Stages:
+        """The steps of every stage."""
+
+        def step_of(scales: int, batch: Batch) -> Any:
+            pyramid = self._pyramid_of(batch).first(scales)
+            return compile_step.sharded_step(self.config, pyramid, self._optimizer, self.mesh)
+
+        return Stages(
+            [(end, functools.partial(step_of, scales)) for end, scales in zip(self._ends, self._scales, strict=True)],
+            frozen,
+        )
+
+    def _pyramid_of(self, batch: Batch) -> Pyramid:
+        """The pyramid of a batch's pictures, or of features of such, which are all of one aspect."""
+        pictures = "source" in batch
+        height, width = batch["source" if pictures else "source_features"].shape[1:3]
+        pyramid = editor_pyramid(self.config.model, nearest_aspect(height, width))
+        if pictures and image_size(self.config.model, pyramid) != (height, width):
+            raise ValueError(f"pictures of {height} x {width} pixels are of no pyramid of this model")
+        return pyramid
+
+    def work(self, step: int, batch: Batch) -> Work:
+        """What an example of step `step` costs, in a batch of one aspect."""
+        scales = self._scales[min(bisect.bisect_right(self._ends, step), len(self._scales) - 1)]
+        return self._work(scales, self._pyramid_of(batch))
+
+    def put(self, batch: Mapping[str, np.ndarray]) -> Batch:
+        """This process's part of a batch as arrays of the whole batch, without `example_ids`."""
+        return put_batch(self.mesh, {name: value for name, value in batch.items() if name != EXAMPLE_IDS})
+
+    def evaluate(
+        self, state: TrainState, frozen: Params, batches: Iterable[Mapping[str, np.ndarray]]
+    ) -> dict[str, np.ndarray]:
+        """Mean metrics of `batches`, this process's part of each. Stops between two of them if the run is to stop.
+
+        Raises UserError if there is no batch.
+        """
+        metrics: list[Metrics] = []
+        for batch in batches:
+            poll()
+            placed = self.put(batch)
+            metrics.append(jax.device_get(self._evaluate(self._pyramid_of(placed))(state.params, frozen, placed)))
+        if not metrics:
+            why = f"no aspect has data.batch_size = {self.config.data.batch_size} held-out examples"
+            why = why if self.config.eval_batches > 0 else f"eval_batches is {self.config.eval_batches}"
+            raise UserError(f"there is nothing to evaluate on: {why}; set eval_every to 0 to do without")
+        return jax.tree.map(lambda *values: np.mean(values, axis=0), *metrics)

@@ -1,0 +1,10 @@
+"""Types that every room uses."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+Params = dict[str, Any]  # a tree of parameters, by part or module
+Batch = Mapping[str, jax.Array]  # arrays with examples in front, by name
+Metrics = Mapping[str, Any]  # scalars or vectors [K], by name

@@ -1,0 +1,74 @@
+"""Weights of ours that are to be exported: a folder of them, or a run."""
+
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from varedit_jax.config import EditorConfig, RunConfig, SamplingConfig, from_dict
+from varedit_jax.errors import UserError
+from varedit_jax.parameters import abstract_params
+from varedit_jax.weights import native, run_directory
+from varedit_jax.weights.directory import CONFIG, PARTS, is_folder, read_config
+from varedit_jax.weights.manifest import MANIFEST, read_manifest
+
+
+class Source(NamedTuple):
+    """Weights of ours to export: a folder of them, or the newest checkpoint of a run."""
+
+    folder: pathlib.Path
+    config: EditorConfig
+    sampling: SamplingConfig
+    parts: tuple[str, ...]
+    run: RunConfig | None  # of a run: what it was
+    step: int | None
+    manifest: dict[str, Any] | None
+    average: bool = False  # of a run: the running average of its parameters, instead of themselves
+
+    def open(self, part: str) -> dict[str, native.Leaf]:
+        """Arrays of a part by path, not yet read."""
+        return native.open_part(self.folder, part, abstract_params(self.config, part), average=self.average)
+
+    def stamp(self) -> list[Any]:
+        """What tells whether the weights are the same as at an earlier attempt."""
+        described = (CONFIG, MANIFEST, *(f"{part}.safetensors" for part in self.parts))
+        return [
+            self.step,
+            self.average,
+            *stamp([self.folder / name for name in described if (self.folder / name).is_file()]),
+        ]
+
+
+def open_source(folder: str | os.PathLike[str], parts: Sequence[str] = (), weights: str = "model") -> Source:
+    """Opens weights of ours; of a run, the parts that it trained. `parts` chooses among them.
+
+    `weights` "ema" takes the running average that a run kept. Raises UserError if there are none, or a part is not
+    among them.
+    """
+    root = pathlib.Path(folder)
+    run = step = manifest = None
+    if is_folder(root):
+        config, sampling = read_config(root)
+        found = tuple(part for part in PARTS if native.is_part(root, part))
+        manifest = read_manifest(root)
+    else:
+        record = run_directory.read_config(root)
+        if "train_text" not in record:
+            raise UserError(f"{root} is neither a folder of weights nor a run of an editor")
+        run = from_dict(RunConfig, record)
+        config, sampling = run.model, run.sampling
+        found = ("transformer", "text") if run.train_text else ("transformer",)
+        step = next(reversed(run_directory.checkpoint_steps(root)), None)
+        if step is None:
+            raise UserError(f"{root} has no checkpoint yet")
+    lost = [part for part in parts if part not in found]
+    if lost:
+        raise UserError(f"{root} holds no {lost[0]} weights, but {', '.join(found)}")
+    if weights == "ema" and (run is None or not run.optimizer.ema_decay):
+        raise UserError(f"{root} holds no average of its parameters; only a run with optimizer.ema_decay keeps one")
+    return Source(root, config, sampling, tuple(parts) or found, run, step, manifest, average=weights == "ema")
+
+
+def stamp(paths: Sequence[pathlib.Path]) -> list[Any]:
+    """What tells whether files are the same as at an earlier attempt."""
+    return [[str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]

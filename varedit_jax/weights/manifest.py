@@ -1,0 +1,57 @@
+"""The manifest of a directory of weights: what it was made from, and a checksum for every tensor."""
+
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from varedit_jax.errors import UserError
+
+MANIFEST = "manifest.json"
+
+
+MANIFEST_VERSION = 1
+
+
+def sha256(tensor: np.ndarray) -> str:
+    """SHA-256 of a tensor's bytes, in hexadecimal."""
+    return hashlib.sha256(memoryview(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)).hexdigest()
+
+
+def check_float(dtype: np.dtype, name: str) -> None:
+    """Raises UserError naming the tensor if it is not of floating-point numbers."""
+    if dtype.kind not in "fV":  # bfloat16 is V
+        raise UserError(f"{name} is of type {dtype}; weights are floating-point numbers")
+
+
+def check_finite(tensor: np.ndarray, name: str) -> None:
+    """Raises UserError naming the tensor if it holds NaN or infinite values."""
+    finite = np.isfinite(tensor if tensor.dtype.kind == "f" else tensor.astype(np.float32))
+    if not finite.all():
+        raise UserError(
+            f"{name} holds {finite.size - int(finite.sum())} of {finite.size} values that are NaN or infinite; "
+            f"the file is of a run that diverged, or damaged"
+        )
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The manifest of a folder; None if it has none. Raises UserError if it is damaged, or of a newer version."""
+    path = pathlib.Path(folder) / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text())
+        version = int(manifest["version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if version > MANIFEST_VERSION:
+        raise UserError(f"{path} is of version {version}; this package reads up to {MANIFEST_VERSION}, use a newer one")
+    return manifest
+
+
+def size_text(count: float) -> str:
+    """Bytes as text, in MB or GB."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,213 @@
+"""Our trees on disk, one slice at a time: read in every form there is, written as an Orbax checkpoint.
+
+Forms, of a part (tokenizer, text, transformer) in a folder:
+
+    {part}.safetensors          names are paths, slashes between
+    {part}/                     an Orbax checkpoint of the tree, one folder an array and one raw file a chunk, so that
+                                a stack of blocks can be written and read block by block
+    checkpoints/{step}/state    of a training run; the newest step
+"""
+
+import errno
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+from varedit_jax.errors import UserError
+from varedit_jax.types import Params
+from varedit_jax.weights import manifest, run_directory
+from varedit_jax.weights.names import flat, tree
+from varedit_jax.weights.reader import SAFETENSORS, open_weights
+
+_CHUNK_BYTES = 64 * 2**20  # of the Orbax checkpoint's files: what a reader of one shard has to read at least
+_ZARR_TYPES = {np.dtype(np.float32): "<f4", np.dtype(np.float16): "<f2", np.dtype(np.float64): "<f8"}
+_ZARR_TYPES[np.dtype(ml_dtypes.bfloat16)] = "bfloat16"
+
+
+class Leaf(NamedTuple):
+    """An array of a tree: what it is and, where there is one, how to read it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    source: Any = None  # supports [index], and np.asarray of what comes back
+    name: str = ""  # where it lies
+
+    def read(self, index: int | tuple[slice, ...] | None = None) -> np.ndarray:
+        """All of it, one entry along its leading axis, or a block. Raises UserError for what is gone or cut short."""
+        found = self.source if index is None else self.source[index]
+        if not isinstance(found, ts.TensorStore):
+            return found
+        try:
+            return found.read().result()
+        except ValueError as error:
+            raise UserError(f"{self.name} is damaged: {str(error).split(' [')[0]}") from error
+
+    def as_float32(self, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """All of it, or a block, in memory as float32. UserError as of `read`, and for NaN and infinite values."""
+        values = np.array(self.read(index), np.float32)
+        manifest.check_finite(values, self.name)
+        return values
+
+
+def is_part(folder: str | os.PathLike[str], part: str) -> bool:
+    """Whether a folder of weights holds a part."""
+    root = pathlib.Path(folder)
+    return (root / f"{part}.safetensors").is_file() or (root / part / "_METADATA").is_file()
+
+
+def find_part(folder: str | os.PathLike[str], part: str, *, average: bool = False) -> dict[str, Leaf]:
+    """The arrays of a part by path, whatever their shapes; none is read yet.
+
+    With `average` those of a run's running average. Raises UserError for a missing or damaged part, and where there is
+    no average.
+    """
+    where = _form(pathlib.Path(folder), part)
+    store = {"driver": "ocdbt", "base": f"file://{where.absolute()}/", "path": ""}
+    if average:
+        found = _open_orbax(where, store, ("ema", part)) if where.name == "state" else {}
+        if not found:
+            raise UserError(f"{folder} holds no average of its {part}, as runs with optimizer.ema_decay keep one")
+        return found
+    if where.suffix == SAFETENSORS:
+        return {name: Leaf(x.shape, x.dtype, x.load(), f"{where}: {name}") for name, x in open_weights(where).items()}
+    if where.name == part:
+        return _open_orbax(where, {"driver": "file", "path": f"{where.absolute()}/"}, ())
+    return _open_orbax(where, store, ("params", part))
+
+
+def _form(root: pathlib.Path, part: str) -> pathlib.Path:
+    """The file or folder that holds a part. Raises UserError if there is none."""
+    if (root / f"{part}.safetensors").is_file():
+        return root / f"{part}.safetensors"
+    if (root / part / "_METADATA").is_file():
+        return root / part
+    if steps := run_directory.checkpoint_steps(root):
+        return root / run_directory.CHECKPOINTS / str(steps[-1]) / "state"
+    raise UserError(f"{root} holds no {part} weights ({part}.safetensors is missing)")
+
+
+def open_part(folder: str | os.PathLike[str], part: str, expected: Params, *, average: bool = False) -> dict[str, Leaf]:
+    """As `find_part`, of exactly the arrays of the tree `expected` (of jax.ShapeDtypeStruct).
+
+    Raises UserError for a missing or damaged part, and for one of another model, naming every array that differs with
+    both shapes.
+    """
+    found, wanted = find_part(folder, part, average=average), flat(expected)
+    different = [
+        f"{name} has shape {found[name].shape if name in found else 'nothing'}, "
+        f"expected is {tuple(wanted[name].shape) if name in wanted else 'nothing'}"
+        for name in dict.fromkeys([*wanted, *found])
+        if name not in found or name not in wanted or tuple(found[name].shape) != tuple(wanted[name].shape)
+    ]
+    if different:
+        raise UserError(
+            f"{_form(pathlib.Path(folder), part)} is of another model: {'; '.join(different)}; "
+            f"use the configuration that it was trained with"
+        )
+    return {name: found[name] for name in wanted}
+
+
+def read_part(folder: str | os.PathLike[str], part: str, expected: Params) -> Params:
+    """One part in memory, as float32 numpy arrays in the tree `expected`. Raises UserError as `open_part` does."""
+    leaves = open_part(folder, part, expected)
+    return tree({path: leaf.as_float32() for path, leaf in leaves.items()})
+
+
+def place(leaf: Leaf, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """An array on the devices that `like.sharding` names (the default device if it is None), of the type of `like`.
+
+    Every process reads what its own devices hold, so that it never has the whole of what is split in memory. Raises
+    UserError as `Leaf.as_float32`.
+    """
+    sharding = like.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.make_array_from_callback(
+        like.shape, sharding, lambda index: leaf.as_float32(index).astype(like.dtype), dtype=like.dtype
+    )
+
+
+def _open_orbax(where: pathlib.Path, store: dict[str, str], prefix: tuple[str, ...]) -> dict[str, Leaf]:
+    """Arrays of a checkpoint whose path begins with `prefix`, by the rest of their path."""
+    try:
+        entries = json.loads((where / "_METADATA").read_text())["tree_metadata"].values()
+        paths = [tuple(key["key"] for key in entry["key_metadata"]) for entry in entries]
+        found = {}
+        for path in (path for path in paths if path[: len(prefix)] == prefix):
+            place = store | {"path": f"{store['path']}{'.'.join(path)}/"}
+            spec = {"driver": "zarr", "kvstore": place, "fill_missing_data_reads": False}
+            array = ts.open(spec, open=True, read=True).result()
+            name = "/".join(path[len(prefix) :])
+            found[name] = Leaf(tuple(array.shape), array.dtype.numpy_dtype, array, f"{where}: {name}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{where} is damaged or not a checkpoint: {str(error).split(' [')[0]}") from error
+    return found
+
+
+class OrbaxPart:
+    """The Orbax checkpoint of a part in the making: arrays are written slice by slice."""
+
+    def __init__(self, folder: pathlib.Path, leaves: Mapping[str, Leaf]) -> None:
+        """`leaves` are the arrays by path. Nothing is written before `begin`."""
+        self.folder, self._leaves = folder, dict(leaves)
+        self._arrays: dict[str, ts.TensorStore] = {}
+
+    def begin(self) -> None:
+        """Creates the checkpoint with empty arrays, unless it is there from an earlier attempt."""
+        if not self.folder.exists():
+            run_directory.quiet_orbax()
+            draft = self.folder.with_name(f".{self.folder.name}.draft")
+            # Orbax writes what describes the tree, with one number for each array; the arrays then take their place.
+            numbers = tree({path: np.zeros((), leaf.dtype) for path, leaf in self._leaves.items()})
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+                checkpointer.save(draft.absolute(), args=ocp.args.PyTreeSave(numbers), force=True)
+            for path, leaf in self._leaves.items():
+                self._open(draft, path, leaf)
+            draft.rename(self.folder)
+        self._arrays = {path: self._open(self.folder, path) for path in self._leaves}
+
+    def _open(self, folder: pathlib.Path, path: str, create: Leaf | None = None) -> ts.TensorStore:
+        place = folder.absolute() / path.replace("/", ".")
+        spec: dict[str, Any] = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{place}/"}}
+        if create:
+            spec["metadata"] = {
+                "shape": list(create.shape),
+                "chunks": list(_chunks(create.shape, create.dtype.itemsize, stacked=is_stack(path))),
+                "dtype": _ZARR_TYPES[create.dtype],
+                "compressor": None,  # weights do not compress
+                "dimension_separator": ".",
+            }
+        else:
+            spec["store_data_equal_to_fill_value"] = True  # a file that is missing is a damage, never zeros
+        return ts.open(spec, create=create is not None, delete_existing=create is not None).result()
+
+    def write(self, path: str, index: int | None, tensor: np.ndarray) -> None:
+        """Writes an array, or one entry along its leading axis, durably."""
+        array = self._arrays[path]
+        try:
+            (array if index is None else array[index]).write(tensor).result()
+        except ValueError as error:  # tensorstore's, with the system's error inside
+            if "No space left" in str(error) or "Disk quota" in str(error):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+            raise
+
+
+def is_stack(path: str) -> bool:
+    """Whether the array at `path` has an entry a block or layer along its leading axis."""
+    return path.startswith(("blocks/", "layers/"))
+
+
+def _chunks(shape: tuple[int, ...], itemsize: int, stacked: bool) -> tuple[int, ...]:
+    """Chunks of at most `_CHUNK_BYTES`: one entry of a stack, halved along its longest axis while it is too large."""
+    chunks = [1, *shape[1:]] if stacked else list(shape)
+    while math.prod(chunks) * itemsize > _CHUNK_BYTES:
+        longest = max(range(len(chunks)), key=lambda axis: chunks[axis])
+        chunks[longest] = -(-chunks[longest] // 2)
+    return tuple(max(size, 1) for size in chunks)

@@ -1,0 +1,199 @@
+"""The directory of a training run as a source of weights: its configuration, and the parameters in its checkpoints."""
+
+import contextlib
+import json
+import logging
+import os
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from varedit_jax.errors import UserError
+
+CONFIG_FILE = "config.json"
+
+
+FORMAT_VERSION = 1  # of a run's folder, in its config.json; older folders say nothing of it
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The configuration in the config.json of a run's folder. Raises UserError if there is none, it is
+    broken, or a newer version wrote it."""
+    path = pathlib.Path(folder) / CONFIG_FILE
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} is not the folder of a run: it has no {CONFIG_FILE}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} does not hold a configuration, but {type(values).__name__}")
+    version = values.pop("format_version", FORMAT_VERSION)
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise UserError(
+            f"{folder} was written by a newer version of this program: its format is {version!r}, and this version "
+            f"knows none above {FORMAT_VERSION}; update varedit_jax"
+        )
+    return values
+
+
+CHECKPOINTS = "checkpoints"
+
+
+def restore_params(
+    folder: str | os.PathLike[str], abstract_params: Any, step: int | None = None, *, ema: bool = False
+) -> Any:
+    """The parameters alone of a run's checkpoint; nothing of the optimizer is read.
+
+    Args:
+      folder: folder of a run (the one with config.json and checkpoints/).
+      abstract_params: tree of jax.ShapeDtypeStruct; shardings as in `Checkpoints.restore`.
+      step: which checkpoint; None is the newest.
+      ema: their running average instead of the parameters themselves.
+
+    Raises:
+      UserError: no such folder, no checkpoint in it, no such step, another model's parameters, no average, a newer
+        version's checkpoint, or damaged files.
+    """
+    quiet_orbax()
+    root = pathlib.Path(folder).absolute()
+    if not root.is_dir():
+        raise UserError(f"there is no folder {folder}")
+    steps = checkpoint_steps(root)
+    if not steps:
+        raise UserError(
+            f"{folder} is not the folder of a run with a checkpoint: it has no {CHECKPOINTS}/<step>/; "
+            f"it holds {listing(root)}"
+        )
+    step = steps[-1] if step is None else step
+    if step not in steps:
+        raise UserError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+    check_version(root)
+    checkpoints = root / CHECKPOINTS
+    field = "ema" if ema else "params"
+    if ema and not stored_fields(checkpoints, step).get(field):
+        raise UserError(
+            f"{checkpoints / str(step)} has no average of the parameters, for the run kept none "
+            f"(optimizer.ema_decay); take the parameters themselves"
+        )
+    check_same(checkpoints, step, {field: abstract_params})
+    return read_checkpoint(checkpoints, step, {field: abstract_params})[field]
+
+
+def checkpoint_steps(folder: str | os.PathLike[str]) -> list[int]:
+    """Steps of the complete checkpoints of the run in `folder`, ascending; empty if there are none."""
+    found = pathlib.Path(folder).glob(f"{CHECKPOINTS}/*/state/_METADATA")
+    return sorted(int(path.parts[-3]) for path in found if path.parts[-3].isdecimal())
+
+
+def placed(leaf: Any) -> jax.ShapeDtypeStruct:
+    """An abstract array that says where it goes: where it says nothing, to the first device of this process."""
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and type of each array, by path."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (tuple(leaf.shape), np.dtype(leaf.dtype))
+        for path, leaf in leaves
+    }
+
+
+def check_version(root: pathlib.Path) -> None:
+    """Raises UserError if the run was written by a newer version."""
+    if (root / CONFIG_FILE).exists():
+        read_config(root)
+
+
+def stored_fields(checkpoints: pathlib.Path, step: int) -> dict[str, Any]:
+    """What a checkpoint holds: trees of what is known of each array, by field of TrainState."""
+    with damage_explained(checkpoints, step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        metadata = checkpointer.metadata(checkpoints / str(step) / "state").item_metadata
+        if metadata is None:
+            raise ValueError("it does not say what it holds")
+        return dict(metadata.tree)
+
+
+def check_same(checkpoints: pathlib.Path, step: int, wanted_fields: Mapping[str, Any]) -> None:
+    """Raises UserError naming the first array that differs between a checkpoint and these fields of a TrainState."""
+    found = stored_fields(checkpoints, step)
+    stored: dict[str, Any] = {}
+    wanted: dict[str, Any] = {}
+    # The parameters first: what differs there differs in their moments, too.
+    for field in sorted(wanted_fields, key=lambda name: name != "params"):
+        stored |= _shapes({field: found.get(field)})
+        wanted |= _shapes({field: wanted_fields[field]})
+    for path in dict.fromkeys([*wanted, *stored]):
+        if stored.get(path) != wanted.get(path):
+            field, _, name = path.partition("/")
+            what = f"parameter {name}" if field == "params" else f"array {path}"
+            raise UserError(
+                f"{checkpoints / str(step)} is a checkpoint of another model: {what} is "
+                f"{_shape_text(stored.get(path))} there and {_shape_text(wanted.get(path))} in this model"
+            )
+
+
+def read_checkpoint(checkpoints: pathlib.Path, step: int, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """These fields (abstract trees) of a checkpoint's state, and nothing else of it."""
+    with damage_explained(checkpoints, step):
+        return read_fields(checkpoints / str(step) / "state", fields)
+
+
+def read_fields(folder: pathlib.Path, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """These fields (abstract trees) of the state that lies in `folder`, and nothing else of it."""
+    item = jax.tree.map(placed, dict(fields))
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        restored = checkpointer.restore(
+            folder,
+            args=ocp.args.PyTreeRestore(
+                item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+            ),
+        )
+    return dict(restored)
+
+
+def _shape_text(found: tuple[tuple[int, ...], np.dtype] | None) -> str:
+    return "absent" if found is None else f"{found[1]}{list(found[0])}"
+
+
+def listing(folder: pathlib.Path) -> str:
+    """What a folder holds, in a few words."""
+    names = sorted(path.name for path in folder.iterdir())
+    if not names:
+        return "nothing"
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+@contextlib.contextmanager
+def damage_explained(checkpoints: pathlib.Path, step: int | str) -> Iterator[None]:
+    """Turns a failure to read a complete checkpoint into a UserError that says how to get past it."""
+    try:
+        yield
+    except Exception as error:
+        # Orbax wraps a failed read in a bare Exception; other types, such as one for lack of memory, are no damage.
+        damage = isinstance(error, (OSError, ValueError, KeyError, TypeError)) or type(error) is Exception
+        if not damage or isinstance(error, UserError):
+            raise
+        reason = re.split(r"\n|\. See full | \[tensorstore_spec", str(error).strip())[0]
+        raise UserError(
+            f"{checkpoints / str(step)} cannot be read ({reason}); if its files are damaged, delete that folder to go "
+            f"on from the checkpoint before it"
+        ) from error
+
+
+def quiet_orbax() -> None:
+    """Keeps Orbax's log lines off the screen: what it has to say to the user reaches him as an error."""
+    logger = logging.getLogger("absl")
+    if _not_from_orbax not in logger.filters:
+        logger.addFilter(_not_from_orbax)
+
+
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
