@@ -1,6 +1,6 @@
-"""Which records of a prepared data set cannot be used: found by decoding every picture once, and read by the loader.
+"""Which records of a prepared data set cannot be used: found by decoding every image once, and read by the loader.
 
-FOLDER/SPLIT/bad.jsonl names them with their reason, after a line that says which index it is of.
+DIRECTORY/SPLIT/bad.jsonl names them with their reason, after a line that says which index it is of.
 """
 
 import hashlib
@@ -26,19 +26,19 @@ CHUNK = 256  # records a line of the journal
 
 
 class _Chunk(NamedTuple):
-    folder: str
+    directory: str
     split: str
     number: int
 
 
-def index_hash(folder: pathlib.Path) -> str:
+def index_hash(directory: pathlib.Path) -> str:
     """Changes when a data set is prepared anew."""
-    return hashlib.sha256((folder / INDEX).read_bytes()).hexdigest()[:16]
+    return hashlib.sha256((directory / INDEX).read_bytes()).hexdigest()[:16]
 
 
 def _check_chunk(chunk: _Chunk) -> tuple[int, list[tuple[int, str, str]]]:
     """The bad records of a chunk: row, reason and detail."""
-    records = Records(chunk.folder, chunk.split)
+    records = Records(chunk.directory, chunk.split)
     found = []
     for row in range(chunk.number * CHUNK, min((chunk.number + 1) * CHUNK, len(records))):
         try:
@@ -50,18 +50,20 @@ def _check_chunk(chunk: _Chunk) -> tuple[int, list[tuple[int, str, str]]]:
     return chunk.number, found
 
 
-def check_split(folder: str | os.PathLike[str], split: str, processes: int = 1) -> Counter[str]:
+def check_split(directory: str | os.PathLike[str], split: str, processes: int = 1) -> Counter[str]:
     """Decodes all records of a split, and writes down the bad ones; returns their number by reason.
 
     Raises UserError if there is no such split, or the disk is full.
     """
-    folder = pathlib.Path(folder)
-    records = Records(folder, split)
-    path, journal = folder / split / BAD, folder / split / f".{BAD}.partial"
-    header = {"index": index_hash(folder), "records": len(records)}
+    directory = pathlib.Path(directory)
+    records = Records(directory, split)
+    path, journal = directory / split / BAD, directory / split / f".{BAD}.partial"
+    header = {"index": index_hash(directory), "records": len(records)}
     done = _read_journal(journal, header)
-    chunks = [_Chunk(str(folder), split, number) for number in range(-(-len(records) // CHUNK)) if number not in done]
-    with room_explained("list of bad records", folder), journal.open("w") as file:
+    chunks = [
+        _Chunk(str(directory), split, number) for number in range(-(-len(records) // CHUNK)) if number not in done
+    ]
+    with room_explained("list of bad records", directory), journal.open("w") as file:
         file.write(json.dumps(header) + "\n" + "".join(json.dumps(entry) + "\n" for entry in done.items()))
         with (
             multiprocessing.get_context("spawn").Pool(processes) as pool,
@@ -80,7 +82,7 @@ def check_split(folder: str | os.PathLike[str], split: str, processes: int = 1) 
             for number in sorted(done)
             for row, reason, detail in done[number]
         ]
-    with room_explained("list of bad records", folder):
+    with room_explained("list of bad records", directory):
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (header, *lines))
         journal.write_text(text, encoding="utf-8")
         journal.replace(path)
@@ -109,12 +111,12 @@ def kept_records(records: Records) -> NDArray[np.bool_]:
     Raises UserError if the check was of other data.
     """
     kept = np.ones(len(records), np.bool_)
-    path = pathlib.Path(records.folder) / records.split / BAD
+    path = pathlib.Path(records.directory) / records.split / BAD
     if not path.exists():
         return kept
     # Not by `splitlines`: ids may hold ends of lines that JSON does not escape.
     header, *lines = (json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line)
-    if header["index"] != index_hash(pathlib.Path(records.folder)):
+    if header["index"] != index_hash(pathlib.Path(records.directory)):
         raise UserError(
             f"{path} is of data that were prepared anew since; run data_pipelines.check again, or delete it"
         )

@@ -2,7 +2,7 @@
 
     python -m data_pipelines.browse --input=data/omniedit --output=page     then open page/index.html
 
-The page filters by data set, kind, split, size, score and words of the instruction; a click compares two pictures.
+The page filters by data set, kind, split, size, score and words of the instruction; a click compares two images.
 """
 
 import itertools
@@ -17,17 +17,17 @@ import tqdm
 from absl import flags
 
 from data_pipelines.damage import Damaged
-from data_pipelines.preparation.staging import new_folder
+from data_pipelines.preparation.staging import new_directory
 from data_pipelines.record import BrokenRecord
 from data_pipelines.shards import Records, read_index
 from data_pipelines.transforms import preview
 from varedit_jax import command
 from varedit_jax.errors import UserError
 
-_INPUT = flags.DEFINE_string("input", None, "folder that prepare wrote", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "new folder for the page", required=True)
+_INPUT = flags.DEFINE_string("input", None, "directory that prepare wrote", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "new directory for the page", required=True)
 _SAMPLES = flags.DEFINE_integer("samples", 400, "records to show", lower_bound=1)
-_SIDE = flags.DEFINE_integer("side", 384, "pixels of the long side of pictures on the page", lower_bound=16)
+_SIDE = flags.DEFINE_integer("side", 384, "pixels of the long side of images on the page", lower_bound=16)
 _SEED = flags.DEFINE_integer("seed", 0, "of the choice of records")
 
 _TEMPLATE = pathlib.Path(__file__).parent / "page" / "browse.html"
@@ -47,31 +47,31 @@ def choose(records: Records, count: int, seed: int) -> list[int]:
 
 
 def write_page(
-    folder: pathlib.Path, output: pathlib.Path, *, samples: int = 400, side: int = 384, seed: int = 0
+    directory: pathlib.Path, output: pathlib.Path, *, samples: int = 400, side: int = 384, seed: int = 0
 ) -> int:
-    """Writes index.html and its pictures for the prepared data set in `folder`; returns the number of samples.
+    """Writes index.html and its images for the prepared data set in `directory`; returns the number of samples.
 
-    Records that cannot be read are passed over. Raises UserError if `output` exists or cannot be written, or `folder`
-    holds no data set.
+    Records that cannot be read are passed over. Raises UserError if `output` exists or cannot be written, or
+    `directory` holds no data set.
     """
     if output.exists():
-        raise UserError(f"{output} exists; give a new folder, or remove it first")
-    splits = {split: Records(folder, split) for split in read_index(folder)["splits"]}
+        raise UserError(f"{output} exists; give a new directory, or remove it first")
+    splits = {split: Records(directory, split) for split in read_index(directory)["splits"]}
     try:
-        return _write(folder, output, splits, samples, side, seed)
+        return _write(directory, output, splits, samples, side, seed)
     except OSError as error:
         raise UserError(
-            f"cannot write {output}: {error.strerror or error}; make room, or give another folder"
+            f"cannot write {output}: {error.strerror or error}; make room, or give another directory"
         ) from error
 
 
 def _write(
-    folder: pathlib.Path, output: pathlib.Path, splits: Mapping[str, Records], samples: int, side: int, seed: int
+    directory: pathlib.Path, output: pathlib.Path, splits: Mapping[str, Records], samples: int, side: int, seed: int
 ) -> int:
     total = sum(map(len, splits.values()))
     entries: list[dict[str, Any]] = []
-    with new_folder(output) as partial:
-        (partial / "pictures").mkdir()
+    with new_directory(output) as partial:
+        (partial / "images").mkdir()
         for split, records in splits.items():
             share = max(1, round(samples * len(records) / max(total, 1)))
             for index in tqdm.tqdm(choose(records, share, seed), desc=split, unit="record", leave=False):
@@ -79,7 +79,7 @@ def _write(
                     entries.append(_entry(partial, len(entries), records, index, side) | {"split": split})
                 except (BrokenRecord, Damaged):
                     continue
-        data = {"title": folder.absolute().name, "total": total, "samples": entries}
+        data = {"title": directory.absolute().name, "total": total, "samples": entries}
         text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # so that no text can end the script
         page = _TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/null", text)
         (partial / "index.html").write_text(page, encoding="utf-8")
@@ -87,10 +87,10 @@ def _write(
 
 
 def _entry(page: pathlib.Path, number: int, records: Records, index: int, side: int) -> dict[str, Any]:
-    """What the page knows of a record, whose pictures are written."""
+    """What the page knows of a record, whose images are written."""
     record = records[index]
     small = {name: preview(getattr(record, name), side, quality=85) for name in ("source", "target")}
-    paths = {name: f"pictures/{number:05d}-{name}.jpg" for name in small}
+    paths = {name: f"images/{number:05d}-{name}.jpg" for name in small}
     for name, data in small.items():
         (page / paths[name]).write_bytes(data)
     return {
@@ -100,7 +100,7 @@ def _entry(page: pathlib.Path, number: int, records: Records, index: int, side: 
         "turn": record.turn,
         "instructions": record.instructions,
         "scores": dict(record.scores),
-        "licence": record.licence,
+        "license": record.license,
         "width": int(records.columns.width[index]),
         "height": int(records.columns.height[index]),
         **paths,

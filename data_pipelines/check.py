@@ -1,9 +1,9 @@
-"""Finds the records of a prepared data set that cannot be used, by decoding every picture once.
+"""Finds the records of a prepared data set that cannot be used, by decoding every image once.
 
     python -m data_pipelines.check --input=prepared/ultraedit --processes=16
 
 Records were checked when they were prepared; this is for what happened to them since, on disks and on the way. What is
-found goes to FOLDER/SPLIT/bad.jsonl with its reason, and training leaves it out from then on. Where the loader meets
+found goes to DIRECTORY/SPLIT/bad.jsonl with its reason, and training leaves it out from then on. Where the loader meets
 such a record unchecked, another example of the batch stands in for it. A check that was ended goes on when the same
 command runs again.
 """
@@ -16,7 +16,7 @@ from data_pipelines.bad_records import check_split
 from data_pipelines.shards import read_index
 from varedit_jax import command
 
-_INPUT = flags.DEFINE_string("input", None, "folder of a prepared data set", required=True)
+_INPUT = flags.DEFINE_string("input", None, "directory of a prepared data set", required=True)
 _PROCESSES = flags.DEFINE_integer("processes", os.cpu_count() or 1, "that decode at a time", lower_bound=1)
 
 

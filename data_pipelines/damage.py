@@ -1,6 +1,6 @@
-"""What is wrong with a record: pictures that cannot be used, told by reason, and the file that keeps their names.
+"""What is wrong with a record: images that cannot be used, told by reason, and the file that keeps their names.
 
-Nothing that is published is trusted: pictures are opened as few kinds of files, their size is looked at before they are
+Nothing that is published is trusted: images are opened as few kinds of files, their size is looked at before they are
 decoded, and whatever a decoder throws becomes a reason.
 """
 
@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from data_pipelines.record import Record
 from varedit_jax.errors import UserError
 from varedit_jax.images import MAX_PIXELS, READABLE, orientation
-from varedit_jax.training.run_config import make_folder, room_explained
+from varedit_jax.training.run_config import make_directory, room_explained
 
 MIN_SIDE = 16  # pixels; less is a placeholder or a tracking pixel
 MAX_SIDE = 65_500  # pixels; what a JPEG can have
@@ -32,13 +32,13 @@ class Fault(enum.StrEnum):
     """Why a record cannot be used."""
 
     EMPTY = "empty file"
-    NOT_A_PICTURE = "not a picture"
+    NOT_A_IMAGE = "not an image"
     TRUNCATED = "cut short"
-    DECODING = "damaged picture"
+    DECODING = "damaged image"
     BOMB = "too many pixels"
     SIZE = "absurd size"
     ANIMATED = "several frames"
-    COLOURS = "unknown colours"
+    COLORS = "unknown colors"
     INSTRUCTION = "empty instruction"
     RECORD = "unreadable record"  # a shard that is missing, short or damaged, or bytes that are no record
 
@@ -47,38 +47,38 @@ class Damaged(Exception):
     """A record that cannot be used."""
 
     def __init__(self, fault: Fault, detail: str = "") -> None:
-        """`detail` is for people: which picture, and what a decoder said."""
+        """`detail` is for people: which image, and what a decoder said."""
         super().__init__(f"{fault}: {detail}" if detail else str(fault))
         self.fault, self.detail = fault, detail
 
 
-def open_picture(data: bytes) -> Image.Image:
-    """A picture file, opened but not decoded, whose size, kind and frames are fit to be.
+def open_image(data: bytes) -> Image.Image:
+    """An image file, opened but not decoded, whose size, kind and frames are fit to be.
 
     Raises Damaged.
     """
     if not data:
         raise Damaged(Fault.EMPTY)
-    Image.init()  # at once where it has been done; what imports one kind of picture registers that alone
+    Image.init()  # at once where it has been done; what imports one kind of image registers that alone
     try:
-        picture = Image.open(io.BytesIO(data), formats=[kind for kind in READABLE if kind in Image.OPEN])
-        frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
+        image = Image.open(io.BytesIO(data), formats=[kind for kind in READABLE if kind in Image.OPEN])
+        frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     except UnidentifiedImageError:
-        raise Damaged(Fault.NOT_A_PICTURE, f"{len(data)} bytes that begin with {data[:12]!r}") from None
+        raise Damaged(Fault.NOT_A_IMAGE, f"{len(data)} bytes that begin with {data[:12]!r}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # the latter where warnings are errors
         raise Damaged(Fault.BOMB, "hundreds of millions") from None
     except Exception as error:  # decoders meet damaged headers with every kind of exception
         raise _from_decoder(error) from error
-    width, height = picture.size
+    width, height = image.size
     size = f"{width} x {height} pixels"
     if width * height > MAX_PIXELS:
         raise Damaged(Fault.BOMB, size)
-    short, long = sorted(picture.size)
+    short, long = sorted(image.size)
     if short < MIN_SIDE or long > MAX_SIDE or long > MAX_RATIO * short:
         raise Damaged(Fault.SIZE, size)
     if frames > 1:
         raise Damaged(Fault.ANIMATED, f"{frames} frames")
-    return picture
+    return image
 
 
 @contextlib.contextmanager
@@ -89,7 +89,7 @@ def decoding() -> Iterator[None]:
     except Damaged:
         raise
     except UserError as error:  # of the conversion to RGB
-        raise Damaged(Fault.COLOURS, str(error)) from error
+        raise Damaged(Fault.COLORS, str(error)) from error
     except Exception as error:
         raise _from_decoder(error) from error
 
@@ -100,21 +100,21 @@ def _from_decoder(error: Exception) -> Damaged:
 
 
 def check_image(data: bytes) -> tuple[int, int]:
-    """Width and height, upright, of a picture file that is decoded to see whether it can be. Raises Damaged."""
-    picture = open_picture(data)
+    """Width and height, upright, of an image file that is decoded to see whether it can be. Raises Damaged."""
+    image = open_image(data)
     with decoding():
-        picture.load()
-    return upright_size(picture)
+        image.load()
+    return upright_size(image)
 
 
-def upright_size(picture: Image.Image) -> tuple[int, int]:
-    """Width and height of an opened picture, turned as its metadata says."""
-    width, height = picture.size
-    return (height, width) if orientation(picture) in _TURNED else (width, height)
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of an opened image, turned as its metadata says."""
+    width, height = image.size
+    return (height, width) if orientation(image) in _TURNED else (width, height)
 
 
 def check_record(record: Record) -> tuple[int, int]:
-    """Width and height of a record's source, if both pictures can be decoded and it says what to do. Raises Damaged."""
+    """Width and height of a record's source, if both images can be decoded and it says what to do. Raises Damaged."""
     if not record.instructions or not record.instructions[0].strip():
         raise Damaged(Fault.INSTRUCTION)
     sizes = []
@@ -149,7 +149,7 @@ class Quarantine:
                 file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
 
     def _open(self, path: pathlib.Path) -> BinaryIO:
-        make_folder(path.parent)
+        make_directory(path.parent)
         if path.exists():
             self._known = {(line["dataset"], line["id"]) for line in read_quarantine(path)}
         # Unbuffered: what is written is not lost, however the process ends.

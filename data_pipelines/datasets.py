@@ -20,7 +20,7 @@ from data_pipelines.damage import Damaged, Fault
 from data_pipelines.record import BrokenRecord
 from data_pipelines.shapes.builder import SPLITS, TEST_EXAMPLES, TRAIN_EXAMPLES, Shapes
 from data_pipelines.shards import Records, read_index
-from data_pipelines.transforms import draw_flip, read_picture
+from data_pipelines.transforms import draw_flip, read_fitted
 from varedit_jax.config import DataConfig, EditorConfig
 from varedit_jax.errors import UserError
 from varedit_jax.scales import aspect_templates, editor_pyramid, image_size
@@ -28,7 +28,7 @@ from varedit_jax.scales import aspect_templates, editor_pyramid, image_size
 Example = dict[str, Any]
 
 _DEFAULT_DIRECTORY = "data"
-_SHOWN_TEXT = 120  # characters of an instruction beside its pictures
+_SHOWN_TEXT = 120  # characters of an instruction beside its images
 _RECORD_SPLITS = {"train": "train", "test": "validation"}  # of prepared records, by what they are called elsewhere
 
 
@@ -42,11 +42,11 @@ class Source(Protocol):
         """One example: `source` and `target`, uint8 [y, x, 3], `instruction`, and what else the data set has."""
 
     def instruction(self, index: int) -> str:
-        """The instruction of an example; cheap, as no picture is decoded."""
+        """The instruction of an example; cheap, as no image is decoded."""
 
 
 class TfdsSource:
-    """A split of a prepared TFDS data set. Texts are str; pictures are decoded when an example is read."""
+    """A split of a prepared TFDS data set. Texts are str; images are decoded when an example is read."""
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str) -> None:
         """Raises UserError for a split that the data set does not have."""
@@ -74,11 +74,11 @@ class TfdsSource:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RecordSource:
-    """Prepared records of one or several folders, one after the other, their pictures brought to the model's size."""
+    """Prepared records of one or several directories, one after the other, their images brought to the model's size."""
 
     data: DataConfig
-    parts: tuple[Records, ...]  # a folder each, in the order of the mixture
-    sizes: Mapping[str, tuple[int, int]]  # pixels (height, width) of the pictures of each aspect
+    parts: tuple[Records, ...]  # a directory each, in the order of the mixture
+    sizes: Mapping[str, tuple[int, int]]  # pixels (height, width) of the images of each aspect
     starts: NDArray[np.int64] = dataclasses.field(init=False)  # first example of each part, and the number of all
     buckets: NDArray[np.int8] = dataclasses.field(init=False)  # [n] index into `data.aspects`
 
@@ -132,7 +132,7 @@ class RecordSource:
         return self.read(index, flip)
 
     def read(self, index: int, flip: bool) -> Example:
-        """Pictures uint8 [h, w, 3] of the size of the example's bucket, and the instruction. Raises Damaged."""
+        """Images uint8 [h, w, 3] of the size of the example's bucket, and the instruction. Raises Damaged."""
         records, row = self._find(index)
         try:
             record = records[row]
@@ -144,7 +144,7 @@ class RecordSource:
         example: Example = {"instruction": record.instructions[0]}
         for side in ("source", "target"):
             try:
-                example[side] = read_picture(getattr(record, side), size, self.data.resize, flip)
+                example[side] = read_fitted(getattr(record, side), size, self.data.resize, flip)
             except Damaged as error:
                 raise Damaged(error.fault, f"{side}: {error.detail}") from error
         return example
@@ -180,8 +180,8 @@ def open_split(data: DataConfig, split: str) -> TfdsSource:
     return TfdsSource(builder, split)
 
 
-def picture_sizes(model: EditorConfig, aspects: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """Pixels (height, width) of a model's pictures of each aspect.
+def image_sizes(model: EditorConfig, aspects: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Pixels (height, width) of a model's images of each aspect.
 
     Raises UserError for aspects that are no templates, or that a model with a pyramid of its own does not have.
     """
@@ -196,21 +196,21 @@ def picture_sizes(model: EditorConfig, aspects: Sequence[str]) -> dict[str, tupl
 def open_records(data: DataConfig, split: str, model: EditorConfig) -> RecordSource:
     """Split `split` (`train` or `test`, which is `validation` on disk) of the prepared data sets of `data.mixture`.
 
-    Pictures get the size that `model` works on. A data set may be too small to have a `validation`; it is passed over
-    in `test` if another has one. Raises UserError for folders that hold no such split, and as `picture_sizes`.
+    Images get the size that `model` works on. A data set may be too small to have a `validation`; it is passed over
+    in `test` if another has one. Raises UserError for directories that hold no such split, and as `image_sizes`.
     """
     if split not in _RECORD_SPLITS:
         raise UserError(f"prepared records have no split {split!r}; they have {', '.join(_RECORD_SPLITS)}")
-    folders = [pathlib.Path(data.directory) / folder for folder, _ in data.mixture]
+    directories = [pathlib.Path(data.directory) / directory for directory, _ in data.mixture]
     name = _RECORD_SPLITS[split]
     if split == "test":
-        folders = [folder for folder in folders if name in read_index(folder)["splits"]]
-        if not folders:
+        directories = [directory for directory in directories if name in read_index(directory)["splits"]]
+        if not directories:
             raise UserError(
                 f"none of the data sets of data.mixture has a split {name!r}; prepare one with a larger --validation"
             )
-    parts = tuple(Records(folder, name) for folder in folders)
-    return RecordSource(data, parts, picture_sizes(model, data.aspects))
+    parts = tuple(Records(directory, name) for directory in directories)
+    return RecordSource(data, parts, image_sizes(model, data.aspects))
 
 
 def open_examples(data: DataConfig, split: str, model: EditorConfig) -> TfdsSource | RecordSource:

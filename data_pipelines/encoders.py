@@ -1,4 +1,4 @@
-"""The frozen encoders of a card, as functions that make features of pictures and instructions."""
+"""The frozen encoders of a card, as functions that make features of images and instructions."""
 
 import functools
 from collections.abc import Sequence
@@ -7,23 +7,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data_pipelines.datasets import picture_sizes
-from data_pipelines.record_features import EncodePictures, EncodeText, MadeBy
+from data_pipelines.datasets import image_sizes
+from data_pipelines.record_features import EncodeImages, EncodeText, MadeBy
 from varedit_jax.config import RunConfig
 from varedit_jax.parameters import abstract_params
 from varedit_jax.text.t5 import T5Encoder
 from varedit_jax.text.vocabulary import Vocabulary
 from varedit_jax.tokenizer.tokens import encode_images
 from varedit_jax.types import Params
-from varedit_jax.weights.directory import load_folder, weights_hash
+from varedit_jax.weights.directory import load_directory, weights_hash
 
 
 def load_encoders(config: RunConfig) -> tuple[Params, Params | None]:
-    """Weights of the tokenizer, and of the text encoder unless it is trained. Raises UserError as `load_folder`."""
-    tokenizer = load_folder(config.tokenizer_weights, "tokenizer", abstract_params(config.model, "tokenizer"))
+    """Weights of the tokenizer, and of the text encoder unless it is trained. Raises UserError as `load_directory`."""
+    tokenizer = load_directory(config.tokenizer_weights, "tokenizer", abstract_params(config.model, "tokenizer"))
     if config.train_text:
         return tokenizer, None
-    return tokenizer, load_folder(config.text_weights, "text", abstract_params(config.model, "text"))
+    return tokenizer, load_directory(config.text_weights, "text", abstract_params(config.model, "text"))
 
 
 def made_by(config: RunConfig, tokenizer: Params, text: Params | None) -> MadeBy:
@@ -34,7 +34,7 @@ def made_by(config: RunConfig, tokenizer: Params, text: Params | None) -> MadeBy
         + f"-{config.tokenizer_precision}",  # the decoder has no part in it
         text="" if text is None else weights_hash(text) + f"-{config.text_dtype}",
         text_tokens=data.text_tokens,
-        sizes=picture_sizes(config.model, data.aspects),
+        sizes=image_sizes(config.model, data.aspects),
         resize=data.resize,
     )
 
@@ -45,16 +45,16 @@ def made_by_card(config: RunConfig) -> MadeBy:
     return made_by(config, *load_encoders(config))
 
 
-def encoders(config: RunConfig, tokenizer: Params, text: Params | None) -> tuple[EncodePictures, EncodeText | None]:
+def encoders(config: RunConfig, tokenizer: Params, text: Params | None) -> tuple[EncodeImages, EncodeText | None]:
     """The functions that compute features, on the first device."""
     encode = jax.jit(lambda params, images: encode_images(params, images, config.model))
 
-    def encode_pictures(images: np.ndarray) -> jax.Array:
+    def encode_pixels(images: np.ndarray) -> jax.Array:
         with jax.default_matmul_precision(config.tokenizer_precision):
             return encode(tokenizer, images)
 
     if text is None:
-        return encode_pictures, None
+        return encode_pixels, None
     dtype = jnp.dtype(config.text_dtype)
     weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), text)
     apply = jax.jit(T5Encoder(config.model.text, dtype).apply)
@@ -64,4 +64,4 @@ def encoders(config: RunConfig, tokenizer: Params, text: Params | None) -> tuple
         ids, lengths = vocabulary.encode(instructions, config.data.text_tokens)
         return apply({"params": weights}, ids, lengths), lengths
 
-    return encode_pictures, encode_text
+    return encode_pixels, encode_text

@@ -2,7 +2,7 @@
 
 A batch is a dict of arrays:
 
-    source, target                    uint8 [B, y, x, 3]        pictures; or, with precomputed features,
+    source, target                    uint8 [B, y, x, 3]        images; or, with precomputed features,
     source_features, target_features  float32 [B, h, w, Z]
     text_features                     bfloat16 [B, T, E]        of the instruction, where they were computed too
     text_ids                          int32 [B, T]              the instruction, padded with 0
@@ -103,9 +103,9 @@ class _Read:
             wanted = plan.indices[self.rows].tolist()
             batch = self.features.rows(wanted)
             return batch | self._text(wanted, self.source.instruction) | {EXAMPLE_IDS: np.array(wanted, np.int64)}, []
-        return self._pictures(step, plan)
+        return self._images(step, plan)
 
-    def _pictures(self, step: int, plan: Rows) -> tuple[Batch, list[_Bad]]:
+    def _images(self, step: int, plan: Rows) -> tuple[Batch, list[_Bad]]:
         count = len(plan.indices)
         own = range(count)[self.rows]
         found: dict[int, Example | _Bad] = {}  # by row of the whole batch
@@ -294,13 +294,13 @@ def training_batches(
 
     A process gets `data.batch_size / process_count` rows of a step's batch; together, the processes get the rows that
     a single one would, in their order. The iterator's state (`get_state`, `set_state`) is the number of the next step,
-    so a run goes on with any number of processes and of workers. With `features`, no picture is decoded.
+    so a run goes on with any number of processes and of workers. With `features`, no image is decoded.
 
     Args:
       data: the card's part about data.
       vocabulary: for the instructions.
       source: of `open_split` or `open_records`.
-      features: of all examples of `source`, or None to give pictures.
+      features: of all examples of `source`, or None to give images.
       process_index, process_count: which rows.
       quarantine: JSONL file for the names of examples that cannot be used; a process has its own.
 

@@ -1,7 +1,7 @@
 """Which examples form which batch: a pure function of the step.
 
 An epoch shows every example as often as the weight of its data set says, in an order of its own. Every batch is of one
-bucket (an aspect template), so that all of its pictures have one shape. Examples of a bucket follow each other without
+bucket (an aspect template), so that all of its images have one shape. Examples of a bucket follow each other without
 a gap from epoch to epoch, and every `batch_size` of them are a batch; so what does not fill a batch of its bucket at
 the end of an epoch begins the first batch of that bucket in the next one, and nothing is left out or shown twice.
 

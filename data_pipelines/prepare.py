@@ -7,7 +7,7 @@
                                                                        where every worker sees them under the same path
 
 The output appears whole or not at all; the same command goes on with what was ended. The same inputs and flags give the
-same bytes. A picture, source or target, is in training or in validation, never in both. See preparation/ for the steps.
+same bytes. An image, source or target, is in training or in validation, never in both. See preparation/ for the steps.
 """
 
 import os
@@ -22,27 +22,27 @@ from varedit_jax import command
 from varedit_jax.errors import UserError
 
 _SOURCE = flags.DEFINE_string("source", None, f"format: {', '.join(SOURCES)}", required=True)
-_INPUT = flags.DEFINE_list("input", None, "files and folders as downloaded, with commas between", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "new folder", required=True)
+_INPUT = flags.DEFINE_list("input", None, "files and directories as downloaded, with commas between", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "new directory", required=True)
 _OPTIONS = flags.DEFINE_list("source_options", [], "NAME=VALUE,... of the format")
 _RUNNER = flags.DEFINE_string("runner", "DirectRunner", "Beam's runner; DirectRunner is this machine")
 _WORKERS = flags.DEFINE_integer("workers", 0, "processes on this machine; 0 is one a core", lower_bound=0)
 _RUNNER_OPTIONS = flags.DEFINE_list("runner_options", [], "--NAME=VALUE,... for Beam")
 
-_DECODE = flags.DEFINE_bool("decode", True, "decode every picture, and leave out records with damaged ones")
+_DECODE = flags.DEFINE_bool("decode", True, "decode every image, and leave out records with damaged ones")
 _MIN_SIDE = flags.DEFINE_integer("min_side", 0, "pixels; short sides below it leave")
 _MAX_SIDE = flags.DEFINE_integer("max_side", 0, "pixels; long sides above it leave; 0 has no limit")
 _MAX_RATIO = flags.DEFINE_float("max_ratio", 0.0, "long side over short side; more leaves; 0 has no limit")
 _MIN_SCORE = flags.DEFINE_multi_string("min_score", [], "NAME:LEAST; records whose score is lower leave; repeatable")
 _FIRST_TURN = flags.DEFINE_bool("first_turn", False, "of sessions of several edits, keep the first alone")
 _MIN_CHANGE = flags.DEFINE_float("min_change", 0.0, "levels of 255; edits that change no place by as much leave")
-_EXACT = flags.DEFINE_bool("exact", True, "of records with the same pictures and instruction, keep one")
+_EXACT = flags.DEFINE_bool("exact", True, "of records with the same images and instruction, keep one")
 _NEAR_BITS = flags.DEFINE_integer("near_bits", -1, "bits of 64 by which near-duplicates differ; -1 keeps them all")
-_VALIDATION = flags.DEFINE_float("validation", 0.01, "share of source pictures kept for validation")
+_VALIDATION = flags.DEFINE_float("validation", 0.01, "share of source images kept for validation")
 _SHARD_MB = flags.DEFINE_integer("shard_mb", 1024, "MB of a shard, about", lower_bound=1)
 
 _VISION_URL = flags.DEFINE_string("vision_url", "", "endpoint of chat completions, as http://localhost:8000/v1")
-_VISION_MODEL = flags.DEFINE_string("vision_model", "", "model there that sees pictures")
+_VISION_MODEL = flags.DEFINE_string("vision_model", "", "model there that sees images")
 _VISION_KEY = flags.DEFINE_string("vision_key", "OPENAI_API_KEY", "environment variable that holds the key")
 _VISION_PER_MINUTE = flags.DEFINE_float("vision_per_minute", 0.0, "questions a process asks at most; 0 has no limit")
 _VISION_PARALLEL = flags.DEFINE_integer("vision_parallel", 8, "questions on their way, a process", lower_bound=1)

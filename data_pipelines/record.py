@@ -23,22 +23,22 @@ class BrokenRecord(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Record:
-    """A source picture, the instruction to edit it, and the picture that this should give.
+    """A source image, the instruction to edit it, and the image that this should give.
 
-    Pictures are files as published (JPEG, PNG, WebP, ...), never recompressed.
+    Images are files as published (JPEG, PNG, WebP, ...), never recompressed.
     """
 
     id: str  # unique in its data set
     dataset: str  # name of the data set
-    source: bytes  # picture file
-    target: bytes  # picture file
+    source: bytes  # image file
+    target: bytes  # image file
     instructions: tuple[str, ...]  # in other words each; the first is the default
     kind: str = ""  # of edit, in the data set's own words: add, remove, ...; "" if it does not say
     turn: int = 0  # of a session of several edits, from 0
     scores: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of quality, under the data set's own names
-    mask: bytes | None = None  # picture file; where the edit is
-    licence: str = ""  # of the data set
-    picture: str = ""  # identity of the original picture, the same for all edits and turns of it; "" if unknown
+    mask: bytes | None = None  # image file; where the edit is
+    license: str = ""  # of the data set
+    original: str = ""  # identity of the original image, the same for all edits and turns of it; "" if unknown
 
     @property
     def key(self) -> str:
@@ -46,6 +46,7 @@ class Record:
         return f"{self.dataset}/{self.id}"
 
 
+_EARLIER_NAMES = {"licence": "license", "picture": "original"}  # of fields, in shards written before 0.2
 _FIELDS = tuple(field.name for field in dataclasses.fields(Record))
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "source": bytes, "target": bytes, "instructions": tuple, "turn": int, "scores": dict, "mask": (bytes, type(None))
@@ -74,6 +75,7 @@ def decode(data: bytes) -> Record:
         raise BrokenRecord(f"{len(data)} bytes are no record: they do not say of which version")
     if version > VERSION:
         raise UserError(f"a record is of version {version}; this package reads up to {VERSION}, use a newer one")
+    values = {_EARLIER_NAMES.get(name, name): value for name, value in values.items()}
     values = {name: values[name] for name in _FIELDS if name in values}
     if isinstance(values.get("instructions"), list):
         values["instructions"] = tuple(values["instructions"])

@@ -2,9 +2,9 @@
 
 They lie beside the records, in bfloat16, a pair of files for each of their shards:
 
-    FOLDER/features/NAME/features.json        what made them; NAME is short for it
-    FOLDER/features/NAME/SPLIT/SHARD.bfloat16 numbers: of an example source [h, w, Z], target [h, w, Z], text [T, E]
-    FOLDER/features/NAME/SPLIT/SHARD.npy      int64 [records, 6]: where they begin, h, w, Z, T, E; -1 for bad records
+    DIRECTORY/features/NAME/features.json        what made them; NAME is short for it
+    DIRECTORY/features/NAME/SPLIT/SHARD.bfloat16 numbers: of an example source [h, w, Z], target [h, w, Z], text [T, E]
+    DIRECTORY/features/NAME/SPLIT/SHARD.npy      int64 [records, 6]: where they begin, h, w, Z, T, E; -1 for bad records
 
 Shards are computed by any number of processes, each appears whole or not at all, and those that are there are not
 computed again.
@@ -30,12 +30,12 @@ from data_pipelines.damage import Damaged
 from data_pipelines.datasets import Example, RecordSource
 from data_pipelines.shards import Records, read_index
 from varedit_jax.errors import UserError
-from varedit_jax.training.run_config import make_folder, room_explained
+from varedit_jax.training.run_config import make_directory, room_explained
 
 MANIFEST = "features.json"
-FOLDER = "features"
+DIRECTORY = "features"
 
-EncodePictures = Callable[[NDArray[np.uint8]], ArrayLike]  # [B, H, W, 3] -> [B, h, w, Z]
+EncodeImages = Callable[[NDArray[np.uint8]], ArrayLike]  # [B, H, W, 3] -> [B, h, w, Z]
 EncodeText = Callable[[Sequence[str]], tuple[ArrayLike, NDArray[np.int32]]]  # B texts -> [B, T, E], tokens of each [B]
 
 
@@ -43,31 +43,31 @@ EncodeText = Callable[[Sequence[str]], tuple[ArrayLike, NDArray[np.int32]]]  # B
 class MadeBy:
     """All that decides about features, beside the records."""
 
-    tokenizer: str  # hash of the weights that encode pictures
-    text: str  # hash of the weights that encode instructions; "" where only pictures are encoded
+    tokenizer: str  # hash of the weights that encode images
+    text: str  # hash of the weights that encode instructions; "" where only images are encoded
     text_tokens: int  # instructions are cut to this length
     sizes: dict[str, tuple[int, int]]  # pixels (height, width) of each aspect
-    resize: str  # how pictures come to that size
+    resize: str  # how images come to that size
 
     @property
     def name(self) -> str:
-        """Of the folder."""
+        """Of the directory."""
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
     def manifest(self, records: Records) -> dict[str, Any]:
         """What is written beside the features of some records."""
-        values = dataclasses.asdict(self) | {"index": index_hash(records.folder)}
+        values = dataclasses.asdict(self) | {"index": index_hash(records.directory)}
         return json.loads(json.dumps(values))
 
 
-def _folder(records: Records, made_by: MadeBy) -> pathlib.Path:
-    return records.folder / FOLDER / made_by.name
+def _directory(records: Records, made_by: MadeBy) -> pathlib.Path:
+    return records.directory / DIRECTORY / made_by.name
 
 
 def _shards(records: Records) -> list[tuple[str, range]]:
     """Name and rows of each shard of a split."""
     shards, start = [], 0
-    for entry in read_index(records.folder)["splits"][records.split]["shards"]:
+    for entry in read_index(records.directory)["splits"][records.split]["shards"]:
         shards.append((pathlib.Path(entry["file"]).stem, range(start, start + entry["records"])))
         start += entry["records"]
     return shards
@@ -76,7 +76,7 @@ def _shards(records: Records) -> list[tuple[str, range]]:
 def precompute(
     source: RecordSource,
     made_by: MadeBy,
-    encode: EncodePictures,
+    encode: EncodeImages,
     encode_text: EncodeText | None,
     batch_size: int,
     process_index: int = 0,
@@ -89,15 +89,15 @@ def precompute(
     """
     todo = []
     for part, records in enumerate(source.parts):
-        folder = _folder(records, made_by)
+        directory = _directory(records, made_by)
         for name, rows in _shards(records):
-            todo.append((part, folder / records.split / name, rows))
+            todo.append((part, directory / records.split / name, rows))
     for records in source.parts:
         _write_manifest(records, made_by)
     todo = [entry for entry in todo[process_index::process_count] if not _file(entry[1], "npy").exists()]
     with tqdm.tqdm(total=sum(len(rows) for _, _, rows in todo), desc="features", unit="example") as progress:
         for part, path, rows in todo:
-            make_folder(path.parent)
+            make_directory(path.parent)
             with room_explained("features", path.parent):
                 start = int(source.starts[part])
                 indices = np.arange(start + rows.start, start + rows.stop)
@@ -115,7 +115,7 @@ def _write(
     file: BinaryIO,
     source: RecordSource,
     indices: NDArray[np.int64],
-    encode: EncodePictures,
+    encode: EncodeImages,
     encode_text: EncodeText | None,
     batch_size: int,
     progress: Any,
@@ -180,7 +180,7 @@ class RecordFeatures:
         for records in source.parts:
             _check_manifest(records, made_by)
             for name, rows in _shards(records):
-                path = _folder(records, made_by) / records.split / name
+                path = _directory(records, made_by) / records.split / name
                 try:
                     table = np.load(_file(path, "npy"))
                     complete = len(table) == len(rows) and _file(path, "bfloat16").exists()
@@ -255,11 +255,11 @@ def _bytes(table: NDArray[np.int64]) -> int:
 
 
 def _write_manifest(records: Records, made_by: MadeBy) -> None:
-    path = _folder(records, made_by) / MANIFEST
+    path = _directory(records, made_by) / MANIFEST
     if path.exists():
         _check_manifest(records, made_by)
         return
-    make_folder(path.parent)
+    make_directory(path.parent)
     with room_explained("features", path.parent):
         draft = path.with_name(f".{uuid.uuid4().hex}.draft")  # other processes may be doing the same
         draft.write_text(json.dumps(made_by.manifest(records), indent=2) + "\n")
@@ -268,22 +268,22 @@ def _write_manifest(records: Records, made_by: MadeBy) -> None:
 
 def _check_manifest(records: Records, made_by: MadeBy) -> None:
     """Raises UserError if there are no features of some records, of these weights and settings."""
-    path = _folder(records, made_by) / MANIFEST
+    path = _directory(records, made_by) / MANIFEST
     try:
         found = json.loads(path.read_text())
     except FileNotFoundError:
-        others = sorted(other.parent.name for other in (records.folder / FOLDER).glob(f"*/{MANIFEST}"))
+        others = sorted(other.parent.name for other in (records.directory / DIRECTORY).glob(f"*/{MANIFEST}"))
         raise UserError(
-            f"{records.folder} has no features of tokenizer weights {made_by.tokenizer[:16]} and text weights "
+            f"{records.directory} has no features of tokenizer weights {made_by.tokenizer[:16]} and text weights "
             f"{made_by.text[:16] or 'none'} for this card (they would be {made_by.name}; there are "
             f"{', '.join(others) or 'none'}); compute them with experiments.precompute"
         ) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}; delete its folder and compute the features again") from error
+        raise UserError(f"cannot read {path}: {error}; delete its directory and compute the features again") from error
     wanted = made_by.manifest(records)
     different = [name for name in wanted if found.get(name) != wanted[name]]
     if different:
         raise UserError(
             f"{path} has {different[0]} {found.get(different[0])!r}, not {wanted[different[0]]!r}: these features were "
-            f"made by something else; delete their folder and compute them again"
+            f"made by something else; delete their directory and compute them again"
         )

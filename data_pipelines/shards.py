@@ -1,8 +1,8 @@
 """Records on disk: ArrayRecord shards, and an index of them.
 
-    FOLDER/index.json                                   shards with counts, sizes and SHA-256; names behind the columns
-    FOLDER/SPLIT/NAME-00000-of-00008.array_record       records, uncompressed (pictures are compressed already)
-    FOLDER/SPLIT/columns/*.npy                          what is known of each record without reading it
+    DIRECTORY/index.json                                   shards: counts, sizes, SHA-256; names behind the columns
+    DIRECTORY/SPLIT/NAME-00000-of-00008.array_record       records, uncompressed (images are compressed already)
+    DIRECTORY/SPLIT/columns/*.npy                          what is known of each record without reading it
 
 Columns are memory maps, so that opening a million records takes no time and processes share the memory. Shards are
 written one by one, by any number of processes; `write_index` comes last. The same records give the same bytes.
@@ -39,11 +39,11 @@ _TEXTS = ("id", "instruction")
 _CATEGORIES = ("dataset", "kind")
 
 
-def shard_path(folder: str | os.PathLike[str], name: str, index: int, count: int) -> pathlib.Path:
+def shard_path(directory: str | os.PathLike[str], name: str, index: int, count: int) -> pathlib.Path:
     """File of shard `index` of `count`."""
     if not 0 <= index < count <= 99_999:
         raise ValueError(f"there is no shard {index} of {count}")
-    return pathlib.Path(folder) / f"{name}-{index:05d}-of-{count:05d}.array_record"
+    return pathlib.Path(directory) / f"{name}-{index:05d}-of-{count:05d}.array_record"
 
 
 def _notes(path: pathlib.Path) -> pathlib.Path:
@@ -77,7 +77,7 @@ class ShardWriter:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._writer = ArrayRecordWriter(str(self._partial), "group_size:1,uncompressed")
         except (OSError, RuntimeError) as error:
-            raise UserError(f"cannot write {self.path}: {error}; give a folder that can be written") from error
+            raise UserError(f"cannot write {self.path}: {error}; give a directory that can be written") from error
         return self
 
     def write(self, record: Record, size: tuple[int, int]) -> None:
@@ -134,44 +134,44 @@ def _sha256(path: pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_index(folder: str | os.PathLike[str]) -> dict[str, int]:
-    """Writes the index of all shards under `folder`, a subfolder for each split; returns records by split.
+def write_index(directory: str | os.PathLike[str]) -> dict[str, int]:
+    """Writes the index of all shards under `directory`, a subdirectory for each split; returns records by split.
 
     Raises UserError if there are no shards, or some of a set are missing or unfinished.
     """
-    folder = pathlib.Path(folder)
+    directory = pathlib.Path(directory)
     splits: dict[str, Any] = {}
     written: list[pathlib.Path] = []
-    for below in sorted(path for path in folder.iterdir() if path.is_dir()):
+    for below in sorted(path for path in directory.iterdir() if path.is_dir()):
         if shards := _complete(below):
             splits[below.name] = _index_split(below, shards)
             written += shards
     if not splits:
-        raise UserError(f"{folder} has no shards in any subfolder; prepare a data set there first")
-    partial = folder / f".{INDEX}.partial"
+        raise UserError(f"{directory} has no shards in any subdirectory; prepare a data set there first")
+    partial = directory / f".{INDEX}.partial"
     partial.write_text(json.dumps({"version": INDEX_VERSION, "splits": splits}, indent=1) + "\n")
-    partial.replace(folder / INDEX)
+    partial.replace(directory / INDEX)
     for path in written:
         _notes(path).unlink()
     return {split: entry["records"] for split, entry in splits.items()}
 
 
-def _complete(folder: pathlib.Path) -> list[pathlib.Path]:
+def _complete(directory: pathlib.Path) -> list[pathlib.Path]:
     """Shards of a split, in order."""
     sets: dict[tuple[str, int], set[int]] = {}
-    for path in folder.glob("*.array_record"):
+    for path in directory.glob("*.array_record"):
         if match := _SHARD_NAME.fullmatch(path.name):
             sets.setdefault((match["name"], int(match["count"])), set()).add(int(match["index"]))
-    paths = [shard_path(folder, name, index, count) for name, count in sorted(sets) for index in range(count)]
+    paths = [shard_path(directory, name, index, count) for name, count in sorted(sets) for index in range(count)]
     missing = [path for path in paths if not is_written(path)]
     if missing:
         raise UserError(f"{missing[0]} is missing or unfinished, as are {len(missing) - 1} more shards; write them all")
     return paths
 
 
-def _index_split(folder: pathlib.Path, shards: Sequence[pathlib.Path]) -> dict[str, Any]:
+def _index_split(directory: pathlib.Path, shards: Sequence[pathlib.Path]) -> dict[str, Any]:
     notes = [np.load(_notes(path)) for path in shards]  # members are read when they are asked for
-    columns = folder / COLUMNS
+    columns = directory / COLUMNS
     columns.mkdir(exist_ok=True)
 
     def write(name: str, dtype: Any, codes: Sequence[NDArray[Any]] | None = None) -> None:
@@ -220,14 +220,16 @@ def _index_split(folder: pathlib.Path, shards: Sequence[pathlib.Path]) -> dict[s
     }
 
 
-def read_index(folder: str | os.PathLike[str]) -> dict[str, Any]:
+def read_index(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """index.json of a prepared data set. Raises UserError if there is none, it is damaged or of a newer version."""
-    path = pathlib.Path(folder) / INDEX
+    path = pathlib.Path(directory) / INDEX
     try:
         index = json.loads(path.read_text())
         version, _ = int(index["version"]), index["splits"]
     except FileNotFoundError:
-        raise UserError(f"{folder} holds no prepared data set: {INDEX} is missing; prepare one there first") from None
+        raise UserError(
+            f"{directory} holds no prepared data set: {INDEX} is missing; prepare one there first"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error!r}; prepare the data set again") from error
     if version > INDEX_VERSION:
@@ -269,28 +271,28 @@ class Columns:
 class Records:
     """A split of a prepared data set, to be read in any order, by any number of threads."""
 
-    def __init__(self, folder: str | os.PathLike[str], split: str) -> None:
+    def __init__(self, directory: str | os.PathLike[str], split: str) -> None:
         """Opens the index; a shard is opened when it is first read.
 
-        Raises UserError if `folder` holds no such split, or its index is damaged or of a newer version.
+        Raises UserError if `directory` holds no such split, or its index is damaged or of a newer version.
         """
-        self.folder, self.split = pathlib.Path(folder), split
-        splits = read_index(folder)["splits"]
+        self.directory, self.split = pathlib.Path(directory), split
+        splits = read_index(directory)["splits"]
         if split not in splits:
-            raise UserError(f"{folder} has no split {split!r}; it has {', '.join(splits)}")
+            raise UserError(f"{directory} has no split {split!r}; it has {', '.join(splits)}")
         entry = splits[split]
         try:
-            self._files = [str(self.folder / split / shard["file"]) for shard in entry["shards"]]
+            self._files = [str(self.directory / split / shard["file"]) for shard in entry["shards"]]
             self._starts = np.cumsum([0, *(shard["records"] for shard in entry["shards"])])
             self.columns = self._read_columns(tuple(entry["datasets"]), tuple(entry["kinds"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"the index of {folder} is damaged: {error!r}; prepare the data set again") from error
+            raise UserError(f"the index of {directory} is damaged: {error!r}; prepare the data set again") from error
         self._readers: dict[int, ArrayRecordReader] = {}
         self._lock = threading.Lock()
 
     def _read_columns(self, datasets: tuple[str, ...], kinds: tuple[str, ...]) -> Columns:
         def column(name: str) -> NDArray[Any]:
-            path = self.folder / self.split / COLUMNS / f"{name}.npy"
+            path = self.directory / self.split / COLUMNS / f"{name}.npy"
             # A memory map of nothing is not possible, and a data set may be empty, or without ids.
             return np.load(path, mmap_mode="r") if path.stat().st_size > 128 else np.load(path)
 
@@ -307,7 +309,7 @@ class Records:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process opens its own: readers cannot travel, memory maps need not."""
-        return Records, (self.folder, self.split)
+        return Records, (self.directory, self.split)
 
     def __len__(self) -> int:
         """Number of records."""
@@ -345,13 +347,13 @@ class Records:
         return self.columns.instruction[index]
 
 
-def damaged_shards(folder: str | os.PathLike[str]) -> list[str]:
+def damaged_shards(directory: str | os.PathLike[str]) -> list[str]:
     """Shards, as SPLIT/NAME, that are not what the index says of them: missing, of another size or SHA-256."""
-    folder = pathlib.Path(folder)
+    directory = pathlib.Path(directory)
     found = []
-    for split, entry in read_index(folder)["splits"].items():
+    for split, entry in read_index(directory)["splits"].items():
         for shard in entry["shards"]:
-            path = folder / split / shard["file"]
+            path = directory / split / shard["file"]
             same = path.is_file() and path.stat().st_size == shard["bytes"] and _sha256(path) == shard["sha256"]
             if not same:
                 found.append(f"{split}/{shard['file']}")

@@ -1,7 +1,7 @@
-"""Published pictures to pictures of the model's size: source and target alike, flipped only where that says the same.
+"""Published images to images of the model's size: source and target alike, flipped only where that says the same.
 
 `crop` takes the largest part in the middle that has the aspect of the wanted size and resizes it (Lanczos); `pad` lays
-the picture at the top left of white of that aspect and resizes, as editing does (sampling/images.py). Before either, a
+the image at the top left of white of that aspect and resizes, as editing does (sampling/images.py). Before either, a
 JPEG that is several times too large is reduced by its decoder, as far as its sides stay `REDUCING_GAP` times what is
 needed.
 """
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_pipelines.damage import decoding, open_picture
+from data_pipelines.damage import decoding, open_image
 from data_pipelines.plan import mix
 from varedit_jax.images import fit, orientation, upright_rgb
 
@@ -21,7 +21,7 @@ REDUCING_GAP = 3.0  # what a decoder leaves for Lanczos to do, so that hardly a 
 
 _FLIP = 4  # what a hash is for, beside those of plan.py
 
-# Words that a flipped picture would make wrong: sides, directions, and writing. Languages of the public data sets.
+# Words that a flipped image would make wrong: sides, directions, and writing. Languages of the public data sets.
 _SIDED = re.compile(
     r"\b(?:left|right|lefthand|righthand|leftside|rightside|leftmost|rightmost|leftward|rightward|leftwards|"
     r"rightwards|clockwise|counter-?clockwise|anticlockwise|east|west|eastern|western|mirror|mirrored|flip|flipped|"
@@ -44,7 +44,7 @@ _SIDED = re.compile(
 
 
 def may_flip(instruction: str) -> bool:
-    """Whether an instruction says the same of mirrored pictures: no left or right in it, and nothing about writing."""
+    """Whether an instruction says the same of mirrored images: no left or right in it, and nothing about writing."""
     return _SIDED.search(instruction) is None
 
 
@@ -53,22 +53,22 @@ def draw_flip(seed: int, index: int, number: int, instruction: str) -> bool:
     return bool(mix(seed, _FLIP, number, index) & np.uint64(1)) and may_flip(instruction)
 
 
-def read_picture(data: bytes, size_hw: tuple[int, int], resize: str, flip: bool = False) -> NDArray[np.uint8]:
-    """A picture file as uint8 [h, w, 3] with (h, w) = `size_hw`. Raises Damaged."""
-    picture = open_picture(data)
+def read_fitted(data: bytes, size_hw: tuple[int, int], resize: str, flip: bool = False) -> NDArray[np.uint8]:
+    """An image file as uint8 [h, w, 3] with (h, w) = `size_hw`. Raises Damaged."""
+    image = open_image(data)
     h, w = size_hw
     with decoding():
-        if picture.format == "JPEG":
-            _reduce(picture, size_hw, resize)
-        picture.load()
-        if picture.mode != "RGB" or orientation(picture) != 1:
-            picture = Image.fromarray(upright_rgb(picture, "the picture"))
+        if image.format == "JPEG":
+            _reduce(image, size_hw, resize)
+        image.load()
+        if image.mode != "RGB" or orientation(image) != 1:
+            image = Image.fromarray(upright_rgb(image, "the image"))
     if resize == "pad":
-        pixels = np.asarray(picture)
+        pixels = np.asarray(image)
         return fit(np.ascontiguousarray(pixels[:, ::-1]) if flip else pixels, size_hw)[0]  # white stays at the right
-    if picture.size != (w, h):
-        picture = picture.resize((w, h), Image.Resampling.LANCZOS, box=_middle(picture.size, w / h))
-    pixels = np.asarray(picture)
+    if image.size != (w, h):
+        image = image.resize((w, h), Image.Resampling.LANCZOS, box=_middle(image.size, w / h))
+    pixels = np.asarray(image)
     return pixels[:, ::-1] if flip else pixels
 
 
@@ -80,24 +80,24 @@ def _middle(size: tuple[int, int], aspect: float) -> tuple[float, float, float, 
     return left, top, left + wide, top + high
 
 
-def _reduce(picture: Image.Image, size_hw: tuple[int, int], resize: str) -> None:
+def _reduce(image: Image.Image, size_hw: tuple[int, int], resize: str) -> None:
     """Lets the decoder of a JPEG that is several times too large make it smaller, which costs less than all of it."""
-    width, height = picture.size
+    width, height = image.size
     h, w = size_hw
-    if orientation(picture) >= 5:
+    if orientation(image) >= 5:
         h, w = w, h
     scale = max(w / width, h / height) if resize == "crop" else min(w / width, h / height)
     wanted = round(width * scale * REDUCING_GAP), round(height * scale * REDUCING_GAP)
-    picture.draft(None, wanted)  # the least of 1, 1/2, 1/4, 1/8 that is no smaller
+    image.draft(None, wanted)  # the least of 1, 1/2, 1/4, 1/8 that is no smaller
 
 
 def preview(data: bytes, side: int, quality: int) -> bytes:
-    """A picture file as a JPEG whose longer side is at most `side` pixels, upright. Raises Damaged."""
-    picture = open_picture(data)
+    """An image file as a JPEG whose longer side is at most `side` pixels, upright. Raises Damaged."""
+    image = open_image(data)
     with decoding():
-        picture.draft("RGB", (side, side))
-        picture.load()
-        image = Image.fromarray(upright_rgb(picture, "the picture"))
+        image.draft("RGB", (side, side))
+        image.load()
+        image = Image.fromarray(upright_rgb(image, "the image"))
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality)

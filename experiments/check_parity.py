@@ -13,7 +13,7 @@ from varedit_jax.analysis import parity
 from varedit_jax.errors import UserError
 
 _GOLDEN = flags.DEFINE_string(
-    "golden", None, "folder with config.json, state dicts and golden.safetensors", required=True
+    "golden", None, "directory with config.json, state dicts and golden.safetensors", required=True
 )
 
 

@@ -23,7 +23,7 @@ from varedit_jax.training.metrics import read_metrics
 
 _SEEDS = flags.DEFINE_integer("seeds", 2, "runs of each conditioning", lower_bound=1)
 _EXAMPLES = flags.DEFINE_integer("examples", 200, "held-out edits to judge", lower_bound=1)
-_FOLDER = flags.DEFINE_string("folder", "runs/conditioning", "folder of the runs")
+_DIRECTORY = flags.DEFINE_string("directory", "runs/conditioning", "directory of the runs")
 _OUTPUT = flags.DEFINE_string("output", "", "Markdown file for the table")
 _CARD = "experiments/configs/shapes.py:compare"
 _RUN = typing.cast(RunConfig, shapes.get_config("compare"))
@@ -39,7 +39,7 @@ def _program(module: str, *arguments: str) -> None:
 
 def _result(conditioning: str, seed: int) -> dict[str, float]:
     """Trains and scores one run: held-out loss and bit accuracy, share of exact edits, seconds a step."""
-    workdir = pathlib.Path(_FOLDER.value) / f"{conditioning}-{seed}"
+    workdir = pathlib.Path(_DIRECTORY.value) / f"{conditioning}-{seed}"
     scores = workdir / f"scores-{_EXAMPLES.value}.json"
     if not scores.exists():
         _program(

@@ -3,7 +3,7 @@
     python -m experiments.compile_ahead --config=experiments/configs/varedit_8b_512.py --topology=v5p:4x4x4 \\
         --global_batch=256 --mesh=fsdp=-1
 
-Pictures and token ids in; frozen encoders, forward and backward pass and the optimizer inside. It runs on any CPU, with
+Images and token ids in; frozen encoders, forward and backward pass and the optimizer inside. It runs on any CPU, with
 libtpu installed (pip install 'varedit-jax[tpu]'); 8B takes some minutes. --find_batch looks for the largest batch of a
 chip that fits, with a line on standard error for each that it tries. Of the figures, memory, collectives and
 `compiled_tflop_per_device` are of one device and one step, other TFLOP of all of them. `needed_gib` against `hbm_gib`

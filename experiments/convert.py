@@ -3,14 +3,14 @@
     python -m experiments.convert --transformer=VAREdit/8B-512.pth --tokenizer=infinity_vae_d56_f8_14_patchify.pth \\
         --text=flan-t5-xl --output=weights/varedit_8b_512
     python -m experiments.convert --to=torch --input=runs/varedit_8b_512 --output=published --format=safetensors
-    python -m experiments.convert --to=folder --input=runs/varedit_8b_512 --output=shared --licence=apache-2.0
+    python -m experiments.convert --to=directory --input=runs/varedit_8b_512 --output=shared --license=apache-2.0
     python -m experiments.convert --dry_run --preset=8b --to=torch
     python -m experiments.convert --verify=weights/varedit_8b_512
 
-Whose transformer a file holds (VAREdit's and Infinity's differ in positions) and for which pictures is read from its
-name, or its folder's, unless --family, --rope_layout and --pixel_budget say it; what was taken is printed and recorded.
-Memory does not grow with the model. A conversion that was ended goes on when the same command runs again; the output
-appears complete or not at all, with a manifest of the SHA-256 of every tensor.
+Whose transformer a file holds (VAREdit's and Infinity's differ in positions) and for which images is read from its
+name, or its directory's, unless --family, --rope_layout and --pixel_budget say it; what was taken is printed and
+recorded. Memory does not grow with the model. A conversion that was ended goes on when the same command runs again; the
+output appears complete or not at all, with a manifest of the SHA-256 of every tensor.
 """
 
 import resource
@@ -27,12 +27,12 @@ from varedit_jax.weights.directory import PARTS, STORED_TYPES
 from varedit_jax.weights.export_source import open_source
 from varedit_jax.weights.manifest import size_text
 
-_TO = flags.DEFINE_enum("to", "jax", ["jax", "torch", "folder"], "what to write")
-_OUTPUT = flags.DEFINE_string("output", "", "new folder")
+_TO = flags.DEFINE_enum("to", "jax", ["jax", "torch", "directory"], "what to write")
+_OUTPUT = flags.DEFINE_string("output", "", "new directory")
 _FILES = {
     "transformer": flags.DEFINE_string("transformer", "", "published transformer: .pth, .safetensors or shards"),
     "tokenizer": flags.DEFINE_string("tokenizer", "", "published BSQ tokenizer"),
-    "text": flags.DEFINE_string("text", "", "Flan-T5 of any size: file or folder as on Hugging Face"),
+    "text": flags.DEFINE_string("text", "", "Flan-T5 of any size: file or directory as on Hugging Face"),
 }
 _WEIGHTS = flags.DEFINE_enum(
     "weights", "model", ["model", "ema"], "parameters or their average, of a trainer's checkpoint or of a run"
@@ -46,16 +46,20 @@ _BUDGET = flags.DEFINE_enum(
     list(PIXEL_BUDGETS),
     "resolution the transformer works at; by the file's name, or 0.25M",
 )
-_INPUT = flags.DEFINE_string("input", "", "folder of weights, or of a training run, for --to=torch and --to=folder")
+_INPUT = flags.DEFINE_string(
+    "input", "", "directory of weights, or of a training run, for --to=torch and --to=directory"
+)
 _PARTS = flags.DEFINE_multi_enum("parts", [], list(PARTS), "parts to write, one a flag; all there are by default")
 _FORMAT = flags.DEFINE_enum("format", "pth", list(convert.FORMATS), "of published files")
 _SHARD = flags.DEFINE_float("shard_gb", 5.0, "largest safetensors file, in GB", lower_bound=1e-6)
 _DTYPE = flags.DEFINE_enum("dtype", "", ["", *STORED_TYPES], "type to round to; as published or stored by default")
 _CHUNKS = flags.DEFINE_integer("chunks", None, "chunks of blocks in published names, 0 for none", lower_bound=0)
-_LICENCE = flags.DEFINE_string("licence", "", "what the card states, as in apache-2.0")
+_LICENSE = flags.DEFINE_string("license", "", "what the card states, as in apache-2.0")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "print every mapping, one published tensor a line, and write nothing")
 _PRESET = flags.DEFINE_string("preset", "", "size of a dry run that needs no weights, as in 8b")
-_VERIFY = flags.DEFINE_string("verify", "", "folder whose tensors are compared with its manifest; nothing is written")
+_VERIFY = flags.DEFINE_string(
+    "verify", "", "directory whose tensors are compared with its manifest; nothing is written"
+)
 
 
 def _published() -> convert.Published:
@@ -88,14 +92,14 @@ def _dry_run() -> list[convert.Mapped]:
 
 def _convert() -> int:
     if not _OUTPUT.value:
-        raise UserError("--output is missing; give a new folder")
+        raise UserError("--output is missing; give a new directory")
     if _TO.value == "jax":
         return convert.to_jax(_published(), _OUTPUT.value)
     if not _INPUT.value:
-        raise UserError(f"--to={_TO.value} needs --input, a folder of weights or of a run")
+        raise UserError(f"--to={_TO.value} needs --input, a directory of weights or of a run")
     source = open_source(_INPUT.value, _PARTS.value, _WEIGHTS.value)
-    if _TO.value == "folder":
-        return convert.to_folder(source, _OUTPUT.value, _DTYPE.value, _LICENCE.value)
+    if _TO.value == "directory":
+        return convert.to_directory(source, _OUTPUT.value, _DTYPE.value, _LICENSE.value)
     shard_bytes = int(_SHARD.value * 1e9)
     return convert.to_torch(source, _OUTPUT.value, _FORMAT.value, shard_bytes, _DTYPE.value, _CHUNKS.value)
 

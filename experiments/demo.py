@@ -3,7 +3,7 @@
     make demo         about a quarter of an hour on two cores
     make demo-full    makes the shipped tokenizer and editor again: hours
 
-Everything is done by the programs a user runs, each in a process of its own; the commands are printed. Pictures and
+Everything is done by the programs a user runs, each in a process of its own; the commands are printed. Images and
 scores are left in runs/demo (runs/demo-full).
 """
 
@@ -20,13 +20,13 @@ from absl import flags
 
 from experiments import program
 from experiments.configs import shapes
-from varedit_jax import images
 from varedit_jax.errors import UserError
 from varedit_jax.evaluation.sheet import Panel, curve_sheet
+from varedit_jax.images import write_image
 from varedit_jax.training.metrics import read_metrics
 
 _FULL = flags.DEFINE_bool("full", False, "make the shipped tokenizer and editor again, and score 1000 edits")
-_FOLDER = flags.DEFINE_string("folder", "", "where to leave everything; runs/demo or runs/demo-full by default")
+_DIRECTORY = flags.DEFINE_string("directory", "", "where to leave everything; runs/demo or runs/demo-full by default")
 _CARD = "experiments/configs/shapes.py"
 _STOP_AFTER = 1000  # steps before the demo stops its own training, to show that it goes on
 
@@ -45,22 +45,22 @@ def _run(title: str, module: str, *arguments: str) -> float:
     return seconds
 
 
-def _evaluate(title: str, checkpoint: str, name: str, folder: pathlib.Path, examples: int) -> float:
+def _evaluate(title: str, checkpoint: str, name: str, directory: pathlib.Path, examples: int) -> float:
     """Scores an editor; returns the share of exact edits."""
-    scores = folder / f"{name}.json"
+    scores = directory / f"{name}.json"
     _run(
         title,
         "experiments.evaluate_shapes",
         f"--checkpoint={checkpoint}",
         f"--examples={examples}",
-        f"--sheet={folder / f'{name}.png'}",
+        f"--sheet={directory / f'{name}.png'}",
         f"--output={scores}",
     )
     return float(json.loads(scores.read_text())["editor"]["all"]["exact"])
 
 
 def _curves(workdir: pathlib.Path, path: pathlib.Path) -> None:
-    """Loss and accuracy over steps as a picture."""
+    """Loss and accuracy over steps as an image."""
     lines = read_metrics(workdir)
 
     def series(name: str) -> list[tuple[float, float]]:
@@ -81,7 +81,7 @@ def _curves(workdir: pathlib.Path, path: pathlib.Path) -> None:
             },
         ),
     ]
-    images.write_image(path, np.asarray(curve_sheet(panels, heading="shapes: training")))
+    write_image(path, np.asarray(curve_sheet(panels, heading="shapes: training")))
 
 
 def _train_editor(variant: str, workdir: pathlib.Path, *arguments: str) -> float:
@@ -93,53 +93,53 @@ def _train_editor(variant: str, workdir: pathlib.Path, *arguments: str) -> float
     return seconds + _run("the same command again: training goes on", "experiments.train", *common)
 
 
-def _demo(folder: pathlib.Path) -> None:
+def _demo(directory: pathlib.Path) -> None:
     start = time.perf_counter()
-    workdir = folder / "editor"
+    workdir = directory / "editor"
     _train_editor("demo", workdir)
-    _curves(workdir, folder / "training.png")
-    trained = _evaluate("the editor just trained, on held-out edits", str(workdir), "trained", folder, 200)
-    shipped = _evaluate("the shipped editor, on the same edits", shapes.SHIPPED, "shipped", folder, 200)
+    _curves(workdir, directory / "training.png")
+    trained = _evaluate("the editor just trained, on held-out edits", str(workdir), "trained", directory, 200)
+    shipped = _evaluate("the shipped editor, on the same edits", shapes.SHIPPED, "shipped", directory, 200)
     print(
         f"\ntrained here: {trained:.1%} of 200 held-out edits exact (goal {GOAL_TRAINED:.0%}); "
         f"shipped: {shipped:.1%} (goal {GOAL_SHIPPED:.0%}); {(time.perf_counter() - start) / 60:.1f} minutes"
     )
-    pictures = [folder / name for name in ("trained.png", "shipped.png", "training.png")]
-    print(f"look at {', '.join(map(str, pictures))} and {workdir / 'samples'}")
+    images = [directory / name for name in ("trained.png", "shipped.png", "training.png")]
+    print(f"look at {', '.join(map(str, images))} and {workdir / 'samples'}")
     if trained < GOAL_TRAINED or shipped < GOAL_SHIPPED:
         raise UserError("a goal was missed; see the tables above")
 
 
-def _full(folder: pathlib.Path) -> None:
-    stages = (("tokenizer", "pictures"), ("coarse", "coarse_once"), ("coarse", "coarse_twice"))
-    tokenizer, editor = folder / "coarse_twice_weights", folder / "editor_weights"
+def _full(directory: pathlib.Path) -> None:
+    stages = (("tokenizer", "images"), ("coarse", "coarse_once"), ("coarse", "coarse_twice"))
+    tokenizer, editor = directory / "coarse_twice_weights", directory / "editor_weights"
     before = None
     for variant, name in stages:
-        weights = folder / f"{name}_weights"
+        weights = directory / f"{name}_weights"
         if not weights.exists():
             _run(
                 f"tokenizer: {name.replace('_', ' ')}",
                 "experiments.train_tokenizer",
                 f"--config={_CARD}:{variant}",
-                f"--workdir={folder / name}",
+                f"--workdir={directory / name}",
                 f"--export={weights}",
                 *([f"--config.init_from={before}"] if before else []),
             )
         before = weights
     if not editor.exists():
-        _train_editor("full", folder / "editor", f"--config.tokenizer_weights={tokenizer}", f"--export={editor}")
-    _curves(folder / "editor", folder / "training.png")
-    _evaluate("1000 held-out edits", str(editor), "full", folder, 1000)
+        _train_editor("full", directory / "editor", f"--config.tokenizer_weights={tokenizer}", f"--export={editor}")
+    _curves(directory / "editor", directory / "training.png")
+    _evaluate("1000 held-out edits", str(editor), "full", directory, 1000)
     print(f"the weights are in {editor}; they take the place of {shapes.SHIPPED}")
 
 
 def main(argv: list[str]) -> None:
     """Runs the demo."""
     del argv
-    folder = pathlib.Path(_FOLDER.value or ("runs/demo-full" if _FULL.value else "runs/demo"))
-    folder.mkdir(parents=True, exist_ok=True)
+    directory = pathlib.Path(_DIRECTORY.value or ("runs/demo-full" if _FULL.value else "runs/demo"))
+    directory.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(".cache/jax").absolute()))
-    (_full if _FULL.value else _demo)(folder)
+    (_full if _FULL.value else _demo)(directory)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Edits a picture by an instruction.
+"""Edits an image by an instruction.
 
-    python -m experiments.edit --image=picture.png --instruction="add a red circle at the top left" --output=edited.png
+    python -m experiments.edit --image=image.png --instruction="add a red circle at the top left" --output=edited.png
 
-`--checkpoint` is a folder of weights or the working folder of a training run; the shipped `shapes` editor by default.
+`--checkpoint` is a directory of weights or the working directory of a training run; the shipped `shapes` editor by
+default.
 """
 
 import dataclasses
@@ -18,19 +19,21 @@ from varedit_jax.conversion import convert
 from varedit_jax.sampling.editor import Editor
 
 _SHIPPED = str(importlib.resources.files("varedit_jax") / "data" / "shapes")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", _SHIPPED, "folder of weights, or of a training run")
-_IMAGE = flags.DEFINE_string("image", None, "picture to edit", required=True)
+_CHECKPOINT = flags.DEFINE_string("checkpoint", _SHIPPED, "directory of weights, or of a training run")
+_IMAGE = flags.DEFINE_string("image", None, "image to edit", required=True)
 _INSTRUCTION = flags.DEFINE_string("instruction", None, "what to do, in words", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "picture to write (.png, .jpg, .webp)", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "image to write (.png, .jpg, .webp)", required=True)
 _SEED = flags.DEFINE_integer("seed", 0, "of sampling", lower_bound=0, upper_bound=2**32 - 1)
 _GUIDANCE = flags.DEFINE_float("guidance", None, "classifier-free guidance; 1 = off; the checkpoint's own by default")
 _TEMPERATURE = flags.DEFINE_float("temperature", None, "of sampling; the checkpoint's own by default", lower_bound=1e-3)
 _TOP_P = flags.DEFINE_float("top_p", None, "0.97 leaves out bits of probability <= 0.03", lower_bound=0, upper_bound=1)
 _GREEDY = flags.DEFINE_bool("greedy", None, "most likely bits; the checkpoint's own by default")
-_TOKENIZER = flags.DEFINE_string("tokenizer", "", "folder of the tokenizer, where the checkpoint has none or it moved")
-_TEXT = flags.DEFINE_string("text", "", "folder of the text encoder, likewise")
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer", "", "directory of the tokenizer, where the checkpoint has none or it moved"
+)
+_TEXT = flags.DEFINE_string("text", "", "directory of the text encoder, likewise")
 _VERIFY = flags.DEFINE_bool(
-    "verify", False, "compare every tensor of these folders with its manifest before it is used"
+    "verify", False, "compare every tensor of these directories with its manifest before it is used"
 )
 
 
@@ -45,15 +48,15 @@ def _sampling(own: SamplingConfig) -> SamplingConfig:
 
 
 def main(argv: list[str]) -> None:
-    """Edits one picture."""
+    """Edits one image."""
     del argv
     images.check_output(_OUTPUT.value)
-    picture = images.read_image(_IMAGE.value)
+    image = images.read_image(_IMAGE.value)
     if _VERIFY.value:
-        for folder in filter(None, dict.fromkeys((_CHECKPOINT.value, _TOKENIZER.value, _TEXT.value))):
-            print(f"{convert.verify(folder)} tensors of {folder} are as they were written")
+        for directory in filter(None, dict.fromkeys((_CHECKPOINT.value, _TOKENIZER.value, _TEXT.value))):
+            print(f"{convert.verify(directory)} tensors of {directory} are as they were written")
     editor = Editor.load(_CHECKPOINT.value, _TOKENIZER.value, _TEXT.value)
-    [edited] = editor.edit([picture], [_INSTRUCTION.value], [_SEED.value], _sampling(editor.sampling))
+    [edited] = editor.edit([image], [_INSTRUCTION.value], [_SEED.value], _sampling(editor.sampling))
     images.write_image(_OUTPUT.value, edited)
     print(f"{_OUTPUT.value}: {edited.shape[1]} x {edited.shape[0]} px")
 

@@ -2,8 +2,8 @@
 
     python -m experiments.evaluate_shapes --examples=200 --sheet=sheet.png --output=scores.json
 
-`--checkpoint` is a folder of weights or the working folder of a run; the shipped editor by default. An edit counts as
-exact if the picture shows the asked change and everything else unchanged (data_pipelines/shapes/judge.py).
+`--checkpoint` is a directory of weights or the working directory of a run; the shipped editor by default. An edit
+counts as exact if the image shows the asked change and everything else unchanged (data_pipelines/shapes/judge.py).
 """
 
 import dataclasses
@@ -19,18 +19,18 @@ from data_pipelines import loader
 from data_pipelines.shapes import scoring
 from experiments import program
 from experiments.configs import shapes
-from varedit_jax import images
 from varedit_jax.errors import UserError
+from varedit_jax.images import check_output, write_image
 from varedit_jax.sampling.editor import Editor
 from varedit_jax.scales import editor_pyramid, image_size
 
 _SHOWN = 14  # edits on the sheet
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", shapes.SHIPPED, "folder of weights, or of a training run")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", shapes.SHIPPED, "directory of weights, or of a training run")
 _EXAMPLES = flags.DEFINE_integer("examples", 200, "held-out edits to judge", lower_bound=1)
-_SHEET = flags.DEFINE_string("sheet", "", f"picture to write: {_SHOWN} edits, scale by scale")
+_SHEET = flags.DEFINE_string("sheet", "", f"image to write: {_SHOWN} edits, scale by scale")
 _OUTPUT = flags.DEFINE_string("output", "", "JSON file to write the scores to")
-_DATA = flags.DEFINE_string("data", "", "folder of the prepared data; data/ by default")
+_DATA = flags.DEFINE_string("data", "", "directory of the prepared data; data/ by default")
 
 
 def _spread(count: int, examples: int) -> np.ndarray:
@@ -42,10 +42,10 @@ def main(argv: list[str]) -> None:
     """Prints the table."""
     del argv
     if _SHEET.value:
-        images.check_output(_SHEET.value)
+        check_output(_SHEET.value)
     output = pathlib.Path(_OUTPUT.value)
     if not output.parent.is_dir():
-        raise UserError(f"the folder {output.parent} of {output} does not exist; create it first")
+        raise UserError(f"the directory {output.parent} of {output} does not exist; create it first")
     editor = Editor.load(_CHECKPOINT.value)
     data = dataclasses.replace(shapes.DATA, directory=_DATA.value, train_examples=1)  # the test split alone is used
     source = loader.open_split(data, "test")
@@ -54,14 +54,12 @@ def main(argv: list[str]) -> None:
     records = [source[int(index)] for index in _spread(len(source), _EXAMPLES.value)]
     ours, theirs = image_size(editor.config, editor_pyramid(editor.config)), records[0]["source"].shape[:2]
     if ours != theirs:
-        raise UserError(
-            f"the editor of {_CHECKPOINT.value} is for pictures of {ours}, but those of shapes are {theirs}"
-        )
+        raise UserError(f"the editor of {_CHECKPOINT.value} is for images of {ours}, but those of shapes are {theirs}")
     start = time.perf_counter()
     with tqdm.tqdm(total=len(records), desc="edits", unit="edit") as progress:
-        # With a sheet to draw, every picture is decoded at every scale: one program to compile instead of two.
-        pictures = scoring.edit_records(editor, records, every_scale=bool(_SHEET.value), on_batch=progress.update)
-        scores = scoring.evaluate(editor, records, pictures[-1])
+        # With a sheet to draw, every image is decoded at every scale: one program to compile instead of two.
+        images = scoring.edit_records(editor, records, every_scale=bool(_SHEET.value), on_batch=progress.update)
+        scores = scoring.evaluate(editor, records, images[-1])
     seconds = time.perf_counter() - start
     print(scoring.table(scores))
     print(f"{len(records)} edits in {seconds:.0f} s, compilation included")
@@ -71,8 +69,8 @@ def main(argv: list[str]) -> None:
     if _SHEET.value:
         shown = range(len(records))[:: max(len(records) // _SHOWN, 1)][:_SHOWN]
         heading = f"shapes: {scores['editor']['all'].exact:.1%} of {len(records)} held-out edits exact"
-        sheet = scoring.sheet([records[index] for index in shown], pictures[:, shown], heading)
-        images.write_image(_SHEET.value, np.asarray(sheet))
+        sheet = scoring.sheet([records[index] for index in shown], images[:, shown], heading)
+        write_image(_SHEET.value, np.asarray(sheet))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Kills a training run with SIGKILL at random moments, again and again, and compares its end with a run left alone.
 
-    python -m experiments.kill_test --folder=/tmp/kill_test --output=results/kill_test.md
+    python -m experiments.kill_test --directory=/tmp/kill_test --output=results/kill_test.md
 
 A real run (experiments.train on the smallest card) is killed while it starts, restores, makes steps, saves, and removes
 old checkpoints. After each kill the newest checkpoint must be readable, and no older than the one before. At the end
@@ -31,7 +31,7 @@ from varedit_jax.training.lock import LOCK_FILE
 from varedit_jax.training.metrics import read_metrics
 from varedit_jax.weights import run_directory
 
-_FOLDER = flags.DEFINE_string("folder", None, "new folder to work in", required=True)
+_DIRECTORY = flags.DEFINE_string("directory", None, "new directory to work in", required=True)
 _KILLS = flags.DEFINE_integer("kills", 20, "how often", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 200, "of the run; it must not end before the last kill", lower_bound=10)
 _SEED = flags.DEFINE_integer("seed", 0, "of the moments")
@@ -43,7 +43,7 @@ SAVE_EVERY = 3
 
 @dataclasses.dataclass
 class Watched:
-    """A training process, and what its folder held when it was started."""
+    """A training process, and what its directory held when it was started."""
 
     workdir: pathlib.Path
     process: subprocess.Popen[bytes]
@@ -89,9 +89,9 @@ def metric_lines(workdir: pathlib.Path) -> int:
 
 
 def unfinished(workdir: pathlib.Path) -> set[str]:
-    """Folders of saves that are not complete."""
-    folder = workdir / run_directory.CHECKPOINTS
-    return {path.name for path in folder.iterdir() if not path.name.isdecimal()} if folder.exists() else set()
+    """Directories of saves that are not complete."""
+    directory = workdir / run_directory.CHECKPOINTS
+    return {path.name for path in directory.iterdir() if not path.name.isdecimal()} if directory.exists() else set()
 
 
 def start(workdir: pathlib.Path) -> subprocess.Popen[bytes]:
@@ -143,9 +143,9 @@ def kill(workdir: pathlib.Path, phase: str, rng: np.random.Generator) -> dict[st
     return {"phase": phase, "seconds after": round(delay, 3), "checkpoint": after, "steps": made, "left": left}
 
 
-def report(rows: list[dict[str, Any]], folder: pathlib.Path, seconds: dict[str, float]) -> str:
+def report(rows: list[dict[str, Any]], directory: pathlib.Path, seconds: dict[str, float]) -> str:
     """The figures as Markdown."""
-    shares = ", ".join(f"{kind} {share:.1%}" for kind, share in run_shares(folder / "killed").items() if share)
+    shares = ", ".join(f"{kind} {share:.1%}" for kind, share in run_shares(directory / "killed").items() if share)
     left = sum(row["left"] > 0 for row in rows)
     counts = collections.Counter(row["phase"] for row in rows)
     phases = ", ".join(f"{counts[phase]} while {phase}" for phase in PHASES)
@@ -153,7 +153,7 @@ def report(rows: list[dict[str, Any]], folder: pathlib.Path, seconds: dict[str, 
     table = "\n".join("| " + " | ".join(map(str, (i + 1, *row.values()))) + " |" for i, row in enumerate(rows))
     return f"""# Killed at random moments
 
-    python -m experiments.kill_test --folder=... --kills={len(rows)} --steps={_STEPS.value} --seed={_SEED.value}
+    python -m experiments.kill_test --directory=... --kills={len(rows)} --steps={_STEPS.value} --seed={_SEED.value}
 
 {time.strftime("%Y-%m-%d")}, {compare_runs.machine()}; Python {sys.version.split()[0]}, jax {jax.__version__}.
 A run of `{CARD}` with {_STEPS.value} steps and a checkpoint every
@@ -177,12 +177,12 @@ all compilation; the killed one took {seconds["killed"]:.0f} s. Where its time w
 def main(argv: list[str]) -> None:
     """Runs, kills, compares and writes down."""
     del argv
-    folder = pathlib.Path(_FOLDER.value).absolute()
-    if folder.exists():
-        raise UserError(f"{folder} exists; give a new folder")
-    folder.mkdir(parents=True)
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "cache"))
-    whole, killed = folder / "whole", folder / "killed"
+    directory = pathlib.Path(_DIRECTORY.value).absolute()
+    if directory.exists():
+        raise UserError(f"{directory} exists; give a new directory")
+    directory.mkdir(parents=True)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(directory / "cache"))
+    whole, killed = directory / "whole", directory / "killed"
     seconds = {"whole": finish(whole)}
     print(f"the uninterrupted run took {seconds['whole']:.0f} s")
     rng = np.random.default_rng(_SEED.value)
@@ -198,7 +198,7 @@ def main(argv: list[str]) -> None:
     differ = compare_runs.differences(killed, whole)
     if differ:
         raise UserError(f"the run that was killed ended otherwise: {', '.join(differ)} differ")
-    text = report(rows, folder, seconds)
+    text = report(rows, directory, seconds)
     print(text)
     if _OUTPUT.value:
         pathlib.Path(_OUTPUT.value).write_text(text)

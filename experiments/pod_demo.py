@@ -28,7 +28,7 @@ from experiments.configs import shapes
 from varedit_jax.errors import UserError
 from varedit_jax.training.metrics import duration
 
-_FOLDER = flags.DEFINE_string("folder", "runs/pod_demo", "where to leave everything; emptied first")
+_DIRECTORY = flags.DEFINE_string("directory", "runs/pod_demo", "where to leave everything; emptied first")
 _STEPS = flags.DEFINE_integer("steps", 24, "of the run", lower_bound=8)
 _VICTIM = flags.DEFINE_integer("victim", 2, "the process that is killed", lower_bound=0, upper_bound=3)
 _OUTPUT = flags.DEFINE_string("output", "", "Markdown file for the figures")
@@ -42,7 +42,7 @@ _GRACE_SECONDS = 30  # for the others to notice that one is gone, before they ar
 Process = subprocess.Popen[bytes]
 
 
-def settings(folder: pathlib.Path, steps: int) -> dict[str, object]:
+def settings(directory: pathlib.Path, steps: int) -> dict[str, object]:
     """Fields of the card that this run has otherwise."""
     return {
         "mesh.data": 1,
@@ -52,7 +52,7 @@ def settings(folder: pathlib.Path, steps: int) -> dict[str, object]:
         "stages": "()",
         "optimizer.learning_rate": 1e-4,
         "data.batch_size": 16,
-        "data.directory": folder / "data",
+        "data.directory": directory / "data",
         "eval_every": 0,
         "sample_every": 0,
         "steps": steps,
@@ -175,11 +175,11 @@ def main(argv: list[str]) -> None:
     del argv
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # and so the processes end, too
     begin = time.monotonic()
-    folder, steps = pathlib.Path(_FOLDER.value).absolute(), _STEPS.value
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    values, seconds = settings(folder, steps), {}
-    whole, killed = folder / "whole", folder / "killed"
+    directory, steps = pathlib.Path(_DIRECTORY.value).absolute(), _STEPS.value
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    values, seconds = settings(directory, steps), {}
+    whole, killed = directory / "whole", directory / "killed"
     print(f"{PROCESSES} processes train {CARD} for {steps} steps; the first time they compile, which takes minutes")
     seconds["whole"] = finish(whole, values, steps)
     before = time.monotonic()

@@ -3,9 +3,9 @@
     python -m experiments.precompute --config=CARD.py --config.data.name=records \\
         --config.data.mixture='(("prepared/ultraedit",1.0),)' --process_index=0 --process_count=8
 
-Each of several processes, on one machine or many that share the folders, takes its share of the shards; run the same
-command again to go on. Training with the same card and --config.data.features=precomputed then reads them, and refuses
-those of other weights.
+Each of several processes, on one machine or many that share the directories, takes its share of the shards; run the
+same command again to go on. Training with the same card and --config.data.features=precomputed then reads them, and
+refuses those of other weights.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from varedit_jax.errors import UserError
 _CONFIG = program.config_flag(RunConfig)
 _PROCESS_INDEX = flags.DEFINE_integer("process_index", 0, "which of several processes this is, from 0", lower_bound=0)
 _PROCESS_COUNT = flags.DEFINE_integer("process_count", 1, "processes that share the shards", lower_bound=1)
-_BATCH = flags.DEFINE_integer("batch", 32, "pictures that are encoded at a time", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch", 32, "images that are encoded at a time", lower_bound=1)
 
 
 def main(argv: list[str]) -> None:

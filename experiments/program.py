@@ -3,7 +3,7 @@
 A program is
 
     _CONFIG = program.config_flag(RunConfig)
-    _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
+    _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run", required=True)
 
     def main(argv: list[str]) -> None:
         config = _CONFIG.value
@@ -59,7 +59,7 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
 
 
 def setup_jax() -> None:
-    """Keeps compiled programs in .cache/jax of the working folder, unless JAX_COMPILATION_CACHE_DIR says otherwise.
+    """Keeps compiled programs in .cache/jax of the working directory, unless JAX_COMPILATION_CACHE_DIR says otherwise.
 
     It also quiets what is no news to the user: JAX's account of the accelerators that it did not find, and what
     Orbax's threads print when a checkpoint cannot be read or written, ahead of the error that says so.

@@ -6,7 +6,7 @@ from absl import flags
 
 from varedit_jax.training.profile import parse_steps
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, pictures", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run: checkpoints, metrics, images", required=True)
 _RESUME = flags.DEFINE_enum(
     "resume", "auto", ["auto", "yes", "no"], "yes: only go on with a run; no: only start one; auto: whichever it is"
 )
@@ -15,14 +15,14 @@ _PROFILE_STEPS = flags.DEFINE_string("profile_steps", "", "A:B traces the steps 
 _DUMP_STEP = flags.DEFINE_integer(
     "dump_step", None, "a step whose state and batch are written to WORKDIR/replay, for --replay", lower_bound=0
 )
-EXPORT = flags.DEFINE_string("export", "", "new folder for the finished weights")
+EXPORT = flags.DEFINE_string("export", "", "new directory for the finished weights")
 EXPORT_TYPE = flags.DEFINE_enum(
     "export_type", "float16", ["float32", "bfloat16", "float16"], "type of exported weights"
 )
 
 
 def workdir() -> str:
-    """The folder of the run."""
+    """The directory of the run."""
     return str(_WORKDIR.value)
 
 

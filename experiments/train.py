@@ -2,7 +2,7 @@
 
     python -m experiments.train --config=experiments/configs/shapes.py --workdir=runs/shapes
 
-Running the same command again goes on from the newest checkpoint. `--export=FOLDER` writes the finished editor.
+Running the same command again goes on from the newest checkpoint. `--export=DIRECTORY` writes the finished editor.
 `--replay=WORKDIR/replay/step_N` does a step again that was written down, and prints its metrics as JSON.
 
 Several processes find each other by their environment (TPU VMs, GKE, SLURM) or by --coordinator=HOST:PORT,
@@ -39,11 +39,13 @@ from varedit_jax.training.metrics import flat_metrics
 from varedit_jax.training.optimizer import learning_rate
 from varedit_jax.training.replay import replay
 from varedit_jax.training.setup import MeshRun
-from varedit_jax.weights.directory import load_folder, save_folder, weights_hash
+from varedit_jax.weights.directory import load_directory, save_directory, weights_hash
 
 _CONFIG = program.config_flag(RunConfig)
 _VERIFY = flags.DEFINE_bool("verify", False, "compare the weights it starts from with their manifests first")
-_REPLAY = flags.DEFINE_string("replay", "", "folder of a step, WORKDIR/replay/step_N, to do again instead of training")
+_REPLAY = flags.DEFINE_string(
+    "replay", "", "directory of a step, WORKDIR/replay/step_N, to do again instead of training"
+)
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where the environment does not tell")
 _PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "processes of the run; 1 looks for no others")
 _PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "which of them this one is, from 0")
@@ -55,12 +57,12 @@ def _features(config: RunConfig, source: loader.TfdsSource | loader.RecordSource
         return None
     if isinstance(source, loader.RecordSource):
         return RecordFeatures(source, encoders.made_by_card(config))
-    tokenizer = load_folder(config.tokenizer_weights, "tokenizer", abstract_params(config.model, "tokenizer"))
+    tokenizer = load_directory(config.tokenizer_weights, "tokenizer", abstract_params(config.model, "tokenizer"))
     name = weights_hash(tokenizer["encoder"])  # features do not depend on the decoder
     encode = jax.jit(lambda params, images: encode_images(params, images, config.model))
-    folder = pathlib.Path(source.directory) / "features" / f"{split}-{name[:16]}"
+    directory = pathlib.Path(source.directory) / "features" / f"{split}-{name[:16]}"
     with processes.first_process_first(f"features of {split}"):
-        return features_lib.precompute(folder, source, name, lambda images: encode(tokenizer, images), batch_size=64)
+        return features_lib.precompute(directory, source, name, lambda images: encode(tokenizer, images), batch_size=64)
 
 
 def _replay(run: MeshRun, step_fn: Callable[[int], Any]) -> None:
@@ -121,7 +123,7 @@ def _train(config: RunConfig) -> None:
         )
     if run_flags.EXPORT.value and int(state.step) == config.steps:
         params = {**frozen, **state.params}
-        save_folder(run_flags.EXPORT.value, config.model, params, run_flags.EXPORT_TYPE.value, config.sampling)
+        save_directory(run_flags.EXPORT.value, config.model, params, run_flags.EXPORT_TYPE.value, config.sampling)
 
 
 def main(argv: list[str]) -> None:
@@ -132,12 +134,12 @@ def main(argv: list[str]) -> None:
         if run_flags.EXPORT.value and jax.process_count() > 1:
             raise UserError(
                 f"--export is for a single process, and there are {jax.process_count()}; export the finished run by "
-                f"experiments.convert --to=folder --input={run_flags.workdir()} --output={run_flags.EXPORT.value}"
+                f"experiments.convert --to=directory --input={run_flags.workdir()} --output={run_flags.EXPORT.value}"
             )
         if _VERIFY.value:
-            for folder in dict.fromkeys((config.tokenizer_weights, config.text_weights, config.init_from)):
-                if folder:
-                    print(f"{convert.verify(folder)} tensors of {folder} are as they were written")
+            for directory in dict.fromkeys((config.tokenizer_weights, config.text_weights, config.init_from)):
+                if directory:
+                    print(f"{convert.verify(directory)} tensors of {directory} are as they were written")
         _train(config)
 
 

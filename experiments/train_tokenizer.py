@@ -1,8 +1,8 @@
-"""Trains a tokenizer: autoencoder and residual quantizer, on the pictures of a data set.
+"""Trains a tokenizer: autoencoder and residual quantizer, on the images of a data set.
 
     python -m experiments.train_tokenizer --config=experiments/configs/shapes.py:tokenizer --workdir=runs/tokenizer
 
-Running the same command again goes on from the newest checkpoint. `--export=FOLDER` writes the finished tokenizer.
+Running the same command again goes on from the newest checkpoint. `--export=DIRECTORY` writes the finished tokenizer.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from varedit_jax.text.vocabulary import Vocabulary
 from varedit_jax.training import tokenizer_step, trainer
 from varedit_jax.training.optimizer import learning_rate, make_optimizer
 from varedit_jax.training.perceptual import load_perceptual
-from varedit_jax.weights.directory import save_folder
+from varedit_jax.weights.directory import save_directory
 
 _CONFIG = program.config_flag(TokenizerRunConfig)
 
@@ -35,8 +35,8 @@ def main(argv: list[str]) -> None:
     def sample(state: Any, step: int) -> dict[str, np.ndarray]:
         del step
         restored = np.asarray(reconstruct(state.params, jax.device_put(np.stack(shown))))
-        rows = [Row(pictures=pair, instruction="") for pair in zip(shown, restored, strict=True)]
-        return {"reconstructions": np.asarray(contact_sheet(rows, ["picture", "reconstruction"]))}
+        rows = [Row(images=pair, instruction="") for pair in zip(shown, restored, strict=True)]
+        return {"reconstructions": np.asarray(contact_sheet(rows, ["original", "reconstruction"]))}
 
     init = tokenizer_step.make_init(config, optimizer)
     step = jax.jit(tokenizer_step.make_step(config, optimizer, perceptual), donate_argnums=0)
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
         guard=config.guard,
     )
     if run_flags.EXPORT.value and int(state.step) == config.steps:
-        save_folder(run_flags.EXPORT.value, config.model, {"tokenizer": state.params}, run_flags.EXPORT_TYPE.value)
+        save_directory(run_flags.EXPORT.value, config.model, {"tokenizer": state.params}, run_flags.EXPORT_TYPE.value)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Strict numerics, one CPU, no network, nothing written outside the repository and temporary folders.
+"""Strict numerics, one CPU, no network, nothing written outside the repository and temporary directories.
 
 Settings go through the environment, before JAX is imported, so that processes started by a test have them too.
 """

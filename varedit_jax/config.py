@@ -79,7 +79,7 @@ class TransformerConfig:
     rope_layout: RopeLayout = "released"  # where tokens sit (model.md, "Positions")
     initial_attention_scale: float = 4.0  # factor of the normalized queries in a new model
     initial_input_scale: float = 1.0  # gain of the token embedding in a new model; bits**0.5 gives tokens of size 1
-    absolute_positions: bool = False  # tokens know their place in the picture; not in the published models
+    absolute_positions: bool = False  # tokens know their place in the image; not in the published models
     drop_path: float = 0.1  # stochastic depth rate of the last block; rises linearly from 0
     dtype: str = "float32"  # compute type of the blocks; parameters are float32
     attention: Literal["auto", "plain", "splash", "cudnn"] = "auto"  # kernel of self-attention; auto: by platform
@@ -219,16 +219,17 @@ class DataConfig:
     """Where examples come from."""
 
     name: Literal["shapes", "records"] = "shapes"  # generated, or prepared by data_pipelines.prepare
-    # Where `shapes` is prepared and read, "" is data/ in the working folder; or what folders of `mixture` are below.
+    # Where `shapes` is prepared and read, "" is data/ in the working directory; or what directories of `mixture` are
+    # below.
     directory: str = ""
     train_examples: int = 0  # size of the training split, for data sets that are generated
     eval_examples: int = 0  # size of the held-out split, likewise
-    # Of `records`: folders of prepared data sets, and how many times an epoch shows each of their examples. The share
-    # of a data set in what is trained on is its weight times its size, over the sum of these.
+    # Of `records`: directories of prepared data sets, and how many times an epoch shows each of their examples. The
+    # share of a data set in what is trained on is its weight times its size, over the sum of these.
     mixture: tuple[tuple[str, float], ...] = ()
-    aspects: tuple[str, ...] = ("1.0",)  # templates (scales.py) that pictures are brought to, each to the nearest
-    resize: Literal["crop", "pad"] = "crop"  # the middle of a picture, or all of it on white, as in editing
-    flip: bool = False  # mirror every second picture whose instruction allows it
+    aspects: tuple[str, ...] = ("1.0",)  # templates (scales.py) that images are brought to, each to the nearest
+    resize: Literal["crop", "pad"] = "crop"  # the middle of an image, or all of it on white, as in editing
+    flip: bool = False  # mirror every second image whose instruction allows it
     features: Literal["online", "precomputed"] = "online"  # encode in the step, or once, ahead
     batch_size: int = 32  # examples a step, over all processes
     text_tokens: int = 512  # T: prompts are padded to this length in a batch
@@ -332,11 +333,11 @@ class RunConfig:
     # Of the frozen tokenizer's convolutions. A bit is the sign of a small difference: one pass of bfloat16, the default
     # of a TPU, or TF32 on a GPU, turns some of them.
     tokenizer_precision: Literal["default", "high", "highest"] = "highest"
-    tokenizer_weights: str = ""  # folder of the frozen tokenizer
-    text_weights: str = ""  # folder of the frozen text encoder; unused with train_text
-    init_from: str = ""  # folder of an editor whose trained parts the run starts from
+    tokenizer_weights: str = ""  # directory of the frozen tokenizer
+    text_weights: str = ""  # directory of the frozen text encoder; unused with train_text
+    init_from: str = ""  # directory of an editor whose trained parts the run starts from
     log_every: int = 10  # steps
-    sample_every: int = 500  # steps between sheets of sampled pictures; 0 = never
+    sample_every: int = 500  # steps between sheets of sampled images; 0 = never
     eval_every: int = 500  # steps between evaluations on the held-out split; 0 = never
     eval_batches: int = 4
     save_every: int = 500  # steps
@@ -378,7 +379,7 @@ class TokenizerRunConfig:
     guard: GuardConfig = GuardConfig()
     steps: int = 2000
     seed: int = 0
-    init_from: str = ""  # folder of a tokenizer that the run starts from
+    init_from: str = ""  # directory of a tokenizer that the run starts from
     noise_max: float = 0.0  # largest share of bits flipped before decoding; >0 makes the decoder forgive wrong bits
     partial_share: float = 0.0  # of the images, decoded from their first scales alone: moves detail to coarse bits
     train_encoder: bool = True  # False: features and bits stay as they are, the decoder alone learns

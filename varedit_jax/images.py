@@ -1,4 +1,4 @@
-"""Picture files in and out, and the way of a picture to the model's size and back (model.md, section 8)."""
+"""Image files in and out, and the way of an image to the model's size and back (model.md, section 8)."""
 
 import contextlib
 import dataclasses
@@ -47,35 +47,35 @@ _UPRIGHT = {  # what undoes each value of the tag; 1 is upright
 
 
 def read_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """A picture as uint8 [H, W, 3], RGB, from a file name, an open binary file, a PIL image or an array.
+    """An image as uint8 [H, W, 3], RGB, from a file name, an open binary file, a PIL image or an array.
 
-    EXIF orientation is applied, transparency is laid on white; palette, grey (1, 8 or 16 bits) and CMYK pictures become
-    RGB. Colour profiles are not applied. Arrays are uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] (with alpha).
+    EXIF orientation is applied, transparency is laid on white; palette, gray (1, 8 or 16 bits) and CMYK images become
+    RGB. Color profiles are not applied. Arrays are uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] (with alpha).
 
-    Raises UserError, one sentence with the name of the picture, if it cannot be read, is no picture, is damaged, has
+    Raises UserError, one sentence with the name of the image, if it cannot be read, is no image, is damaged, has
     several frames, no pixels, or more than `max_pixels`.
     """
     if isinstance(source, np.ndarray):
         return _from_array(source, max_pixels)
     if isinstance(source, Image.Image):
         with warnings.catch_warnings(action="ignore"):
-            return _from_pil(source, "the picture", max_pixels)
+            return _from_pil(source, "the image", max_pixels)
     if isinstance(source, (str, os.PathLike)):
         name = os.fspath(source)
         try:
             file = open(source, "rb")  # noqa: SIM115 - closed below, once the reasons for failing here are told
         except FileNotFoundError as error:
-            raise UserError(f"there is no picture {name}; check the path") from error
+            raise UserError(f"there is no image {name}; check the path") from error
         except (OSError, ValueError) as error:  # ValueError: a null character in the path
             reason = getattr(error, "strerror", None) or error
-            raise UserError(f"cannot read the picture {name!r}: {reason}; check the path") from error
+            raise UserError(f"cannot read the image {name!r}: {reason}; check the path") from error
         with file:
             return _from_file(file, name, max_pixels)
     if hasattr(source, "read"):
         known_as = getattr(source, "name", None)
-        return _from_file(source, known_as if isinstance(known_as, str) else "the picture", max_pixels)
+        return _from_file(source, known_as if isinstance(known_as, str) else "the image", max_pixels)
     raise UserError(
-        f"a value of type {type(source).__name__} is not a picture; "
+        f"a value of type {type(source).__name__} is not an image; "
         f"give a file name, an open binary file, a PIL image or an array"
     )
 
@@ -95,100 +95,100 @@ def _from_file(file: BinaryIO, name: str, max_pixels: int) -> np.ndarray:
     except (OSError, TypeError, ValueError) as error:  # ValueError: a closed file; TypeError: read() gave text
         raise UserError(f"cannot read {name}: {error}; give a file opened in binary mode") from error
     if not start:
-        raise UserError(f"{name} is empty (0 bytes); save the picture again")
+        raise UserError(f"{name} is empty (0 bytes); save the image again")
     if not isinstance(start, bytes):
         raise UserError(f"{name} is opened as text; open it in binary mode, 'rb'")
     Image.init()
     # PIL warns of odd metadata, and of sizes that are refused below.
     with warnings.catch_warnings(action="ignore"):
         try:
-            picture = Image.open(file, formats=[kind for kind in READABLE if kind in Image.OPEN])
+            image = Image.open(file, formats=[kind for kind in READABLE if kind in Image.OPEN])
         except UnidentifiedImageError as error:
             raise UserError(
-                f"{name} is not a picture of a known kind, or damaged at its start; save it as PNG, JPEG or WebP"
+                f"{name} is not an image of a known kind, or damaged at its start; save it as PNG, JPEG or WebP"
             ) from error
         except Image.DecompressionBombError as error:
             raise _too_large(name, "hundreds of millions of", max_pixels) from error
         except Exception as error:  # decoders meet damaged headers with every kind of exception
             raise _damaged(name, error) from error
-        return _from_pil(picture, name, max_pixels)
+        return _from_pil(image, name, max_pixels)
 
 
 def _damaged(name: str, error: Exception) -> UserError:
     return UserError(f"{name} is damaged or cut short ({error or type(error).__name__}); copy or save it again")
 
 
-def _from_pil(picture: Image.Image, name: str, max_pixels: int) -> np.ndarray:
-    width, height = picture.size
+def _from_pil(image: Image.Image, name: str, max_pixels: int) -> np.ndarray:
+    width, height = image.size
     _check_size(name, height, width, max_pixels)
     try:
         # A camera's MPO is a JPEG with previews or depth behind the photo, which comes first.
-        frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
+        frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
         if frames == 1:
-            picture.load()
+            image.load()
     except Exception as error:  # as in _from_file: truncated data, broken streams, impossible tags
         raise _damaged(name, error) from error
     if frames > 1:
         raise UserError(
-            f"{name} has {frames} frames, but only single pictures can be edited; "
-            f"save its first frame as a picture of its own"
+            f"{name} has {frames} frames, but only single images can be edited; "
+            f"save its first frame as an image of its own"
         )
-    return upright_rgb(picture, name)
+    return upright_rgb(image, name)
 
 
-def upright_rgb(picture: Image.Image, name: str) -> np.ndarray:
-    """Pixels of a loaded picture of any mode, EXIF orientation applied: uint8 [H, W, 3]. Raises UserError."""
-    image_HW3 = _rgb(picture, name)
-    turn = _UPRIGHT.get(orientation(picture))
+def upright_rgb(image: Image.Image, name: str) -> np.ndarray:
+    """Pixels of a loaded image of any mode, EXIF orientation applied: uint8 [H, W, 3]. Raises UserError."""
+    image_HW3 = _rgb(image, name)
+    turn = _UPRIGHT.get(orientation(image))
     return image_HW3 if turn is None else np.array(Image.fromarray(image_HW3).transpose(turn))
 
 
 def _check_size(name: str, height: int, width: int, max_pixels: int) -> None:
     if height < 1 or width < 1:
-        raise UserError(f"{name} has no pixels (it is {width} x {height}); give a picture of at least 1 x 1")
+        raise UserError(f"{name} has no pixels (it is {width} x {height}); give an image of at least 1 x 1")
     if height * width > max_pixels:
         raise _too_large(name, f"{width} x {height}", max_pixels)
 
 
-def orientation(picture: Image.Image) -> int:
-    """The EXIF tag that says how a picture is turned, 1 if it is upright or does not say."""
+def orientation(image: Image.Image) -> int:
+    """The EXIF tag that says how an image is turned, 1 if it is upright or does not say."""
     try:
-        return int(picture.getexif().get(_EXIF_ORIENTATION, 1))
+        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
     except Exception:  # unreadable metadata is no reason to refuse the pixels
         return 1
 
 
-def _rgb(picture: Image.Image, name: str) -> np.ndarray:
-    """Pixels of a loaded picture of any mode, uint8 [H, W, 3]."""
-    if picture.mode == "F" or picture.mode.startswith("I"):
-        return _deep_grey(picture, name)
+def _rgb(image: Image.Image, name: str) -> np.ndarray:
+    """Pixels of a loaded image of any mode, uint8 [H, W, 3]."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _deep_gray(image, name)
     try:
-        if not picture.has_transparency_data:
-            return np.array(picture.convert("RGB"))
-        layer = picture.convert("RGBA")
+        if not image.has_transparency_data:
+            return np.array(image.convert("RGB"))
+        layer = image.convert("RGBA")
     except (ValueError, OSError) as error:  # a mode that PIL reads but does not convert
-        raise UserError(f"{name} has unknown colours ({picture.mode}): {error}; save it as RGB") from error
+        raise UserError(f"{name} has unknown colors ({image.mode}): {error}; save it as RGB") from error
     white = Image.new("RGBA", layer.size, "white")
     return np.array(Image.alpha_composite(white, layer).convert("RGB"))
 
 
-def _deep_grey(picture: Image.Image, name: str) -> np.ndarray:
-    """16-bit grey to 8 bits. PIL keeps it in the modes I;16 (also I;16B) and I, and clips it if asked to convert."""
-    grey_HW = np.array(picture)
-    low, high = grey_HW.min(), grey_HW.max()
-    if picture.mode == "F" or low < 0 or high > 65535:
+def _deep_gray(image: Image.Image, name: str) -> np.ndarray:
+    """16-bit gray to 8 bits. PIL keeps it in the modes I;16 (also I;16B) and I, and clips it if asked to convert."""
+    gray_HW = np.array(image)
+    low, high = gray_HW.min(), gray_HW.max()
+    if image.mode == "F" or low < 0 or high > 65535:
         raise UserError(
-            f"{name} has grey values of {8 * grey_HW.dtype.itemsize} bits, from {low} to {high}; save it with 8 or 16"
+            f"{name} has gray values of {8 * gray_HW.dtype.itemsize} bits, from {low} to {high}; save it with 8 or 16"
         )
-    byte_HW = ((grey_HW.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 65535 = 257 * 255
-    transparent = picture.info.get("transparency")
+    byte_HW = ((gray_HW.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 65535 = 257 * 255
+    transparent = image.info.get("transparency")
     if isinstance(transparent, int):
-        byte_HW[grey_HW == transparent] = 255
+        byte_HW[gray_HW == transparent] = 255
     return np.repeat(byte_HW[:, :, None], 3, axis=2)
 
 
 def _from_array(array: np.ndarray, max_pixels: int) -> np.ndarray:
-    name = "the picture"
+    name = "the image"
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
         raise UserError(f"{name} has the shape {array.shape}; it must be [height, width] or [height, width, 1, 3 or 4]")
     if array.dtype != np.uint8:
@@ -201,18 +201,18 @@ def _from_array(array: np.ndarray, max_pixels: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where a picture lies in the one that the model sees: at the top left, with white around."""
+    """Where an image lies in the one that the model sees: at the top left, with white around."""
 
-    original_hw: tuple[int, int]  # pixels of the picture as given
-    fitted_hw: tuple[int, int]  # pixels of the model's picture
-    content_hw: tuple[int, int]  # the part of these that the picture fills
+    original_hw: tuple[int, int]  # pixels of the image as given
+    fitted_hw: tuple[int, int]  # pixels of the model's image
+    content_hw: tuple[int, int]  # the part of these that the image fills
 
 
 def fit(image_HW3: np.ndarray, size_hw: tuple[int, int]) -> tuple[np.ndarray, Placement]:
-    """Pads a picture with white at the right or bottom to the aspect of `size_hw`, and resizes it (Lanczos).
+    """Pads an image with white at the right or bottom to the aspect of `size_hw`, and resizes it (Lanczos).
 
     uint8 [H, W, 3] to uint8 [h, w, 3] with (h, w) = `size_hw`, and what `restore` needs to undo it. Raises UserError
-    for a picture so narrow that less than one row or column would be left of it.
+    for an image so narrow that less than one row or column would be left of it.
     """
     height, width = _shape_of(image_HW3)
     h, w = size_hw
@@ -220,10 +220,10 @@ def fit(image_HW3: np.ndarray, size_hw: tuple[int, int]) -> tuple[np.ndarray, Pl
     rows, columns = height * h / padded_height, width * w / padded_width
     if min(rows, columns) < 1:
         raise UserError(
-            f"the picture is {width} x {height} pixels, too narrow to be shown to the model at {w} x {h}; crop it"
+            f"the image is {width} x {height} pixels, too narrow to be shown to the model at {w} x {h}; crop it"
         )
     # Bit for bit what padding and then resizing gives, width before height; but a few rows at a time, since the padded
-    # picture of a long strip can be hundreds of times its size.
+    # image of a long strip can be hundreds of times its size.
     image = Image.fromarray(image_HW3)
     canvas = Image.new("RGB", (w, padded_height), "white")
     step = max(1, 16_000_000 // padded_width)
@@ -237,12 +237,12 @@ def fit(image_HW3: np.ndarray, size_hw: tuple[int, int]) -> tuple[np.ndarray, Pl
 
 
 def restore(image_hw3: np.ndarray, placement: Placement) -> np.ndarray:
-    """Crops the padding off an edited picture and resizes it (Lanczos) to the size of the original.
+    """Crops the padding off an edited image and resizes it (Lanczos) to the size of the original.
 
-    uint8 [h, w, 3] to uint8 [H, W, 3]. Raises ValueError if the picture is not of the size that `fit` gave.
+    uint8 [h, w, 3] to uint8 [H, W, 3]. Raises ValueError if the image is not of the size that `fit` gave.
     """
     if _shape_of(image_hw3) != placement.fitted_hw:
-        raise ValueError(f"the picture is {_shape_of(image_hw3)}, but it was placed in {placement.fitted_hw}")
+        raise ValueError(f"the image is {_shape_of(image_hw3)}, but it was placed in {placement.fitted_hw}")
     rows, columns = placement.content_hw
     height, width = placement.original_hw
     content = Image.fromarray(np.ascontiguousarray(image_hw3[:rows, :columns]))
@@ -259,20 +259,20 @@ def check_output(path: str | os.PathLike[str]) -> None:
     """Raises UserError if `write_image` could not write to `path`; meant to be asked before a long edit."""
     target = pathlib.Path(path)
     if target.suffix.lower() not in _FORMATS:
-        raise UserError(f"cannot tell the kind of picture from the name {target}; end it in {', '.join(_FORMATS)}")
+        raise UserError(f"cannot tell the kind of image from the name {target}; end it in {', '.join(_FORMATS)}")
     if target.is_dir():
-        raise UserError(f"{target} is a folder; give the name of a picture file")
+        raise UserError(f"{target} is a directory; give the name of an image file")
     if not target.parent.is_dir():
-        raise UserError(f"the folder {target.parent} of {target} does not exist; create it first")
+        raise UserError(f"the directory {target.parent} of {target} does not exist; create it first")
     if not os.access(target.parent, os.W_OK):
-        raise UserError(f"the folder {target.parent} may not be written to; choose another one for {target.name}")
+        raise UserError(f"the directory {target.parent} may not be written to; choose another one for {target.name}")
 
 
 def write_image(path: str | os.PathLike[str], image_HW3: np.ndarray) -> None:
-    """Writes uint8 [H, W, 3] as the kind of picture that the suffix of `path` names.
+    """Writes uint8 [H, W, 3] as the kind of image that the suffix of `path` names.
 
     The file appears whole or not at all: it is written under a temporary name beside `path`, then renamed. Raises
-    UserError for an unknown suffix, a missing folder, a full disk, or a picture too large for its kind.
+    UserError for an unknown suffix, a missing directory, a full disk, or an image too large for its kind.
     """
     _shape_of(image_HW3)
     check_output(path)
@@ -283,7 +283,7 @@ def write_image(path: str | os.PathLike[str], image_HW3: np.ndarray) -> None:
         Image.fromarray(np.ascontiguousarray(image_HW3)).save(encoded, kind, **options)
     except (OSError, ValueError) as error:  # a side over 65535 in JPEG, over 16383 in WebP
         raise UserError(
-            f"{target}: {kind} cannot hold a picture of {image_HW3.shape[1]} x {image_HW3.shape[0]} pixels ({error}); "
+            f"{target}: {kind} cannot hold an image of {image_HW3.shape[1]} x {image_HW3.shape[0]} pixels ({error}); "
             f"write a .png"
         ) from error
     partial = target.with_name(f".{uuid.uuid4().hex}.part")
@@ -295,7 +295,8 @@ def write_image(path: str | os.PathLike[str], image_HW3: np.ndarray) -> None:
         os.replace(partial, target)
     except OSError as error:
         raise UserError(
-            f"cannot write {target}: {error.strerror or error}; nothing was written, make room or choose another folder"
+            f"cannot write {target}: {error.strerror or error}; nothing was written, make room or choose another "
+            f"directory"
         ) from error
     finally:
         with contextlib.suppress(OSError):  # it is gone already where all went well

@@ -28,12 +28,12 @@ def area_matrix(size_in: int, size_out: int) -> np.ndarray:
 
 @functools.cache
 def linear_matrix(size_in: int, size_out: int) -> np.ndarray:
-    """Linear interpolation along one side: float32 [size_out, size_in], half-pixel centres, no antialias."""
+    """Linear interpolation along one side: float32 [size_out, size_in], half-pixel centers, no antialias."""
     scale = np.float32(size_in) / np.float32(size_out)
-    centre = np.maximum(scale * (np.arange(size_out, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5), 0)
-    low = np.minimum(centre.astype(np.int64), size_in - 1)
+    center = np.maximum(scale * (np.arange(size_out, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5), 0)
+    low = np.minimum(center.astype(np.int64), size_in - 1)
     high = np.minimum(low + 1, size_in - 1)
-    weight = (centre - low).astype(np.float32)
+    weight = (center - low).astype(np.float32)
     matrix = np.zeros((size_out, size_in), np.float32)
     rows = np.arange(size_out)
     np.add.at(matrix, (rows, low), 1 - weight)

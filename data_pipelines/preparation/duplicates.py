@@ -1,10 +1,10 @@
-"""Records that are there twice: the same id, the same pictures and instruction, or nearly the same.
+"""Records that are there twice: the same id, the same images and instruction, or nearly the same.
 
 Each kind is looked for among the records that are left, the lowest key of several stays, and the work is cut into
 buckets by hash, so that what is compared lies in one bucket and memory is that of a bucket.
 
 Near-duplicates have the same instruction (case and punctuation aside), and sources and targets that look alike, so that
-two edits of one picture stay. Shapes of sources that differ in at most n of 64 bits agree in one of n + 1 bands whole;
+two edits of one image stay. Shapes of sources that differ in at most n of 64 bits agree in one of n + 1 bands whole;
 so only records that share a band are compared. A record leaves if it is like one with a lower key.
 """
 
@@ -46,7 +46,7 @@ class Search:
 
 def search(task: Search) -> None:
     """Finds the duplicates of a bucket."""
-    facts = Facts([PartFiles(folder) for folder in task.parts])
+    facts = Facts([PartFiles(directory) for directory in task.parts])
     found = _near(facts, task) if task.cause is Cause.NEAR else _same(facts, task)
     with new_file(task.found) as partial, partial.open("wb") as file:
         np.save(file, found)
@@ -77,7 +77,7 @@ def _same(facts: Facts, task: Search) -> Pairs:
 def _near(facts: Facts, task: Search) -> Pairs:
     bands = task.near_bits + 1
     edges = [64 * band // bands for band in range(bands + 1)]
-    columns = ("key", "source_shape", "target_shape", "source_colours", "target_colours")
+    columns = ("key", "source_shape", "target_shape", "source_colors", "target_colors")
     pieces = []
     for numbers, rows in left(facts, np.load(task.verdicts, mmap_mode="r")):
         for band in range(bands):
@@ -102,9 +102,9 @@ def _near(facts: Facts, task: Search) -> Pairs:
 def _compare(numbers: NDArray[np.int64], looks: Sequence[NDArray], bits: int) -> Pairs:
     """Records of a block, the lowest key first, that are like one before them; with the first such one.
 
-    `looks` are shapes of sources and of targets, uint64 [n], and their colours, uint8 [n, 12].
+    `looks` are shapes of sources and of targets, uint64 [n], and their colors, uint8 [n, 12].
     """
-    source_shapes, target_shapes, source_colours, target_colours = looks
+    source_shapes, target_shapes, source_colors, target_colors = looks
     found = []
     for begin in range(1, len(numbers), _BLOCK):
         some = slice(begin, min(begin + _BLOCK, len(numbers)))
@@ -116,9 +116,9 @@ def _compare(numbers: NDArray[np.int64], looks: Sequence[NDArray], bits: int) ->
             before = np.arange(other, min(other + _BLOCK, some.stop))
             near = np.bitwise_count(source_shapes[open_, None] ^ source_shapes[None, before]) <= bits
             rows, columns = np.nonzero(near & (before[None] < open_[:, None]))
-            for shapes, colours in ((source_shapes, source_colours), (target_shapes, target_colours)):
+            for shapes, colors in ((source_shapes, source_colors), (target_shapes, target_colors)):
                 a, b = open_[rows], before[columns]
-                like = alike(shapes[a], shapes[b], colours[a], colours[b], bits)
+                like = alike(shapes[a], shapes[b], colors[a], colors[b], bits)
                 rows, columns = rows[like], columns[like]
             seen, first = np.unique(rows, return_index=True)
             twin[open_[seen] - begin] = numbers[before[columns[first]]]

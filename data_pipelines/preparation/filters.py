@@ -19,7 +19,7 @@ class Cause(enum.StrEnum):
     SAME_ID = "id twice"
     EXACT = "exact duplicate"
     NEAR = "near-duplicate"
-    LEAK = "picture of validation"
+    LEAK = "image of validation"
     NOT_DONE = "edit not done"
     NOT_KEPT = "rest not kept"
     UNCLEAR = "no clear answer"
@@ -35,7 +35,7 @@ class LeftOut(Exception):
 
 
 def check_text(record: Record, settings: Settings) -> None:
-    """What can be seen without opening a picture: the turn and the scores. Raises LeftOut."""
+    """What can be seen without opening an image: the turn and the scores. Raises LeftOut."""
     if settings.first_turn and record.turn > 0:
         raise LeftOut(Cause.TURN, f"turn {record.turn}")
     for name, least in settings.min_scores:
@@ -44,7 +44,7 @@ def check_text(record: Record, settings: Settings) -> None:
 
 
 def check_size(side: str, size: tuple[int, int], settings: Settings) -> None:
-    """The size of a picture, (width, height) in pixels; `side` is source or target. Raises LeftOut."""
+    """The size of an image, (width, height) in pixels; `side` is source or target. Raises LeftOut."""
     short, long = sorted(size)
     text = f"{side}: {size[0]} x {size[1]} pixels"
     if short < settings.min_side:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipelines.preparation.perceptual_hash import COLOURS
+from data_pipelines.preparation.perceptual_hash import COLORS
 from data_pipelines.record import Record
 
 PIECE = 1 << 17  # rows in memory at a time
@@ -23,15 +23,15 @@ PIECE = 1 << 17  # rows in memory at a time
 FACTS = np.dtype(
     [
         ("key", "<u8"),  # hash of Record.key; the lowest of several that are alike stays
-        ("picture", "<u8"),  # of Record.picture
-        ("content", "<u8"),  # of both pictures and the instruction
-        ("source", "<u8"),  # of the source picture
+        ("original", "<u8"),  # of Record.image
+        ("content", "<u8"),  # of both images and the instruction
+        ("source", "<u8"),  # of the source image
         ("target", "<u8"),
         ("words", "<u8"),  # of the instruction without case and punctuation
         ("source_shape", "<u8"),  # looks.Look.shape
         ("target_shape", "<u8"),
-        ("source_colours", "u1", COLOURS),  # looks.Look.colours
-        ("target_colours", "u1", COLOURS),
+        ("source_colors", "u1", COLORS),  # looks.Look.colors
+        ("target_colors", "u1", COLORS),
         ("width", "<i4"),  # pixels of the source, upright
         ("height", "<i4"),
         ("nbytes", "<i8"),  # of the encoded record
@@ -59,7 +59,7 @@ def hashes(record: Record) -> dict[str, int]:
     instruction = record.instructions[0]
     return {
         "key": digest(record.dataset.encode(), record.id.encode()),
-        "picture": digest(record.picture.encode()),
+        "original": digest(record.original.encode()),
         "content": digest(record.source, record.target, instruction.encode()),
         "source": digest(record.source),
         "target": digest(record.target),
@@ -69,23 +69,23 @@ def hashes(record: Record) -> dict[str, int]:
 
 
 class PartFiles:
-    """The files of a part that was read, in its folder. See scan.py, which writes them."""
+    """The files of a part that was read, in its directory. See scan.py, which writes them."""
 
-    def __init__(self, folder: pathlib.Path) -> None:
-        self.folder = folder
-        self.records = folder / "records.array_record"  # those that no filter left out
-        self.facts = folder / "facts.bin"  # a row of FACTS for each of them
-        self.keys = folder / "keys.bin"  # data set and id of each, as JSON
-        self.ends = folder / "ends.bin"  # where each ends in keys.bin
-        self.left = folder / "left.jsonl"  # what was left out, as quarantine files have it
-        self.counts = folder / "counts.json"
-        self.samples = folder / "samples"  # pictures of some that were left out
+    def __init__(self, directory: pathlib.Path) -> None:
+        self.directory = directory
+        self.records = directory / "records.array_record"  # those that no filter left out
+        self.facts = directory / "facts.bin"  # a row of FACTS for each of them
+        self.keys = directory / "keys.bin"  # data set and id of each, as JSON
+        self.ends = directory / "ends.bin"  # where each ends in keys.bin
+        self.left = directory / "left.jsonl"  # what was left out, as quarantine files have it
+        self.counts = directory / "counts.json"
+        self.samples = directory / "samples"  # images of some that were left out
 
 
-def rows_so_far(folder: pathlib.Path) -> int:
-    """Number of records in the folders of parts below `folder`, those included that are being written."""
+def rows_so_far(directory: pathlib.Path) -> int:
+    """Number of records in the directories of parts below `directory`, those included that are being written."""
     count = 0
-    for path in folder.glob("*/facts.bin"):
+    for path in directory.glob("*/facts.bin"):
         with contextlib.suppress(FileNotFoundError):  # it got its name in between
             count += path.stat().st_size // FACTS.itemsize
     return count

@@ -1,6 +1,6 @@
-"""What a picture looks like, in a few bytes: to tell near-duplicates, and edits that changed nothing.
+"""What an image looks like, in a few bytes: to tell near-duplicates, and edits that changed nothing.
 
-Everything is integer arithmetic on a picture reduced to 32 x 32 cells, so that every machine gets the same bits.
+Everything is integer arithmetic on an image reduced to 32 x 32 cells, so that every machine gets the same bits.
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ from PIL import Image
 _CELLS = 32  # a side
 _WAVES = 8  # lowest frequencies of each direction
 _LUMA = np.array([299, 587, 114])  # of RGB, in thousandths
-COLOURS = 12  # numbers: RGB of four quarters
-COLOUR_TOLERANCE = 12  # levels of 255 that quarters of near-duplicates may differ by
+COLORS = 12  # numbers: RGB of four quarters
+COLOR_TOLERANCE = 12  # levels of 255 that quarters of near-duplicates may differ by
 
 _n = np.arange(_CELLS)
 _COSINES = np.rint(1024 * np.cos(np.pi / _CELLS * (_n + 0.5) * np.arange(_WAVES)[:, None])).astype(np.int64)
@@ -21,19 +21,19 @@ _COSINES = np.rint(1024 * np.cos(np.pi / _CELLS * (_n + 0.5) * np.arange(_WAVES)
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """A picture in 1 KB."""
+    """An image in 1 KB."""
 
-    cells: NDArray[np.uint8]  # [32, 32, 3], means of the picture's pixels
+    cells: NDArray[np.uint8]  # [32, 32, 3], means of the image's pixels
 
     @classmethod
     def of(cls, image_HW3: NDArray[np.uint8]) -> "Look":
-        """Reduces a picture, uint8 [H, W, 3]."""
+        """Reduces an image, uint8 [H, W, 3]."""
         small = Image.fromarray(image_HW3).resize((_CELLS, _CELLS), Image.Resampling.BOX)
         return cls(np.asarray(small))
 
     @property
     def shape(self) -> int:
-        """64 bits that stay alike when a picture is compressed, resized or made lighter.
+        """64 bits that stay alike when an image is compressed, resized or made lighter.
 
         A perceptual hash: which of the lowest 8 x 8 cosine coefficients of the brightness are above their median.
         """
@@ -44,17 +44,17 @@ class Look:
         return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
     @property
-    def colours(self) -> NDArray[np.uint8]:
-        """Mean colours of the four quarters: uint8 [12]."""
+    def colors(self) -> NDArray[np.uint8]:
+        """Mean colors of the four quarters: uint8 [12]."""
         half = _CELLS // 2
         sums = self.cells.reshape(2, half, 2, half, 3).astype(np.int64).sum(axis=(1, 3))
-        return (sums // half**2).astype(np.uint8).reshape(COLOURS)
+        return (sums // half**2).astype(np.uint8).reshape(COLORS)
 
 
 def change(source: Look, target: Look) -> float:
     """How far the cell that changed most did, in levels of 255: small for what compression alone does.
 
-    The mean over the whole picture would not tell a small object that was removed from noise.
+    The mean over the whole image would not tell a small object that was removed from noise.
     """
     difference = np.abs(source.cells.astype(np.int64) - target.cells)
     return float(difference.sum(axis=2).max() / 3)
@@ -63,14 +63,14 @@ def change(source: Look, target: Look) -> float:
 def alike(
     shapes_a: NDArray[np.uint64],
     shapes_b: NDArray[np.uint64],
-    colours_a: NDArray[np.uint8],
-    colours_b: NDArray[np.uint8],
+    colors_a: NDArray[np.uint8],
+    colors_b: NDArray[np.uint8],
     bits: int,
 ) -> NDArray[np.bool_]:
-    """Whether pictures are near-duplicates: at most `bits` of their shapes differ, and their colours hardly.
+    """Whether images are near-duplicates: at most `bits` of their shapes differ, and their colors hardly.
 
-    Shapes broadcast with one another to [...], colours to [..., 12].
+    Shapes broadcast with one another to [...], colors to [..., 12].
     """
     near = np.bitwise_count(shapes_a ^ shapes_b) <= bits
-    apart = np.abs(colours_a.astype(np.int16) - colours_b).max(axis=-1)
-    return near & (apart <= COLOUR_TOLERANCE)
+    apart = np.abs(colors_a.astype(np.int16) - colors_b).max(axis=-1)
+    return near & (apart <= COLOR_TOLERANCE)

@@ -50,7 +50,7 @@ def prepare(
         if path.is_dir() and pathlib.Path(output).resolve().is_relative_to(path.resolve()):
             raise UserError(
                 f"{output} lies below {path}, and would be taken for a part of it when the same command goes on; "
-                f"give a folder beside it"
+                f"give a directory beside it"
             )
     parts = find_parts(source, inputs, source_options)
     job = {
@@ -59,7 +59,7 @@ def prepare(
         "parts": [(part.source, part.name, dict(part.options), _stamps(part)) for part in parts],
     }
     with Staging(output, job) as staging:
-        steps = _Steps(staging.folder, parts, settings, Waves(runner, workers, runner_options, staging.folder))
+        steps = _Steps(staging.directory, parts, settings, Waves(runner, workers, runner_options, staging.directory))
         steps.read()
         say(f"read: {len(steps.facts)} records may stay")
         steps.check_some_are_left()
@@ -69,7 +69,7 @@ def prepare(
         if settings.vision:
             steps.ask(pathlib.Path(f"{staging.output}.answers"))
         steps.check_some_are_left()
-        out = staging.folder / "out"
+        out = staging.directory / "out"
         steps.write(out, source)
         counts = write_index(out)
         write_report(out / "report", steps.facts, steps.verdicts, steps.twins, settings.validation)
@@ -78,7 +78,7 @@ def prepare(
 
 
 def _stamps(part: Part) -> list[tuple[str, int, int]]:
-    """Files of a part with size and time of change; folders, which some parts read by name, without."""
+    """Files of a part with size and time of change; directories, which some parts read by name, without."""
     stats = [(file, os.stat(file)) for file in part.files]
     return [(file, stat.st_size, stat.st_mtime_ns) if os.path.isfile(file) else (file, 0, 0) for file, stat in stats]
 
@@ -86,20 +86,20 @@ def _stamps(part: Part) -> list[tuple[str, int, int]]:
 class _Steps:
     """The steps of one job, with what they know of records so far."""
 
-    def __init__(self, folder: pathlib.Path, parts: Sequence[Part], settings: Settings, waves: Waves) -> None:
-        self._folder, self._parts, self._settings, self._waves = folder, parts, settings, waves
-        self._folders = tuple(folder / "scan" / f"{index:05d}" for index in range(len(parts)))
-        self._verdicts_file = folder / "verdicts.npy"
+    def __init__(self, directory: pathlib.Path, parts: Sequence[Part], settings: Settings, waves: Waves) -> None:
+        self._directory, self._parts, self._settings, self._waves = directory, parts, settings, waves
+        self._directories = tuple(directory / "scan" / f"{index:05d}" for index in range(len(parts)))
+        self._verdicts_file = directory / "verdicts.npy"
         self.twins: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}  # by verdict: numbers, and like what
 
     def read(self) -> None:
         """Reads all parts."""
         tasks = [
-            Scan(part=part, settings=self._settings, folder=folder)
-            for part, folder in zip(self._parts, self._folders, strict=True)
+            Scan(part=part, settings=self._settings, directory=directory)
+            for part, directory in zip(self._parts, self._directories, strict=True)
         ]
-        self._waves.run("read", scan, tasks, lambda: f"{rows_so_far(self._folder / 'scan'):,} records")
-        self.facts = Facts([PartFiles(folder) for folder in self._folders])
+        self._waves.run("read", scan, tasks, lambda: f"{rows_so_far(self._directory / 'scan'):,} records")
+        self.facts = Facts([PartFiles(directory) for directory in self._directories])
         self.verdicts = np.zeros(len(self.facts), np.uint8)
 
     def check_some_are_left(self) -> None:
@@ -135,12 +135,12 @@ class _Steps:
         tasks = [
             duplicates.Search(
                 cause=cause,
-                parts=self._folders,
+                parts=self._directories,
                 verdicts=verdicts,
                 near_bits=settings.near_bits,
                 bucket=bucket,
                 buckets=buckets,
-                found=self._folder / "step" / f"{cause.name.lower()}-{bucket:05d}.npy",
+                found=self._directory / "step" / f"{cause.name.lower()}-{bucket:05d}.npy",
             )
             for bucket in range(buckets)
         ]
@@ -149,7 +149,7 @@ class _Steps:
         self._leave(cause, pairs[:, 0], pairs[:, 1])
 
     def part_ways(self) -> None:
-        """Takes pictures of validation out of training."""
+        """Takes images of validation out of training."""
         pairs = find_leaks(self.facts, self.verdicts, self._settings.validation, self._settings.near_bits)
         self._leave(Cause.LEAK, pairs[:, 0], pairs[:, 1])
 
@@ -160,11 +160,11 @@ class _Steps:
         tasks = [
             vision_filter.Ask(
                 vision=self._settings.vision,
-                parts=self._folders,
+                parts=self._directories,
                 verdicts=verdicts,
                 part=index,
                 answers=answers / f"{part.name.replace('/', '+')}.sqlite",
-                found=self._folder / "step" / f"vision-{index:05d}.npy",
+                found=self._directory / "step" / f"vision-{index:05d}.npy",
             )
             for index, part in enumerate(self._parts)
         ]
@@ -176,5 +176,5 @@ class _Steps:
     def write(self, out: pathlib.Path, name: str) -> None:
         """Writes the shards."""
         settings = self._settings
-        layout = lay_out(self._folder, self.facts, self.verdicts, settings.validation, settings.shard_bytes)
-        self._waves.run("shards", write, shard_tasks(layout, self._folders, out, name))
+        layout = lay_out(self._directory, self.facts, self.verdicts, settings.validation, settings.shard_bytes)
+        self._waves.run("shards", write, shard_tasks(layout, self._directories, out, name))

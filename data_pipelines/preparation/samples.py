@@ -1,4 +1,4 @@
-"""A few records of each data set and cause, with small pictures, for the report's picture sheet."""
+"""A few records of each data set and cause, with small images, for the report's image sheet."""
 
 import bisect
 import collections
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_pipelines.damage import Damaged, decoding, open_picture
+from data_pipelines.damage import Damaged, decoding, open_image
 from data_pipelines.preparation.fingerprints import digest
 from data_pipelines.record import Record
 from varedit_jax.evaluation.sheet import Row
@@ -31,12 +31,12 @@ class Sample:
     id: str
     instruction: str
     cause: str
-    pictures: tuple[bytes, bytes]  # source and target, uint8 [144, 144, 3]
+    images: tuple[bytes, bytes]  # source and target, uint8 [144, 144, 3]
 
     def row(self) -> Row:
         """A row of a contact sheet."""
-        pictures = [np.frombuffer(data, np.uint8).reshape(_SIDE, _SIDE, 3) for data in self.pictures]
-        return Row(pictures=pictures, instruction=self.instruction[:160], kind=self.cause, note=self.id[-48:])
+        images = [np.frombuffer(data, np.uint8).reshape(_SIDE, _SIDE, 3) for data in self.images]
+        return Row(images=images, instruction=self.instruction[:160], kind=self.cause, note=self.id[-48:])
 
 
 class SampleKeeper:
@@ -61,16 +61,16 @@ class SampleKeeper:
             yield from self._kept[name]
 
     def offer(self, record: Record, cause: str) -> None:
-        """Takes a record if it is among the lowest so far; one whose pictures cannot be decoded is passed over."""
+        """Takes a record if it is among the lowest so far; one whose images cannot be decoded is passed over."""
         order = digest(cause.encode(), record.key.encode())
         kept = self._kept[record.dataset, cause]
         if len(kept) == EACH and order >= kept[-1].order:
             return
         try:
-            pictures = (_small(record.source), _small(record.target))
+            images = (_small(record.source), _small(record.target))
         except Damaged:
             return
-        self.add([Sample(order, record.dataset, record.id, record.instructions[0], cause, pictures)])
+        self.add([Sample(order, record.dataset, record.id, record.instructions[0], cause, images)])
 
     def add(self, samples: Iterable[Sample]) -> None:
         """Takes what another keeper kept."""
@@ -83,22 +83,22 @@ class SampleKeeper:
 def read_samples(path: pathlib.Path) -> list[Sample]:
     """What a keeper wrote."""
     return [
-        Sample(*values[:-1], pictures=tuple(values[-1]))  # type: ignore[misc]
+        Sample(*values[:-1], images=tuple(values[-1]))  # type: ignore[misc]
         for values in msgpack.unpackb(path.read_bytes())
     ]
 
 
 def _small(data: bytes) -> bytes:
-    """A picture file in the middle of a square, uint8 [144, 144, 3] as bytes. Raises Damaged."""
-    picture = open_picture(data)
+    """An image file in the middle of a square, uint8 [144, 144, 3] as bytes. Raises Damaged."""
+    image = open_image(data)
     with decoding():
-        picture.draft("RGB", (2 * _SIDE, 2 * _SIDE))
-        picture.load()
-        return square(upright_rgb(picture, "the picture"), _SIDE).tobytes()
+        image.draft("RGB", (2 * _SIDE, 2 * _SIDE))
+        image.load()
+        return square(upright_rgb(image, "the image"), _SIDE).tobytes()
 
 
 def square(image_HW3: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """A picture reduced or enlarged to fit into a square of the page's grey: uint8 [side, side, 3]."""
+    """An image reduced or enlarged to fit into a square of the page's gray: uint8 [side, side, 3]."""
     height, width = image_HW3.shape[:2]
     factor = side / max(height, width)
     size = (max(1, round(width * factor)), max(1, round(height * factor)))

@@ -1,6 +1,6 @@
 """The first step: a part of a data set is read, each record looked at alone, and what stays is kept for the others.
 
-A part becomes a folder, with the files of `facts.PartFiles`. One record is in memory at a time, and the few samples.
+A part becomes a directory, with the files of `facts.PartFiles`. One record is in memory at a time, and the few samples.
 """
 
 import collections
@@ -16,13 +16,13 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from numpy.typing import NDArray
 
-from data_pipelines.damage import Damaged, Fault, decoding, open_picture, upright_size
+from data_pipelines.damage import Damaged, Fault, decoding, open_image, upright_size
 from data_pipelines.preparation.filters import LeftOut, check_change, check_size, check_text
 from data_pipelines.preparation.fingerprints import FACTS, FactsWriter, PartFiles, hashes
 from data_pipelines.preparation.perceptual_hash import Look
 from data_pipelines.preparation.samples import SampleKeeper
 from data_pipelines.preparation.settings import Settings
-from data_pipelines.preparation.staging import new_folder
+from data_pipelines.preparation.staging import new_directory
 from data_pipelines.record import Record, encode
 from data_pipelines.sources import Part, Refused, read_part
 from varedit_jax.errors import UserError
@@ -35,17 +35,17 @@ class Scan:
 
     part: Part
     settings: Settings
-    folder: pathlib.Path  # of its files
+    directory: pathlib.Path  # of its files
 
     def is_done(self) -> bool:
         """Whether it has been read."""
-        return self.folder.exists()
+        return self.directory.exists()
 
 
 def scan(task: Scan) -> None:
     """Reads a part. Raises UserError if its files are of another format, or the disk is full."""
-    with new_folder(task.folder) as folder:
-        files = PartFiles(folder)
+    with new_directory(task.directory) as directory:
+        files = PartFiles(directory)
         counts: dict[str, collections.Counter[str]] = {}
         datasets: list[str] = []
         writer = ArrayRecordWriter(str(files.records), "group_size:1,uncompressed")
@@ -75,9 +75,9 @@ def scan(task: Scan) -> None:
                         leave(entry.id, entry.dataset, str(reason.cause), reason.detail)
                         samples.offer(entry, str(reason.cause))
                         continue
-                    if not entry.picture:
-                        entry = dataclasses.replace(entry, picture=hashlib.sha256(entry.source).hexdigest())
-                        row["picture"] = hashes(entry)["picture"]
+                    if not entry.original:
+                        entry = dataclasses.replace(entry, original=hashlib.sha256(entry.source).hexdigest())
+                        row["original"] = hashes(entry)["original"]
                     if entry.dataset not in datasets:
                         datasets.append(entry.dataset)
                     data = encode(entry)
@@ -108,14 +108,14 @@ def examine(record: Record, settings: Settings) -> NDArray[Any]:
     looks: dict[str, Look] = {}
     for side in ("source", "target"):
         try:
-            picture = open_picture(getattr(record, side))
-            size = upright_size(picture)
+            image = open_image(getattr(record, side))
+            size = upright_size(image)
             check_size(side, size, settings)
             if settings.decode:
                 with decoding():
-                    picture.load()
+                    image.load()
                     if settings.looks:
-                        looks[side] = Look.of(upright_rgb(picture, "the picture"))
+                        looks[side] = Look.of(upright_rgb(image, "the image"))
         except Damaged as damage:
             raise Damaged(damage.fault, f"{side}: {damage.detail}" if damage.detail else side) from damage
         if side == "source":
@@ -123,7 +123,7 @@ def examine(record: Record, settings: Settings) -> NDArray[Any]:
     if settings.looks:
         check_change(looks["source"], looks["target"], settings)
         for side, look in looks.items():
-            row[f"{side}_shape"], row[f"{side}_colours"] = look.shape, look.colours
+            row[f"{side}_shape"], row[f"{side}_colors"] = look.shape, look.colors
     for name, value in hashes(record).items():
         row[name] = value
     return row

@@ -14,7 +14,7 @@ class Vision:
     url: str  # up to, and without, /chat/completions
     model: str
     key_variable: str = "OPENAI_API_KEY"  # environment variable with the key; may be unset
-    side: int = 768  # pixels; longer sides of pictures are reduced to it before they are sent
+    side: int = 768  # pixels; longer sides of images are reduced to it before they are sent
     parallel: int = 8  # questions on their way at a time, a process
     per_minute: float = 0.0  # questions, a process; 0 has no limit
     tries: int = 6  # of a question, with growing pauses
@@ -35,16 +35,16 @@ class Vision:
 class Settings:
     """Which records are left out, and how the others are laid out. Defaults leave out what cannot be used."""
 
-    decode: bool = True  # decode both pictures of every record
+    decode: bool = True  # decode both images of every record
     min_side: int = 0  # pixels of the short side of source and target
     max_side: int = 0  # pixels of the long side; 0 has no limit
     max_ratio: float = 0.0  # long side over short side; 0 has no limit
     min_scores: tuple[tuple[str, float], ...] = ()  # a record that lacks the score stays
     first_turn: bool = False  # of sessions, the first edit only
     min_change: float = 0.0  # levels of 255 (`looks.change`); 0 keeps records whose target is the source
-    exact: bool = True  # one of several records with the same pictures and instruction
+    exact: bool = True  # one of several records with the same images and instruction
     near_bits: int = -1  # of 64 that near-duplicates may differ by (`looks.alike`); -1 does not look for them
-    validation: float = 0.01  # share of pictures
+    validation: float = 0.01  # share of images
     shard_bytes: int = 2**30  # of a shard, about
     vision: Vision | None = None
 
@@ -60,13 +60,13 @@ class Settings:
         if not -1 <= self.near_bits <= 7:
             raise UserError(f"near_bits is {self.near_bits}; it must be from 0 to 7, or -1 not to look for them")
         if not 0 <= self.validation < 1:
-            raise UserError(f"validation is {self.validation}; it is a share of the pictures, from 0 to below 1")
+            raise UserError(f"validation is {self.validation}; it is a share of the images, from 0 to below 1")
         if self.shard_bytes < 1:
             raise UserError(f"shards of {self.shard_bytes} bytes hold nothing")
         if not self.decode and (self.looks or self.vision):
-            raise UserError("min_change, near_bits and the vision filter look at decoded pictures; leave decode on")
+            raise UserError("min_change, near_bits and the vision filter look at decoded images; leave decode on")
 
     @property
     def looks(self) -> bool:
-        """Whether it matters what pictures look like."""
+        """Whether it matters what images look like."""
         return self.min_change > 0 or self.near_bits >= 0

@@ -1,4 +1,4 @@
-"""Training and validation: which pictures are in which, and that none is in both."""
+"""Training and validation: which images are in which, and that none is in both."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,29 +11,29 @@ SPLITS = ("train", "validation")
 _SIDES = ("source", "target")
 
 
-def in_validation(pictures: NDArray[np.uint64], share: float) -> NDArray[np.bool_]:
-    """Whether pictures, known by the hash of their identity, are for validation.
+def in_validation(images: NDArray[np.uint64], share: float) -> NDArray[np.bool_]:
+    """Whether images, known by the hash of their identity, are for validation.
 
-    The hash alone decides, so that a picture that two data sets have under one name, or the same bytes, is in the same
+    The hash alone decides, so that an image that two data sets have under one name, or the same bytes, is in the same
     split of both, and stays there when a data set grows.
     """
-    return pictures < np.uint64(min(round(share * 2**64), 2**64 - 1))
+    return images < np.uint64(min(round(share * 2**64), 2**64 - 1))
 
 
 def _columns(side: str) -> tuple[str, str, str]:
-    return side, f"{side}_shape", f"{side}_colours"
+    return side, f"{side}_shape", f"{side}_colors"
 
 
 def find_leaks(facts: Facts, verdicts: NDArray[np.uint8], share: float, near_bits: int) -> Pairs:
-    """Records of training that have a picture of validation under another name; and a record that has it there.
+    """Records of training that have an image of validation under another name; and a record that has it there.
 
     Sources and targets alike, since some data sets list an edit and the same turned around. The same file, or, where
-    near-duplicates are looked for (`near_bits` of at least 0), one of the same shape and like colours. Memory is that
+    near-duplicates are looked for (`near_bits` of at least 0), one of the same shape and like colors. Memory is that
     of validation.
     """
     kept: list[list[NDArray]] = []
     for numbers, rows in left(facts, verdicts):
-        mine = in_validation(rows["picture"], share)
+        mine = in_validation(rows["original"], share)
         kept += [[numbers[mine], *(rows[name][mine] for name in _columns(side))] for side in _SIDES]
     if not kept:
         return np.zeros((0, 2), np.int64)
@@ -43,7 +43,7 @@ def find_leaks(facts: Facts, verdicts: NDArray[np.uint8], share: float, near_bit
         return found[0]
     orders = [np.argsort(values, kind="stable") for values in known[:2]]  # of files, of shapes
     for numbers, rows in left(facts, verdicts):
-        mine = ~in_validation(rows["picture"], share)
+        mine = ~in_validation(rows["original"], share)
         numbers, rows = numbers[mine], rows[mine]
         twin = np.full(len(numbers), -1, np.int64)
         for column, order in enumerate(orders if near_bits >= 0 else orders[:1]):
@@ -53,7 +53,7 @@ def find_leaks(facts: Facts, verdicts: NDArray[np.uint8], share: float, near_bit
                 other = order[np.minimum(at, len(order) - 1)]
                 same = known[column][other] == values
                 if column == 1:
-                    same &= alike(values, known[1][other], rows[f"{side}_colours"], known[2][other], 0)
+                    same &= alike(values, known[1][other], rows[f"{side}_colors"], known[2][other], 0)
                 twin = np.where((twin < 0) & same, there[other], twin)
         found.append(np.stack([numbers, twin], axis=1)[twin >= 0])
     return np.concatenate(found)

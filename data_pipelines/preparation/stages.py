@@ -36,12 +36,12 @@ T = TypeVar("T", bound=Task)
 class Waves:
     """Runs waves on one runner."""
 
-    def __init__(self, runner: str, workers: int, options: Sequence[str], folder: pathlib.Path) -> None:
-        """`runner` and `options` are Beam's; `workers` are processes of the local runner; `folder` is for errors.
+    def __init__(self, runner: str, workers: int, options: Sequence[str], directory: pathlib.Path) -> None:
+        """`runner` and `options` are Beam's; `workers` are processes of the local runner; `directory` is for errors.
 
         Raises UserError if there is no such runner.
         """
-        self._name, self._workers, self._options, self._folder = runner, workers, list(options), folder
+        self._name, self._workers, self._options, self._directory = runner, workers, list(options), directory
         self._runner(1)
 
     def run(
@@ -54,21 +54,21 @@ class Waves:
         todo = [task for task in tasks if not task.is_done()]
         if not todo:
             return
-        for path in self._folder.glob("*.error"):
+        for path in self._directory.glob("*.error"):
             path.unlink()
         bar = tqdm.tqdm(desc=name, total=len(tasks), initial=len(tasks) - len(todo), unit="task", leave=False)
         with bar, _Watch(bar, todo, note):
             runner, options = self._runner(len(todo))
             pipeline = beam.Pipeline(runner, beam.PipelineOptions(options))
             tasks_P = pipeline | beam.Create(todo) | beam.Reshuffle()
-            _ = tasks_P | name >> beam.ParDo(_Do(work, self._folder))
+            _ = tasks_P | name >> beam.ParDo(_Do(work, self._directory))
             try:
                 pipeline.run().wait_until_finish()
             except RuntimeError as error:  # what the local runner makes of Ctrl-C in a task
                 if "KeyboardInterrupt" in str(error):
                     raise KeyboardInterrupt from error
                 raise
-        for path in sorted(self._folder.glob("*.error")):
+        for path in sorted(self._directory.glob("*.error")):
             raise UserError(path.read_text(encoding="utf-8"))
 
     def _runner(self, tasks: int) -> tuple[beam.PipelineRunner, list[str]]:
@@ -95,11 +95,11 @@ class Waves:
 class _Do(beam.DoFn):
     """Does tasks. What the user can put right becomes a file: runners bury exceptions in words of their own."""
 
-    def __init__(self, work: Callable[[Any], object], folder: pathlib.Path) -> None:
-        self._work, self._folder = work, folder
+    def __init__(self, work: Callable[[Any], object], directory: pathlib.Path) -> None:
+        self._work, self._directory = work, directory
 
     def process(self, task: Any) -> None:
-        if task.is_done() or any(self._folder.glob("*.error")):
+        if task.is_done() or any(self._directory.glob("*.error")):
             return
         try:
             self._work(task)
@@ -108,7 +108,7 @@ class _Do(beam.DoFn):
             if not full and not isinstance(error, UserError):
                 raise
             text = f"writing failed: {error}; make room and run the same command again" if full else str(error)
-            with new_file(self._folder / f"{uuid.uuid4().hex}.error") as partial:
+            with new_file(self._directory / f"{uuid.uuid4().hex}.error") as partial:
                 partial.write_text(text, encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""The staging folder of a data set on its way, which has its name only once it is whole.
+"""The staging directory of a data set on its way, which has its name only once it is whole.
 
     .OUT.partial/job.json           what is being prepared; other settings begin anew
                  scan/00000/        what was read of a part, see scan.py
@@ -24,7 +24,7 @@ _LOCK = "lock"
 
 
 class Staging:
-    """The folder, as a context manager that one process at a time can hold."""
+    """The directory, as a context manager that one process at a time can hold."""
 
     def __init__(self, output: str | os.PathLike[str], job: Mapping[str, Any]) -> None:
         """`job` is what must be the same for an earlier attempt to be gone on with.
@@ -33,33 +33,33 @@ class Staging:
         """
         self.output = pathlib.Path(output).absolute()
         if self.output.exists() or self.output.is_symlink():
-            raise UserError(f"{self.output} exists; give a new folder, or remove it first")
-        self.folder = self.output.with_name(f".{self.output.name}.partial")
+            raise UserError(f"{self.output} exists; give a new directory, or remove it first")
+        self.directory = self.output.with_name(f".{self.output.name}.partial")
         self._job = json.loads(json.dumps(job))  # tuples become lists, as in the file
         self._lock: IO[bytes] | None = None
 
     def __enter__(self) -> "Staging":
-        """Opens the folder, and empties it if it is of another job."""
+        """Opens the directory, and empties it if it is of another job."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / _LOCK).open("wb")
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.directory / _LOCK).open("wb")
         except OSError as error:
-            raise UserError(f"cannot write {self.output}: {error.strerror}; give another folder") from error
+            raise UserError(f"cannot write {self.output}: {error.strerror}; give another directory") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._lock.close()
             raise UserError(f"another process prepares {self.output}; wait for it, or end it first") from error
-        path = self.folder / _JOB
+        path = self.directory / _JOB
         if not path.exists() or json.loads(path.read_text()) != self._job:
-            for other in self.folder.iterdir():
+            for other in self.directory.iterdir():
                 if other.is_dir():
                     shutil.rmtree(other)
                 elif other.name != _LOCK:
                     other.unlink()
             with new_file(path) as partial:
                 partial.write_text(json.dumps(self._job))
-        for unfinished in self.folder.glob("*/.*.partial"):
+        for unfinished in self.directory.glob("*/.*.partial"):
             shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
         return self
 
@@ -70,8 +70,8 @@ class Staging:
 
     def finish(self) -> None:
         """Gives the data set its name, and removes the rest."""
-        (self.folder / "out").rename(self.output)
-        shutil.rmtree(self.folder)
+        (self.directory / "out").rename(self.output)
+        shutil.rmtree(self.directory)
 
 
 @contextlib.contextmanager
@@ -87,8 +87,8 @@ def new_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def new_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Likewise a folder."""
+def new_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Likewise a directory."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -26,7 +26,7 @@ from data_pipelines.preparation.write import StagedRecords
 from data_pipelines.sources import Reason
 from varedit_jax.evaluation.sheet import contact_sheet
 
-_SHEET_ROWS = 40  # of the picture sheet; a page is no longer than can be looked at
+_SHEET_ROWS = 40  # of the image sheet; a page is no longer than can be looked at
 _ORDER = [*map(str, Reason), *map(str, Fault), *map(str, Cause)]
 
 Twins = Mapping[int, tuple[NDArray[np.int64], NDArray[np.int64]]]
@@ -34,25 +34,25 @@ Counts = dict[str, collections.Counter[str]]
 
 
 def write_report(
-    folder: pathlib.Path, facts: Facts, verdicts: NDArray[np.uint8], twins: Twins, validation: float
+    directory: pathlib.Path, facts: Facts, verdicts: NDArray[np.uint8], twins: Twins, validation: float
 ) -> None:
     """Writes the report of a data set.
 
     Args:
-      folder: to write to.
+      directory: to write to.
       facts: rows of the N records that no filter left out.
       verdicts: uint8 [N]; 0 where a record stayed, otherwise 1 + index of its Cause.
       twins: by verdict, numbers of records in order, and of those that each of them is like.
-      validation: share of pictures.
+      validation: share of images.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     counts = count(facts, verdicts, validation)
-    (folder / "report.json").write_text(
+    (directory / "report.json").write_text(
         json.dumps(_as_json(counts), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
     )
-    (folder / "report.md").write_text(_as_markdown(counts), encoding="utf-8")
-    _write_quarantine(folder / "quarantine.jsonl", facts, verdicts, twins)
-    _draw_samples(folder / "samples.png", facts, verdicts)
+    (directory / "report.md").write_text(_as_markdown(counts), encoding="utf-8")
+    _write_quarantine(directory / "quarantine.jsonl", facts, verdicts, twins)
+    _draw_samples(directory / "samples.png", facts, verdicts)
 
 
 def count(facts: Facts, verdicts: NDArray[np.uint8], validation: float) -> Counts:
@@ -67,7 +67,7 @@ def count(facts: Facts, verdicts: NDArray[np.uint8], validation: float) -> Count
     labels = [*SPLITS, *map(str, Cause)]
     for first, rows in facts.pieces():
         verdict = verdicts[first : first + len(rows)].astype(np.int64)
-        split = in_validation(rows["picture"], validation).astype(np.int64)
+        split = in_validation(rows["original"], validation).astype(np.int64)
         label = np.where(verdict == 0, split, verdict + len(SPLITS) - 1)
         for dataset, name in enumerate(names[facts.place(first)[0]]):
             found = np.bincount(label[rows["dataset"] == dataset], minlength=len(labels))

@@ -35,12 +35,12 @@ from varedit_jax.errors import UserError
 
 QUESTIONS = {  # in the order in which they are asked, with what a "no" means
     Cause.NOT_DONE: (
-        "The second picture should be the first one after this edit: {instruction}\n"
+        "The second image should be the first one after this edit: {instruction}\n"
         "Was the edit made as asked? Answer with one word, yes or no."
     ),
     Cause.NOT_KEPT: (
-        "The second picture should be the first one after this edit: {instruction}\n"
-        "Apart from what the edit asks for, is everything else in the first picture kept unchanged in the second? "
+        "The second image should be the first one after this edit: {instruction}\n"
+        "Apart from what the edit asks for, is everything else in the first image kept unchanged in the second? "
         "Answer with one word, yes or no."
     ),
 }
@@ -73,7 +73,7 @@ CAUSES = (Cause.NOT_DONE, Cause.NOT_KEPT, Cause.UNCLEAR)
 
 def ask(task: Ask) -> None:
     """Asks about a part. Raises UserError if the endpoint does not answer, or hardly ever with yes or no."""
-    facts = Facts([PartFiles(folder) for folder in task.parts])
+    facts = Facts([PartFiles(directory) for directory in task.parts])
     start, end = facts.starts[task.part : task.part + 2]
     verdicts = np.load(task.verdicts, mmap_mode="r")
     numbers = (np.flatnonzero(verdicts[start:end] == 0) + start).tolist()
@@ -90,7 +90,7 @@ def ask(task: Ask) -> None:
             if count == _FIRST and clear < _FIRST // 2:
                 raise UserError(
                     f"{task.vision.model} answered {clear} of {_FIRST} questions with yes or no, the last one with "
-                    f"{model.last!r}; give a model that sees pictures"
+                    f"{model.last!r}; give a model that sees images"
                 )
     with new_file(task.found) as partial, partial.open("wb") as file:
         np.save(file, np.array(found, np.int64).reshape(-1, 2))
@@ -111,7 +111,7 @@ class Model:
             self._answers = sqlite3.connect(answers, check_same_thread=False, isolation_level=None)
             self._answers.execute("CREATE TABLE IF NOT EXISTS answers (question BLOB PRIMARY KEY, answer TEXT)")
         except (OSError, sqlite3.Error) as error:
-            raise UserError(f"cannot keep answers in {answers}: {error}; give another folder") from error
+            raise UserError(f"cannot keep answers in {answers}: {error}; give another directory") from error
 
     def __enter__(self) -> "Model":
         return self
@@ -139,14 +139,14 @@ class Model:
 
     def cause(self, record: Record) -> Cause | None:
         """Why a record leaves, if it does. Raises UserError if the endpoint does not answer."""
-        pictures: list[str] = []
+        images: list[str] = []
         for cause, question in QUESTIONS.items():
             text = question.format(instruction=record.instructions[0])
             digest = self._digest(record, text)
             answer = self._known(digest)
             if answer is None:
-                pictures = pictures or [_data_url(data, self._vision.side) for data in (record.source, record.target)]
-                answer = self._ask(text, pictures)
+                images = images or [_data_url(data, self._vision.side) for data in (record.source, record.target)]
+                answer = self._ask(text, images)
                 with self._lock:
                     self._answers.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (digest, answer))
             said = re.search(r"\b(yes|no)\b", answer.casefold())
@@ -170,11 +170,11 @@ class Model:
             row = self._answers.execute("SELECT answer FROM answers WHERE question = ?", (digest,)).fetchone()
         return None if row is None else row[0]
 
-    def _ask(self, text: str, pictures: list[str]) -> str:
+    def _ask(self, text: str, images: list[str]) -> str:
         """The answer of the endpoint, "" if it refuses this question."""
         vision = self._vision
         content = [{"type": "text", "text": text}]
-        content += [{"type": "image_url", "image_url": {"url": url}} for url in pictures]  # type: ignore[dict-item]
+        content += [{"type": "image_url", "image_url": {"url": url}} for url in images]  # type: ignore[dict-item]
         body = {
             "model": vision.model,
             "messages": [{"role": "user", "content": content}],
@@ -231,5 +231,5 @@ def _asked_pause(header: str | None, otherwise: float) -> float:
 
 
 def _data_url(data: bytes, side: int) -> str:
-    """A picture as JPEG in a data URL, upright, its longer side at most `side`."""
+    """An image as JPEG in a data URL, upright, its longer side at most `side`."""
     return f"data:image/jpeg;base64,{base64.b64encode(preview(data, side, quality=90)).decode()}"

@@ -25,38 +25,38 @@ _PLACED = np.dtype([("key", "<u8"), ("number", "<i8"), ("width", "<i4"), ("heigh
 class Layout:
     """How many shards each split has, and which records go into each."""
 
-    folder: pathlib.Path
+    directory: pathlib.Path
     shards: dict[str, int]  # by split
 
     @property
     def placed(self) -> pathlib.Path:
         """Rows of _PLACED: runs, in each of which a shard's records follow one another."""
-        return self.folder / "placed.bin"
+        return self.directory / "placed.bin"
 
     @property
     def offsets(self) -> pathlib.Path:
         """[runs, shards of all splits + 1] int64: where in `placed` each shard's records of a run begin."""
-        return self.folder / "offsets.npy"
+        return self.directory / "offsets.npy"
 
 
 def lay_out(
-    folder: pathlib.Path, facts: Facts, verdicts: NDArray[np.uint8], validation: float, shard_bytes: int
+    directory: pathlib.Path, facts: Facts, verdicts: NDArray[np.uint8], validation: float, shard_bytes: int
 ) -> Layout:
     """Decides where each record that is left goes: the hash of its key says which shard of its split."""
     nbytes = np.zeros(len(SPLITS), np.int64)
     records = np.zeros(len(SPLITS), np.int64)
     for _, rows in left(facts, verdicts):
-        split = in_validation(rows["picture"], validation).astype(np.int64)
+        split = in_validation(rows["original"], validation).astype(np.int64)
         nbytes += np.bincount(split, rows["nbytes"], len(SPLITS)).astype(np.int64)
         records += np.bincount(split, minlength=len(SPLITS))
     counts = np.where(records > 0, np.maximum(1, -(-nbytes // shard_bytes)), 0)
     counts = np.minimum(counts, 99_999)
-    layout = Layout(folder=folder, shards=dict(zip(SPLITS, counts.tolist(), strict=True)))
+    layout = Layout(directory=directory, shards=dict(zip(SPLITS, counts.tolist(), strict=True)))
     starts = np.concatenate([[0], np.cumsum(counts)])
     runs = []
     with new_file(layout.placed) as partial, partial.open("wb") as file:
         for numbers, rows in left(facts, verdicts):
-            split = in_validation(rows["picture"], validation).astype(np.int64)
+            split = in_validation(rows["original"], validation).astype(np.int64)
             shards = starts[split] + (rows["key"] % counts[split].astype(np.uint64)).astype(np.int64)
             order = np.lexsort((numbers, rows["key"], shards))
             placed = np.zeros(len(numbers), _PLACED)
@@ -110,7 +110,7 @@ def write(task: Write) -> None:
     ]
     placed = np.concatenate(pieces)
     placed = placed[np.lexsort((placed["number"], placed["key"]))]
-    records = StagedRecords(Facts([PartFiles(folder) for folder in task.parts]))
+    records = StagedRecords(Facts([PartFiles(directory) for directory in task.parts]))
     with ShardWriter(task.path) as writer:
         for row in placed:
             writer.write(records[int(row["number"])], (int(row["width"]), int(row["height"])))

@@ -21,7 +21,7 @@ from varedit_jax.errors import UserError
 SPLITS = ("train", "test")
 TRAIN_EXAMPLES = 24_000
 TEST_EXAMPLES = 1_000
-_CACHED_PICTURES = 4096  # encoded pictures kept while preparing; many scenes come up more than once
+_CACHED_IMAGES = 4096  # encoded images kept while preparing; many scenes come up more than once
 
 
 def example_novelty(split: str, index: int) -> Novelty:
@@ -40,7 +40,7 @@ def example_edit(seed: int, split: str, index: int) -> Edit:
     return random_edit(rng, example_novelty(split, index))
 
 
-@functools.lru_cache(maxsize=_CACHED_PICTURES)
+@functools.lru_cache(maxsize=_CACHED_IMAGES)
 def _png(scene: Scene) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(render(scene)).save(buffer, format="PNG", compress_level=1)
@@ -48,10 +48,10 @@ def _png(scene: Scene) -> bytes:
 
 
 class Shapes(tfds.core.GeneratorBasedBuilder):
-    """Instruction-guided edits of pictures of coloured shapes, every target known exactly.
+    """Instruction-guided edits of images of colored shapes, every target known exactly.
 
     The name of the builder's config holds the sizes and the seed, so data sets of different sizes or seeds lie in
-    different folders.
+    different directories.
     """
 
     name = "shapes"
@@ -82,13 +82,13 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
         super().__init__(config=config, **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        picture = tfds.features.Image(shape=(SIZE, SIZE, 3), dtype=np.uint8, encoding_format="png")
+        image = tfds.features.Image(shape=(SIZE, SIZE, 3), dtype=np.uint8, encoding_format="png")
         return self.dataset_info_from_configs(
-            description="Edits of coloured shapes with exact targets: see data_pipelines/shapes.",
+            description="Edits of colored shapes with exact targets: see data_pipelines/shapes.",
             features=tfds.features.FeaturesDict(
                 {
-                    "source": picture,
-                    "target": picture,
+                    "source": image,
+                    "target": image,
                     "instruction": tfds.features.Text(),
                     "kind": tfds.features.Text(),
                     "source_scene": tfds.features.Text(),

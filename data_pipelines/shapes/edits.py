@@ -1,6 +1,6 @@
 """Edits of scenes, and the instructions that ask for them.
 
-Seven kinds, modelled on the task list of EMU-Edit. Every instruction, read beside its source picture, determines the
+Seven kinds, modelled on the task list of EMU-Edit. Every instruction, read beside its source image, determines the
 target scene exactly; the wording varies, and so does the way an object is referred to.
 
 Some things are held out of training, to measure what an editor generalizes to: about a tenth of all scenes, and a
@@ -16,7 +16,7 @@ import numpy as np
 
 from data_pipelines.shapes.scene import (
     BACKGROUNDS,
-    COLOURS,
+    COLORS,
     POSITIONS,
     SHAPES,
     Background,
@@ -27,7 +27,7 @@ from data_pipelines.shapes.scene import (
 )
 from varedit_jax.errors import UserError
 
-Kind = Literal["add", "remove", "recolour", "replace", "move", "background", "global"]
+Kind = Literal["add", "remove", "recolor", "replace", "move", "background", "global"]
 Novelty = Literal["train", "scene", "combination"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -37,20 +37,20 @@ FULL_NAME_SHARE = 0.5  # of the references, which say "the red circle"; the othe
 HELD_OUT_SCENES = 10  # one scene of so many is held out
 
 # Training draws from these: what asks for pixels that the source does not have takes more examples to learn.
-TRAINING_KINDS: tuple[Kind, ...] = (*KINDS, "add", "recolour", "recolour", "replace", "move")
+TRAINING_KINDS: tuple[Kind, ...] = (*KINDS, "add", "recolor", "recolor", "replace", "move")
 
 # Objects that are never the subject of an edit of this kind in training: 8 of 80 combinations. Each of these objects,
-# shapes and colours is seen in training as the subject of other kinds.
+# shapes and colors is seen in training as the subject of other kinds.
 HELD_OUT_COMBINATIONS: dict[Kind, tuple[Object, ...]] = {
     "add": (Object("triangle", "red"), Object("cross", "yellow")),
     "remove": (Object("circle", "blue"),),
-    "recolour": (Object("cross", "green"), Object("square", "red")),
+    "recolor": (Object("cross", "green"), Object("square", "red")),
     "replace": (Object("circle", "yellow"), Object("square", "blue")),
     "move": (Object("triangle", "green"),),
 }
 
 # {ref}: a reference to an object of the source; {new}: an object with its article; {cell}: a position;
-# {colour}: a colour's name.
+# {color}: a color's name.
 TEMPLATES: dict[Kind, tuple[str, ...]] = {
     "add": (
         "add {new} at the {cell}",
@@ -67,15 +67,15 @@ TEMPLATES: dict[Kind, tuple[str, ...]] = {
         "erase {ref}",
         "take away {ref}",
         "get rid of {ref}",
-        "the picture should not show {ref}",
+        "the image should not show {ref}",
     ),
-    "recolour": (
-        "make {ref} {colour}",
-        "turn {ref} {colour}",
-        "paint {ref} {colour}",
-        "change the colour of {ref} to {colour}",
-        "colour {ref} {colour}",
-        "{ref} should be {colour}",
+    "recolor": (
+        "make {ref} {color}",
+        "turn {ref} {color}",
+        "paint {ref} {color}",
+        "change the colour of {ref} to {color}",
+        "colour {ref} {color}",
+        "{ref} should be {color}",
     ),
     "replace": (
         "replace {ref} with {new}",
@@ -94,12 +94,12 @@ TEMPLATES: dict[Kind, tuple[str, ...]] = {
         "{ref} should be at the {cell}",
     ),
     "background": (
-        "make the background {colour}",
-        "change the background to {colour}",
-        "turn the background {colour}",
-        "set the background colour to {colour}",
-        "paint the background {colour}",
-        "use {colour} as the background",
+        "make the background {color}",
+        "change the background to {color}",
+        "turn the background {color}",
+        "set the background colour to {color}",
+        "paint the background {color}",
+        "use {color} as the background",
     ),
 }
 
@@ -108,39 +108,39 @@ STYLE_TEMPLATES: dict[tuple[Style, Style], tuple[str, ...]] = {
     ("plain", "night"): (
         "make it night",
         "turn the scene into night",
-        "darken the whole picture",
+        "darken the whole image",
         "show the scene at night",
         "switch off the light",
-        "make the whole picture dark",
+        "make the whole image dark",
     ),
     ("plain", "fog"): (
         "cover the scene with fog",
         "make it foggy",
-        "add fog to the picture",
+        "add fog to the image",
         "let thick fog come up",
         "show everything in white fog",
-        "make the whole picture pale and foggy",
+        "make the whole image pale and foggy",
     ),
     ("plain", "frame"): (
-        "put a white frame around the picture",
-        "frame the picture",
+        "put a white frame around the image",
+        "frame the image",
         "add a white border",
         "draw a white frame at the edges",
-        "give the picture a white border",
+        "give the image a white border",
         "surround everything with a white frame",
     ),
     ("night", "plain"): (
         "make it day again",
         "turn the night into day",
         "switch on the light",
-        "light up the dark picture",
+        "light up the dark image",
         "show the scene by day",
         "end the night",
     ),
     ("fog", "plain"): (
         "clear the fog",
         "remove the fog",
-        "make the foggy picture clear",
+        "make the foggy image clear",
         "take the fog away",
         "show the scene without fog",
         "let the fog lift",
@@ -149,7 +149,7 @@ STYLE_TEMPLATES: dict[tuple[Style, Style], tuple[str, ...]] = {
         "remove the frame",
         "take off the white border",
         "delete the white frame",
-        "show the picture without its frame",
+        "show the image without its frame",
         "erase the border",
         "get rid of the white frame",
     ),
@@ -163,7 +163,7 @@ _BACKGROUND_WORDS: dict[Background, str] = {"sky": "sky blue"}  # where the name
 class Edit:
     """One edit: what is asked for, of which scene, and what comes out of it.
 
-    `subject` is what the edit is about: the object added, removed or moved, the object that results from recolouring
+    `subject` is what the edit is about: the object added, removed or moved, the object that results from recoloring
     or replacing, the new background, or the new style.
     """
 
@@ -212,8 +212,8 @@ def references(scene: Scene, position: int) -> tuple[str, ...]:
     phrases = [f"the {item}", f"the shape at the {cell}", f"the object in the {cell}"]
     if sum(other.shape == item.shape for other in scene.objects) == 1:
         phrases.append(f"the {item.shape}")
-    if sum(other.colour == item.colour for other in scene.objects) == 1:
-        phrases.append(f"the {item.colour} shape")
+    if sum(other.color == item.color for other in scene.objects) == 1:
+        phrases.append(f"the {item.color} shape")
     if len(scene.objects) == 1:
         phrases.append("the only shape")  # "the shape at the top left" must not begin with a phrase of its own
     return tuple(phrases)
@@ -236,7 +236,7 @@ def _edit(rng: np.random.Generator, kind: Kind, source: Scene) -> Edit | None:
     empty = [p for p, item in enumerate(source.cells) if item is None]
     if kind == "background":
         background = _choose(rng, [name for name in BACKGROUNDS if name != source.background])
-        text = _choose(rng, TEMPLATES[kind]).format(colour=_BACKGROUND_WORDS.get(background, background))
+        text = _choose(rng, TEMPLATES[kind]).format(color=_BACKGROUND_WORDS.get(background, background))
         target = dataclasses.replace(source, background=background)
         return Edit(kind=kind, instruction=text, source=source, target=target, subject=background)
     if kind == "global":
@@ -258,12 +258,12 @@ def _edit(rng: np.random.Generator, kind: Kind, source: Scene) -> Edit | None:
     elif kind == "remove":
         subject, changes = old, [(position, None)]
     else:
-        shape, colour = _choose(rng, SHAPES), _choose(rng, COLOURS)
-        subject = Object(old.shape, colour) if kind == "recolour" and old else Object(shape, colour)
+        shape, color = _choose(rng, SHAPES), _choose(rng, COLORS)
+        subject = Object(old.shape, color) if kind == "recolor" and old else Object(shape, color)
         if subject in source.objects or (kind == "replace" and old and subject.shape == old.shape):
             return None
         changes = [(position, subject)]
-        words |= {"new": f"a {subject}", "colour": colour, "cell": POSITIONS[position]}
+        words |= {"new": f"a {subject}", "color": color, "cell": POSITIONS[position]}
     text = _choose(rng, TEMPLATES[kind]).format(**words)
     return Edit(kind=kind, instruction=text, source=source, target=_with_cell(source, *changes), subject=str(subject))
 

@@ -1,7 +1,7 @@
-"""The exact judge: reads what an edited picture shows, from the picture alone, and compares it with the target scene.
+"""The exact judge: reads what an edited image shows, from the image alone, and compares it with the target scene.
 
 Reading compares every cell with all its possible renderings, takes the nearest whole reading, and then accepts it
-only if every cell is clearly that rendering. The limits below scale with the contrast of the style; colours of one
+only if every cell is clearly that rendering. The limits below scale with the contrast of the style; colors of one
 style differ by at least 63 levels (mean over channels) times its contrast, and shapes by at least 32 pixels.
 """
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from data_pipelines.shapes.scene import (
     BACKGROUNDS,
     CELL,
-    COLOURS,
+    COLORS,
     POSITIONS,
     SHAPES,
     SIZE,
@@ -25,27 +25,27 @@ from data_pipelines.shapes.scene import (
     Object,
     Scene,
     Style,
-    cell_picture,
+    cell_image,
 )
 from varedit_jax.errors import UserError
 
 CONTRAST: dict[Style, float] = {"plain": 1.0, "night": 0.6, "fog": 0.6, "frame": 1.0}
 
 # Largest mean absolute error of a cell: MEAN_BASE + MEAN_SLOPE * contrast levels. The base leaves room for noise,
-# which does not shrink with the contrast; the sum stays below half the distance of two colours.
+# which does not shrink with the contrast; the sum stays below half the distance of two colors.
 MEAN_BASE = 5.0
 MEAN_SLOPE = 15.0
 # A pixel is wrong if its error (mean over channels) exceeds WRONG_LEVELS * contrast: it is then as near to another
-# colour as to its own. Beside an edge it may be off by half the step of the edge, where that is more: a blurred edge.
+# color as to its own. Beside an edge it may be off by half the step of the edge, where that is more: a blurred edge.
 WRONG_LEVELS = 32.0
 # Two contents of a cell differ in at least 32 pixels. With at most half of that wrong, it is nearer to this one than to
 # any other; with more, it is not clearly this rendering.
 WRONG_PIXELS = 16
-BATCH = 64  # pictures compared at a time
+BATCH = 64  # images compared at a time
 
-_OBJECTS: tuple[Object | None, ...] = (None, *(Object(shape, colour) for shape in SHAPES for colour in COLOURS))
+_OBJECTS: tuple[Object | None, ...] = (None, *(Object(shape, color) for shape in SHAPES for color in COLORS))
 _LOOKS: tuple[tuple[Background, Style], ...] = tuple((b, s) for b in BACKGROUNDS for s in STYLES)
-_VALUES = 3 * CELL * CELL  # numbers in the picture of a cell
+_VALUES = 3 * CELL * CELL  # numbers in the image of a cell
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,12 +57,12 @@ class Verdict:
 
     @property
     def exact(self) -> bool:
-        """The picture shows the target scene."""
+        """The image shows the target scene."""
         return self.done and self.kept
 
 
 class _Renderings(NamedTuple):
-    """All pictures of a cell: 4 positions, 16 looks (background and style), 17 contents."""
+    """All images of a cell: 4 positions, 16 looks (background and style), 17 contents."""
 
     pixels: NDArray[np.float32]  # [4, 16, 17, 768]
     squares: NDArray[np.float32]  # [4, 16, 17], sum of squares of the pixels
@@ -72,24 +72,24 @@ class _Renderings(NamedTuple):
 
 @functools.cache
 def _renderings() -> _Renderings:
-    pictures = np.array(
+    images = np.array(
         [
-            [[cell_picture(*look, item, position) for item in _OBJECTS] for look in _LOOKS]
+            [[cell_image(*look, item, position) for item in _OBJECTS] for look in _LOOKS]
             for position in range(len(POSITIONS))
         ],
         np.float32,
     )
-    # Greatest step from a pixel to one of its eight neighbours.
-    padded = np.pad(pictures, ((0, 0), (0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
-    steps = np.zeros(pictures.shape[:-1], np.float32)
+    # Greatest step from a pixel to one of its eight neighbors.
+    padded = np.pad(images, ((0, 0), (0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+    steps = np.zeros(images.shape[:-1], np.float32)
     for dy in range(3):
         for dx in range(3):
             shifted = padded[..., dy : dy + CELL, dx : dx + CELL, :]
-            np.maximum(steps, abs(shifted - pictures).mean(-1), out=steps)
+            np.maximum(steps, abs(shifted - images).mean(-1), out=steps)
     contrast = np.array([CONTRAST[style] for _, style in _LOOKS], np.float32)
     limits = np.maximum(WRONG_LEVELS * contrast[:, None, None, None], steps / 2)
-    lead = pictures.shape[:3]
-    pixels = pictures.reshape(*lead, _VALUES)
+    lead = images.shape[:3]
+    pixels = images.reshape(*lead, _VALUES)
     return _Renderings(
         pixels=pixels,
         squares=np.square(pixels).sum(-1),
@@ -98,18 +98,18 @@ def _renderings() -> _Renderings:
     )
 
 
-def _read(pictures: NDArray[np.uint8]) -> list[Scene | None]:
-    """`read_scenes` of at most a few dozen pictures."""
+def _read(images: NDArray[np.uint8]) -> list[Scene | None]:
+    """`read_scenes` of at most a few dozen images."""
     known = _renderings()
-    count = len(pictures)
-    cells = pictures.reshape(count, 2, CELL, 2, CELL, 3).transpose(1, 3, 0, 2, 4, 5).astype(np.float32)
+    count = len(images)
+    cells = images.reshape(count, 2, CELL, 2, CELL, 3).transpose(1, 3, 0, 2, 4, 5).astype(np.float32)
     cells = cells.reshape(len(POSITIONS), count, _VALUES)
     # Squared distance of each cell to each of its renderings, up to the cell's own sum of squares.
     flat = known.pixels.reshape(len(POSITIONS), -1, _VALUES)
     distances = known.squares.reshape(len(POSITIONS), 1, -1) - 2 * (cells @ flat.transpose(0, 2, 1))
     distances = distances.reshape(len(POSITIONS), count, len(_LOOKS), len(_OBJECTS))
     contents = distances.argmin(-1)  # [4, B, 16]: the best content of each cell under each look
-    looks = distances.min(-1).sum(0).argmin(-1)  # [B]: one look for the whole picture
+    looks = distances.min(-1).sum(0).argmin(-1)  # [B]: one look for the whole image
     contents = np.take_along_axis(contents, looks[None, :, None], -1)[..., 0]  # [4, B]
 
     positions = np.arange(len(POSITIONS))[:, None]
@@ -125,21 +125,21 @@ def _read(pictures: NDArray[np.uint8]) -> list[Scene | None]:
     return scenes
 
 
-def read_scenes(pictures: NDArray[np.uint8]) -> list[Scene | None]:
-    """What each picture of a batch uint8 [B, 32, 32, 3] shows; None where a picture shows nothing clearly.
+def read_scenes(images: NDArray[np.uint8]) -> list[Scene | None]:
+    """What each image of a batch uint8 [B, 32, 32, 3] shows; None where an image shows nothing clearly.
 
     Raises UserError for another shape or type.
     """
-    if pictures.shape[1:] != (SIZE, SIZE, 3) or pictures.dtype != np.uint8:
+    if images.shape[1:] != (SIZE, SIZE, 3) or images.dtype != np.uint8:
         raise UserError(
-            f"the judge reads pictures of uint8 [B, {SIZE}, {SIZE}, 3], not {pictures.dtype} {list(pictures.shape)}"
+            f"the judge reads images of uint8 [B, {SIZE}, {SIZE}, 3], not {images.dtype} {list(images.shape)}"
         )
-    return [scene for start in range(0, len(pictures), BATCH) for scene in _read(pictures[start : start + BATCH])]
+    return [scene for start in range(0, len(images), BATCH) for scene in _read(images[start : start + BATCH])]
 
 
-def read_scene(picture: NDArray[np.uint8]) -> Scene | None:
-    """What one picture uint8 [32, 32, 3] shows; None if some part of it is not clearly one of the renderings."""
-    return read_scenes(picture[None])[0]
+def read_scene(image: NDArray[np.uint8]) -> Scene | None:
+    """What one image uint8 [32, 32, 3] shows; None if some part of it is not clearly one of the renderings."""
+    return read_scenes(image[None])[0]
 
 
 def _verdict(reading: Scene | None, source: Scene, target: Scene) -> Verdict:
@@ -158,15 +158,15 @@ def _verdict(reading: Scene | None, source: Scene, target: Scene) -> Verdict:
     return Verdict(done=done, kept=kept)
 
 
-def judge(picture: NDArray[np.uint8], source: Scene, target: Scene) -> Verdict:
-    """Whether `picture` uint8 [32, 32, 3] is what the edit from `source` to `target` asks for.
+def judge(image: NDArray[np.uint8], source: Scene, target: Scene) -> Verdict:
+    """Whether `image` uint8 [32, 32, 3] is what the edit from `source` to `target` asks for.
 
-    A picture that cannot be read is neither done nor kept.
+    An image that cannot be read is neither done nor kept.
     """
-    return _verdict(read_scene(picture), source, target)
+    return _verdict(read_scene(image), source, target)
 
 
-def judge_batch(pictures: NDArray[np.uint8], sources: Sequence[Scene], targets: Sequence[Scene]) -> list[Verdict]:
-    """`judge` of every picture of uint8 [B, 32, 32, 3], with its source and target scene."""
-    readings = read_scenes(pictures)
+def judge_batch(images: NDArray[np.uint8], sources: Sequence[Scene], targets: Sequence[Scene]) -> list[Verdict]:
+    """`judge` of every image of uint8 [B, 32, 32, 3], with its source and target scene."""
+    readings = read_scenes(images)
     return [_verdict(*case) for case in zip(readings, sources, targets, strict=True)]

@@ -1,7 +1,7 @@
-"""Scenes of up to four coloured shapes on a coloured background, and their 32 x 32 pictures.
+"""Scenes of up to four colored shapes on a colored background, and their 32 x 32 images.
 
-A picture is a 2 x 2 arrangement of square cells. A cell is empty or shows one object, centred. A style changes the
-look of the whole picture. Rendering is exact and has no antialiasing, so a picture can be read back (`judge.py`).
+An image is a 2 x 2 arrangement of square cells. A cell is empty or shows one object, centerd. A style changes the
+look of the whole image. Rendering is exact and has no antialiasing, so an image can be read back (`judge.py`).
 """
 
 import dataclasses
@@ -14,22 +14,22 @@ from numpy.typing import NDArray
 from varedit_jax.errors import UserError
 
 Shape = Literal["circle", "square", "triangle", "cross"]
-Colour = Literal["red", "green", "blue", "yellow"]
+Color = Literal["red", "green", "blue", "yellow"]
 Background = Literal["grey", "pink", "mint", "sky"]
 Style = Literal["plain", "night", "fog", "frame"]
 
 SHAPES: tuple[Shape, ...] = get_args(Shape)
-COLOURS: tuple[Colour, ...] = get_args(Colour)
+COLORS: tuple[Color, ...] = get_args(Color)
 BACKGROUNDS: tuple[Background, ...] = get_args(Background)
 STYLES: tuple[Style, ...] = get_args(Style)
 POSITIONS = ("top left", "top right", "bottom left", "bottom right")  # cells 0 to 3, in this order
 
-SIZE = 32  # pixels along a side of the picture
+SIZE = 32  # pixels along a side of the image
 CELL = 16  # pixels along a side of a cell
 FRAME = 2  # pixels of border in style `frame`
 FRAME_RGB = (255, 255, 255)
 
-COLOUR_RGB: dict[Colour, tuple[int, int, int]] = {
+COLOR_RGB: dict[Color, tuple[int, int, int]] = {
     "red": (235, 0, 70),
     "green": (50, 195, 45),
     "blue": (15, 35, 250),
@@ -45,7 +45,7 @@ BACKGROUND_RGB: dict[Background, tuple[int, int, int]] = {
 
 def _masks() -> NDArray[np.bool_]:
     """Masks [4, 16, 16] of the shapes, in the order of `SHAPES`; each is 12 pixels wide and high."""
-    y, x = np.mgrid[:CELL, :CELL] - (CELL - 1) / 2  # from the centre of the cell: -7.5, -6.5, ..., 7.5
+    y, x = np.mgrid[:CELL, :CELL] - (CELL - 1) / 2  # from the center of the cell: -7.5, -6.5, ..., 7.5
     circle = y**2 + x**2 <= 34
     square = (abs(y) < 6) & (abs(x) < 6)
     triangle = (abs(y) < 6) & (abs(x) <= (y + 6.5) / 2)
@@ -58,20 +58,20 @@ MASKS = _masks()
 
 @dataclasses.dataclass(frozen=True)
 class Object:
-    """One coloured shape."""
+    """One colored shape."""
 
     shape: Shape
-    colour: Colour
+    color: Color
 
     def __str__(self) -> str:
-        return f"{self.colour} {self.shape}"
+        return f"{self.color} {self.shape}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What a picture shows: up to four objects on a background, in a style.
+    """What an image shows: up to four objects on a background, in a style.
 
-    Raises UserError for an unknown shape, colour, background or style, and for a wrong number of cells.
+    Raises UserError for an unknown shape, color, background or style, and for a wrong number of cells.
     """
 
     background: Background
@@ -85,7 +85,7 @@ class Scene:
             raise UserError(f"a scene has {len(POSITIONS)} cells, not {len(self.cells)}")
         for item in self.objects:
             _check("shape", item.shape, SHAPES)
-            _check("colour", item.colour, COLOURS)
+            _check("color", item.color, COLORS)
 
     @property
     def objects(self) -> tuple[Object, ...]:
@@ -108,8 +108,8 @@ class Scene:
         return cls(background=cast(Background, background), style=cast(Style, style), cells=objects)
 
 
-def _object(colour: str, shape: str) -> Object:
-    return Object(cast(Shape, shape), cast(Colour, colour))  # a scene checks its objects
+def _object(color: str, shape: str) -> Object:
+    return Object(cast(Shape, shape), cast(Color, color))  # a scene checks its objects
 
 
 def _check(what: str, value: str, known: tuple[str, ...]) -> None:
@@ -117,22 +117,22 @@ def _check(what: str, value: str, known: tuple[str, ...]) -> None:
         raise UserError(f"unknown {what} {value!r}; known are {', '.join(known)}")
 
 
-def style_colour(rgb: tuple[int, int, int], style: Style) -> NDArray[np.uint8]:
-    """The colour [3] that `rgb` has in a picture of this style."""
-    colour = np.array(rgb, np.uint8)
+def style_color(rgb: tuple[int, int, int], style: Style) -> NDArray[np.uint8]:
+    """The color [3] that `rgb` has in an image of this style."""
+    color = np.array(rgb, np.uint8)
     if style == "night":
-        return np.round(colour * 0.6).astype(np.uint8)
+        return np.round(color * 0.6).astype(np.uint8)
     if style == "fog":
-        return np.round(colour * 0.6 + 102).astype(np.uint8)
-    return colour
+        return np.round(color * 0.6 + 102).astype(np.uint8)
+    return color
 
 
 @functools.cache
-def cell_picture(background: Background, style: Style, item: Object | None, position: int) -> NDArray[np.uint8]:
-    """Read-only picture [16, 16, 3] of one cell; `position` matters for the frame alone."""
-    pixels_yx3 = np.tile(style_colour(BACKGROUND_RGB[background], style), (CELL, CELL, 1))
+def cell_image(background: Background, style: Style, item: Object | None, position: int) -> NDArray[np.uint8]:
+    """Read-only image [16, 16, 3] of one cell; `position` matters for the frame alone."""
+    pixels_yx3 = np.tile(style_color(BACKGROUND_RGB[background], style), (CELL, CELL, 1))
     if item is not None:
-        pixels_yx3[MASKS[SHAPES.index(item.shape)]] = style_colour(COLOUR_RGB[item.colour], style)
+        pixels_yx3[MASKS[SHAPES.index(item.shape)]] = style_color(COLOR_RGB[item.color], style)
     if style == "frame":
         rows = slice(None, FRAME) if position < 2 else slice(-FRAME, None)
         columns = slice(None, FRAME) if position % 2 == 0 else slice(-FRAME, None)
@@ -143,21 +143,21 @@ def cell_picture(background: Background, style: Style, item: Object | None, posi
 
 
 def render(scene: Scene) -> NDArray[np.uint8]:
-    """The picture of a scene: uint8 [32, 32, 3]."""
-    picture = np.empty((SIZE, SIZE, 3), np.uint8)
+    """The image of a scene: uint8 [32, 32, 3]."""
+    image = np.empty((SIZE, SIZE, 3), np.uint8)
     for position, item in enumerate(scene.cells):
         y, x = CELL * (position // 2), CELL * (position % 2)
-        picture[y : y + CELL, x : x + CELL] = cell_picture(scene.background, scene.style, item, position)
-    return picture
+        image[y : y + CELL, x : x + CELL] = cell_image(scene.background, scene.style, item, position)
+    return image
 
 
 def random_scene(rng: np.random.Generator, style: Style | None = None) -> Scene:
     """A scene of 1 to 4 objects, no two alike, in random cells; all is uniform, and so is `style` unless given."""
     count = int(rng.integers(1, len(POSITIONS) + 1))
     positions = rng.choice(len(POSITIONS), count, replace=False)
-    kinds = rng.choice(len(SHAPES) * len(COLOURS), count, replace=False)
+    kinds = rng.choice(len(SHAPES) * len(COLORS), count, replace=False)
     cells: list[Object | None] = [None] * len(POSITIONS)
     for position, kind in zip(positions, kinds, strict=True):
-        cells[position] = Object(SHAPES[kind // len(COLOURS)], COLOURS[kind % len(COLOURS)])
+        cells[position] = Object(SHAPES[kind // len(COLORS)], COLORS[kind % len(COLORS)])
     background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
     return Scene(background=background, cells=tuple(cells), style=style or STYLES[rng.integers(len(STYLES))])

@@ -45,10 +45,10 @@ def score(verdicts: Sequence[Verdict]) -> Score:
     return Score(len(verdicts), float(np.mean(done)), float(np.mean(kept)), float(np.mean(exact)))
 
 
-def judge_records(pictures: NDArray[np.uint8], records: Sequence[Any]) -> list[Verdict]:
-    """Verdict of each picture against its example."""
+def judge_records(images: NDArray[np.uint8], records: Sequence[Any]) -> list[Verdict]:
+    """Verdict of each image against its example."""
     scenes = [[Scene.decode(record[side]) for record in records] for side in ("source_scene", "target_scene")]
-    return judge_batch(pictures, *scenes)
+    return judge_batch(images, *scenes)
 
 
 def edit_records(
@@ -59,13 +59,13 @@ def edit_records(
     for start in range(0, len(records), BATCH):
         batch = list(records[start : start + BATCH])
         filled = batch + [batch[-1]] * (min(BATCH, len(records)) - len(batch))
-        pictures = editor.edit_fitted(
+        images = editor.edit_fitted(
             np.stack([record["source"] for record in filled]),
             [record["instruction"] for record in filled],
             range(start, start + len(filled)),
             every_scale=every_scale,
         )
-        parts.append(pictures[:, : len(batch)])
+        parts.append(images[:, : len(batch)])
         on_batch(len(batch))
     return np.concatenate(parts, axis=1)
 
@@ -80,18 +80,18 @@ def by_group(verdicts: Sequence[Verdict], records: Sequence[Any]) -> dict[str, S
     return {name: score(members) for name, members in groups.items()}
 
 
-def sheet(records: Sequence[Any], pictures: NDArray[np.uint8], heading: str = "") -> Image.Image:
-    """Contact sheet: source, the picture after each scale, target, with instruction and verdict.
+def sheet(records: Sequence[Any], images: NDArray[np.uint8], heading: str = "") -> Image.Image:
+    """Contact sheet: source, the image after each scale, target, with instruction and verdict.
 
-    pictures: uint8 [K, n, y, x, 3], after each scale; the last is the result. Examples of other data sets than
+    images: uint8 [K, n, y, x, 3], after each scale; the last is the result. Examples of other data sets than
     `shapes`, which do not say what is in them, get no verdict.
     """
     judged = "source_scene" in records[0]
-    verdicts = [verdict.exact for verdict in judge_records(pictures[-1], records)] if judged else [None] * len(records)
-    scales = [f"scale {k + 1}" for k in range(len(pictures) - 1)]
+    verdicts = [verdict.exact for verdict in judge_records(images[-1], records)] if judged else [None] * len(records)
+    scales = [f"scale {k + 1}" for k in range(len(images) - 1)]
     rows = [
         Row(
-            pictures=[record["source"], *pictures[:, i], record["target"]],
+            images=[record["source"], *images[:, i], record["target"]],
             instruction=record["instruction"],
             kind=record.get("kind", ""),
             verdict=verdicts[i],
@@ -108,26 +108,26 @@ def sample_sheet(editor: Editor, source: Source, indices: Iterable[int]) -> Imag
 
 
 def evaluate(editor: Editor, records: Sequence[Any], edited: NDArray[np.uint8]) -> dict[str, dict[str, Score]]:
-    """Scores by group of the editor, whose pictures are `edited` (uint8 [n, y, x, 3]), and of two baselines.
+    """Scores by group of the editor, whose images are `edited` (uint8 [n, y, x, 3]), and of two baselines.
 
     `copy` returns the source; `oracle` puts the true target through the tokenizer: what a perfect transformer gives.
     """
-    pictures = {
+    images = {
         "copy": np.stack([record["source"] for record in records]),
         "oracle": reconstruct_records(editor, records, "target"),
         "editor": edited,
     }
-    return {name: by_group(judge_records(x, records), records) for name, x in pictures.items()}
+    return {name: by_group(judge_records(x, records), records) for name, x in images.items()}
 
 
 def reconstruct_records(editor: Editor, records: Sequence[Any], side: str) -> NDArray[np.uint8]:
-    """One picture of each example through the editor's tokenizer, uint8 [n, y, x, 3]."""
+    """One image of each example through the editor's tokenizer, uint8 [n, y, x, 3]."""
     reconstruct = jax.jit(make_reconstruct(editor.config))
     parts = []
     for start in range(0, len(records), BATCH):
-        pictures = np.stack([record[side] for record in records[start : start + BATCH]])
-        filled = np.pad(pictures, ((0, min(BATCH, len(records)) - len(pictures)), (0, 0), (0, 0), (0, 0)), mode="edge")
-        parts.append(np.asarray(reconstruct(editor.params["tokenizer"], filled))[: len(pictures)])
+        images = np.stack([record[side] for record in records[start : start + BATCH]])
+        filled = np.pad(images, ((0, min(BATCH, len(records)) - len(images)), (0, 0), (0, 0), (0, 0)), mode="edge")
+        parts.append(np.asarray(reconstruct(editor.params["tokenizer"], filled))[: len(images)])
     return np.concatenate(parts)
 
 

@@ -6,12 +6,12 @@
 
 A source is a file here with a `SOURCE`; SOURCES has them by name. Every triple that a data set lists comes back exactly
 once, as a Record or as Refused, and in the same order every time. Names in archives and lists that lead out of their
-folder are refused, and never used as a path. Pictures are not decoded here.
+directory are refused, and never used as a path. Images are not decoded here.
 
 What is in memory at a time is one triple, and beside it what a source's own text says:
 
  - tables: a group of rows, as the publisher made them
- - tars whose neighbours belong together (varedit, x2edit): one group
+ - tars whose neighbors belong together (varedit, x2edit): one group
  - uncompressed archives of which a table names the members (imgedit): where each member of an archive lies
  - compressed archives that lists name the members of (seed, gpt_image_edit, packed files of pico_banana): `join`, with
    bounds in memory and in temporary files

@@ -149,7 +149,7 @@ def _infos(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 def _problem(info: tarfile.TarInfo, name: str | None) -> tuple[Reason, str] | None:
     if name is None:
-        return Reason.UNSAFE, "leaves the folder"
+        return Reason.UNSAFE, "leaves the directory"
     if not info.isreg():
         return Reason.UNSAFE, "is no regular file"
     if not 0 <= info.size <= MAX_FILE_BYTES:
@@ -160,7 +160,7 @@ def _problem(info: tarfile.TarInfo, name: str | None) -> tuple[Reason, str] | No
 def members(files: Sequence[str], wanted: Callable[[str], bool] | None = None) -> Iterator[Member | Damage]:
     """Regular files of an archive in their order, and what was refused; one member is in memory at a time.
 
-    Only those whose names are `wanted` are read. Names that leave the folder, links, devices and absurd sizes are
+    Only those whose names are `wanted` are read. Names that leave the directory, links, devices and absurd sizes are
     refused; so is the rest of an archive from where it is damaged or cut short.
     """
     archive = pathlib.Path(files[0]).name

@@ -8,7 +8,7 @@ from typing import Any
 
 from data_pipelines.record import Record, clean_text
 
-MAX_FILE_BYTES = 256 * 2**20  # of one picture file; a 64-megapixel picture without compression is smaller
+MAX_FILE_BYTES = 256 * 2**20  # of one image file; a 64-megapixel image without compression is smaller
 
 
 class Reason(enum.StrEnum):
@@ -16,13 +16,13 @@ class Reason(enum.StrEnum):
 
     ARCHIVE = "damaged archive"  # or table, or list: what it held from there on is lost
     ANNOTATION = "damaged annotation"
-    MISSING = "missing picture"
-    UNSAFE = "unsafe name"  # an absolute path, one that leaves its folder, a link or a device
+    MISSING = "missing image"
+    UNSAFE = "unsafe name"  # an absolute path, one that leaves its directory, a link or a device
     SIZE = "absurd size"
     INSTRUCTION = "empty instruction"
-    SEVERAL = "several sources"  # an edit of more than one picture
-    NO_PICTURES = "no pictures"  # a turn that only says something
-    AMBIGUOUS = "ambiguous picture"  # the same file stands for two pictures
+    SEVERAL = "several sources"  # an edit of more than one image
+    NO_IMAGES = "no images"  # a turn that only says something
+    AMBIGUOUS = "ambiguous image"  # the same file stands for two images
     CORRUPT = "known to be corrupt"
     FAILED = "failed edit"  # published as an example of what not to do
 
@@ -60,8 +60,8 @@ class Source:
     """A public format."""
 
     name: str
-    licence: str
-    # Files and folders to parts, in order. Raises UserError if there is nothing of the format there.
+    license: str
+    # Files and directories to parts, in order. Raises UserError if there is nothing of the format there.
     parts: Callable[[Sequence[pathlib.Path], Mapping[str, str]], list[Part]]
     read: Callable[[Part], Iterator[Entry]]
     options: tuple[str, ...] = ()  # names of what `parts` takes beside paths
@@ -76,7 +76,7 @@ def make_entry(
     instructions: Iterable[object],
     **fields: Any,
 ) -> Entry:
-    """A record, or Refused if a picture is missing or no instruction has words.
+    """A record, or Refused if an image is missing or no instruction has words.
 
     Instructions lose the white space around them, and those that are empty, repeated or no text are dropped.
     """

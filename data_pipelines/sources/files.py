@@ -1,4 +1,4 @@
-"""Files of a data set as it was downloaded: found by name, lists read entry by entry, pictures read by safe names."""
+"""Files of a data set as it was downloaded: found by name, lists read entry by entry, images read by safe names."""
 
 import errno
 import fnmatch
@@ -16,7 +16,7 @@ _OUTSIDE = re.compile(r"^/|^[A-Za-z]:|[\\\0]")  # absolute paths, and characters
 
 
 def safe_name(name: object) -> str | None:
-    """A name inside of a data set as plain relative path; None if it is absolute, leaves its folder, or is no name."""
+    """Returns a name in a data set as a plain relative path; None if it is absolute, leaves it, or is no name."""
     if not isinstance(name, str) or _OUTSIDE.search(name):
         return None
     pieces = [piece for piece in name.split("/") if piece not in ("", ".")]
@@ -24,7 +24,7 @@ def safe_name(name: object) -> str | None:
 
 
 def find(inputs: Sequence[pathlib.Path], *patterns: str) -> list[pathlib.Path]:
-    """Files given, or lying anywhere under folders given, whose path ends like one of the patterns; sorted.
+    """Files given, or lying anywhere under directories given, whose path ends like one of the patterns; sorted.
 
     Patterns are of `fnmatch`, matched with the last components: `annotations/split_*.jsonl`. Raises UserError if an
     input does not exist.
@@ -32,7 +32,7 @@ def find(inputs: Sequence[pathlib.Path], *patterns: str) -> list[pathlib.Path]:
     found = set()
     for path in inputs:
         if not path.exists():
-            raise UserError(f"there is no {path}; give files or folders as they were downloaded")
+            raise UserError(f"there is no {path}; give files or directories as they were downloaded")
         for file in path.rglob("*") if path.is_dir() else [path]:
             name = f"/{file.as_posix()}"
             if any(fnmatch.fnmatchcase(name, f"*/{pattern}") for pattern in patterns) and file.is_file():
@@ -53,7 +53,7 @@ def distinct(files: Sequence[pathlib.Path]) -> Sequence[pathlib.Path]:
 
 
 def relative_name(file: pathlib.Path, inputs: Sequence[pathlib.Path]) -> str:
-    """Name of a file below the folder that was given, or its own name where it was given itself."""
+    """Name of a file below the directory that was given, or its own name where it was given itself."""
     for path in inputs:
         if path.is_dir() and file.is_relative_to(path):
             return file.relative_to(path).as_posix()
@@ -141,28 +141,28 @@ def json_items(path: str) -> Iterator[tuple[str, Any]]:
             position += 1
 
 
-def _lies_in(path: pathlib.Path, folder: pathlib.Path) -> bool:
-    """Whether a file, links resolved, is of a folder. In the Hub's cache, snapshots/REVISION/... links to blobs/..."""
-    if path.is_relative_to(folder.resolve()):
+def _lies_in(path: pathlib.Path, directory: pathlib.Path) -> bool:
+    """Returns True if a file, links resolved, lies in a directory; the Hub's cache links snapshots/ to blobs/."""
+    if path.is_relative_to(directory.resolve()):
         return True
-    snapshots = [above for above in folder.absolute().parents if above.name == "snapshots"]
+    snapshots = [above for above in directory.absolute().parents if above.name == "snapshots"]
     return any(path.parent == (above.parent / "blobs").resolve() for above in snapshots)
 
 
-def read_below(folders: Sequence[pathlib.Path], name: object) -> bytes | Reason:
-    """Bytes of the file `name` in the first folder that has it; MISSING, UNSAFE or SIZE if there are none.
+def read_below(directories: Sequence[pathlib.Path], name: object) -> bytes | Reason:
+    """Bytes of the file `name` in the first directory that has it; MISSING, UNSAFE or SIZE if there are none.
 
-    A name never leads out of the folders, not over links either; those of the Hub's cache are followed. Raises
+    A name never leads out of the directories, not over links either; those of the Hub's cache are followed. Raises
     UserError if a file cannot be read.
     """
     plain = safe_name(name)
     if plain is None:
         return Reason.UNSAFE if name else Reason.MISSING
-    for folder in folders:
-        path = folder / plain
+    for directory in directories:
+        path = directory / plain
         try:
             if path.is_file():
-                if not _lies_in(path.resolve(), folder):
+                if not _lies_in(path.resolve(), directory):
                     return Reason.UNSAFE
                 return path.read_bytes() if path.stat().st_size <= MAX_FILE_BYTES else Reason.SIZE
         except OSError as error:

@@ -18,9 +18,9 @@ from data_pipelines.sources.files import find, json_items, safe_name
 from data_pipelines.sources.join import Stream, Wanted, joined
 from varedit_jax.errors import UserError
 
-_NAME, _LICENCE = "gpt_image_edit", "CC-BY-4.0"
+_NAME, _LICENSE = "gpt_image_edit", "CC-BY-4.0"
 
-# Folder that the names in a training JSON are below of.
+# Directory that the names in a training JSON are below of.
 _TRAINING = {
     "hqedit_gpt_edit": "hqedit/edit",
     "hqedit_gpt_generate": "hqedit/generate",
@@ -34,7 +34,7 @@ _TRAINING = {
 def _parts(inputs: Sequence[pathlib.Path], options: Mapping[str, str]) -> list[Part]:
     archives = group_parts(find(inputs, "*.tar.gz", "*.tar.gz.part*"))
     if not archives:
-        raise UserError(f"there is no *.tar.gz.part* under {', '.join(map(str, inputs))}; give the folder gpt-edit")
+        raise UserError(f"there is no *.tar.gz.part* under {', '.join(map(str, inputs))}; give the directory gpt-edit")
     lists = [file for file in find(inputs, "*.json") if file.stem in _TRAINING]
     parts = []
     for name, files in archives.items():
@@ -47,25 +47,25 @@ def _parts(inputs: Sequence[pathlib.Path], options: Mapping[str, str]) -> list[P
 def _read(part: Part) -> Iterator[Entry]:
     archive = [file for file in part.files if not file.endswith(".json")]
     lists = [(file, _TRAINING[pathlib.Path(file).stem]) for file in part.files if file.endswith(".json")]
-    with tempfile.TemporaryDirectory(prefix="gpt-image-edit-") as folder:
+    with tempfile.TemporaryDirectory(prefix="gpt-image-edit-") as directory:
         if not lists:
-            lists = list(_lists_inside(archive, pathlib.Path(folder)))
+            lists = list(_lists_inside(archive, pathlib.Path(directory)))
         if not lists:
             yield Refused(id=part.name, dataset=_NAME, reason=Reason.ANNOTATION, detail="no list of its edits")
         sides = [Stream([archive], lambda name, side=side: _below(name, side)) for side in ("input", "output")]  # type: ignore[misc]
-        yield from joined(_NAME, _LICENCE, sides, lambda: _annotations(lists))
+        yield from joined(_NAME, _LICENSE, sides, lambda: _annotations(lists))
 
 
 def _below(name: str, side: str) -> str | None:
-    """The name of a member that lies in a folder called `side`, without a folder `gpt-edit` above."""
+    """The name of a member that lies in a directory called `side`, without a directory `gpt-edit` above."""
     return name.removeprefix("gpt-edit/") if side in name.split("/")[:-1] else None
 
 
-def _lists_inside(archive: Sequence[str], folder: pathlib.Path) -> Iterator[tuple[str, str]]:
-    """Lists found in the archive, put aside, and the folders that their names are below of."""
+def _lists_inside(archive: Sequence[str], directory: pathlib.Path) -> Iterator[tuple[str, str]]:
+    """Lists found in the archive, put aside, and the directories that their names are below of."""
     for member in members(archive, wanted=lambda name: name.endswith(".json") and "/metadata/" in name):
         if isinstance(member, Member):
-            path = folder / pathlib.PurePosixPath(member.name).name
+            path = directory / pathlib.PurePosixPath(member.name).name
             path.write_bytes(member.data)
             yield str(path), member.name.removeprefix("gpt-edit/").split("/metadata/")[0]
 
@@ -82,30 +82,30 @@ def _annotations(lists: Sequence[tuple[str, str]]) -> Iterator[Wanted | Refused]
 
 def _wanted(id: str, above: str, value: Mapping[str, Any]) -> Wanted | Refused:
     if "conversations" in value:
-        pictures, instruction = value.get("image"), _first_words(value["conversations"])
+        images, instruction = value.get("image"), _first_words(value["conversations"])
     else:
-        pictures, instruction = [value.get("input"), value.get("output")], value.get("instruction")
+        images, instruction = [value.get("input"), value.get("output")], value.get("instruction")
         id = value["id"] if isinstance(value.get("id"), str) else id
-    if not isinstance(pictures, list) or len(pictures) < 2 or not all(isinstance(name, str) for name in pictures):
+    if not isinstance(images, list) or len(images) < 2 or not all(isinstance(name, str) for name in images):
         return Refused(id=id, dataset=_NAME, reason=Reason.ANNOTATION, detail="no input and output")
-    if len(pictures) > 2:
+    if len(images) > 2:
         return Refused(id=id, dataset=_NAME, reason=Reason.SEVERAL)
-    names = [safe_name(name) for name in pictures]
+    names = [safe_name(name) for name in images]
     if names[0] is None or names[1] is None:
-        return Refused(id=id, dataset=_NAME, reason=Reason.UNSAFE, detail=str(pictures)[:200])
+        return Refused(id=id, dataset=_NAME, reason=Reason.UNSAFE, detail=str(images)[:200])
     if not isinstance(instruction, str) or not instruction.strip():
         return Refused(id=id, dataset=_NAME, reason=Reason.INSTRUCTION)
     source, target = (f"{above}/{name}" for name in names)
-    kind = source.split("/")[1]  # the task's folder
-    about = {"id": id, "instructions": [instruction], "kind": kind, "picture": source}
+    kind = source.split("/")[1]  # the task's directory
+    about = {"id": id, "instructions": [instruction], "kind": kind, "original": source}
     return Wanted(json.dumps(about), ((0, source), (1, target)))
 
 
 def _first_words(conversations: Any) -> str | None:
-    """What the human says first, without the place holder of the picture."""
+    """What the human says first, without the place holder of the image."""
     first = conversations[0] if isinstance(conversations, list) and conversations else {}
     text = first.get("value") if isinstance(first, dict) else None
     return text.replace("<image>", "") if isinstance(text, str) else None
 
 
-SOURCE = Source(name=_NAME, licence=_LICENCE, parts=_parts, read=_read)
+SOURCE = Source(name=_NAME, license=_LICENSE, parts=_parts, read=_read)

@@ -1,4 +1,4 @@
-"""ImgEdit: tables of names and instructions, and the pictures in uncompressed tars that are split in parts.
+"""ImgEdit: tables of names and instructions, and the images in uncompressed tars that are split in parts.
 
     Parquet/add_part0.parquet                                  input_images, output_images, prompt
     Parquet/content_memory_part2.parquet                       data: the same for each turn of a session
@@ -6,13 +6,13 @@
     Multiturn/results_content_memory_part2.tar.split.000
     all_dataset_gpt_score.json                                 {"results_add_laion_part0/SAMPLE": score}
 
-A part is a table. Its pictures are read in the order of the table, by an index of where members lie. Which archive
-they are in is not said: their folder's name (`results_add_laion_part0`) is that of the folder in the archive for most
-tables, and for the others the name of the archive is that of the table, but for `results_` and `_laion`; some tables
-have the names of files alone. Samples have the same names in different archives, so that one archive is never searched
-in place of another.
+A part is a table. Its images are read in the order of the table, by an index of where members lie. Which archive
+they are in is not said: their directory's name (`results_add_laion_part0`) is that of the directory in the archive for
+most tables, and for the others the name of the archive is that of the table, but for `results_` and `_laion`; some
+tables have the names of files alone. Samples have the same names in different archives, so that one archive is never
+searched in place of another.
 
-A turn without pictures sets a rule for the turns after it; they get it in front of their own instruction.
+A turn without images sets a rule for the turns after it; they get it in front of their own instruction.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from varedit_jax.errors import UserError
 _NAME = "imgedit"
 _SCORES = "all_dataset_gpt_score.json"
 
-# What scores are listed under where it is not the folder of the pictures.
+# What scores are listed under where it is not the directory of the images.
 _SCORED_AS = {
     "replace": "results",
     "results_extract_ref_part1": "results_extract_laion_part1",
@@ -47,7 +47,7 @@ def _parts(inputs: Sequence[pathlib.Path], options: Mapping[str, str]) -> list[P
     archives = [file for file in archives if not file.name.startswith("Benchmark.tar")]
     if not tables or not archives:
         lacks = "*.parquet" if not tables else "*.tar.split.*"
-        raise UserError(f"there is no {lacks} under {', '.join(map(str, inputs))}; give the folder of ImgEdit")
+        raise UserError(f"there is no {lacks} under {', '.join(map(str, inputs))}; give the directory of ImgEdit")
     scores = [str(file) for file in find(inputs, _SCORES)]
     return [
         Part(source=_NAME, name=relative_name(table, inputs), files=(str(table), *map(str, archives), *scores))
@@ -60,7 +60,7 @@ def _read(part: Part) -> Iterator[Entry]:
     archives = group_parts([pathlib.Path(file) for file in others if not file.endswith(".json")])
     stem = pathlib.Path(table).stem
     with contextlib.ExitStack() as stack:
-        pictures = _Pictures(stem, archives, stack)
+        images = _Images(stem, archives, stack)
         scores = _Scores([file for file in others if file.endswith(".json")])
         for number, row in read_table(part, *_columns(table)):
             if isinstance(row, Refused):
@@ -68,10 +68,10 @@ def _read(part: Part) -> Iterator[Entry]:
                 continue
             turns, id = row.get("data"), f"{stem}/{number}"
             if turns is None:
-                yield _entry(id, stem, row, [row.get("prompt")], 0, pictures, scores)
+                yield _entry(id, stem, row, [row.get("prompt")], 0, images, scores)
             else:
-                yield from _session(id, stem, turns, pictures, scores)
-        for index in pictures.indices.values():
+                yield from _session(id, stem, turns, images, scores)
+        for index in images.indices.values():
             for damage in index.damage:
                 yield Refused(id=damage.name, dataset=_NAME, reason=damage.reason, detail=damage.detail)
 
@@ -84,16 +84,16 @@ def _columns(table: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return ("input_images", "output_images", "prompt"), ()
 
 
-def _session(id: str, stem: str, turns: Sequence[Any], pictures: "_Pictures", scores: "_Scores") -> Iterator[Entry]:
+def _session(id: str, stem: str, turns: Sequence[Any], images: "_Images", scores: "_Scores") -> Iterator[Entry]:
     rules: list[str] = []
     for turn, value in enumerate(each or {} for each in turns):
         if not value.get("input_images") and not value.get("output_images"):
-            yield Refused(id=f"{id}/{turn}", dataset=_NAME, reason=Reason.NO_PICTURES)
+            yield Refused(id=f"{id}/{turn}", dataset=_NAME, reason=Reason.NO_IMAGES)
             rules += [value["prompt"].strip()] if value.get("prompt") else []
             continue
         prompt = value.get("prompt")
         instruction = " ".join([*rules, prompt]) if isinstance(prompt, str) and prompt.strip() else None
-        yield _entry(f"{id}/{turn}", stem, value, [instruction], turn, pictures, scores)
+        yield _entry(f"{id}/{turn}", stem, value, [instruction], turn, images, scores)
 
 
 def _entry(
@@ -102,7 +102,7 @@ def _entry(
     value: Mapping[str, Any],
     instructions: Sequence[Any],
     turn: int,
-    pictures: "_Pictures",
+    images: "_Images",
     scores: "_Scores",
 ) -> Entry:
     sources, targets = value.get("input_images") or [], value.get("output_images") or []
@@ -110,11 +110,11 @@ def _entry(
         return Refused(id=id, dataset=_NAME, reason=Reason.SEVERAL, detail=f"{len(sources)} in, {len(targets)} out")
     sides: dict[str, bytes] = {}
     for side, names in (("source", sources), ("target", targets)):
-        data = pictures.read(names[0]) if names else Reason.MISSING
+        data = images.read(names[0]) if names else Reason.MISSING
         if isinstance(data, Reason):
             return Refused(id=id, dataset=_NAME, reason=data, detail=f"{side}: {names}"[:200])
         sides[side] = data
-    folder, sample = _folder(sources[0]), _parent(sources[0])
+    directory, sample = _directory(sources[0]), _parent(sources[0])
     return make_entry(
         id=id,
         dataset=_NAME,
@@ -122,44 +122,44 @@ def _entry(
         instructions=instructions,
         kind=re.sub(r"_part\d+$", "", stem),
         turn=turn,
-        scores=scores.of(folder, sample),
-        picture=sample,  # of LAION, and named alike in all archives
+        scores=scores.of(directory, sample),
+        image=sample,  # of LAION, and named alike in all archives
     )
 
 
-def _folder(name: str) -> str:
-    """The folder of samples that a picture's name starts with; "" if it has none."""
+def _directory(name: str) -> str:
+    """The directory of samples that an image's name starts with; "" if it has none."""
     return name.rsplit("/", 2)[0].rsplit("/", 1)[-1] if name.count("/") >= 2 else ""
 
 
-class _Pictures:
-    """Pictures of a table by their names."""
+class _Images:
+    """Images of a table by their names."""
 
     def __init__(self, stem: str, archives: Mapping[str, Sequence[str]], stack: contextlib.ExitStack) -> None:
         self._stem, self._archives, self._stack = stem, archives, stack
         self._first = {name: _first_name(files) for name, files in archives.items()}
-        self._chosen: dict[str, list[str]] = {}  # archives by the folder in names
+        self._chosen: dict[str, list[str]] = {}  # archives by the directory in names
         self.indices: dict[str, TarIndex] = {}
 
     def read(self, name: Any) -> bytes | Reason:
         plain = safe_name(name)
         if plain is None:
             return Reason.UNSAFE
-        folder = _folder(plain)
-        if folder not in self._chosen:
-            self._chosen[folder] = self._choose(folder)
+        directory = _directory(plain)
+        if directory not in self._chosen:
+            self._chosen[directory] = self._choose(directory)
         found: bytes | Reason = Reason.MISSING
-        for archive in self._chosen[folder]:
+        for archive in self._chosen[directory]:
             if archive not in self.indices:
                 self.indices[archive] = self._stack.enter_context(TarIndex(self._archives[archive]))
-            # Some tables leave out the one folder that an archive has.
+            # Some tables leave out the one directory that an archive has.
             found = self.indices[archive].read(plain if "/" in plain else f"{_parent(self._first[archive])}/{plain}")
             if isinstance(found, bytes):
                 break
         return found
 
-    def _choose(self, folder: str) -> list[str]:
-        same = [name for name, first in self._first.items() if folder and folder in first.split("/")[:-2]]
+    def _choose(self, directory: str) -> list[str]:
+        same = [name for name, first in self._first.items() if directory and directory in first.split("/")[:-2]]
         like = [name for name in self._archives if _plain(pathlib.Path(name).stem) == _plain(self._stem)]
         return same or like
 
@@ -180,25 +180,25 @@ def _plain(stem: str) -> str:
 
 
 class _Scores:
-    """Scores of the samples of a folder, read from the list of all when the first is asked for."""
+    """Scores of the samples of a directory, read from the list of all when the first is asked for."""
 
     def __init__(self, files: Sequence[str]) -> None:
         self._files = files
         self._known: dict[str, dict[str, dict[str, float]]] = {}
 
-    def of(self, folder: str, sample: str) -> dict[str, float]:
-        if not folder:
+    def of(self, directory: str, sample: str) -> dict[str, float]:
+        if not directory:
             return {}
-        if folder not in self._known:
-            self._known[folder] = dict(self._read(_SCORED_AS.get(folder, folder)))
-        return self._known[folder].get(sample, {})
+        if directory not in self._known:
+            self._known[directory] = dict(self._read(_SCORED_AS.get(directory, directory)))
+        return self._known[directory].get(sample, {})
 
-    def _read(self, folder: str) -> Iterator[tuple[str, dict[str, float]]]:
+    def _read(self, directory: str) -> Iterator[tuple[str, dict[str, float]]]:
         for file in self._files:
             try:
                 for key, value in json_items(file):
                     above, _, sample = key.rpartition("/")
-                    if above.rpartition("/")[2] == folder:
+                    if above.rpartition("/")[2] == directory:
                         yield sample, finite_scores(dict(_numbers("gpt", value)))
             except ValueError as error:
                 raise UserError(f"{file} is damaged: {error}; download it again, or leave it out") from error
@@ -218,4 +218,4 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-SOURCE = Source(name=_NAME, licence="", parts=_parts, read=_read)
+SOURCE = Source(name=_NAME, license="", parts=_parts, read=_read)

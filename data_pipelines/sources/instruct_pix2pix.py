@@ -1,6 +1,6 @@
-"""InstructPix2Pix: tables (instructpix2pix-clip-filtered), or the original folders, unpacked or in their zip files.
+"""InstructPix2Pix: tables (instructpix2pix-clip-filtered), or the original directories, unpacked or in their zip files.
 
-The original has `seeds.json`, pairs [name, [seed, ...]], and for each name a folder with `prompt.json`, pictures
+The original has `seeds.json`, pairs [name, [seed, ...]], and for each name a directory with `prompt.json`, images
 `SEED_0.jpg` and `SEED_1.jpg`, and `metadata.jsonl` with the scores of each seed.
 """
 
@@ -16,7 +16,7 @@ from data_pipelines.record import finite_scores
 from data_pipelines.sources.archives import tail
 from data_pipelines.sources.entries import MAX_FILE_BYTES, Entry, Part, Reason, Refused, Source, make_entry
 from data_pipelines.sources.files import distinct, find, json_items, read_below, relative_name, safe_name
-from data_pipelines.sources.tables import picture_bytes, read_table
+from data_pipelines.sources.tables import image_bytes, read_table
 from varedit_jax.errors import UserError
 
 _NAME = "instruct_pix2pix"
@@ -49,9 +49,9 @@ def _read(part: Part) -> Iterator[Entry]:
     seeds, store = part.files
     try:
         with contextlib.ExitStack() as stack:
-            files: _Files = _Folder(store) if pathlib.Path(store).is_dir() else stack.enter_context(_Zip(store))
+            files: _Files = _Directory(store) if pathlib.Path(store).is_dir() else stack.enter_context(_Zip(store))
             for _, value in json_items(seeds):
-                yield from _read_folder(files, value)
+                yield from _read_directory(files, value)
     except (ValueError, OSError, zipfile.BadZipFile) as error:
         yield Refused(id=part.name, dataset=_NAME, reason=Reason.ARCHIVE, detail=str(error))
 
@@ -65,25 +65,25 @@ def _read_table(part: Part) -> Iterator[Entry]:
             yield make_entry(
                 id=f"{stem}/{number}",
                 dataset=_NAME,
-                source=picture_bytes(row["original_image"]),
-                target=picture_bytes(row["edited_image"]),
+                source=image_bytes(row["original_image"]),
+                target=image_bytes(row["edited_image"]),
                 instructions=[row["edit_prompt"]],
             )
 
 
 class _Files(Protocol):
-    def has(self, folder: str) -> bool:
-        """Whether there is such a folder here, rather than in another zip file. Folders above it do not count."""
+    def has(self, directory: str) -> bool:
+        """Returns True if this very directory is here, rather than in another zip file."""
 
     def read(self, name: str) -> bytes | None:
         """A file's bytes; None if there is no such file."""
 
 
-class _Folder:
+class _Directory:
     def __init__(self, path: str) -> None:
         self._path = pathlib.Path(path)
 
-    def has(self, folder: str) -> bool:
+    def has(self, directory: str) -> bool:
         return True
 
     def read(self, name: str) -> bytes | None:
@@ -92,7 +92,7 @@ class _Folder:
 
 
 class _Zip:
-    """A zip file. Its folders are known by their names alone, whatever they lie in."""
+    """A zip file. Its directories are known by their names alone, whatever they lie in."""
 
     def __init__(self, path: str) -> None:
         self._zip = zipfile.ZipFile(path)
@@ -101,7 +101,7 @@ class _Zip:
             name = safe_name(info.filename)
             if name is not None and not info.is_dir() and info.file_size <= MAX_FILE_BYTES:
                 self._names[tail(name)] = info.filename
-        self._folders = {name.split("/")[0] for name in self._names}
+        self._directories = {name.split("/")[0] for name in self._names}
 
     def __enter__(self) -> "_Zip":
         return self
@@ -109,8 +109,8 @@ class _Zip:
     def __exit__(self, *_: object) -> None:
         self._zip.close()
 
-    def has(self, folder: str) -> bool:
-        return tail(folder, 1) in self._folders
+    def has(self, directory: str) -> bool:
+        return tail(directory, 1) in self._directories
 
     def read(self, name: str) -> bytes | None:
         if tail(name) not in self._names:
@@ -121,7 +121,7 @@ class _Zip:
             return None
 
 
-def _read_folder(files: _Files, value: Any) -> Iterator[Entry]:
+def _read_directory(files: _Files, value: Any) -> Iterator[Entry]:
     """Records of one entry of seeds.json."""
     name = safe_name(value[0]) if isinstance(value, list) and len(value) == 2 else None
     if name is None or not isinstance(value[1], list):
@@ -145,7 +145,7 @@ def _read_folder(files: _Files, value: Any) -> Iterator[Entry]:
             target=files.read(f"{name}/{seed}_1.jpg"),
             instructions=[prompt.get("edit")] if isinstance(prompt, dict) else [],
             scores=scores.get(str(seed), {}),
-            picture=name,  # the pictures of one prompt are alike
+            original=name,  # the images of one prompt are alike
         )
 
 
@@ -160,4 +160,4 @@ def _scores(lines: bytes) -> dict[str, dict[str, float]]:
     return found
 
 
-SOURCE = Source(name=_NAME, licence="", parts=_parts, read=_read)
+SOURCE = Source(name=_NAME, license="", parts=_parts, read=_read)

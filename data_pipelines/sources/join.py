@@ -1,10 +1,10 @@
-"""Annotations joined with pictures of compressed archives, which can only be read from front to back.
+"""Annotations joined with images of compressed archives, which can only be read from front to back.
 
-All archives are read side by side. A picture whose partner has not come yet is held: in memory up to a bound, then in
-files of a temporary folder up to another bound, and past that it is let go. What could not be put together for that
-reason is in another pass over the archives. Where archives are in like order (sources and targets packed from folders
-of the same names), little is held and one pass does; in the worst case a pass yields pairs of at least the held bytes.
-Annotations wait in a temporary SQLite file, so memory does not grow with their number.
+All archives are read side by side. An image whose partner has not come yet is held: in memory up to a bound, then in
+files of a temporary directory up to another bound, and past that it is let go. What could not be put together for that
+reason is in another pass over the archives. Where archives are in like order (sources and targets packed from
+directories of the same names), little is held and one pass does; in the worst case a pass yields pairs of at least the
+held bytes. Annotations wait in a temporary SQLite file, so memory does not grow with their number.
 """
 
 import collections
@@ -35,24 +35,24 @@ class Stream(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Pictures that belong together."""
+    """Images that belong together."""
 
     key: str  # comes back with them
-    pictures: tuple[tuple[int, str], ...]  # (stream, name)
+    images: tuple[tuple[int, str], ...]  # (stream, name)
 
 
 class Found(NamedTuple):
-    """All pictures of a Wanted."""
+    """All images of a Wanted."""
 
     key: str
-    pictures: tuple[bytes, ...]  # in the order of Wanted.pictures
+    images: tuple[bytes, ...]  # in the order of Wanted.images
 
 
 class Lost(NamedTuple):
-    """A Wanted with pictures that are in no archive."""
+    """A Wanted with images that are in no archive."""
 
     key: str
-    names: tuple[str, ...]  # of the missing pictures
+    names: tuple[str, ...]  # of the missing images
 
 
 class _NoRoom(Exception):
@@ -60,20 +60,20 @@ class _NoRoom(Exception):
 
 
 class _Held:
-    """Pictures waiting for their partners."""
+    """Images waiting for their partners."""
 
-    def __init__(self, folder: pathlib.Path, memory_bytes: int, disk_bytes: int) -> None:
-        self._folder, self._limits = folder, (memory_bytes, disk_bytes)
+    def __init__(self, directory: pathlib.Path, memory_bytes: int, disk_bytes: int) -> None:
+        self._directory, self._limits = directory, (memory_bytes, disk_bytes)
         self._used = [0, 0]  # bytes in memory, on disk
-        # Bytes, or the number of a file; size; how many pairs still need the picture.
-        self._pictures: dict[tuple[int, str], tuple[bytes | int, int, int]] = {}
+        # Bytes, or the number of a file; size; how many pairs still need the image.
+        self._images: dict[tuple[int, str], tuple[bytes | int, int, int]] = {}
         self._files = itertools.count()
         self.by_stream: collections.Counter[int] = collections.Counter()  # bytes
 
-    def __contains__(self, picture: tuple[int, str]) -> bool:
-        return picture in self._pictures
+    def __contains__(self, image: tuple[int, str]) -> bool:
+        return image in self._images
 
-    def add(self, picture: tuple[int, str], data: bytes, awaited: int) -> bool:
+    def add(self, image: tuple[int, str], data: bytes, awaited: int) -> bool:
         """Whether there was room."""
         place = next((i for i in (0, 1) if self._used[i] + len(data) <= self._limits[i]), None)
         if place is None:
@@ -86,25 +86,25 @@ class _Held:
             except OSError as error:
                 raise _NoRoom(error.strerror) from error
         self._used[place] += len(data)
-        self._pictures[picture] = (kept, len(data), awaited)
-        self.by_stream[picture[0]] += len(data)
+        self._images[image] = (kept, len(data), awaited)
+        self.by_stream[image[0]] += len(data)
         return True
 
     def _file(self, number: int) -> pathlib.Path:
-        return self._folder / str(number)
+        return self._directory / str(number)
 
-    def read(self, picture: tuple[int, str]) -> bytes:
-        kept, _, _ = self._pictures[picture]
+    def read(self, image: tuple[int, str]) -> bytes:
+        kept, _, _ = self._images[image]
         return self._file(kept).read_bytes() if isinstance(kept, int) else kept
 
-    def release(self, picture: tuple[int, str]) -> None:
+    def release(self, image: tuple[int, str]) -> None:
         """One pair less needs it."""
-        kept, size, awaited = self._pictures.pop(picture)
+        kept, size, awaited = self._images.pop(image)
         if awaited > 1:
-            self._pictures[picture] = (kept, size, awaited - 1)
+            self._images[image] = (kept, size, awaited - 1)
             return
         self._used[int(isinstance(kept, int))] -= size
-        self.by_stream[picture[0]] -= size
+        self.by_stream[image[0]] -= size
         if isinstance(kept, int):
             self._file(kept).unlink()
 
@@ -115,39 +115,40 @@ def join(
     memory_bytes: int = MEMORY_BYTES,
     disk_bytes: int = DISK_BYTES,
 ) -> Iterator[Found | Lost | Damage]:
-    """Pictures put together, in the order in which archives complete them; then what is lost.
+    """Images put together, in the order in which archives complete them; then what is lost.
 
-    Keys are unique. A picture may be wanted by several. Every Wanted comes back exactly once, as Found or Lost. The
-    temporary folder lies where TMPDIR says. Raises UserError if it has no room.
+    Keys are unique. An image may be wanted by several. Every Wanted comes back exactly once, as Found or Lost. The
+    temporary directory lies where TMPDIR says. Raises UserError if it has no room.
     """
     try:
         with tempfile.TemporaryDirectory(prefix="join-") as name:
             yield from _join(pathlib.Path(name), streams, wanted, memory_bytes, disk_bytes)
     except (sqlite3.Error, _NoRoom) as error:
         raise UserError(
-            f"what waits for its partners cannot be kept in {tempfile.gettempdir()}: {error}; set TMPDIR to a folder "
+            f"what waits for its partners cannot be kept in {tempfile.gettempdir()}: {error}; set TMPDIR to a "
+            f"directory "
             f"with {disk_bytes / 2**30:.3g} GiB of room"
         ) from error
 
 
 def _join(
-    folder: pathlib.Path, streams: Sequence[Stream], wanted: Iterable[Wanted], memory_bytes: int, disk_bytes: int
+    directory: pathlib.Path, streams: Sequence[Stream], wanted: Iterable[Wanted], memory_bytes: int, disk_bytes: int
 ) -> Iterator[Found | Lost | Damage]:
-    with contextlib.closing(sqlite3.connect(folder / "wanted.sqlite", isolation_level=None)) as database:
+    with contextlib.closing(sqlite3.connect(directory / "wanted.sqlite", isolation_level=None)) as database:
         _store(database, wanted)
-        yield from _read_through(database, streams, _Held(folder, memory_bytes, disk_bytes), first=True)
+        yield from _read_through(database, streams, _Held(directory, memory_bytes, disk_bytes), first=True)
         yield from _lost(database, _UNSEEN)
         found = True
         while found and database.execute("SELECT 1 FROM pair LIMIT 1").fetchone():
             found = False
-            for event in _read_through(database, streams, _Held(folder, memory_bytes, disk_bytes), first=False):
+            for event in _read_through(database, streams, _Held(directory, memory_bytes, disk_bytes), first=False):
                 found = True
                 yield event
         yield from _lost(database, _ALL)  # seen, but the archive is damaged there
 
 
 def joined(
-    dataset: str, licence: str, streams: Sequence[Stream], asked: Callable[[], Iterator[Wanted | Refused]]
+    dataset: str, license: str, streams: Sequence[Stream], asked: Callable[[], Iterator[Wanted | Refused]]
 ) -> Iterator[Entry]:
     """Records of pairs (source, target) whose keys are the other fields of a record, as JSON; and what was refused.
 
@@ -162,8 +163,8 @@ def joined(
         if isinstance(event, Lost):
             yield Refused(id=about["id"], dataset=dataset, reason=Reason.MISSING, detail=", ".join(event.names))
         else:
-            source, target = event.pictures
-            yield make_entry(dataset=dataset, source=source, target=target, licence=licence, **about)
+            source, target = event.images
+            yield make_entry(dataset=dataset, source=source, target=target, license=license, **about)
 
 
 def _store(database: sqlite3.Connection, wanted: Iterable[Wanted]) -> None:
@@ -182,7 +183,7 @@ def _store(database: sqlite3.Connection, wanted: Iterable[Wanted]) -> None:
         database.execute("INSERT INTO pair (id, key) VALUES (?, ?)", (number, pair.key))
         database.executemany(
             "INSERT INTO need VALUES (?, ?, ?, ?)",
-            [(number, place, stream, clean_text(name)) for place, (stream, name) in enumerate(pair.pictures)],
+            [(number, place, stream, clean_text(name)) for place, (stream, name) in enumerate(pair.images)],
         )
     database.execute("CREATE INDEX need_of ON need (stream, name)")
 
@@ -190,15 +191,15 @@ def _store(database: sqlite3.Connection, wanted: Iterable[Wanted]) -> None:
 def _read_through(
     database: sqlite3.Connection, streams: Sequence[Stream], held: _Held, first: bool
 ) -> Iterator[Found | Damage]:
-    """One pass over all archives; a picture that found no room keeps its pairs from being held for in this pass."""
+    """One pass over all archives; an image that found no room keeps its pairs from being held for in this pass."""
     let_go: set[int] = set()  # pairs
 
-    def pairs_of(picture: tuple[int, str]) -> list[int]:
-        """Pairs that still need a picture; it was seen, whether there will be room for it or not."""
+    def pairs_of(image: tuple[int, str]) -> list[int]:
+        """Pairs that still need an image; it was seen, whether there will be room for it or not."""
         query = "SELECT pair FROM need WHERE stream = ? AND name = ? ORDER BY pair"
-        pairs = [pair for (pair,) in database.execute(query, picture)]
+        pairs = [pair for (pair,) in database.execute(query, image)]
         if pairs and first:
-            database.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", picture)
+            database.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", image)
         return [pair for pair in pairs if pair not in let_go]
 
     def known_as(number: int, name: str) -> tuple[int, str] | None:
@@ -207,15 +208,15 @@ def _read_through(
 
     def reader(number: int, stream: Stream) -> Iterator[Member | Damage]:
         def is_wanted(name: str) -> bool:
-            picture = known_as(number, name)
-            return picture is not None and picture not in held and bool(pairs_of(picture))
+            image = known_as(number, name)
+            return image is not None and image not in held and bool(pairs_of(image))
 
         return itertools.chain.from_iterable(members(files, is_wanted) for files in stream.archives)
 
     needed = [number for (number,) in database.execute("SELECT DISTINCT stream FROM need ORDER BY stream")]
     readers = {number: reader(number, streams[number]) for number in needed}
     while readers:
-        # The archive whose pictures wait least is behind; that keeps archives of like order in step.
+        # The archive whose images wait least is behind; that keeps archives of like order in step.
         number = min(readers, key=lambda number: (held.by_stream[number], number))
         member = next(readers[number], None)
         if member is None:
@@ -223,13 +224,13 @@ def _read_through(
         elif isinstance(member, Damage):
             if first:
                 yield member
-        elif picture := known_as(number, member.name):
-            yield from _arrived(database, picture, member.data, pairs_of(picture), held, let_go)
+        elif image := known_as(number, member.name):
+            yield from _arrived(database, image, member.data, pairs_of(image), held, let_go)
 
 
 def _arrived(
     database: sqlite3.Connection,
-    picture: tuple[int, str],
+    image: tuple[int, str],
     data: bytes,
     pairs: list[int],
     held: _Held,
@@ -238,17 +239,17 @@ def _arrived(
     waiting = []
     for pair in pairs:
         needs = database.execute("SELECT stream, name FROM need WHERE pair = ? ORDER BY place", (pair,)).fetchall()
-        others = {need for need in needs if need != picture}
+        others = {need for need in needs if need != image}
         if all(other in held for other in others):
             (key,) = database.execute("SELECT key FROM pair WHERE id = ?", (pair,)).fetchone()
-            found = tuple(data if need == picture else held.read(need) for need in needs)
+            found = tuple(data if need == image else held.read(need) for need in needs)
             _forget(database, pair)
             for other in others:
                 held.release(other)
             yield Found(key, found)
         else:
             waiting.append((pair, others))
-    if waiting and not held.add(picture, data, len(waiting)):
+    if waiting and not held.add(image, data, len(waiting)):
         for pair, others in waiting:
             let_go.add(pair)
             for other in others:

@@ -1,8 +1,9 @@
 """A JSONL list of one's own: an object a line with `source`, `target` and `instruction`.
 
-Names of pictures are relative to the list's folder, or to the option `root`; absolute ones must lie below it. More may
-be said of a record: `id`, `instructions` (other wordings), `kind`, `turn`, `scores`, `mask`, `licence`, `picture`. The
-option `dataset` names the data set; otherwise it has the name of the list.
+Names of images are relative to the list's directory, or to the option `root`; absolute ones must lie below it. More may
+be said of a record: `id`, `instructions` (other wordings), `kind`, `turn`, `scores`, `mask`, `license`,
+`original` (earlier lists say `licence` and `picture`). The option `dataset` names the data set, which otherwise has
+the name of the list.
 """
 
 import pathlib
@@ -18,10 +19,10 @@ from varedit_jax.errors import UserError
 def _parts(inputs: Sequence[pathlib.Path], options: Mapping[str, str]) -> list[Part]:
     files = distinct(find(inputs, "*.jsonl"))
     if not files:
-        raise UserError(f"there is no *.jsonl under {', '.join(map(str, inputs))}; give a list of pictures")
+        raise UserError(f"there is no *.jsonl under {', '.join(map(str, inputs))}; give a list of images")
     root = pathlib.Path(options["root"]) if options.get("root") else None
     if root and not root.is_dir():
-        raise UserError(f"root is {root}, which is no folder; give the one that names of pictures are relative to")
+        raise UserError(f"root is {root}, which is no directory; give the one that names of images are relative to")
     return [
         Part(source="manifest", name=relative_name(file, inputs), files=(str(file),), options=options) for file in files
     ]
@@ -59,9 +60,9 @@ def _convert(value: Mapping[str, Any], place: str, dataset: str, root: pathlib.P
         turn=int(turn) if isinstance(turn, int) and 0 <= turn < 2**31 else 0,
         scores=finite_scores(scores if isinstance(scores, dict) else {}),
         mask=sides.get("mask"),
-        licence=str(value.get("licence") or ""),
-        picture=str(value.get("picture") or ""),
+        license=str(value.get("license") or value.get("licence") or ""),
+        original=str(value.get("original") or value.get("picture") or ""),
     )
 
 
-SOURCE = Source(name="manifest", licence="", parts=_parts, read=_read, options=("dataset", "root"))
+SOURCE = Source(name="manifest", license="", parts=_parts, read=_read, options=("dataset", "root"))

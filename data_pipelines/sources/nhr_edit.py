@@ -1,5 +1,5 @@
 """NHR-Edit: `train/metadata.jsonl` beside `train/images/00/image_XXX_original.jpg` and `image_XXX_edited_Y.jpg`, or
-tables that others made of it, with the pictures in them.
+tables that others made of it, with the images in them.
 """
 
 import pathlib
@@ -9,10 +9,10 @@ from typing import Any
 
 from data_pipelines.sources.entries import Entry, Part, Reason, Refused, Source, make_entry
 from data_pipelines.sources.files import find, read_below, read_lines, relative_name
-from data_pipelines.sources.tables import picture_bytes, read_table
+from data_pipelines.sources.tables import image_bytes, read_table
 from varedit_jax.errors import UserError
 
-_NAME, _LICENCE = "nhr_edit", "Apache-2.0"
+_NAME, _LICENSE = "nhr_edit", "Apache-2.0"
 
 
 def _parts(inputs: Sequence[pathlib.Path], options: Mapping[str, str]) -> list[Part]:
@@ -37,27 +37,27 @@ def _read_table(part: Part) -> Iterator[Entry]:
         yield make_entry(
             id=f"{pathlib.Path(part.name).stem}/{number}",
             dataset=_NAME,
-            source=picture_bytes(row["source_image"]),
-            target=picture_bytes(row["edited_image"]),
+            source=image_bytes(row["source_image"]),
+            target=image_bytes(row["edited_image"]),
             instructions=[row["edit_instruction"]],
-            licence=_LICENCE,
+            license=_LICENSE,
         )
 
 
 def _read_list(part: Part) -> Iterator[Entry]:
-    folder = pathlib.Path(part.files[0]).parent
+    directory = pathlib.Path(part.files[0]).parent
     for place, value in read_lines(part.files[0], _NAME):
-        yield value if isinstance(value, Refused) else _convert(value, place, (folder, folder.parent))
+        yield value if isinstance(value, Refused) else _convert(value, place, (directory, directory.parent))
 
 
-def _convert(value: Mapping[str, Any], place: str, folders: Sequence[pathlib.Path]) -> Entry:
+def _convert(value: Mapping[str, Any], place: str, directories: Sequence[pathlib.Path]) -> Entry:
     names = (value.get("source_file_name"), value.get("edited_file_name"))
     id = str(value.get("sample_id") or place)
-    pictures = [read_below(folders, name) for name in names]
-    for name, picture in zip(names, pictures, strict=True):
-        if isinstance(picture, Reason):
-            return Refused(id=id, dataset=_NAME, reason=picture, detail=str(name)[:200])
-    source, target = (picture for picture in pictures if isinstance(picture, bytes))
+    images = [read_below(directories, name) for name in names]
+    for name, image in zip(names, images, strict=True):
+        if isinstance(image, Reason):
+            return Refused(id=id, dataset=_NAME, reason=image, detail=str(name)[:200])
+    source, target = (image for image in images if isinstance(image, bytes))
     others = value.get("augmented_instructions")
     stem = re.match(r"(.+)_(?:original|edited)", pathlib.PurePosixPath(str(names[0])).name)
     return make_entry(
@@ -67,9 +67,9 @@ def _convert(value: Mapping[str, Any], place: str, folders: Sequence[pathlib.Pat
         target=target,
         instructions=[value.get("edit_instruction"), *(others if isinstance(others, list) else [])],
         kind=str(value.get("category") or ""),
-        licence=_LICENCE,
-        picture=stem[1] if stem else str(names[0]),  # edits of edits are of the same original
+        license=_LICENSE,
+        image=stem[1] if stem else str(names[0]),  # edits of edits are of the same original
     )
 
 
-SOURCE = Source(name=_NAME, licence=_LICENCE, parts=_parts, read=_read)
+SOURCE = Source(name=_NAME, license=_LICENSE, parts=_parts, read=_read)

@@ -4,10 +4,10 @@ from typing import Any
 
 from data_pipelines.record import finite_scores
 from data_pipelines.sources.entries import Entry, make_entry
-from data_pipelines.sources.tables import picture_bytes, table_source
+from data_pipelines.sources.tables import image_bytes, table_source
 
 _SCORES = ("sc_score_1", "sc_score_2", "pq_score", "o_score")
-_LICENCE = "MIT"
+_LICENSE = "MIT"
 
 
 def _convert(row: dict[str, Any], stem: str, number: int) -> Entry:
@@ -15,18 +15,18 @@ def _convert(row: dict[str, Any], stem: str, number: int) -> Entry:
     return make_entry(
         id=str(row["omni_edit_id"]),
         dataset="omniedit",
-        source=picture_bytes(row["src_img"]),
-        target=picture_bytes(row["edited_img"]),
+        source=image_bytes(row["src_img"]),
+        target=image_bytes(row["edited_img"]),
         instructions=[texts] if isinstance(texts, str) else texts,  # one text is no list of letters
         kind=str(row.get("task") or ""),
         scores=finite_scores({name: row.get(name) for name in _SCORES}),
-        licence=_LICENCE,
+        license=_LICENSE,
     )
 
 
 SOURCE = table_source(
     "omniedit",
-    _LICENCE,
+    _LICENSE,
     _convert,
     needed=("omni_edit_id", "src_img", "edited_img", "edited_prompt_list"),
     optional=("task", *_SCORES),

@@ -1,9 +1,10 @@
-"""Pico-Banana-400K: lists `sft.jsonl`, `preference.jsonl`, `multi_turn.jsonl`, and pictures beside them.
+"""Pico-Banana-400K: lists `sft.jsonl`, `preference.jsonl`, `multi_turn.jsonl`, and images beside them.
 
-An edited picture lies under the path that `output_image` names, `images/positive-edit/1.png`. Its source, from Open
+An edited image lies under the path that `output_image` names, `images/positive-edit/1.png`. Its source, from Open
 Images, lies where `local_input_image` says, which the publisher's script adds, or under the last part of its URL in any
-folder that was given; or it is still in the packed files of Open Images, `train_0.tar.gz`, given beside the lists. What
-`preference.jsonl` lists are failed edits, so these are refused. Some outputs stand for two edits: both are refused.
+directory that was given; or it is still in the packed files of Open Images, `train_0.tar.gz`, given beside the lists.
+What `preference.jsonl` lists are failed edits, so these are refused. Some outputs stand for two edits: both are
+refused.
 """
 
 import collections
@@ -19,21 +20,21 @@ from data_pipelines.sources.files import distinct, find, read_below, read_lines,
 from data_pipelines.sources.join import Found, Lost, Stream, Wanted, join
 from varedit_jax.errors import UserError
 
-_NAME, _LICENCE = "pico_banana", "CC-BY-NC-ND-4.0"
+_NAME, _LICENSE = "pico_banana", "CC-BY-NC-ND-4.0"
 _SOURCES = "openimage_source_images"  # where the publisher's instructions unpack the packed files
 
 
 def _parts(inputs: Sequence[pathlib.Path], options: Mapping[str, str]) -> list[Part]:
     lists = distinct(find(inputs, "*.jsonl"))
     if not lists:
-        raise UserError(f"there is no *.jsonl under {', '.join(map(str, inputs))}; give sft.jsonl and its pictures")
+        raise UserError(f"there is no *.jsonl under {', '.join(map(str, inputs))}; give sft.jsonl and its images")
     archives = [str(file) for file in find(inputs, "*.tar", "*.tar.gz")]
-    folders = [str(path) for path in inputs if path.is_dir()]
+    directories = [str(path) for path in inputs if path.is_dir()]
     return [
         Part(
             source=_NAME,
             name=relative_name(file, inputs),
-            files=(str(file), *dict.fromkeys([str(file.parent), *folders]), *archives),
+            files=(str(file), *dict.fromkeys([str(file.parent), *directories]), *archives),
         )
         for file in lists
     ]
@@ -41,8 +42,8 @@ def _parts(inputs: Sequence[pathlib.Path], options: Mapping[str, str]) -> list[P
 
 def _read(part: Part) -> Iterator[Entry]:
     path, *others = part.files
-    folders = [pathlib.Path(other) for other in others if pathlib.Path(other).is_dir()]
-    archives = group_parts([pathlib.Path(other) for other in others if pathlib.Path(other) not in folders])
+    directories = [pathlib.Path(other) for other in others if pathlib.Path(other).is_dir()]
+    archives = group_parts([pathlib.Path(other) for other in others if pathlib.Path(other) not in directories])
     outputs = collections.Counter(
         edit["target"] for edit in _edits(path) if not isinstance(edit, Refused) and edit["target"]
     )
@@ -52,41 +53,41 @@ def _read(part: Part) -> Iterator[Entry]:
             yield edit
         elif edit["target"] in twice:
             yield Refused(id=edit["id"], dataset=_NAME, reason=Reason.AMBIGUOUS, detail=str(edit["target"]))
-        elif not _packed(edit, folders, archives):
-            yield _entry(edit, _source(edit, folders), folders)
+        elif not _packed(edit, directories, archives):
+            yield _entry(edit, _source(edit, directories), directories)
     if archives:
         packed = (
             Wanted(json.dumps(edit), ((0, tail(str(safe_name(edit["sources"][0])))),))
             for edit in _edits(path)
-            if not isinstance(edit, Refused) and edit["target"] not in twice and _packed(edit, folders, archives)
+            if not isinstance(edit, Refused) and edit["target"] not in twice and _packed(edit, directories, archives)
         )
         for event in join([Stream(list(archives.values()), tail)], packed):
             if isinstance(event, (Found, Lost)):
-                source = event.pictures[0] if isinstance(event, Found) else Reason.MISSING
-                yield _entry(json.loads(event.key), source, folders)
+                source = event.images[0] if isinstance(event, Found) else Reason.MISSING
+                yield _entry(json.loads(event.key), source, directories)
             else:
                 yield Refused(id=event.name, dataset=_NAME, reason=event.reason, detail=event.detail)
 
 
-def _packed(edit: Mapping[str, Any], folders: Sequence[pathlib.Path], archives: Mapping[str, Any]) -> bool:
+def _packed(edit: Mapping[str, Any], directories: Sequence[pathlib.Path], archives: Mapping[str, Any]) -> bool:
     """Whether the source has to come out of an archive."""
     named = bool(edit["sources"]) and safe_name(edit["sources"][0]) is not None
-    return bool(archives) and named and _source(edit, folders) is Reason.MISSING
+    return bool(archives) and named and _source(edit, directories) is Reason.MISSING
 
 
-def _source(edit: Mapping[str, Any], folders: Sequence[pathlib.Path]) -> bytes | Reason:
+def _source(edit: Mapping[str, Any], directories: Sequence[pathlib.Path]) -> bytes | Reason:
     """The first of the names that a source may have which is there, or what is wrong with the first of all."""
-    found = [read_below(folders, name) for name in edit["sources"]]
+    found = [read_below(directories, name) for name in edit["sources"]]
     return next((data for data in found if isinstance(data, bytes)), found[0] if found else Reason.MISSING)
 
 
-def _entry(edit: Mapping[str, Any], source: bytes | Reason, folders: Sequence[pathlib.Path]) -> Entry:
-    target = read_below(folders, edit["target"])
-    for side, data, name in (("source", source, edit["picture"]), ("target", target, edit["target"])):
+def _entry(edit: Mapping[str, Any], source: bytes | Reason, directories: Sequence[pathlib.Path]) -> Entry:
+    target = read_below(directories, edit["target"])
+    for side, data, name in (("source", source, edit["original"]), ("target", target, edit["target"])):
         if isinstance(data, Reason):
             return Refused(id=edit["id"], dataset=_NAME, reason=data, detail=f"{side}: {name}"[:200])
-    fields = {name: edit[name] for name in ("id", "instructions", "kind", "turn", "picture")}
-    return make_entry(dataset=_NAME, source=source, target=target, licence=_LICENCE, **fields)  # type: ignore[arg-type]
+    fields = {name: edit[name] for name in ("id", "instructions", "kind", "turn", "original")}
+    return make_entry(dataset=_NAME, source=source, target=target, license=_LICENSE, **fields)  # type: ignore[arg-type]
 
 
 def _edits(path: str) -> Iterator[dict[str, Any] | Refused]:
@@ -107,7 +108,7 @@ def _edits(path: str) -> Iterator[dict[str, Any] | Refused]:
                 "instructions": [value.get("text"), value.get("summarized_text")],
                 "kind": str(value.get("edit_type") or ""),
                 "turn": 0,
-                "picture": _last(value.get("open_image_input_url")),
+                "original": _last(value.get("open_image_input_url")),
             }
 
 
@@ -133,7 +134,7 @@ def _turns(id: str, value: Mapping[str, Any]) -> Iterator[dict[str, Any] | Refus
             "instructions": prompts[turn : turn + 1],
             "kind": "",
             "turn": turn,
-            "picture": _last(original.get("url")),
+            "original": _last(original.get("url")),
         }
         sources = [target]
 
@@ -155,4 +156,4 @@ def _names(local: object, url: object) -> list[object]:
     return [name for name in (local, last, f"{_SOURCES}/{last}" if last else "") if name]
 
 
-SOURCE = Source(name=_NAME, licence=_LICENCE, parts=_parts, read=_read)
+SOURCE = Source(name=_NAME, license=_LICENSE, parts=_parts, read=_read)

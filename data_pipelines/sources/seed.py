@@ -6,7 +6,7 @@
     multi_turn_editing/annotations/split_0001.jsonl                              images/multi_turn.tar.gz.part-aa
 
 Each of the four is a part, since its archives are compressed as a whole; see `join` for how they are read. Where
-GPT-4V rewrote an instruction, the new one comes first. A session's turns are records of their own, with the picture
+GPT-4V rewrote an instruction, the new one comes first. A session's turns are records of their own, with the image
 of the session's start as their identity.
 """
 
@@ -23,28 +23,28 @@ from data_pipelines.sources.files import distinct, find, read_lines, safe_name
 from data_pipelines.sources.join import Stream, Wanted, joined
 from varedit_jax.errors import UserError
 
-_NAME, _LICENCE = "seed", "CC-BY-NC-4.0"
+_NAME, _LICENSE = "seed", "CC-BY-NC-4.0"
 _CORRUPT = tuple(f"20240330_315P_1323turns/Data/{number}/" for number in range(208, 213))
-# Folders that annotations and archives name or leave out as they please; those in _TOP with others above them.
+# Directories that annotations and archives name or leave out as they please; those in _TOP with others above them.
 _TOP = frozenset(("source_images", "target_images", "unsplash_images", "real_editing", "multi_turn_editing"))
 _ABOVE = _TOP | {"auto_editing", "openimages", "unsplash", "images", "multi_turn"}
 
 
 def _parts(inputs: Sequence[pathlib.Path], options: Mapping[str, str]) -> list[Part]:
-    folders = sorted({file.parent.parent for file in find(inputs, "annotations/*.jsonl")})
-    if not folders:
+    directories = sorted({file.parent.parent for file in find(inputs, "annotations/*.jsonl")})
+    if not directories:
         raise UserError(
             f"there is no annotations/*.jsonl under {', '.join(map(str, inputs))}; "
-            f"give folders of SEED-Data-Edit as they were downloaded, annotations and archives"
+            f"give directories of SEED-Data-Edit as they were downloaded, annotations and archives"
         )
-    distinct(folders)
+    distinct(directories)
     parts = []
-    for folder in folders:
-        archives = find([folder], "*.tar", "*.tar.gz", "*.tar.gz.part*", "*.tar.part*")
+    for directory in directories:
+        archives = find([directory], "*.tar", "*.tar.gz", "*.tar.gz.part*", "*.tar.part*")
         if not archives:
-            raise UserError(f"there is no *.tar.gz.part-* or *.tar.gz under {folder}; download the pictures too")
-        lists = find([folder], "annotations/*.jsonl", "annotations_GPT4V/*.jsonl")
-        parts.append(Part(source=_NAME, name=folder.absolute().name, files=tuple(map(str, [*lists, *archives]))))
+            raise UserError(f"there is no *.tar.gz.part-* or *.tar.gz under {directory}; download the images too")
+        lists = find([directory], "annotations/*.jsonl", "annotations_GPT4V/*.jsonl")
+        parts.append(Part(source=_NAME, name=directory.absolute().name, files=tuple(map(str, [*lists, *archives]))))
     return parts
 
 
@@ -57,7 +57,7 @@ def _read(part: Part) -> Iterator[Entry]:
     def asked() -> Iterator[Wanted | Refused]:
         return itertools.chain.from_iterable(_annotations(part.name, file, rewritten) for file in lists)
 
-    yield from joined(_NAME, _LICENCE, _streams(archives), asked)
+    yield from joined(_NAME, _LICENSE, _streams(archives), asked)
 
 
 def _streams(archives: Mapping[str, Sequence[str]]) -> list[Stream]:
@@ -70,7 +70,7 @@ def _streams(archives: Mapping[str, Sequence[str]]) -> list[Stream]:
 
 
 def _canonical(name: str) -> str:
-    """A picture's name without the folders that may be above it."""
+    """An image's name without the directories that may be above it."""
     pieces = name.split("/")
     start = next((place for place, piece in enumerate(pieces[:-1]) if piece in _TOP), 0)
     return "/".join(itertools.dropwhile(lambda piece: piece in _ABOVE, pieces[start:]))
@@ -114,7 +114,7 @@ def _turns(id: str, value: Mapping[str, Any]) -> Iterator[Wanted | Refused]:
 def _wanted(
     id: str, pair: tuple[Any, Any], instructions: list[Any], turn: int, first: Any, one: bool = False
 ) -> Wanted | Refused:
-    """A pair to look for; with `one`, both of it in the same archive, since neighbouring turns share pictures."""
+    """A pair to look for; with `one`, both of it in the same archive, since neighboring turns share images."""
     names = [safe_name(name) for name in pair]
     start = safe_name(first)
     if names[0] is None or names[1] is None or start is None:
@@ -126,7 +126,7 @@ def _wanted(
     texts = [text for text in instructions if isinstance(text, str) and text.strip()]
     if not texts:
         return Refused(id=id, dataset=_NAME, reason=Reason.INSTRUCTION)
-    about = {"id": id, "instructions": texts, "turn": turn, "picture": _canonical(start)}
+    about = {"id": id, "instructions": texts, "turn": turn, "original": _canonical(start)}
     sides = (0, 0) if one else (int(str(names[0]).startswith("target_images/")), _side_of_target(str(names[1])))
     return Wanted(json.dumps(about), ((sides[0], canonical[0]), (sides[1], canonical[1])))
 
@@ -136,4 +136,4 @@ def _side_of_target(name: str) -> int:
     return 0 if name.startswith("source_images/") else 1
 
 
-SOURCE = Source(name=_NAME, licence=_LICENCE, parts=_parts, read=_read)
+SOURCE = Source(name=_NAME, license=_LICENSE, parts=_parts, read=_read)

@@ -1,6 +1,6 @@
 """Parquet tables, row by row, and sources that are nothing but such tables.
 
-Memory is that of a group of rows, about twice, since writers put all pictures of a group into one page. Publishers make
+Memory is that of a group of rows, about twice, since writers put all images of a group into one page. Publishers make
 groups of 100 to 1000 rows.
 """
 
@@ -15,13 +15,13 @@ from data_pipelines.sources.entries import Entry, Part, Reason, Refused, Source
 from data_pipelines.sources.files import distinct, find, relative_name
 from varedit_jax.errors import UserError
 
-_ROWS = 16  # read at a time; a row may hold three pictures of several megabytes
+_ROWS = 16  # read at a time; a row may hold three images of several megabytes
 _BUFFER = 1 << 20  # bytes of a column that are read ahead
 _DAMAGE = (OSError, pa.ArrowException)
 
 
-def picture_bytes(value: Any) -> bytes | None:
-    """A picture of a table as it was published: bytes, or a struct with `bytes`; None if there are none."""
+def image_bytes(value: Any) -> bytes | None:
+    """An image of a table as it was published: bytes, or a struct with `bytes`; None if there are none."""
     if isinstance(value, Mapping):
         value = value.get("bytes")
     return value if isinstance(value, bytes) else None
@@ -29,7 +29,7 @@ def picture_bytes(value: Any) -> bytes | None:
 
 def table_source(
     name: str,
-    licence: str,
+    license: str,
     convert: Callable[[dict[str, Any], str, int], Entry],
     needed: Sequence[str],
     optional: Sequence[str] = (),
@@ -51,7 +51,7 @@ def table_source(
         for number, row in read_table(part, needed, optional):
             yield row if isinstance(row, Refused) else convert(row, stem, number)
 
-    return Source(name=name, licence=licence, parts=parts, read=read)
+    return Source(name=name, license=license, parts=parts, read=read)
 
 
 def read_table(

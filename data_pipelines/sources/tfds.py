@@ -1,7 +1,7 @@
 """Any prepared TFDS data set, by the names of its features.
 
 Options: `source`, `target` and `instruction` name features (`a/b` for one inside of another; these very names if not
-given), `mask`, `kind` and `id` more of them; `split` is a split, `train` if not given. Pictures come as they are
+given), `mask`, `kind` and `id` more of them; `split` is a split, `train` if not given. Images come as they are
 stored, without decoding. The data set's own code is not needed, but its files must be of a format that can be read in
 any order, as `array_record` is.
 """
@@ -21,28 +21,28 @@ _EXAMPLES = 4096  # of a part
 _FIELDS = ("source", "target", "instruction", "mask", "kind", "id")
 
 
-def _builder(folder: str) -> tfds.core.DatasetBuilder:
-    return tfds.builder_from_directory(folder)
+def _builder(directory: str) -> tfds.core.DatasetBuilder:
+    return tfds.builder_from_directory(directory)
 
 
 def _parts(inputs: Sequence[pathlib.Path], options: Mapping[str, str]) -> list[Part]:
-    folders = [str(file.parent) for file in find(inputs, "dataset_info.json")]
-    if not folders:
+    directories = [str(file.parent) for file in find(inputs, "dataset_info.json")]
+    if not directories:
         raise UserError(
             f"there is no dataset_info.json under {', '.join(map(str, inputs))}; "
-            f"give the folder of a prepared data set, NAME/VERSION"
+            f"give the directory of a prepared data set, NAME/VERSION"
         )
     split = options.get("split") or "train"
     parts = []
-    for folder in folders:
-        builder = _builder(folder)
+    for directory in directories:
+        builder = _builder(directory)
         if split not in builder.info.splits:
-            raise UserError(f"{folder} has no split {split!r}; it has {', '.join(builder.info.splits)}")
+            raise UserError(f"{directory} has no split {split!r}; it has {', '.join(builder.info.splits)}")
         count = builder.info.splits[split].num_examples
         for start in range(0, count, _EXAMPLES):
             span = {"split": split, "start": str(start), "stop": str(min(start + _EXAMPLES, count))}
             name = f"{builder.name}/{split}/{start:09d}"
-            parts.append(Part(source=_NAME, name=name, files=(folder,), options={**options, **span}))
+            parts.append(Part(source=_NAME, name=name, files=(directory,), options={**options, **span}))
     return parts
 
 
@@ -84,4 +84,4 @@ def _read(part: Part) -> Iterator[Entry]:
         )
 
 
-SOURCE = Source(name=_NAME, licence="", parts=_parts, read=_read, options=(*_FIELDS, "split"))
+SOURCE = Source(name=_NAME, license="", parts=_parts, read=_read, options=(*_FIELDS, "split"))

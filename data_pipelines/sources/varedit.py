@@ -10,7 +10,7 @@ from data_pipelines.sources.webdataset import groups
 from varedit_jax.errors import UserError
 
 _NAME = "varedit"
-_PICTURES = ("jpg", "jpeg", "png", "webp")
+_IMAGES = ("jpg", "jpeg", "png", "webp")
 
 
 def tar_parts(source: str, inputs: Sequence[pathlib.Path]) -> list[Part]:
@@ -24,9 +24,9 @@ def tar_parts(source: str, inputs: Sequence[pathlib.Path]) -> list[Part]:
     ]
 
 
-def picture(group: Mapping[str, bytes], side: str) -> bytes | None:
-    """The picture `side`.jpg of a group, or of another kind."""
-    return next((group[f"{side}.{kind}"] for kind in _PICTURES if f"{side}.{kind}" in group), None)
+def image(group: Mapping[str, bytes], side: str) -> bytes | None:
+    """The image `side`.jpg of a group, or of another kind."""
+    return next((group[f"{side}.{kind}"] for kind in _IMAGES if f"{side}.{kind}" in group), None)
 
 
 def _read(part: Part) -> Iterator[Entry]:
@@ -38,10 +38,10 @@ def _read(part: Part) -> Iterator[Entry]:
         yield make_entry(
             id=f"{part.name}/{key}",  # keys are of a tar
             dataset=_NAME,
-            source=picture(group, "src"),
-            target=picture(group, "tgt"),
+            source=image(group, "src"),
+            target=image(group, "tgt"),
             instructions=[group.get("txt", b"").decode("utf-8", "replace")],
         )
 
 
-SOURCE = Source(name=_NAME, licence="", parts=lambda inputs, _: tar_parts(_NAME, inputs), read=_read)
+SOURCE = Source(name=_NAME, license="", parts=lambda inputs, _: tar_parts(_NAME, inputs), read=_read)

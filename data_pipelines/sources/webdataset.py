@@ -1,4 +1,4 @@
-"""Tars whose neighbouring members belong together by the start of their names, up to the first dot."""
+"""Tars whose neighboring members belong together by the start of their names, up to the first dot."""
 
 from collections.abc import Iterator, Sequence
 
@@ -16,9 +16,9 @@ def groups(files: Sequence[str], dataset: str) -> Iterator[tuple[str, dict[str, 
         if isinstance(member, Damage):
             yield Refused(id=member.name, dataset=dataset, reason=member.reason, detail=member.detail)
             continue
-        folder, _, name = member.name.rpartition("/")
+        directory, _, name = member.name.rpartition("/")
         stem, _, kind = name.partition(".")
-        key = f"{folder}/{stem}" if folder else stem
+        key = f"{directory}/{stem}" if directory else stem
         if key != current and group:
             yield current, group
             group = {}

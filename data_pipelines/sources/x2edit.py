@@ -12,10 +12,10 @@ from typing import Any
 
 from data_pipelines.record import finite_scores
 from data_pipelines.sources.entries import Entry, Part, Refused, Source, make_entry
-from data_pipelines.sources.varedit import picture, tar_parts
+from data_pipelines.sources.varedit import image, tar_parts
 from data_pipelines.sources.webdataset import groups
 
-_NAME, _LICENCE = "x2edit", "Apache-2.0"
+_NAME, _LICENSE = "x2edit", "Apache-2.0"
 _INSTRUCTIONS = ("instruction", "instruction_en", "caption_en", "instruction_zh")
 _KINDS = ("task", "label_fine", "label")
 
@@ -33,16 +33,16 @@ def _read(part: Part) -> Iterator[Entry]:
         yield make_entry(
             id=f"{part.name}/{key}",
             dataset=_NAME,
-            source=picture(group, "1.0") or picture(group, "1"),
-            target=picture(group, "2"),
+            source=image(group, "1.0") or image(group, "1"),
+            target=image(group, "2"),
             instructions=[
                 *(about.get(name) for name in _INSTRUCTIONS),
                 group.get("txt", b"").decode("utf-8", "replace"),
             ],
             kind=next((about[name] for name in _KINDS if isinstance(about.get(name), str)), ""),
             scores=_scores(about),
-            mask=picture(group, "1.1"),
-            licence=_LICENCE,
+            mask=image(group, "1.1"),
+            license=_LICENSE,
         )
 
 
@@ -62,4 +62,4 @@ def _scores(about: Mapping[str, Any]) -> dict[str, float]:
     return finite_scores(found)
 
 
-SOURCE = Source(name=_NAME, licence=_LICENCE, parts=lambda inputs, _: tar_parts(_NAME, inputs), read=_read)
+SOURCE = Source(name=_NAME, license=_LICENSE, parts=lambda inputs, _: tar_parts(_NAME, inputs), read=_read)

@@ -1,10 +1,10 @@
 """Measures the conversion of a full-size transformer on this machine: time, memory, and whether a byte changed.
 
-    python -m experiments.benchmarks.conversion --preset=2b --folder=/tmp/conversion --output=results/conversion.md
+    python -m experiments.benchmarks.conversion --preset=2b --directory=/tmp/conversion --output=results/conversion.md
 
 Makes a file of random weights with the published names and shapes, converts it to ours, back to .pth and to
 safetensors shards, each in a process of its own whose peak memory the operating system tells; kills one conversion half
-way and goes on with it. The folder takes three times the file (2B: 8.8 GB) and is removed at the end.
+way and goes on with it. The directory takes three times the file (2B: 8.8 GB) and is removed at the end.
 """
 
 import math
@@ -31,7 +31,7 @@ from varedit_jax.weights.manifest import read_manifest
 from varedit_jax.weights.names import BUFFERS
 
 _PRESET = flags.DEFINE_string("preset", "2b", "size of the transformer")
-_FOLDER = flags.DEFINE_string("folder", None, "new folder to work in", required=True)
+_DIRECTORY = flags.DEFINE_string("directory", None, "new directory to work in", required=True)
 _ZEROS = flags.DEFINE_bool("zeros", False, "weights of zeros: a file that takes no room on the disk")
 _BRIEF = flags.DEFINE_bool("brief", False, "no killed conversion, and .pth alone")
 _OUTPUT = flags.DEFINE_string("output", "", "Markdown file for the table")
@@ -94,8 +94,8 @@ def _kill_half_way(output: pathlib.Path, tensors: int, *arguments: str) -> int:
 def _identical(one: pathlib.Path, other: pathlib.Path) -> int:
     """Number of tensors whose bytes and types are the same in two outputs. Raises UserError naming one that is not."""
     sums = [
-        {entry["name"]: (entry["dtype"], entry["sha256"]) for entry in (read_manifest(folder) or {})["tensors"]}
-        for folder in (one, other)
+        {entry["name"]: (entry["dtype"], entry["sha256"]) for entry in (read_manifest(directory) or {})["tensors"]}
+        for directory in (one, other)
     ]
     different = [name for name in sums[0] | sums[1] if sums[0].get(name) != sums[1].get(name)]
     if different:
@@ -104,7 +104,7 @@ def _identical(one: pathlib.Path, other: pathlib.Path) -> int:
 
 
 def _table(size: int, measured: list[Measured], tensors: int, killed: int) -> str:
-    command = f"python -m experiments.benchmarks.conversion --preset={_PRESET.value} --folder=... --output=..."
+    command = f"python -m experiments.benchmarks.conversion --preset={_PRESET.value} --directory=... --output=..."
     command += "".join(f" --{flag.name}" for flag in (_ZEROS, _BRIEF) if flag.value)
     values = "zeros" if _ZEROS.value else "random weights"
     rows = [
@@ -130,10 +130,10 @@ def _table(size: int, measured: list[Measured], tensors: int, killed: int) -> st
 def main(argv: list[str]) -> None:
     """Makes, converts, kills, compares."""
     del argv
-    folder = pathlib.Path(_FOLDER.value)
-    folder.mkdir(parents=True)
+    directory = pathlib.Path(_DIRECTORY.value)
+    directory.mkdir(parents=True)
     try:
-        source, ours, back = folder / "varedit.pth", folder / "ours", folder / "published"
+        source, ours, back = directory / "varedit.pth", directory / "ours", directory / "published"
         size = _make(source)
         tensors = len(convert.mapping_of(preset(_PRESET.value), ["transformer"]))
         inwards = [f"--transformer={source}"]
@@ -157,7 +157,7 @@ def main(argv: list[str]) -> None:
         if _OUTPUT.value:
             pathlib.Path(_OUTPUT.value).write_text(table)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Measures the loader on this machine: against its limit and a peer, and with a million records.
 
-    python -m experiments.benchmarks.data --folder=/tmp/data --peer_python=PEER/bin/python --output=data_throughput.md
+    python -m experiments.benchmarks.data --directory=/tmp/data --peer_python=PEER/bin/python --output=data.md
 
 Makes JPEG pairs with a short side of 512 px, as prepared records and as WebDataset tars, and has each contestant turn
-them into batches in a process of its own, in turns: bare Pillow that only decodes and resizes pictures in memory (the
+them into batches in a process of its own, in turns: bare Pillow that only decodes and resizes images in memory (the
 limit), the loader with threads and with worker processes, and a PyTorch DataLoader over the tars. PEER is an
-environment with torch, webdataset and pillow; without it there is no peer. The folder is removed at the end.
+environment with torch, webdataset and pillow; without it there is no peer. The directory is removed at the end.
 """
 
 import io
@@ -35,7 +35,7 @@ from varedit_jax.errors import UserError
 from varedit_jax.scales import aspect_templates
 from varedit_jax.text.vocabulary import Vocabulary
 
-_FOLDER = flags.DEFINE_string("folder", None, "new folder to work in", required=True)
+_DIRECTORY = flags.DEFINE_string("directory", None, "new directory to work in", required=True)
 _PEER = flags.DEFINE_string("peer_python", "", "Python of an environment with torch, webdataset and pillow")
 _PAIRS = flags.DEFINE_integer("pairs", 512, "pairs on disk")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "turns of each contestant, whose median counts")
@@ -52,7 +52,7 @@ SIZES = {256: "0.06M", 512: "0.25M"}  # pixels, and the budget of the model that
 
 
 def _photo(draw: np.random.Generator) -> Image.Image:
-    """A picture of 640 x 512 px with details of every size, of about as many bytes as a photo."""
+    """An image of 640 x 512 px with details of every size, of about as many bytes as a photo."""
     pixels = draw.normal(0, 3, (512, 640, 3))
     for cell, weight in ((8, 0.25), (32, 0.35), (128, 0.4)):
         coarse = Image.fromarray(draw.integers(0, 256, (512 // cell, 640 // cell, 3), np.uint8))
@@ -60,33 +60,33 @@ def _photo(draw: np.random.Generator) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def _jpeg(picture: Image.Image) -> bytes:
+def _jpeg(image: Image.Image) -> bytes:
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=90)
+    image.save(file, "JPEG", quality=90)
     return file.getvalue()
 
 
-def _make_pairs(folder: pathlib.Path, shards: int = 4) -> None:
+def _make_pairs(directory: pathlib.Path, shards: int = 4) -> None:
     """The same pairs as prepared records and as tars."""
     draw = np.random.default_rng(0)
     for shard in range(shards):
-        path = shard_path(folder / "records" / "train", "pairs", shard, shards)
-        with tarfile.open(folder / f"pairs-{shard}.tar", "w") as tar, ShardWriter(path) as writer:
+        path = shard_path(directory / "records" / "train", "pairs", shard, shards)
+        with tarfile.open(directory / f"pairs-{shard}.tar", "w") as tar, ShardWriter(path) as writer:
             for number in tqdm.trange(_PAIRS.value // shards, desc=f"pairs {shard + 1}/{shards}"):
-                picture = _photo(draw)
-                source, target = _jpeg(picture), _jpeg(picture.transpose(Image.Transpose.ROTATE_180))
-                name, text = f"{shard}{number:06d}", f"turn picture {number} upside down"
+                image = _photo(draw)
+                source, target = _jpeg(image), _jpeg(image.transpose(Image.Transpose.ROTATE_180))
+                name, text = f"{shard}{number:06d}", f"turn image {number} upside down"
                 record = Record(id=name, dataset="pairs", source=source, target=target, instructions=(text,))
-                writer.write(record, picture.size)
+                writer.write(record, image.size)
                 for suffix, data in (("src.jpg", source), ("tgt.jpg", target), ("txt", text.encode())):
                     member = tarfile.TarInfo(f"{name}.{suffix}")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
-    write_index(folder / "records")
+    write_index(directory / "records")
 
 
-def _open(folder: pathlib.Path, budget: str, **fields: Any) -> loader.Batches:
-    mixture = ((str(folder), 1.0),)
+def _open(directory: pathlib.Path, budget: str, **fields: Any) -> loader.Batches:
+    mixture = ((str(directory), 1.0),)
     data = DataConfig(
         name="records", mixture=mixture, batch_size=BATCH, text_tokens=64, prefetch_batches=AHEAD, **fields
     )
@@ -97,7 +97,7 @@ def _open(folder: pathlib.Path, budget: str, **fields: Any) -> loader.Batches:
 def _turn(kind: str, budget: str) -> dict[str, float]:
     """One contestant's turn, of ours."""
     fields = {"read_threads": CORES} if kind == "threads" else {"read_threads": 1, "workers": CORES}
-    batches = _open(pathlib.Path(_FOLDER.value) / "records", budget, **fields)
+    batches = _open(pathlib.Path(_DIRECTORY.value) / "records", budget, **fields)
     for _ in range(WARM_UP):
         next(batches)
     wall, cpu = time.perf_counter(), peer.cpu_seconds()
@@ -115,18 +115,24 @@ def _call(*command: str) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _race(folder: pathlib.Path, size: int) -> list[str]:
+def _race(directory: pathlib.Path, size: int) -> list[str]:
     """Rows of the table of one size."""
-    ours = [sys.executable, "-m", "experiments.benchmarks.data", f"--folder={folder}", f"--batches={_BATCHES.value}"]
+    ours = [
+        sys.executable,
+        "-m",
+        "experiments.benchmarks.data",
+        f"--directory={directory}",
+        f"--batches={_BATCHES.value}",
+    ]
     numbers = [str(number) for number in (size, BATCH, _BATCHES.value, WARM_UP, CORES, AHEAD // CORES)]
     contestants = {
-        "bare Pillow, decode and resize": [sys.executable, peer.__file__, "limit", str(folder), *numbers],
+        "bare Pillow, decode and resize": [sys.executable, peer.__file__, "limit", str(directory), *numbers],
         "loader, threads": [*ours, f"--turn=threads:{SIZES[size]}"],
         "loader, worker processes": [*ours, f"--turn=workers:{SIZES[size]}"],
     }
     if _PEER.value:
         title = "PyTorch DataLoader over WebDataset"
-        contestants[title] = [_PEER.value, peer.__file__, "webdataset", str(folder), *numbers]
+        contestants[title] = [_PEER.value, peer.__file__, "webdataset", str(directory), *numbers]
     turns: dict[str, list[dict[str, float]]] = {title: [] for title in contestants}
     for _ in tqdm.trange(_ROUNDS.value, desc=f"{size} px", unit="round"):
         for title, command in contestants.items():
@@ -143,26 +149,26 @@ def _race(folder: pathlib.Path, size: int) -> list[str]:
     ]
 
 
-def _many(folder: pathlib.Path) -> list[str]:
+def _many(directory: pathlib.Path) -> list[str]:
     """Rows about index, shuffling and resuming with many records."""
     count, shards = _RECORDS.value, 16
     tiny = _jpeg(Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)))
     draw = np.random.default_rng(1)
     for shard in tqdm.trange(shards, desc="small records", unit="shard"):
-        with ShardWriter(shard_path(folder / "train", "small", shard, shards)) as writer:
+        with ShardWriter(shard_path(directory / "train", "small", shard, shards)) as writer:
             for number in range(count * shard // shards, count * (shard + 1) // shards):
                 size = (int(draw.integers(256, 1024)), int(draw.integers(256, 1024)))  # for the buckets alone
                 record = Record(id=str(number), dataset="small", source=tiny, target=tiny, instructions=(str(number),))
                 writer.write(record, size)
     start = time.perf_counter()
-    write_index(folder)
+    write_index(directory)
     rows = [f"| writing the index of {count:,} records | {time.perf_counter() - start:.2f} |"]
     start = time.perf_counter()
-    Records(folder, "train")
+    Records(directory, "train")
     rows.append(f"| opening it | {time.perf_counter() - start:.3f} |")
     aspects = tuple(aspect_templates())
     start = time.perf_counter()
-    batches = _open(folder, "0.06M", aspects=aspects, read_threads=0)
+    batches = _open(directory, "0.06M", aspects=aspects, read_threads=0)
     rows.append(f"| opening it and planning the batches of 15 aspects | {time.perf_counter() - start:.3f} |")
     state = batches.get_state()
     taken = []
@@ -178,20 +184,20 @@ def _many(folder: pathlib.Path) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
-    """Makes pictures, has all take their turns, and writes the tables."""
+    """Makes images, has all take their turns, and writes the tables."""
     del argv
-    folder = pathlib.Path(_FOLDER.value)
+    directory = pathlib.Path(_DIRECTORY.value)
     if _TURN.value:
         print(json.dumps(_turn(*_TURN.value.split(":"))))
         return
-    folder.mkdir(parents=True)
+    directory.mkdir(parents=True)
     try:
-        _make_pairs(folder)
-        rows = [row for size in SIZES for row in _race(folder, size)]
-        many = _many(folder / "small")
+        _make_pairs(directory)
+        rows = [row for size in SIZES for row in _race(directory, size)]
+        many = _many(directory / "small")
         lines = [
             "# Throughput of the loader\n",
-            "    python -m experiments.benchmarks.data --folder=... --peer_python=... --output=...\n",
+            "    python -m experiments.benchmarks.data --directory=... --peer_python=... --output=...\n",
             f"{time.strftime('%Y-%m-%d')}, {CORES} cores, at a load of {os.getloadavg()[2]:.0f}. {_PAIRS.value} pairs "
             f"of JPEGs of 640 x 512 px, the middle brought to the size (Lanczos), batches of {BATCH} pairs, {CORES} "
             f"threads or processes; {_BATCHES.value} batches a turn, median of {_ROUNDS.value} turns, which all took "
@@ -207,7 +213,7 @@ def main(argv: list[str]) -> None:
         if _OUTPUT.value:
             pathlib.Path(_OUTPUT.value).write_text("\n".join(lines) + "\n")
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 if __name__ == "__main__":

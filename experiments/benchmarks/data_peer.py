@@ -2,9 +2,9 @@
 
 Stands alone, so that an environment without this package can run it:
 
-    python experiments/benchmarks/data_peer.py limit|webdataset FOLDER SIZE BATCH BATCHES WARM_UP PROCESSES AHEAD
+    python experiments/benchmarks/data_peer.py limit|webdataset DIRECTORY SIZE BATCH BATCHES WARM_UP PROCESSES AHEAD
 
-FOLDER holds pairs-*.tar with ID.src.jpg, ID.tgt.jpg and ID.txt. Both bring the middle of a picture to SIZE x SIZE
+DIRECTORY holds pairs-*.tar with ID.src.jpg, ID.tgt.jpg and ID.txt. Both bring the middle of an image to SIZE x SIZE
 pixels (Lanczos); each process has up to AHEAD batches ready. Prints JSON: seconds, and processor seconds of all
 processes, of BATCHES batches after WARM_UP.
 """
@@ -46,7 +46,7 @@ def middle(width: int, height: int) -> tuple[float, float, float, float]:
     return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
 
 
-def picture(data: bytes, size: int) -> Image.Image:
+def image(data: bytes, size: int) -> Image.Image:
     """A file decoded and resized."""
     opened = Image.open(io.BytesIO(data)).convert("RGB")
     return opened.resize((size, size), Image.Resampling.LANCZOS, box=middle(*opened.size))
@@ -55,20 +55,20 @@ def picture(data: bytes, size: int) -> Image.Image:
 def limit(
     tars: list[str], size: int, batch: int, batches: int, warm_up: int, processes: int, _: int
 ) -> tuple[float, float]:
-    """Decodes and resizes pictures that lie in memory, in forked processes, and throws them away."""
+    """Decodes and resizes images that lie in memory, in forked processes, and throws them away."""
     files = []
     for path in tars:
         with tarfile.open(path) as tar:
-            pictures = (tar.extractfile(member) for member in tar if member.name.endswith(".jpg"))
-            files += [file.read() for file in pictures if file]
+            images = (tar.extractfile(member) for member in tar if member.name.endswith(".jpg"))
+            files += [file.read() for file in images if file]
 
-    def work(pictures: int) -> None:
+    def work(images: int) -> None:
         children = []
         for number in range(processes):
             child = os.fork()
             if not child:
-                for index in range(number, pictures, processes):
-                    picture(files[index % len(files)], size)
+                for index in range(number, images, processes):
+                    image(files[index % len(files)], size)
                 os._exit(0)
             children.append(child)
         for child in children:
@@ -88,7 +88,7 @@ def webdataset(
     import webdataset as wds
 
     def read(sample: dict) -> tuple:
-        pixels = [torch.from_numpy(np.array(picture(sample[side], size))) for side in ("src.jpg", "tgt.jpg")]
+        pixels = [torch.from_numpy(np.array(image(sample[side], size))) for side in ("src.jpg", "tgt.jpg")]
         return (*pixels, sample["txt"].decode())
 
     def stack(samples: list) -> tuple:

@@ -2,7 +2,7 @@
 
     python -m experiments.benchmarks.precision --golden=tests/data/golden/mini_a,tests/data/golden/mini_b
 
-The first row is the shipped editor of `shapes`, on held-out pictures: the only trained one here. Prints a table for
+The first row is the shipped editor of `shapes`, on held-out images: the only trained one here. Prints a table for
 `tokenizer_precision` (share of bits that change, by scale) and one for `text_dtype` (relative error of the features,
 and the held-out loss with them).
 """
@@ -29,17 +29,17 @@ from varedit_jax.text.t5 import T5Encoder
 from varedit_jax.text.vocabulary import Vocabulary
 from varedit_jax.training.setup import make_evaluate
 
-_GOLDEN = flags.DEFINE_list("golden", [], "folders of golden models to measure too")
-_EXAMPLES = flags.DEFINE_integer("examples", 64, "held-out pictures of shapes", lower_bound=1)
+_GOLDEN = flags.DEFINE_list("golden", [], "directories of golden models to measure too")
+_EXAMPLES = flags.DEFINE_integer("examples", 64, "held-out images of shapes", lower_bound=1)
 
 
-def _tokenizers(editor: Editor, pictures: jax.Array) -> Iterator[tuple[str, Any, jax.Array, EditorConfig, Pyramid]]:
-    """Name, weights, pictures, configuration and pyramid of every tokenizer."""
-    yield "shapes, shipped", editor.params["tokenizer"], pictures, editor.config, editor_pyramid(editor.config)
-    for folder in _GOLDEN.value:
-        golden = parity.read_golden(folder)
-        images = np.moveaxis(golden.tensors["tgt_image_uint8"], 1, -1)
-        yield folder, golden.tokenizer, jax.device_put(images), golden.config, golden.pyramid
+def _tokenizers(editor: Editor, images: jax.Array) -> Iterator[tuple[str, Any, jax.Array, EditorConfig, Pyramid]]:
+    """Name, weights, images, configuration and pyramid of every tokenizer."""
+    yield "shapes, shipped", editor.params["tokenizer"], images, editor.config, editor_pyramid(editor.config)
+    for directory in _GOLDEN.value:
+        golden = parity.read_golden(directory)
+        golden_images = np.moveaxis(golden.tensors["tgt_image_uint8"], 1, -1)
+        yield directory, golden.tokenizer, jax.device_put(golden_images), golden.config, golden.pyramid
 
 
 def main(argv: list[str]) -> None:
@@ -51,10 +51,10 @@ def main(argv: list[str]) -> None:
     batch = jax.device_put(next(loader.evaluation_batches(data, Vocabulary.load(), held_out)))
 
     print("| tokenizer | bits | tokenizer_precision | changed, % | by scale |\n|---|---|---|---|---|")
-    for name, params, pictures, config, pyramid in _tokenizers(editor, batch["target"]):
-        exact = bits_at("highest", params, pictures, config, pyramid)
+    for name, params, images, config, pyramid in _tokenizers(editor, batch["target"]):
+        exact = bits_at("highest", params, images, config, pyramid)
         for precision in ("high", "default"):
-            *scales, every = changed_bits(exact, bits_at(precision, params, pictures, config, pyramid))
+            *scales, every = changed_bits(exact, bits_at(precision, params, images, config, pyramid))
             by_scale = ", ".join(f"{100 * share:.2g}" for share in scales)
             print(
                 f"| {name} | {sum(scale.size for scale in exact)} | {precision} | {100 * every:.2g} | {by_scale} |",

@@ -1,10 +1,10 @@
 """Measures how prepare grows with its data set: memory, time, and whether every record is where it should be.
 
-    python -m experiments.benchmarks.prepare --records=100000,1000000 --folder=/tmp/prepare --output=results/prepare.md
+    python -m experiments.benchmarks.prepare --records=100000,1000000 --directory=/tmp/prepare --output=prepare.md
 
-Makes small pictures in the tars of the VAREdit release, one of a hundred each a copy, nearly a copy, an edit that
-changed nothing and a picture cut short; prepares them with every step that needs no endpoint; kills the first, half
-way through reading, and goes on. The folder takes three times the tars (a million records: 12 GB) and is removed.
+Makes small images in the tars of the VAREdit release, one of a hundred each a copy, nearly a copy, an edit that
+changed nothing and an image cut short; prepares them with every step that needs no endpoint; kills the first, half
+way through reading, and goes on. The directory takes three times the tars (a million records: 12 GB) and is removed.
 """
 
 import io
@@ -33,7 +33,7 @@ from varedit_jax import command
 from varedit_jax.errors import UserError
 
 _RECORDS = flags.DEFINE_list("records", ["20000", "100000"], "sizes of data sets")
-_FOLDER = flags.DEFINE_string("folder", None, "new folder to work in", required=True)
+_DIRECTORY = flags.DEFINE_string("directory", None, "new directory to work in", required=True)
 _WORKERS = flags.DEFINE_integer("workers", 1, "processes of prepare")
 _OUTPUT = flags.DEFINE_string("output", "", "Markdown file for the table")
 
@@ -89,12 +89,12 @@ def _triples(count: int) -> Iterator[tuple[bytes, bytes, bytes]]:
                 yield before
 
 
-def _make(folder: pathlib.Path, count: int) -> None:
-    folder.mkdir()
+def _make(directory: pathlib.Path, count: int) -> None:
+    directory.mkdir()
     triples = enumerate(_triples(count))
-    with tqdm.tqdm(total=count, desc="pictures", unit="record", mininterval=1) as bar:
+    with tqdm.tqdm(total=count, desc="images", unit="record", mininterval=1) as bar:
         for index in range(-(-count // _TAR)):
-            with tarfile.open(folder / f"{index:05d}.tar", "w") as tar:
+            with tarfile.open(directory / f"{index:05d}.tar", "w") as tar:
                 for number, (source, target, text) in itertools.islice(triples, _TAR):
                     for name, data in (("src.jpg", source), ("tgt.jpg", target), ("txt", text)):
                         info = tarfile.TarInfo(f"{number:08d}.{name}")
@@ -153,8 +153,8 @@ def _command(source: pathlib.Path, output: pathlib.Path) -> list[str]:
     ]  # fmt: skip
 
 
-def _measure(folder: pathlib.Path, count: int, with_kill: bool) -> Measured:
-    source, output, killed = folder / "in", folder / "out", folder / "killed"
+def _measure(directory: pathlib.Path, count: int, with_kill: bool) -> Measured:
+    source, output, killed = directory / "in", directory / "out", directory / "killed"
     _make(source, count)
     start = time.perf_counter()
     child = subprocess.Popen(_command(source, output))
@@ -207,12 +207,12 @@ def _check(output: pathlib.Path, count: int) -> None:
 def main(argv: list[str]) -> None:
     """Makes, prepares, kills, goes on."""
     del argv
-    folder = pathlib.Path(_FOLDER.value)
-    folder.mkdir(parents=True)
+    directory = pathlib.Path(_DIRECTORY.value)
+    directory.mkdir(parents=True)
     try:
-        measured = [_measure(folder, int(count), with_kill=n == 0) for n, count in enumerate(_RECORDS.value)]
+        measured = [_measure(directory, int(count), with_kill=n == 0) for n, count in enumerate(_RECORDS.value)]
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
     rows = [
         f"| {line.records:,} | {line.seconds:.0f} | {line.records / line.seconds:.0f} | {line.peak:.0f} | "
         f"{f'{line.again:.0f}' if line.again else ''} | {line.opening:.3f} |"
@@ -221,7 +221,7 @@ def main(argv: list[str]) -> None:
     lines = [
         "# Prepare\n",
         f"    python -m experiments.benchmarks.prepare --records={','.join(_RECORDS.value)} "
-        "--folder=... --output=...\n",
+        "--directory=... --output=...\n",
         f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores; pairs of JPEGs of {_SIDE} px, {_WORKERS.value} "
         f"process(es), all steps but the vision-language filter.\n",
         "| records | seconds | records/s | peak memory, MB | seconds after a kill half way through reading | "
@@ -229,7 +229,7 @@ def main(argv: list[str]) -> None:
         "|---|---|---|---|---|---|",
         *rows,
         "\nEvery record was where it should be: one of a hundred each left as exact duplicate, near-duplicate, edit "
-        "that changed nothing and picture cut short. What was killed (SIGKILL) and gone on with has the same bytes.",
+        "that changed nothing and image cut short. What was killed (SIGKILL) and gone on with has the same bytes.",
     ]
     print("\n".join(lines))
     if _OUTPUT.value:

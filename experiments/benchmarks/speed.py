@@ -7,7 +7,7 @@ On one H200 (141 GB), 2B complete, and 8B at full width with as many blocks as f
     python -m experiments.benchmarks.speed --preset=2b --batch=8 --what=train,edit,attention,remat --json=2b.json
     python -m experiments.benchmarks.speed --preset=8b --depth=10 --batch=8 --what=train,attention,remat --json=8b.json
 
-Weights and pictures are random. The step is the whole one of a run: frozen encoders on pictures and token ids, forward
+Weights and images are random. The step is the whole one of a run: frozen encoders on images and token ids, forward
 and backward pass, clipping, AdamW, a state that is donated. It is timed from its dispatch until its results are there,
 after two calls for warming up. What needs more memory than there is becomes a row that says so.
 """
@@ -36,16 +36,14 @@ BUDGETS = {256: "0.06M", 512: "0.25M", 768: "0.60M", 1024: "1M"}
 _PRESET = flags.DEFINE_enum("preset", "tiny", config_lib.PRESETS, "size of the editor")
 _DEPTH = flags.DEFINE_integer("depth", None, "blocks, instead of the preset's", lower_bound=1)
 _TEXT = flags.DEFINE_string("text", "", "Flan-T5 encoder: small, base, large, xl, xxl; the preset's own by default")
-_PIXELS = flags.DEFINE_integer("pixels", None, f"side of the pictures: {', '.join(map(str, BUDGETS))}; 512 by default")
+_PIXELS = flags.DEFINE_integer("pixels", None, f"side of the images: {', '.join(map(str, BUDGETS))}; 512 by default")
 _TEXT_TOKENS = flags.DEFINE_integer("text_tokens", None, "T of a training batch; all the model has by default")
-_BATCH = flags.DEFINE_integer(
-    "batch", 1, "examples a step, over all devices; pictures of the larger edit", lower_bound=1
-)
+_BATCH = flags.DEFINE_integer("batch", 1, "examples a step, over all devices; images of the larger edit", lower_bound=1)
 _ACCUMULATION = flags.DEFINE_integer("accumulation", 1, "microbatches a step", lower_bound=1)
 _WHAT = flags.DEFINE_list("what", ["train", "edit"], f"what to measure, of {', '.join(WHAT)}")
 _MESH = flags.DEFINE_string("mesh", "data=-1", "sizes of the mesh's axes, as in fsdp=-1,tensor=4")
 _FEATURES: flags.FlagHolder[Any] = flags.DEFINE_enum(
-    "features", "online", ["online", "precomputed"], "encode pictures in the step, or ahead"
+    "features", "online", ["online", "precomputed"], "encode images in the step, or ahead"
 )
 _DTYPE: flags.FlagHolder[Any] = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16"], "of products in the blocks and the text encoder; float32 on a CPU alone"

@@ -85,7 +85,7 @@ LAYOUTS = {
     },
 }
 VARIANTS = ("", "tiny", *MACHINES)
-# Folders that data_pipelines.prepare is told to make of what the recipe was trained on, each example once an epoch.
+# Directories that data_pipelines.prepare is told to make of what the recipe was trained on, each example once an epoch.
 MIXTURE = (("seed_data_edit", 1.0), ("imgedit", 1.0))
 
 
@@ -101,7 +101,7 @@ def card(
 ) -> RunConfig:
     """A published run at preset `size`.
 
-    `variant` "tiny" has the same settings over the smallest model and pictures, and one of `MACHINES` its layout.
+    `variant` "tiny" has the same settings over the smallest model and images, and one of `MACHINES` its layout.
     """
     model = preset(size)
     transformer = dataclasses.replace(model.transformer, dtype="bfloat16", remat="full")

@@ -1,4 +1,4 @@
-"""`shapes`: an editor trained from scratch on procedural pictures, on a two-core machine.
+"""`shapes`: an editor trained from scratch on procedural images, on a two-core machine.
 
     python -m experiments.train --config=experiments/configs/shapes.py:demo --workdir=runs/shapes
 
@@ -50,7 +50,7 @@ MODEL = EditorConfig(
     ),
     pixel_budget="",
     grids=((1, 1), (2, 2), (4, 4), (8, 8)),
-    position_scale=4,  # as far apart as at 256 px in the published models: attention tells neighbours apart sooner
+    position_scale=4,  # as far apart as at 256 px in the published models: attention tells neighbors apart sooner
 )
 
 DATA = DataConfig(train_examples=24000, eval_examples=1000, features="precomputed", batch_size=16, text_tokens=24)
@@ -69,7 +69,7 @@ def _tokenizer() -> TokenizerRunConfig:
 
 
 def _coarse() -> TokenizerRunConfig:
-    """Second stage of the tokenizer: the coarse bits learn to say what the picture shows, shapes included."""
+    """Second stage of the tokenizer: the coarse bits learn to say what the image shows, shapes included."""
     first = _tokenizer()
     optimizer = dataclasses.replace(first.optimizer, learning_rate=8e-4)
     return dataclasses.replace(

@@ -6,7 +6,7 @@ set -euo pipefail
 
 NAME=${NAME:?name of the TPU, and of the request for it}
 ZONE=${ZONE:?zone, as in us-east5-a}
-DISK=${DISK:?NFS export that all hosts mount, HOST:/PATH: weights, data and working folders}
+DISK=${DISK:?NFS export that all hosts mount, HOST:/PATH: weights, data and working directories}
 ACCELERATOR=${ACCELERATOR:-v5p-256} # 128 chips
 RUNTIME=${RUNTIME:-v2-alpha-tpuv5}
 CARD=${CARD:-experiments/configs/varedit_8b_512.py:v5p_256}

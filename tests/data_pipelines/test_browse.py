@@ -13,19 +13,19 @@ from data_pipelines.browse import choose, write_page
 from data_pipelines.record import Record
 from data_pipelines.shards import Records, ShardWriter, shard_path, write_index
 from tests.data_pipelines.browser import Browser
-from tests.data_pipelines.preparation.corpus import edited, jpeg, picture
+from tests.data_pipelines.preparation.corpus import edited, jpeg, photo
 from varedit_jax.errors import UserError
 
 EVIL = '</script><script>document.title = "taken"</script> "quoted" & <b>bold</b>'
 
 
 def _record(number: int) -> Record:
-    image = picture(number, (60 + 4 * number, 100))
+    image = photo(number, (60 + 4 * number, 100))
     return Record(
         id=f"n{number}",
         dataset=("omniedit", "magicbrush")[number % 3 == 0],
         source=jpeg(image),
-        target=b"no picture" if number == 11 else jpeg(edited(image)),
+        target=b"no image" if number == 11 else jpeg(edited(image)),
         instructions=(EVIL,) if number == 0 else (f"make edit number {number}", "another wording"),
         kind=("add", "remove", "")[number % 4 % 3],
         turn=number % 2,
@@ -35,19 +35,19 @@ def _record(number: int) -> Record:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("browse") / "made edits"
+    directory = tmp_path_factory.mktemp("browse") / "made edits"
     for split, numbers in (("train", range(12)), ("validation", range(12, 16))):
-        with ShardWriter(shard_path(folder / split, "made", 0, 1)) as writer:
+        with ShardWriter(shard_path(directory / split, "made", 0, 1)) as writer:
             for number in numbers:
                 writer.write(_record(number), (60 + 4 * number, 100))
-    write_index(folder)
-    return folder
+    write_index(directory)
+    return directory
 
 
 @pytest.fixture(scope="module")
 def page(prepared: pathlib.Path) -> pathlib.Path:
     output = prepared.parent / "page"
-    assert write_page(prepared, output, side=64) == 15  # all but the one with a broken picture
+    assert write_page(prepared, output, side=64) == 15  # all but the one with a broken image
     return output
 
 
@@ -57,7 +57,7 @@ def _data(page: pathlib.Path) -> dict[str, Any]:
     return json.loads(found[1])
 
 
-def test_the_page_has_every_sample_with_small_pictures_and_nothing_from_elsewhere(page: pathlib.Path) -> None:
+def test_the_page_has_every_sample_with_small_images_and_nothing_from_elsewhere(page: pathlib.Path) -> None:
     data = _data(page)
     assert data["total"] == 16 and data["title"] == "made edits"
     assert [sample["id"] for sample in data["samples"]] == [f"n{number}" for number in range(16) if number != 11]
@@ -83,7 +83,7 @@ def test_a_page_that_was_ended_leaves_nothing_and_one_without_a_place_is_told(
     prepared: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot write .*page: .*; make room, or give another folder"):
+    with pytest.raises(UserError, match="cannot write .*page: .*; make room, or give another directory"):
         write_page(prepared, tmp_path / "file" / "page")
 
     def end(*_: object) -> None:
@@ -96,7 +96,7 @@ def test_a_page_that_was_ended_leaves_nothing_and_one_without_a_place_is_told(
 
 
 def test_a_page_is_not_written_over_another(prepared: pathlib.Path, page: pathlib.Path) -> None:
-    with pytest.raises(UserError, match="exists; give a new folder"):
+    with pytest.raises(UserError, match="exists; give a new directory"):
         write_page(prepared, page)
 
 
@@ -157,7 +157,7 @@ def test_filters_work_in_a_browser(browser: Browser, page: pathlib.Path) -> None
     assert browser.errors() == []
 
 
-def test_two_pictures_are_compared_in_a_browser(browser: Browser, page: pathlib.Path) -> None:
+def test_two_images_are_compared_in_a_browser(browser: Browser, page: pathlib.Path) -> None:
     browser.open(page / "index.html")
     browser.click("article:nth-child(2) > button")
     assert browser.run("return document.querySelector('dialog').open")

@@ -10,7 +10,7 @@ from PIL import Image
 
 from data_pipelines.damage import Damaged, Fault, Quarantine, check_image, check_record, read_quarantine
 from data_pipelines.record import Record
-from tests.data_pipelines.pictures import DAMAGE, encoded
+from tests.data_pipelines.images import DAMAGE, encoded
 
 
 @pytest.mark.parametrize("name", DAMAGE)
@@ -22,7 +22,7 @@ def test_damage_is_told_by_its_reason(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
-def test_good_pictures_tell_their_size_upright(kind: str) -> None:
+def test_good_images_tell_their_size_upright(kind: str) -> None:
     assert check_image(encoded(kind=kind)) == (40, 30)
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -30,7 +30,7 @@ def test_good_pictures_tell_their_size_upright(kind: str) -> None:
         assert check_image(encoded(kind=kind, exif=turned)) == (30, 40)
 
 
-def test_a_record_says_which_of_its_pictures_is_broken() -> None:
+def test_a_record_says_which_of_its_images_is_broken() -> None:
     good = Record(id="1", dataset="d", source=encoded(), target=encoded((50, 30)), instructions=("do it",))
     assert check_record(good) == (40, 30)
     for fields, said in (
@@ -59,7 +59,7 @@ def test_quarantine_keeps_each_record_once_and_goes_on(tmp_path: pathlib.Path) -
     ]  # fmt: skip
 
 
-def test_kinds_of_pictures_are_known_where_one_was_imported_before_the_others() -> None:
+def test_kinds_of_images_are_known_where_one_was_imported_before_the_others() -> None:
     data = base64.b64encode(encoded(kind="WEBP")).decode()
     code = (
         "import base64, PIL.PngImagePlugin; from data_pipelines.damage import check_image; "

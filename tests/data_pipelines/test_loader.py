@@ -22,7 +22,7 @@ DATA = DataConfig(batch_size=4, text_tokens=6)
 
 
 class Numbered:
-    """Example i has pictures of level i and 100 + i, and an instruction that names it."""
+    """Example i has images of level i and 100 + i, and an instruction that names it."""
 
     def __init__(self, count: int = COUNT) -> None:
         self.count = count
@@ -65,7 +65,7 @@ def take(count: int, data: DataConfig = DATA, **kwargs: Any) -> list[loader.Batc
 
 
 @pytest.mark.parametrize("make", [loader.training_batches, loader.evaluation_batches])
-def test_pictures_and_text_of_an_example_stay_together(make: Any) -> None:
+def test_images_and_text_of_an_example_stay_together(make: Any) -> None:
     for batch in itertools.islice(make(DATA, Numbers(), Numbered()), 5):
         assert set(batch) == {"source", "target", "text_ids", "text_length", "example_ids"}
         assert batch["example_ids"].dtype == np.int64 and batch["example_ids"].tolist() == indices(batch)
@@ -80,11 +80,11 @@ def test_pictures_and_text_of_an_example_stay_together(make: Any) -> None:
 
 
 @pytest.mark.parametrize("make", [loader.training_batches, loader.evaluation_batches])
-def test_features_replace_pictures_which_are_then_not_decoded(make: Any) -> None:
+def test_features_replace_images_which_are_then_not_decoded(make: Any) -> None:
     source = Numbered()
-    with_pictures = list(itertools.islice(make(DATA, Numbers(), Numbered()), 5))
+    with_images = list(itertools.islice(make(DATA, Numbers(), Numbered()), 5))
     with_features = list(itertools.islice(make(DATA, Numbers(), source, features_of()), 5))
-    for plain, batch in zip(with_pictures, with_features, strict=True):
+    for plain, batch in zip(with_images, with_features, strict=True):
         assert set(batch) == {"source_features", "target_features", "text_ids", "text_length", "example_ids"}
         assert batch["source_features"].shape == (4, 2, 2, 3) and batch["source_features"].dtype == np.float32
         np.testing.assert_array_equal(batch["source_features"][:, 0, 0, 0], plain["source"][:, 0, 0, 0])
@@ -171,7 +171,7 @@ def test_impossible_requests_say_what_to_change() -> None:
         take(1, process_index=2, process_count=2)
 
 
-def test_shapes_are_prepared_on_first_use_and_read_as_text_and_pictures(tmp_path: pathlib.Path) -> None:
+def test_shapes_are_prepared_on_first_use_and_read_as_text_and_images(tmp_path: pathlib.Path) -> None:
     data = DataConfig(directory=str(tmp_path), train_examples=12, eval_examples=6, batch_size=4, text_tokens=24)
     train, test = loader.open_split(data, "train"), loader.open_split(data, "test")
     assert (len(train), len(test)) == (12, 6)

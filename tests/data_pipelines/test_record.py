@@ -16,8 +16,8 @@ RECORD = Record(
     turn=1,
     scores={"o_score": 7.5, "a": 1},
     mask=b"mask",
-    licence="CC-BY-4.0",
-    picture="7",
+    license="CC-BY-4.0",
+    original="7",
 )
 
 # RECORD with version 1 of the format. Never edit it: it stands for the files that people have.
@@ -44,7 +44,7 @@ def test_files_of_version_1_are_read() -> None:
 
 def test_fields_that_an_older_writer_lacks_get_their_defaults_and_those_a_newer_one_added_are_passed_over() -> None:
     values = msgpack.unpackb(VERSION_1)
-    for name in ("kind", "turn", "scores", "mask", "licence", "picture"):
+    for name in ("kind", "turn", "scores", "mask", "license", "original"):
         del values[name]
     older = decode(msgpack.packb(values | {"camera": "added later"}))
     assert older == Record(

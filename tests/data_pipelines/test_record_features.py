@@ -15,7 +15,7 @@ from data_pipelines import loader, record_features
 from data_pipelines.record import Record
 from data_pipelines.record_features import MadeBy, RecordFeatures, precompute
 from data_pipelines.shards import ShardWriter, shard_path, write_index
-from tests.data_pipelines.pictures import encoded
+from tests.data_pipelines.images import encoded
 from varedit_jax.config import DataConfig, EditorConfig
 from varedit_jax.errors import UserError
 
@@ -34,11 +34,11 @@ class Words:
         )
 
 
-def encode(pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
+def encode(images: NDArray[np.uint8]) -> NDArray[np.float32]:
     """A cell for every 16 pixels: their mean, and a third that bfloat16 cannot hold."""
-    assert len(pictures) == 4
-    b, h, w, _ = pictures.shape
-    cells = pictures.reshape(b, h // 16, 16, w // 16, 16, 3).mean((2, 4)).astype(np.float32)
+    assert len(images) == 4
+    b, h, w, _ = images.shape
+    cells = images.reshape(b, h // 16, 16, w // 16, 16, 3).mean((2, 4)).astype(np.float32)
     return np.concatenate([cells, np.full_like(cells[..., :1], 1 / 3)], axis=-1)
 
 
@@ -57,17 +57,17 @@ def source(tmp_path: pathlib.Path) -> loader.RecordSource:
         with ShardWriter(shard_path(tmp_path / "train", "made", shard, 3)) as writer:
             for number in range(COUNT * shard // 3, COUNT * (shard + 1) // 3):
                 size = SIZES[number % 2]
-                picture = b"broken" if number == 7 else encoded(size, "PNG", seed=number)
+                image = b"broken" if number == 7 else encoded(size, "PNG", seed=number)
                 text = " ".join(["word"] * (number % 3) + [str(number)])
-                record = Record(id=str(number), dataset="d", source=picture, target=picture, instructions=(text,))
+                record = Record(id=str(number), dataset="d", source=image, target=image, instructions=(text,))
                 writer.write(record, size)
     write_index(tmp_path)
     return loader.open_records(_data(tmp_path), "train", MODEL)
 
 
-def _data(folder: pathlib.Path, **fields: Any) -> DataConfig:
+def _data(directory: pathlib.Path, **fields: Any) -> DataConfig:
     return DataConfig(
-        name="records", mixture=((str(folder), 1.0),), aspects=("1.0", "0.5"), batch_size=3, text_tokens=6, **fields
+        name="records", mixture=((str(directory), 1.0),), aspects=("1.0", "0.5"), batch_size=3, text_tokens=6, **fields
     )
 
 
@@ -113,18 +113,18 @@ def test_features_of_other_weights_settings_and_records_are_refused(source: load
     for other in ({"tokenizer": "w2"}, {"text": "t2"}, {"text_tokens": 5}, {"resize": "pad"}):
         with pytest.raises(UserError, match=f"there are {MADE_BY.name}"):
             RecordFeatures(source, dataclasses.replace(MADE_BY, **other))
-    folder = source.parts[0].folder / "features" / MADE_BY.name
-    manifest = folder / "features.json"
+    directory = source.parts[0].directory / "features" / MADE_BY.name
+    manifest = directory / "features.json"
     written = manifest.read_text()
     manifest.write_text(json.dumps(json.loads(written) | {"tokenizer": "w2"}))
     with pytest.raises(UserError, match="has tokenizer 'w2', not 'w1'"):
         RecordFeatures(source, MADE_BY)
     manifest.write_text(written)
-    (folder / "train" / "made-00001-of-00003.npy").unlink()
+    (directory / "train" / "made-00001-of-00003.npy").unlink()
     with pytest.raises(UserError, match="made-00001-of-00003 are missing"):
         RecordFeatures(source, MADE_BY)
     assert precompute(source, MADE_BY, encode, encode_text, 4) == 1
-    index = source.parts[0].folder / "index.json"
+    index = source.parts[0].directory / "index.json"
     index.write_text(index.read_text() + "\n")
     with pytest.raises(UserError, match="has index"):
         RecordFeatures(source, MADE_BY)
@@ -136,13 +136,13 @@ def test_many_processes_may_begin_at_once(source: loader.RecordSource) -> None:
     for _ in range(20):
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda _: record_features._write_manifest(source.parts[0], MADE_BY), range(8)))
-        [manifest] = (source.parts[0].folder / "features" / MADE_BY.name).iterdir()
+        [manifest] = (source.parts[0].directory / "features" / MADE_BY.name).iterdir()
         manifest.unlink()
 
 
 def test_features_that_are_cut_short_are_told_at_once(source: loader.RecordSource) -> None:
     precompute(source, MADE_BY, encode, encode_text, 4)
-    path = source.parts[0].folder / "features" / MADE_BY.name / "train" / "made-00001-of-00003.bfloat16"
+    path = source.parts[0].directory / "features" / MADE_BY.name / "train" / "made-00001-of-00003.bfloat16"
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(UserError, match=r"have \d+ bytes, not \d+; delete made-00001-of-00003.npy"):
         RecordFeatures(source, MADE_BY)
@@ -151,11 +151,9 @@ def test_features_that_are_cut_short_are_told_at_once(source: loader.RecordSourc
 def test_shards_whose_names_have_dots_keep_apart(tmp_path: pathlib.Path) -> None:
     for shard in range(2):
         with ShardWriter(shard_path(tmp_path / "train", "made.v2", shard, 2)) as writer:
-            picture = encoded(SIZES[0], "PNG", seed=shard)
+            image = encoded(SIZES[0], "PNG", seed=shard)
             texts = (f"word {shard}",)
-            writer.write(
-                Record(id=str(shard), dataset="d", source=picture, target=picture, instructions=texts), SIZES[0]
-            )
+            writer.write(Record(id=str(shard), dataset="d", source=image, target=image, instructions=texts), SIZES[0])
     write_index(tmp_path)
     source = loader.open_records(_data(tmp_path), "train", MODEL)
     assert precompute(source, MADE_BY, encode, encode_text, 4) == 2
@@ -165,5 +163,7 @@ def test_shards_whose_names_have_dots_keep_apart(tmp_path: pathlib.Path) -> None
 
 def test_features_that_are_no_numbers_end_the_job_and_leave_no_shard(source: loader.RecordSource) -> None:
     with pytest.raises(UserError, match="features of example 0 are not finite"):
-        precompute(source, MADE_BY, lambda pictures: encode(pictures) * np.float32(np.nan), None, 4)
-    assert not list(source.parts[0].folder.rglob("*.npy.*")) and not list(source.parts[0].folder.rglob("*.bfloat16"))
+        precompute(source, MADE_BY, lambda images: encode(images) * np.float32(np.nan), None, 4)
+    assert not list(source.parts[0].directory.rglob("*.npy.*")) and not list(
+        source.parts[0].directory.rglob("*.bfloat16")
+    )

@@ -17,7 +17,7 @@ from data_pipelines import bad_records, loader
 from data_pipelines.damage import read_quarantine
 from data_pipelines.record import Record
 from data_pipelines.shards import Records, ShardWriter, shard_path, write_index
-from tests.data_pipelines.pictures import DAMAGE
+from tests.data_pipelines.images import DAMAGE
 from varedit_jax.config import DataConfig, EditorConfig
 from varedit_jax.errors import UserError
 
@@ -36,8 +36,8 @@ class Lengths:
         return ids, np.ones(len(instructions), np.int32)
 
 
-def _picture(number: int, side: int) -> bytes:
-    """A ramp, so that mirroring shows, whose blue says which picture it is."""
+def _image(number: int, side: int) -> bytes:
+    """A ramp, so that mirroring shows, whose blue says which image it is."""
     width, height = SIZES[number % len(SIZES)]
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[:, :, 0] = np.linspace(0, 255, width)
@@ -52,21 +52,21 @@ def _record(number: int, dataset: str) -> Record:
     return Record(
         id=f"{number:03d}",
         dataset=dataset,
-        source=_picture(number, 0),
-        target=_picture(number, 1),
+        source=_image(number, 0),
+        target=_image(number, 1),
         instructions=(f"make it {word} {number}",),
     )
 
 
-def _write(folder: pathlib.Path, records: Sequence[Record], split: str = "train", shards: int = 3) -> None:
+def _write(directory: pathlib.Path, records: Sequence[Record], split: str = "train", shards: int = 3) -> None:
     for shard in range(shards):
-        with ShardWriter(shard_path(folder / split, folder.name, shard, shards)) as writer:
+        with ShardWriter(shard_path(directory / split, directory.name, shard, shards)) as writer:
             for record in records[len(records) * shard // shards : len(records) * (shard + 1) // shards]:
                 writer.write(record, SIZES[int(record.id) % len(SIZES)])
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+def directories(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """Two prepared data sets."""
     root = tmp_path_factory.mktemp("prepared")
     for name, numbers in (("one", range(40)), ("two", range(40, COUNT))):
@@ -77,10 +77,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return str(root / "one"), str(root / "two")
 
 
-def _data(folders: Sequence[str], **fields: Any) -> DataConfig:
+def _data(directories: Sequence[str], **fields: Any) -> DataConfig:
     given: dict[str, Any] = {
         "name": "records",
-        "mixture": tuple((folder, 1.0) for folder in folders),
+        "mixture": tuple((directory, 1.0) for directory in directories),
         "aspects": ASPECTS,
         "batch_size": 4,
         "text_tokens": 2,
@@ -105,19 +105,19 @@ def _joined(parts: Sequence[loader.Batch]) -> loader.Batch:
 
 
 @pytest.fixture(scope="module")
-def whole(folders: tuple[str, str]) -> list[loader.Batch]:
+def whole(directories: tuple[str, str]) -> list[loader.Batch]:
     """The batches of two epochs, read by the process itself."""
-    return list(itertools.islice(_batches(_data(folders, read_threads=0)), 2 * COUNT // 4))
+    return list(itertools.islice(_batches(_data(directories, read_threads=0)), 2 * COUNT // 4))
 
 
-def test_pictures_are_of_their_record_in_one_shape_a_batch(whole: list[loader.Batch]) -> None:
+def test_images_are_of_their_record_in_one_shape_a_batch(whole: list[loader.Batch]) -> None:
     shapes = Counter(batch["source"].shape for batch in whole)
     assert len(shapes) == 3 and (4, 256, 256, 3) in shapes
     for batch in whole:
         assert batch["source"].shape == batch["target"].shape and batch["source"].dtype == np.uint8
         numbers = batch["text_ids"][:, 0]
         assert len(set(numbers % 3)) == 1  # of one aspect
-        np.testing.assert_array_equal(batch["example_ids"], numbers)  # as the first folder comes first
+        np.testing.assert_array_equal(batch["example_ids"], numbers)  # as the first directory comes first
         for row, number in enumerate(numbers):
             assert (batch["source"][row, :, :, 2] == number * 2).all()
             assert (batch["target"][row, :, :, 2] == number * 2 + 1).all()
@@ -138,21 +138,23 @@ def test_source_and_target_are_mirrored_together_and_only_where_it_may_be(whole:
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_processes_have_the_rows_of_one(folders: tuple[str, str], whole: list[loader.Batch], processes: int) -> None:
-    parts = [_batches(_data(folders), process, processes) for process in range(processes)]
+def test_processes_have_the_rows_of_one(
+    directories: tuple[str, str], whole: list[loader.Batch], processes: int
+) -> None:
+    parts = [_batches(_data(directories), process, processes) for process in range(processes)]
     for batch in whole[:20]:
         _same(batch, _joined([next(part) for part in parts]))
 
 
 def test_workers_give_the_same_batches_and_each_goes_on_where_another_was(
-    folders: tuple[str, str], whole: list[loader.Batch]
+    directories: tuple[str, str], whole: list[loader.Batch]
 ) -> None:
-    four = _batches(_data(folders, workers=4, read_threads=1))
+    four = _batches(_data(directories, workers=4, read_threads=1))
     for batch in whole[:7]:
         _same(batch, next(four))
     state = four.get_state()
     four.close()
-    two = [_batches(_data(folders), process, 2) for process in range(2)]
+    two = [_batches(_data(directories), process, 2) for process in range(2)]
     for part in two:
         part.set_state(state)
     for batch in whole[7:12]:
@@ -160,13 +162,13 @@ def test_workers_give_the_same_batches_and_each_goes_on_where_another_was(
     assert two[0].get_state() == two[1].get_state()
 
 
-def test_kills_at_random_moments_change_nothing(folders: tuple[str, str], whole: list[loader.Batch]) -> None:
+def test_kills_at_random_moments_change_nothing(directories: tuple[str, str], whole: list[loader.Batch]) -> None:
     draw = np.random.default_rng(0)
     state: dict[str, Any] | None = None
     step = 0
     while step < len(whole):
         threads, ahead = (int(number) for number in draw.integers(1, 9, 2))
-        iterator = _batches(_data(folders, read_threads=threads, prefetch_batches=ahead))
+        iterator = _batches(_data(directories, read_threads=threads, prefetch_batches=ahead))
         if state is not None:
             iterator.set_state(state)
         iterator.start_prefetch()
@@ -177,23 +179,23 @@ def test_kills_at_random_moments_change_nothing(folders: tuple[str, str], whole:
         iterator.close()  # whatever it had read ahead
 
 
-def test_a_mixture_counts_passes_and_zero_leaves_out(folders: tuple[str, str]) -> None:
-    data = _data(folders, mixture=((folders[0], 0.5), (folders[1], 3.0)), aspects=("1.0",), flip=False)
+def test_a_mixture_counts_passes_and_zero_leaves_out(directories: tuple[str, str]) -> None:
+    data = _data(directories, mixture=((directories[0], 0.5), (directories[1], 3.0)), aspects=("1.0",), flip=False)
     batches = list(itertools.islice(_batches(data), 20))  # one epoch: 20 + 60 examples
     counts = Counter(int(index) >= 40 for batch in batches for index in batch["example_ids"])
     assert counts == {False: 20, True: 60}
     assert all(batch["source"].shape == (4, 256, 256, 3) for batch in batches)
 
 
-def test_evaluation_is_of_fixed_examples_in_their_order(folders: tuple[str, str]) -> None:
-    data = _data(folders)
+def test_evaluation_is_of_fixed_examples_in_their_order(directories: tuple[str, str]) -> None:
+    data = _data(directories)
     source = loader.open_records(data, "test", MODEL)
     assert len(source) == 18
     ids = [[b["example_ids"].tolist() for b in loader.evaluation_batches(data, Lengths(), source)] for _ in range(2)]
     assert ids[0] == ids[1] == [[1, 4, 7, 9], [2, 5, 8, 10], [0, 3, 6, 11]]
 
 
-def test_few_held_out_examples_are_one_batch(folders: tuple[str, str], tmp_path: pathlib.Path) -> None:
+def test_few_held_out_examples_are_one_batch(directories: tuple[str, str], tmp_path: pathlib.Path) -> None:
     records = [_record(number, "small") for number in range(40)]
     _write(tmp_path / "small", records)
     _write(tmp_path / "small", records[:4], "validation", 1)  # 0 and 3 are of one aspect
@@ -202,7 +204,7 @@ def test_few_held_out_examples_are_one_batch(folders: tuple[str, str], tmp_path:
         write_index(tmp_path / name)
     data = _data([str(tmp_path / "none"), str(tmp_path / "small")], batch_size=5)
     source = loader.open_records(data, "test", MODEL)
-    assert [records.folder.name for records in source.parts] == ["small"]
+    assert [records.directory.name for records in source.parts] == ["small"]
     for count, share in ((1, [slice(0, 5)]), (5, [slice(row, row + 1) for row in range(5)])):
         for process in range(count):
             [batch] = loader.evaluation_batches(data, Lengths(), source, None, process, count)
@@ -214,7 +216,7 @@ def test_few_held_out_examples_are_one_batch(folders: tuple[str, str], tmp_path:
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, str]]:
     """240 records, 12 of them damaged in as many ways; and the reasons by id."""
-    folder = tmp_path_factory.mktemp("damaged") / "set"
+    directory = tmp_path_factory.mktemp("damaged") / "set"
     records = [_record(number, "set") for number in range(240)]
     reasons = {}
     for place, (data, fault) in enumerate([*DAMAGE.values(), (b"", None)]):
@@ -222,16 +224,16 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, st
         fields = {"source" if place % 2 else "target": data} if fault else {"instructions": (" ",)}
         records[number] = dataclasses.replace(records[number], **fields)
         reasons[records[number].id] = str(fault or "empty instruction")
-    _write(folder, records)
-    write_index(folder)
-    return str(folder), reasons
+    _write(directory, records)
+    write_index(directory)
+    return str(directory), reasons
 
 
 def test_damage_is_passed_over_by_all_processes_alike_and_written_down(
     damaged: tuple[str, dict[str, str]], tmp_path: pathlib.Path
 ) -> None:
-    folder, reasons = damaged
-    data = _data([folder], bad_share=0.2)
+    directory, reasons = damaged
+    data = _data([directory], bad_share=0.2)
     parts = [_batches(data, process, 2, quarantine=tmp_path / f"{process}.jsonl") for process in range(2)]
     one = _batches(data, quarantine=tmp_path / "one.jsonl")
     ids = []
@@ -254,28 +256,28 @@ def test_damage_is_passed_over_by_all_processes_alike_and_written_down(
 
 
 def test_a_batch_of_one_bad_example_does_not_end_a_run(damaged: tuple[str, dict[str, str]]) -> None:
-    folder, reasons = damaged
-    batches = _batches(_data([folder], batch_size=1, bad_share=0.2))
+    directory, reasons = damaged
+    batches = _batches(_data([directory], batch_size=1, bad_share=0.2))
     found = [next(batches) for _ in range(240)]
     ids = [int(batch["example_ids"][0]) for batch in found]
     assert sorted(index for index in ids if index >= 0) == sorted(set(range(240)) - {int(name) for name in reasons})
     assert all((batch["source"][:, 0, 0, 2] == max(i, ~i) * 2 % 256).all() for i, batch in zip(ids, found, strict=True))
     assert sum(batches.metrics().values()) == len(reasons)
-    restored = _batches(_data([folder], batch_size=1, bad_share=0.2))
+    restored = _batches(_data([directory], batch_size=1, bad_share=0.2))
     step = next(step for step, index in enumerate(ids) if index < 0)
     restored.set_state(batches.get_state() | {"next_step": step})
     _same(next(restored), found[step])
 
 
 def test_shards_that_are_short_or_gone_cost_their_own_records(tmp_path: pathlib.Path) -> None:
-    folder = tmp_path / "set"
-    _write(folder, [_record(number, "set") for number in range(48)], shards=6)
-    write_index(folder)
-    short, gone = (shard_path(folder / "train", "set", shard, 6) for shard in (1, 4))
+    directory = tmp_path / "set"
+    _write(directory, [_record(number, "set") for number in range(48)], shards=6)
+    write_index(directory)
+    short, gone = (shard_path(directory / "train", "set", shard, 6) for shard in (1, 4))
     short.write_bytes(short.read_bytes()[:-200])
     gone.unlink()
     bad = {*range(8, 16), *range(32, 40)}
-    batches = _batches(_data([str(folder)], bad_share=0.5), quarantine=tmp_path / "bad.jsonl")
+    batches = _batches(_data([str(directory)], bad_share=0.5), quarantine=tmp_path / "bad.jsonl")
     ids = [index for batch in itertools.islice(batches, 48 // 4) for index in batch["example_ids"].tolist()]
     assert sorted(index for index in ids if index >= 0) == sorted(set(range(48)) - bad)
     lines = {int(line["id"]): line for line in read_quarantine(tmp_path / "bad.jsonl")}
@@ -291,28 +293,28 @@ def test_too_much_damage_ends_the_run_with_a_summary(damaged: tuple[str, dict[st
 
 
 def test_samples_are_of_examples_that_can_be_shown(damaged: tuple[str, dict[str, str]]) -> None:
-    folder, reasons = damaged
-    source = loader.open_records(_data([folder]), "train", MODEL)
+    directory, reasons = damaged
+    source = loader.open_records(_data([directory]), "train", MODEL)
     shown = loader.shown_examples(source, 8)
     assert [int(example["instruction"].split()[-1]) for example in shown] == [0, 3, 6, 9, 12, 15, 18, 21]
     assert len(loader.shown_examples(source, 999)) == 80 - sum(int(name) % 3 == 0 for name in reasons)
-    assert loader.shown_examples(loader.open_records(_data([folder], aspects=("1.75",)), "train", MODEL), 8) == []
+    assert loader.shown_examples(loader.open_records(_data([directory], aspects=("1.75",)), "train", MODEL), 8) == []
 
 
 def test_what_a_check_finds_is_never_met(damaged: tuple[str, dict[str, str]], tmp_path: pathlib.Path) -> None:
-    folder, reasons = damaged
-    before = _batches(_data([folder])).get_state()
-    assert bad_records.check_split(folder, "train") == Counter(reasons.values())
-    batches = _batches(_data([folder], batch_size=1, bad_share=0.0))
+    directory, reasons = damaged
+    before = _batches(_data([directory])).get_state()
+    assert bad_records.check_split(directory, "train") == Counter(reasons.values())
+    batches = _batches(_data([directory], batch_size=1, bad_share=0.0))
     with pytest.raises(UserError, match="found to be bad"):
         batches.set_state(before)
     good = sorted(set(range(240)) - {int(name) for name in reasons})
     for _ in range(2):
         assert sorted(int(next(batches)["example_ids"][0]) for _ in good) == good  # an epoch
-    index = pathlib.Path(folder) / "index.json"
+    index = pathlib.Path(directory) / "index.json"
     index.write_text(index.read_text() + "\n")
     with pytest.raises(UserError, match="bad.jsonl is of data that were prepared anew"):
-        _batches(_data([folder]))
+        _batches(_data([directory]))
 
 
 def test_a_list_of_bad_records_holds_any_id(tmp_path: pathlib.Path) -> None:
@@ -324,11 +326,11 @@ def test_a_list_of_bad_records_holds_any_id(tmp_path: pathlib.Path) -> None:
     assert bad_records.kept_records(Records(tmp_path, "train")).tolist() == [True, False, True]
 
 
-def test_other_shapes_than_the_model_has_are_refused(folders: tuple[str, str]) -> None:
+def test_other_shapes_than_the_model_has_are_refused(directories: tuple[str, str]) -> None:
     with pytest.raises(UserError, match="data.aspects has '1.1'; templates are"):
-        loader.open_records(_data(folders, aspects=("1.1",)), "train", MODEL)
+        loader.open_records(_data(directories, aspects=("1.1",)), "train", MODEL)
     own = dataclasses.replace(MODEL, pixel_budget="", grids=((1, 1), (2, 2)))
     with pytest.raises(UserError, match="3 templates, but a model with grids of its own"):
-        loader.open_records(_data(folders), "train", own)
+        loader.open_records(_data(directories), "train", own)
     with pytest.raises(UserError, match="no split 'dev'"):
-        loader.open_records(_data(folders), "dev", MODEL)
+        loader.open_records(_data(directories), "dev", MODEL)

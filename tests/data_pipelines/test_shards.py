@@ -35,28 +35,28 @@ def _record(number: int) -> Record:
     )
 
 
-def _write(folder: pathlib.Path) -> pathlib.Path:
+def _write(directory: pathlib.Path) -> pathlib.Path:
     numbers = iter(range(sum(COUNTS)))
     for shard, count in enumerate(COUNTS):
-        with ShardWriter(shard_path(folder / "train", "made", shard, len(COUNTS))) as writer:
+        with ShardWriter(shard_path(directory / "train", "made", shard, len(COUNTS))) as writer:
             for _ in range(count):
                 number = next(numbers)
                 writer.write(_record(number), (100 + number, 50))
-    return folder
+    return directory
 
 
 @pytest.fixture
-def folder(tmp_path: pathlib.Path) -> pathlib.Path:
+def directory(tmp_path: pathlib.Path) -> pathlib.Path:
     assert write_index(_write(tmp_path / "out")) == {"train": 5}
     return tmp_path / "out"
 
 
-def _files(folder: pathlib.Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def _files(directory: pathlib.Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-def test_records_come_back_in_order_with_their_columns(folder: pathlib.Path) -> None:
-    records = Records(folder, "train")
+def test_records_come_back_in_order_with_their_columns(directory: pathlib.Path) -> None:
+    records = Records(directory, "train")
     assert [records[i] for i in range(len(records))] == [_record(number) for number in range(5)]
     assert [records.instruction(i) for i in range(5)] == [f"edit {number} ü" for number in range(5)]
     assert [records.id(i) for i in range(5)] == ["n0", "n1", "n2", "n3", "n4"]
@@ -71,24 +71,26 @@ def test_records_come_back_in_order_with_their_columns(folder: pathlib.Path) -> 
         records[5]
 
 
-def test_index_counts_and_checksums_are_of_the_files(folder: pathlib.Path) -> None:
-    split = read_index(folder)["splits"]["train"]
+def test_index_counts_and_checksums_are_of_the_files(directory: pathlib.Path) -> None:
+    split = read_index(directory)["splits"]["train"]
     assert [shard["records"] for shard in split["shards"]] == list(COUNTS)
     assert split["datasets"] == {"even": 3, "odd": 2} and split["records"] == 5
     for shard in split["shards"]:
-        data = (folder / "train" / shard["file"]).read_bytes()
+        data = (directory / "train" / shard["file"]).read_bytes()
         assert (shard["bytes"], shard["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
 
 
-def test_same_records_are_the_same_bytes_and_nothing_else_is_left(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_same_records_are_the_same_bytes_and_nothing_else_is_left(
+    directory: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     write_index(_write(tmp_path / "again"))
-    files = _files(folder)
+    files = _files(directory)
     assert files == _files(tmp_path / "again")
     assert not [name for name in files if "/." in name]
 
 
-def test_another_process_opens_its_own_readers(folder: pathlib.Path) -> None:
-    records = Records(folder, "train")
+def test_another_process_opens_its_own_readers(directory: pathlib.Path) -> None:
+    records = Records(directory, "train")
     assert records[4] == pickle.loads(pickle.dumps(records))[4]
 
 
@@ -147,15 +149,15 @@ def test_a_missing_shard_is_told_before_an_index_is_written(tmp_path: pathlib.Pa
     assert not (tmp_path / "index.json").exists()
 
 
-def test_damage_costs_the_records_it_is_in_and_is_found(folder: pathlib.Path) -> None:
-    assert damaged_shards(folder) == []
-    broken = shard_path(folder / "train", "made", 0, 3)
+def test_damage_costs_the_records_it_is_in_and_is_found(directory: pathlib.Path) -> None:
+    assert damaged_shards(directory) == []
+    broken = shard_path(directory / "train", "made", 0, 3)
     data = bytearray(broken.read_bytes())
     at = data.index(b"source1source1")
     data[at : at + 4] = b"sour"[::-1]
     broken.write_bytes(data)
-    shard_path(folder / "train", "made", 2, 3).unlink()
-    records = Records(folder, "train")
+    shard_path(directory / "train", "made", 2, 3).unlink()
+    records = Records(directory, "train")
     lost = []
     for i in range(5):
         try:
@@ -163,24 +165,24 @@ def test_damage_costs_the_records_it_is_in_and_is_found(folder: pathlib.Path) ->
         except BrokenRecord as error:
             lost.append((records.id(i), "cannot be read" in str(error)))
     assert lost == [("n1", True), ("n3", True), ("n4", True)]
-    assert damaged_shards(folder) == [
+    assert damaged_shards(directory) == [
         "train/made-00000-of-00003.array_record",
         "train/made-00002-of-00003.array_record",
     ]
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"version": 1, "splits": {"train": {}}}'])
-def test_a_damaged_index_is_told_to_the_user(folder: pathlib.Path, text: str) -> None:
-    (folder / "index.json").write_text(text)
+def test_a_damaged_index_is_told_to_the_user(directory: pathlib.Path, text: str) -> None:
+    (directory / "index.json").write_text(text)
     with pytest.raises(UserError, match="damaged.*prepare the data set again"):
-        Records(folder, "train")
+        Records(directory, "train")
 
 
-def test_unknown_folders_splits_and_versions_are_told_to_the_user(folder: pathlib.Path) -> None:
+def test_unknown_directories_splits_and_versions_are_told_to_the_user(directory: pathlib.Path) -> None:
     with pytest.raises(UserError, match="no split 'test'; it has train"):
-        Records(folder, "test")
+        Records(directory, "test")
     with pytest.raises(UserError, match="index.json is missing"):
-        Records(folder / "train", "train")
-    (folder / "index.json").write_text('{"version": 2, "splits": {}}')
+        Records(directory / "train", "train")
+    (directory / "index.json").write_text('{"version": 2, "splits": {}}')
     with pytest.raises(UserError, match="version 2"):
-        Records(folder, "train")
+        Records(directory, "train")

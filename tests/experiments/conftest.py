@@ -47,8 +47,8 @@ sys.stdout.write(json.dumps(answers))
 def run_program() -> Callable[..., dict[str, Answer]]:
     """Runs a program of `experiments` with several command lines: `(name, {case: arguments}, ...) -> {case: answer}`.
 
-    `setup` is Python text that runs once before them, with the program as `module`; `folder` is the working folder;
-    `leave_out` names environment variables that the program does not get.
+    `setup` is Python text that runs once before them, with the program as `module`; `directory` is the working
+    directory; `leave_out` names environment variables that the program does not get.
     """
 
     root = pathlib.Path(__file__).parents[2]
@@ -57,7 +57,7 @@ def run_program() -> Callable[..., dict[str, Answer]]:
         name: str,
         lines: Mapping[str, Sequence[str]],
         setup: str = "",
-        folder: pathlib.Path = root,
+        directory: pathlib.Path = root,
         leave_out: Sequence[str] = (),
     ) -> dict[str, Answer]:
         environment = {variable: value for variable, value in os.environ.items() if variable not in leave_out}
@@ -66,7 +66,7 @@ def run_program() -> Callable[..., dict[str, Answer]]:
             input=json.dumps([name, {case: list(map(str, arguments)) for case, arguments in lines.items()}, setup]),
             capture_output=True,
             text=True,
-            cwd=folder,
+            cwd=directory,
             timeout=1200,  # seconds; for a machine with much else to do
             env=environment | {"PYTHONPATH": str(root)},
         )

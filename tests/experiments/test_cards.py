@@ -22,13 +22,13 @@ from varedit_jax.training import tokenizer_step
 from varedit_jax.training.optimizer import make_optimizer
 from varedit_jax.training.state import make_init
 from varedit_jax.training.step import make_step
-from varedit_jax.weights.directory import load_folder
+from varedit_jax.weights.directory import load_directory
 
 ROOT = pathlib.Path(__file__).parents[2]
-FOLDER = pathlib.Path(configs.__file__).parent
+DIRECTORY = pathlib.Path(configs.__file__).parent
 MODULES = {
     path.stem: importlib.import_module(f"experiments.configs.{path.stem}")
-    for path in sorted(FOLDER.glob("*.py"))
+    for path in sorted(DIRECTORY.glob("*.py"))
     if path.stem != "__init__"
 }
 CARDS = [
@@ -113,10 +113,10 @@ def test_layouts_on_machines(name: str) -> None:
 @pytest.mark.parametrize(("name", "variant"), CARDS)
 def test_weights_that_a_card_ships_with_fit_it(name: str, variant: str) -> None:
     config = card(name, variant)
-    folders = {config.init_from if isinstance(config, TokenizerRunConfig) else config.tokenizer_weights} - {""}
-    for folder in folders:
+    directories = {config.init_from if isinstance(config, TokenizerRunConfig) else config.tokenizer_weights} - {""}
+    for directory in directories:
         expected = abstract_params(config.model, "tokenizer")
-        loaded = load_folder(ROOT / folder, "tokenizer", expected)
+        loaded = load_directory(ROOT / directory, "tokenizer", expected)
         assert shapes_of(loaded) == shapes_of(expected)
 
 
@@ -125,7 +125,7 @@ def test_every_file_is_a_card_or_serves_one() -> None:
     names = {name for name, _ in CARDS}
     assert {"shapes", *published.LAYOUTS} <= names
     for other in set(MODULES) - names:
-        assert any(f"configs import {other}" in (FOLDER / f"{name}.py").read_text() for name in names), other
+        assert any(f"configs import {other}" in (DIRECTORY / f"{name}.py").read_text() for name in names), other
 
 
 @pytest.mark.parametrize(("name", "variant"), CARDS)

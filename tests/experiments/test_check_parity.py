@@ -1,4 +1,4 @@
-"""The parity program on spoilt copies of a golden folder: exit code 1 and one sentence."""
+"""The parity program on spoilt copies of a golden directory: exit code 1 and one sentence."""
 
 import json
 import pathlib
@@ -14,38 +14,38 @@ from varedit_jax.weights.reader import read_state_dict
 GOLDEN = pathlib.Path(__file__).parents[1] / "data" / "golden" / "mini_a"
 
 
-def without_tensor(folder: pathlib.Path) -> None:
-    tensors = safetensors.numpy.load_file(folder / "golden.safetensors")
+def without_tensor(directory: pathlib.Path) -> None:
+    tensors = safetensors.numpy.load_file(directory / "golden.safetensors")
     del tensors["infer_bits_03"]
-    safetensors.numpy.save_file(tensors, folder / "golden.safetensors")
+    safetensors.numpy.save_file(tensors, directory / "golden.safetensors")
 
 
-def without_weight(folder: pathlib.Path) -> None:
-    state = {name: np.ascontiguousarray(x) for name, x in read_state_dict(folder / "transformer.pth").items()}
+def without_weight(directory: pathlib.Path) -> None:
+    state = {name: np.ascontiguousarray(x) for name, x in read_state_dict(directory / "transformer.pth").items()}
     del state["lvl_embed.weight"]
-    (folder / "transformer.pth").unlink()
-    safetensors.numpy.save_file(state, folder / "transformer.safetensors")
+    (directory / "transformer.pth").unlink()
+    safetensors.numpy.save_file(state, directory / "transformer.safetensors")
 
 
-def cut_short(folder: pathlib.Path) -> None:
-    data = (folder / "vae.pth").read_bytes()
-    (folder / "vae.pth").write_bytes(data[: len(data) // 2])
+def cut_short(directory: pathlib.Path) -> None:
+    data = (directory / "vae.pth").read_bytes()
+    (directory / "vae.pth").write_bytes(data[: len(data) // 2])
 
 
-def without_field(folder: pathlib.Path) -> None:
-    values = json.loads((folder / "config.json").read_text())
+def without_field(directory: pathlib.Path) -> None:
+    values = json.loads((directory / "config.json").read_text())
     del values["ch_mult"]
-    (folder / "config.json").write_text(json.dumps(values))
+    (directory / "config.json").write_text(json.dumps(values))
 
 
-def without_file(folder: pathlib.Path) -> None:
-    (folder / "vae.pth").unlink()
+def without_file(directory: pathlib.Path) -> None:
+    (directory / "vae.pth").unlink()
 
 
-def beyond_tolerance(folder: pathlib.Path) -> None:
-    tensors = safetensors.numpy.load_file(folder / "golden.safetensors")
+def beyond_tolerance(directory: pathlib.Path) -> None:
+    tensors = safetensors.numpy.load_file(directory / "golden.safetensors")
     tensors["train_logits"].flat[17] += 1e-3
-    safetensors.numpy.save_file(tensors, folder / "golden.safetensors")
+    safetensors.numpy.save_file(tensors, directory / "golden.safetensors")
 
 
 SPOILT: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
@@ -54,22 +54,22 @@ SPOILT: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
     "damaged file": (cut_short, "vae.pth is damaged, cut short"),
     "missing field": (without_field, "config.json has no field 'ch_mult'"),
     "missing file": (without_file, "holds neither vae.pth nor vae.safetensors"),
-    "missing folder": (shutil.rmtree, "is not a golden folder: cannot read its config.json"),
+    "missing directory": (shutil.rmtree, "is not a golden directory: cannot read its config.json"),
     "beyond tolerance": (beyond_tolerance, "1 of 25 tensors are beyond tolerance: train_logits"),
 }
 
 
 @pytest.fixture(scope="module")
 def answers(run_program, tmp_path_factory) -> dict[str, tuple[int, str, str]]:
-    folder = tmp_path_factory.mktemp("golden")
+    directory = tmp_path_factory.mktemp("golden")
     for name, (spoil, _) in SPOILT.items():
-        shutil.copytree(GOLDEN, folder / name)
-        spoil(folder / name)
-    return run_program("check_parity", {name: [f"--golden={folder / name}"] for name in SPOILT})
+        shutil.copytree(GOLDEN, directory / name)
+        spoil(directory / name)
+    return run_program("check_parity", {name: [f"--golden={directory / name}"] for name in SPOILT})
 
 
 @pytest.mark.parametrize("name", SPOILT)
-def test_spoilt_folder(answers, name):
+def test_spoilt_directory(answers, name):
     code, _, err = answers[name]
     assert code == 1
     assert err.startswith("error: ")

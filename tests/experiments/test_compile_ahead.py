@@ -33,7 +33,7 @@ def get_config(variant: str = "") -> RunConfig:
 
 @pytest.fixture(scope="module")
 def answers(run_program, tmp_path_factory):
-    """The program: split parameters and pictures, copied parameters and features, and mistakes."""
+    """The program: split parameters and images, copied parameters and features, and mistakes."""
     card = tmp_path_factory.mktemp("card") / "card.py"
     card.write_text(CARD)
     good = [f"--config={card}", "--topology=v5e:2x2"]

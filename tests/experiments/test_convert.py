@@ -12,11 +12,11 @@ SHIPPED = DATA.parents[1] / "varedit_jax" / "data" / "shapes"
 
 REFUSED = {
     "nothing to convert": (["--output=x"], "give at least one of --transformer, --tokenizer and --text"),
-    "no output": ([TRANSFORMER, "--family=varedit"], "--output is missing; give a new folder"),
-    "no input": (["--to=torch", "--output=x"], "--to=torch needs --input, a folder of weights or of a run"),
+    "no output": ([TRANSFORMER, "--family=varedit"], "--output is missing; give a new directory"),
+    "no input": (["--to=torch", "--output=x"], "--to=torch needs --input, a directory of weights or of a run"),
     "not weights": (
         ["--to=torch", "--output=x", f"--input={DATA}"],
-        "is not the folder of a run: it has no config",
+        "is not the directory of a run: it has no config",
     ),
     "unknown family": ([TRANSFORMER, "--output=x"], "give --family=varedit or --family=infinity"),
     "no such file": (["--transformer=varedit.pth", "--output=x"], "varedit.pth does not exist"),
@@ -38,7 +38,7 @@ WORKING = {
 @pytest.fixture(scope="module")
 def answers(run_program, tmp_path_factory) -> dict[str, tuple[int, str, str]]:
     lines = {name: arguments for name, (arguments, _) in REFUSED.items()} | WORKING
-    return run_program("convert", lines, folder=tmp_path_factory.mktemp("convert"))
+    return run_program("convert", lines, directory=tmp_path_factory.mktemp("convert"))
 
 
 @pytest.mark.parametrize("name", REFUSED)

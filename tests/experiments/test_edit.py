@@ -1,4 +1,4 @@
-"""The editing program from end to end on a tiny folder of random weights, and its answers to mistakes."""
+"""The editing program from end to end on a tiny directory of random weights, and its answers to mistakes."""
 
 import pathlib
 import shutil
@@ -11,9 +11,9 @@ from PIL import Image
 
 from varedit_jax.config import SamplingConfig, preset
 from varedit_jax.parameters import abstract_params
-from varedit_jax.weights.directory import PARTS, save_folder
+from varedit_jax.weights.directory import PARTS, save_directory
 
-# What is left out of a case is as here; names are in one folder.
+# What is left out of a case is as here; names are in one directory.
 USUAL = {"checkpoint": "tiny", "image": "in.png", "instruction": "add a red circle", "output": "x.png"}
 
 EDITS = {
@@ -24,13 +24,13 @@ EDITS = {
 }
 
 MISTAKES = {
-    "no picture": ({"image": "none.png"}, "there is no picture"),
-    "not a picture": ({"image": "text.png"}, "text.png is not a picture of a known kind"),
-    "kind of output": ({"output": "x.docx"}, "cannot tell the kind of picture from the name"),
-    "folder of output": ({"output": "none/x.png"}, "does not exist; create it first"),
+    "no image": ({"image": "none.png"}, "there is no image"),
+    "not an image": ({"image": "text.png"}, "text.png is not an image of a known kind"),
+    "kind of output": ({"output": "x.docx"}, "cannot tell the kind of image from the name"),
+    "directory of output": ({"output": "none/x.png"}, "does not exist; create it first"),
     "no instruction": ({"instruction": " "}, "the instruction ' ' is empty"),
     "flag left out": ({"instruction": None}, "--instruction is missing; see --help"),
-    "no checkpoint": ({"checkpoint": "none"}, "none is not the folder of a run"),
+    "no checkpoint": ({"checkpoint": "none"}, "none is not the directory of a run"),
     "damaged checkpoint": ({"checkpoint": "damaged"}, "transformer.safetensors is damaged"),
     "seed": ({"seed": "-1"}, "flag --seed=-1"),
     "temperature": ({"temperature": "0"}, "flag --temperature=0"),
@@ -39,57 +39,57 @@ MISTAKES = {
 }
 
 
-def line(folder: pathlib.Path, changes: Mapping[str, str | None]) -> list[str]:
+def line(directory: pathlib.Path, changes: Mapping[str, str | None]) -> list[str]:
     values = USUAL | changes
-    paths = {name: folder / values[name] for name in ("checkpoint", "image", "output")}
+    paths = {name: directory / values[name] for name in ("checkpoint", "image", "output")}
     return [f"--{name}={value}" for name, value in (values | paths).items() if value is not None]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> pathlib.Path:
-    """Weights, a picture, and things that are neither."""
-    folder, tiny, draw = tmp_path_factory.mktemp("edit"), preset("tiny"), np.random.default_rng(0)
+def directory(tmp_path_factory) -> pathlib.Path:
+    """Weights, an image, and things that are neither."""
+    directory, tiny, draw = tmp_path_factory.mktemp("edit"), preset("tiny"), np.random.default_rng(0)
     params = {
         part: jax.tree.map(lambda x: 0.3 * draw.normal(size=x.shape), abstract_params(tiny, part)) for part in PARTS
     }
-    save_folder(folder / "tiny", tiny, params, sampling=SamplingConfig(guidance=1.0))
-    shutil.copytree(folder / "tiny", folder / "damaged")
-    weights = folder / "damaged" / "transformer.safetensors"
+    save_directory(directory / "tiny", tiny, params, sampling=SamplingConfig(guidance=1.0))
+    shutil.copytree(directory / "tiny", directory / "damaged")
+    weights = directory / "damaged" / "transformer.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    Image.fromarray(draw.integers(0, 256, (16, 24, 3), np.uint8)).save(folder / "in.png")
-    (folder / "text.png").write_text("hello")
-    return folder
+    Image.fromarray(draw.integers(0, 256, (16, 24, 3), np.uint8)).save(directory / "in.png")
+    (directory / "text.png").write_text("hello")
+    return directory
 
 
 @pytest.fixture(scope="module")
-def answers(folder, run_program) -> dict[str, tuple[int, str, str]]:
+def answers(directory, run_program) -> dict[str, tuple[int, str, str]]:
     cases = EDITS | {name: changes for name, (changes, _) in MISTAKES.items()}
-    return run_program("edit", {name: line(folder, changes) for name, changes in cases.items()})
+    return run_program("edit", {name: line(directory, changes) for name, changes in cases.items()})
 
 
-def output(folder: pathlib.Path, name: str) -> np.ndarray:
-    with Image.open(folder / EDITS[name]["output"]) as picture:
-        return np.array(picture)
+def output(directory: pathlib.Path, name: str) -> np.ndarray:
+    with Image.open(directory / EDITS[name]["output"]) as image:
+        return np.array(image)
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_writes_a_picture_of_the_size_of_its_source(answers, folder, name):
-    assert answers[name] == (0, f"{folder / EDITS[name]['output']}: 24 x 16 px\n", "")
-    assert output(folder, name).shape == (16, 24, 3)
+def test_writes_a_image_of_the_size_of_its_source(answers, directory, name):
+    assert answers[name] == (0, f"{directory / EDITS[name]['output']}: 24 x 16 px\n", "")
+    assert output(directory, name).shape == (16, 24, 3)
 
 
-def test_seed_and_sampling_decide_the_result(answers, folder):
-    plain = output(folder, "plain").astype(int)
-    np.testing.assert_array_equal(output(folder, "same seed"), plain)
+def test_seed_and_sampling_decide_the_result(answers, directory):
+    plain = output(directory, "plain").astype(int)
+    np.testing.assert_array_equal(output(directory, "same seed"), plain)
     for name in ("other seed", "greedy"):  # beyond what JPEG and WebP change
-        assert np.abs(output(folder, name) - plain).mean() > 10
+        assert np.abs(output(directory, name) - plain).mean() > 10
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_sentence(answers, folder, name):
+def test_a_mistake_is_one_sentence(answers, directory, name):
     code, out, err = answers[name]
     assert (code, out) == (1, "")
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert MISTAKES[name][1] in err
-    assert not list(folder.rglob("x.*"))
+    assert not list(directory.rglob("x.*"))

@@ -12,7 +12,7 @@ from PIL import Image
 
 from varedit_jax.config import EditorConfig, SamplingConfig, preset
 from varedit_jax.parameters import abstract_params
-from varedit_jax.weights.directory import PARTS, save_folder
+from varedit_jax.weights.directory import PARTS, save_directory
 
 Answer = tuple[int, str, str]
 HELD_OUT = 8
@@ -23,12 +23,12 @@ module.shapes.DATA = dataclasses.replace(module.shapes.DATA, train_examples=8, e
 """
 
 
-def save_random(folder: pathlib.Path, grids: tuple[tuple[int, int], ...]) -> None:
+def save_random(directory: pathlib.Path, grids: tuple[tuple[int, int], ...]) -> None:
     tiny, draw = preset("tiny"), np.random.default_rng(0)
     transformer = dataclasses.replace(tiny.transformer, depth=2)
     config: EditorConfig = dataclasses.replace(tiny, transformer=transformer, grids=grids)
     params = {part: filled(abstract_params(config, part), draw) for part in PARTS}
-    save_folder(folder, config, params, sampling=SamplingConfig(guidance=1.0, greedy=True))
+    save_directory(directory, config, params, sampling=SamplingConfig(guidance=1.0, greedy=True))
 
 
 def filled(tree: dict[str, Any], draw: np.random.Generator) -> dict[str, Any]:
@@ -39,48 +39,48 @@ def filled(tree: dict[str, Any], draw: np.random.Generator) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("evaluate")
-    save_random(folder / "weights", ((1, 1), (8, 8)))
-    save_random(folder / "small", ((1, 1), (2, 2)))
-    return folder
+def directory(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    directory = tmp_path_factory.mktemp("evaluate")
+    save_random(directory / "weights", ((1, 1), (8, 8)))
+    save_random(directory / "small", ((1, 1), (2, 2)))
+    return directory
 
 
 @pytest.fixture(scope="module")
-def answers(run_program: Callable, folder: pathlib.Path) -> dict[str, Answer]:
+def answers(run_program: Callable, directory: pathlib.Path) -> dict[str, Answer]:
     def line(**changes: object) -> list[str]:
-        flags = {"checkpoint": folder / "weights", "data": folder / "data"} | changes
+        flags = {"checkpoint": directory / "weights", "data": directory / "data"} | changes
         return [f"--{name}={value}" for name, value in flags.items()]
 
     return run_program(
         "evaluate_shapes",
         {
-            "scored": line(examples=4, output=folder / "scores.json", sheet=folder / "sheet.png"),
+            "scored": line(examples=4, output=directory / "scores.json", sheet=directory / "sheet.png"),
             "too many": line(examples=HELD_OUT + 1),
             "none": line(examples=0),
             "no number": line(examples="all"),
-            "no weights": line(checkpoint=folder / "nowhere"),
-            "other size": line(checkpoint=folder / "small", examples=4),
-            "no folder": line(output=folder / "nowhere" / "scores.json"),
-            "no kind": line(sheet=folder / "sheet.doc"),
+            "no weights": line(checkpoint=directory / "nowhere"),
+            "other size": line(checkpoint=directory / "small", examples=4),
+            "no directory": line(output=directory / "nowhere" / "scores.json"),
+            "no kind": line(sheet=directory / "sheet.doc"),
         },
         SETUP,
     )
 
 
-def test_scores_sheet_and_table(answers: dict[str, Answer], folder: pathlib.Path) -> None:
+def test_scores_sheet_and_table(answers: dict[str, Answer], directory: pathlib.Path) -> None:
     """A random editor is no better than nothing; what it does is counted by group, beside the baselines."""
     code, out, err = answers["scored"]
     assert code == 0, err
     header = next(line for line in out.splitlines() if line.startswith("edits"))  # TFDS may speak first
     assert header.split() == ["edits", "n", "copy", "oracle", "editor", "done", "kept"]
-    scores = json.loads((folder / "scores.json").read_text())
+    scores = json.loads((directory / "scores.json").read_text())
     assert set(scores) == {"copy", "oracle", "editor"}
     assert scores["editor"]["all"] == {"edits": 4, "done": 0.0, "kept": 0.0, "exact": 0.0}
     assert scores["copy"]["all"]["kept"] == 1.0 and scores["copy"]["all"]["exact"] == 0.0
     kinds = [group for name, group in scores["editor"].items() if name != "all" and not name.startswith("unseen")]
     assert sum(group["edits"] for group in kinds) == 4
-    with Image.open(folder / "sheet.png") as sheet:
+    with Image.open(directory / "sheet.png") as sheet:
         assert min(sheet.size) > 100
 
 
@@ -90,10 +90,10 @@ def test_scores_sheet_and_table(answers: dict[str, Answer], folder: pathlib.Path
         ("too many", f"--examples={HELD_OUT + 1}, but only {HELD_OUT} edits are held out"),
         ("none", "examples"),
         ("no number", "examples"),
-        ("no weights", "nowhere is not the folder of a run: it has no config.json"),
-        ("other size", "is for pictures of (8, 8), but those of shapes are (32, 32)"),
-        ("no folder", "nowhere of "),
-        ("no kind", "cannot tell the kind of picture from the name"),
+        ("no weights", "nowhere is not the directory of a run: it has no config.json"),
+        ("other size", "is for images of (8, 8), but those of shapes are (32, 32)"),
+        ("no directory", "nowhere of "),
+        ("no kind", "cannot tell the kind of image from the name"),
     ],
 )
 def test_a_mistake_is_one_sentence(answers: dict[str, Answer], case: str, sentence: str) -> None:

@@ -11,20 +11,20 @@ from experiments import program
 from varedit_jax.config import RunConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
-FOLDER = ROOT / "experiments" / "launch"
+DIRECTORY = ROOT / "experiments" / "launch"
 SCRIPTS = ("tpu_vm.sh", "gke_xpk.sh", "slurm.sbatch")
 PAGES = ("tpu_vm.md", "gke.md", "slurm.md")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_shell_can_read_it(name: str) -> None:
-    done = subprocess.run(["bash", "-n", str(FOLDER / name)], capture_output=True, text=True, check=False)
+    done = subprocess.run(["bash", "-n", str(DIRECTORY / name)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("name", [*SCRIPTS, *PAGES])
 def test_cards_variants_and_fields_exist(name: str) -> None:
-    text = (FOLDER / name).read_text()
+    text = (DIRECTORY / name).read_text()
     cards = set(re.findall(r"(experiments/configs/\w+\.py)(?::(\w+))?", text))
     assert cards
     for path, variant in cards:
@@ -39,7 +39,7 @@ def test_cards_variants_and_fields_exist(name: str) -> None:
 @pytest.mark.parametrize(("script", "page"), list(zip(SCRIPTS, PAGES, strict=True)))
 def test_a_page_shows_the_command_of_its_script(script: str, page: str) -> None:
     def flags(name: str) -> set[str]:
-        command = (FOLDER / name).read_text().partition("experiments.train")[2]
+        command = (DIRECTORY / name).read_text().partition("experiments.train")[2]
         return set(re.findall(r"--(?:config\.)?[\w.]*\w=", command.partition("\n\n")[0]))
 
     assert flags(page) <= flags(script) and len(flags(page)) == 8
@@ -61,7 +61,7 @@ def test_slurm_puts_a_job_in_the_queue_again(tmp_path: pathlib.Path) -> None:
             "SLURM_RESTART_COUNT": str(restarts),
             "SECONDS": str(seconds),
         }
-        command = ["bash", str(FOLDER / "slurm.sbatch")]
+        command = ["bash", str(DIRECTORY / "slurm.sbatch")]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == code and done.stdout in ("", "requeue 7\n"), done
         return bool(done.stdout)

@@ -21,7 +21,7 @@ config = program.config_flag(RunConfig)
 def main(argv):
     value = config.value
     if value.name == "mistaken":
-        raise UserError("no such picture: x.png")
+        raise UserError("no such image: x.png")
     if value.name == "interrupted":
         raise KeyboardInterrupt
     if value.name == "broken":
@@ -101,7 +101,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["--config=tiyn.py"],
         "there is no experiment card tiyn.py; did you mean tiny.py?",
     ),
-    "missing folder": (["--config=nowhere/a.py"], "there is no experiment card nowhere/a.py"),
+    "missing directory": (["--config=nowhere/a.py"], "there is no experiment card nowhere/a.py"),
     "unknown variant": (
         ["--config=tiny.py:lrage"],
         "tiny.py has no variant 'lrage', but small, large; did you mean large?",
@@ -158,7 +158,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "unknown flag": (["--config=tiny.py", "--speed=1"], "Unknown command line flag 'speed'"),
     "no flag": (["--config=tiny.py", "fast"], "unexpected argument 'fast'; this program takes flags only, see --help"),
-    "mistake found by the program": (["--config=tiny.py", "--config.name=mistaken"], "no such picture: x.png"),
+    "mistake found by the program": (["--config=tiny.py", "--config.name=mistaken"], "no such image: x.png"),
 }
 
 OTHERS = {
@@ -174,12 +174,12 @@ def answers(
     tmp_path_factory: pytest.TempPathFactory, run_program: Callable[..., dict[str, Answer]]
 ) -> dict[str, Answer]:
     """Exit code, standard output and standard error of every command line above."""
-    folder = tmp_path_factory.mktemp("cards")
+    directory = tmp_path_factory.mktemp("cards")
     for name, text in CARDS.items():
-        (folder / name).write_text(text)
+        (directory / name).write_text(text)
     lines = {name: arguments for name, (arguments, _) in (SETTINGS | MISTAKES).items()} | OTHERS
-    found = run_program("program", lines, SETUP, folder=folder, leave_out=["JAX_COMPILATION_CACHE_DIR"])
-    found["folder"] = (0, str(folder), "")
+    found = run_program("program", lines, SETUP, directory=directory, leave_out=["JAX_COMPILATION_CACHE_DIR"])
+    found["directory"] = (0, str(directory), "")
     return found
 
 
@@ -226,9 +226,9 @@ def test_interrupt_is_clean_and_a_defect_is_not(answers: dict[str, Answer]) -> N
     assert code == 1 and "Traceback" in err and "ZeroDivisionError" in err
 
 
-def test_compiled_programs_are_kept_in_the_working_folder(answers: dict[str, Answer]) -> None:
+def test_compiled_programs_are_kept_in_the_working_directory(answers: dict[str, Answer]) -> None:
     cache = json.loads(answers["nothing"][1])["cache"]
-    assert pathlib.Path(cache) == pathlib.Path(answers["folder"][1]).resolve() / ".cache" / "jax"
+    assert pathlib.Path(cache) == pathlib.Path(answers["directory"][1]).resolve() / ".cache" / "jax"
 
 
 def test_every_field_of_a_run_can_be_set() -> None:

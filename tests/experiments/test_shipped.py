@@ -1,4 +1,4 @@
-"""The editor that comes with the repository really edits, and a picture's result does not depend on its batch."""
+"""The editor that comes with the repository really edits, and an image's result does not depend on its batch."""
 
 import pathlib
 
@@ -60,16 +60,16 @@ def test_greedy_results_are_equal_alone_and_batched(editor: Editor, records: lis
         np.testing.assert_array_equal(alone[-1, 0], batched[index])
 
 
-def test_a_seed_belongs_to_a_picture_not_to_its_place(editor: Editor, records: list[dict]) -> None:
+def test_a_seed_belongs_to_a_image_not_to_its_place(editor: Editor, records: list[dict]) -> None:
     sampling = SamplingConfig(guidance=1.0, temperature=1.0)
-    pictures = np.stack([record["source"] for record in records[:2]])
+    images = np.stack([record["source"] for record in records[:2]])
     instructions = [record["instruction"] for record in records[:2]]
-    forth = editor.edit_fitted(pictures, instructions, [5, 6], sampling)[-1]
-    back = editor.edit_fitted(pictures[::-1], instructions[::-1], [6, 5], sampling)[-1]
+    forth = editor.edit_fitted(images, instructions, [5, 6], sampling)[-1]
+    back = editor.edit_fitted(images[::-1], instructions[::-1], [6, 5], sampling)[-1]
     np.testing.assert_array_equal(forth, back[::-1])
 
 
-def test_pictures_come_back_at_their_own_sizes(editor: Editor, records: list[dict]) -> None:
+def test_images_come_back_at_their_own_sizes(editor: Editor, records: list[dict]) -> None:
     small = records[0]["source"]
     wide = np.asarray(Image.fromarray(small).resize((200, 100), Image.Resampling.NEAREST))
     results = editor.edit([small, wide], [records[0]["instruction"]] * 2)

@@ -37,16 +37,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, data: str) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("runs")
+    directory = tmp_path_factory.mktemp("runs")
     done = _train(
         f"--config={CARD}",
         data,
-        f"--workdir={folder / 'run'}",
-        f"--export={folder / 'weights'}",
+        f"--workdir={directory / 'run'}",
+        f"--export={directory / 'weights'}",
         "--export_type=float32",
     )
     assert done.returncode == 0, done.stderr
-    return folder
+    return directory
 
 
 def test_stopped_and_resumed_equals_uninterrupted(uninterrupted: pathlib.Path, data: str) -> None:
@@ -64,32 +64,32 @@ def test_stopped_and_resumed_equals_uninterrupted(uninterrupted: pathlib.Path, d
     assert second.returncode == 0, second.stderr
     for part in ("transformer", "text", "tokenizer"):
         one, other = (
-            safetensors.numpy.load_file(uninterrupted / folder / f"{part}.safetensors")
-            for folder in ("weights", "resumed_weights")
+            safetensors.numpy.load_file(uninterrupted / directory / f"{part}.safetensors")
+            for directory in ("weights", "resumed_weights")
         )
         assert set(one) == set(other)
         assert all(np.array_equal(one[name], other[name]) for name in one)
     losses = [
-        [(line["step"], line["loss"]) for line in read_metrics(uninterrupted / folder) if "loss" in line]
-        for folder in ("run", "resumed")
+        [(line["step"], line["loss"]) for line in read_metrics(uninterrupted / directory) if "loss" in line]
+        for directory in ("run", "resumed")
     ]
     assert losses[0] == losses[1]
     assert len(losses[0]) > 0
 
 
-def test_exported_folder_names_its_model(uninterrupted: pathlib.Path) -> None:
+def test_exported_directory_names_its_model(uninterrupted: pathlib.Path) -> None:
     record = json.loads((uninterrupted / "weights" / "config.json").read_text())
     assert record["model"]["transformer"]["depth"] == 4
     assert record["sampling"]["greedy"] is True
 
 
 def test_a_run_can_be_started_from_and_exported(uninterrupted: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """A second stage takes a run's folder as it is; `convert` makes of it what --export made."""
-    folder = uninterrupted / "run"
-    run = dataclasses.replace(from_dict(RunConfig, run_directory.read_config(folder)), init_from=str(folder))
+    """A second stage takes a run's directory as it is; `convert` makes of it what --export made."""
+    directory = uninterrupted / "run"
+    run = dataclasses.replace(from_dict(RunConfig, run_directory.read_config(directory)), init_from=str(directory))
     abstract = jax.eval_shape(make_init(run, make_optimizer(run.optimizer, run.steps)))
     state = setup.start(run, abstract, lambda: jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), abstract))
-    convert.to_folder(open_source(folder), tmp_path / "shared", licence="mit", quiet=True)
+    convert.to_directory(open_source(directory), tmp_path / "shared", license="mit", quiet=True)
     assert convert.verify(tmp_path / "shared") > 0
     for part in ("transformer", "text"):
         exported = safetensors.numpy.load_file(uninterrupted / "weights" / f"{part}.safetensors")

@@ -21,9 +21,9 @@ MESH = ("--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"
 FOUR = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
 
 
-def train(folder: pathlib.Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def train(directory: pathlib.Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """The program, which has to end well."""
-    command = [sys.executable, "-m", "experiments.train", *COMMON, f"--config.data.directory={folder / 'data'}"]
+    command = [sys.executable, "-m", "experiments.train", *COMMON, f"--config.data.directory={directory / 'data'}"]
     done = subprocess.run(
         [*command, *arguments],
         cwd=ROOT,
@@ -39,10 +39,10 @@ def train(folder: pathlib.Path, *arguments: str, **environment: str) -> subproce
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A folder with a run of four steps on one device, `alone`."""
-    folder = tmp_path_factory.mktemp("runs")
-    train(folder, f"--workdir={folder / 'alone'}", "--stop_after=4", "--dump_step=2")
-    return folder
+    """A directory with a run of four steps on one device, `alone`."""
+    directory = tmp_path_factory.mktemp("runs")
+    train(directory, f"--workdir={directory / 'alone'}", "--stop_after=4", "--dump_step=2")
+    return directory
 
 
 def test_a_run_changes_its_mesh(alone: pathlib.Path) -> None:

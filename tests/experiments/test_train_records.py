@@ -41,25 +41,25 @@ def _run(module: str, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A data set made of a list of pictures, by the program that users call, without its look at every picture."""
-    folder = tmp_path_factory.mktemp("files")
+    """A data set made of a list of images, by the program that users call, without its look at every image."""
+    directory = tmp_path_factory.mktemp("files")
     draw = np.random.default_rng(0)
     lines = []
     for number in range(COUNT):
         line = {"id": str(number), "instruction": f"make it number {number}"}
         for side in ("source", "target"):
-            path = folder / f"{number}_{side}.jpg"
+            path = directory / f"{number}_{side}.jpg"
             few = Image.fromarray(draw.integers(0, 256, (4, 4, 3), np.uint8))
             few.resize(SIZES[number % 2]).save(path, quality=95)
             line[side] = path.name
         lines.append(json.dumps(line))
-    (folder / "list.jsonl").write_text("\n".join(lines))
-    bad = folder / f"{BAD}_target.jpg"
+    (directory / "list.jsonl").write_text("\n".join(lines))
+    bad = directory / f"{BAD}_target.jpg"
     bad.write_bytes(bad.read_bytes()[:-600])
-    output = folder / "data" / "mine"
+    output = directory / "data" / "mine"
     _run(
         "data_pipelines.prepare",
-        *("--source=manifest", f"--input={folder / 'list.jsonl'}", f"--output={output}"),
+        *("--source=manifest", f"--input={directory / 'list.jsonl'}", f"--output={output}"),
         *("--validation=0.2", "--nodecode"),
     )
     return output

@@ -33,7 +33,7 @@ def test_kinds(kind):
 
 @pytest.mark.parametrize("kind", ["cpu", "", "TPU v4 lite", "TPU v3", "NVIDIA H20", "NVIDIA GB200", "NVIDIA A10"])
 def test_what_is_not_known_is_none(kind):
-    """A neighbour's peak would be worse than none."""
+    """A neighbor's peak would be worse than none."""
     assert chip(kind) is None
 
 

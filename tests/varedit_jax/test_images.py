@@ -1,4 +1,4 @@
-"""Pictures in: every kind that is read, every reason to refuse one, the way to the model's size and back."""
+"""Images in: every kind that is read, every reason to refuse one, the way to the model's size and back."""
 
 import errno
 import io
@@ -15,8 +15,8 @@ from varedit_jax import images
 from varedit_jax.errors import UserError
 
 
-def picture(height: int = 20, width: int = 30) -> np.ndarray:
-    """A smooth picture with a different value in every corner and channel."""
+def photo(height: int = 20, width: int = 30) -> np.ndarray:
+    """A smooth image with a different value in every corner and channel."""
     y, x = np.mgrid[:height, :width]
     return np.stack([y * 200 // height + 20, x * 200 // width + 30, (x + y) * 200 // (width + height)], -1).astype(
         np.uint8
@@ -24,7 +24,7 @@ def picture(height: int = 20, width: int = 30) -> np.ndarray:
 
 
 def png(path: pathlib.Path, image: Image.Image | None = None, **options) -> pathlib.Path:
-    (image or Image.fromarray(picture())).save(path, "PNG", **options)
+    (image or Image.fromarray(photo())).save(path, "PNG", **options)
     return path
 
 
@@ -34,11 +34,11 @@ def png(path: pathlib.Path, image: Image.Image | None = None, **options) -> path
 @pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "ppm", "tga"])
 def test_lossless_files_are_read_exactly(tmp_path, suffix):
     path = tmp_path / f"in.{suffix}"
-    Image.fromarray(picture()).save(path)
-    for source in (path, str(path), path.open("rb"), Image.open(path), picture()):
+    Image.fromarray(photo()).save(path)
+    for source in (path, str(path), path.open("rb"), Image.open(path), photo()):
         result = images.read_image(source)
         assert result.dtype == np.uint8
-        np.testing.assert_array_equal(result, picture())
+        np.testing.assert_array_equal(result, photo())
         for opened in (source,) if hasattr(source, "close") else ():
             opened.close()
 
@@ -46,33 +46,33 @@ def test_lossless_files_are_read_exactly(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", ["jpg", "webp", "gif"])
 def test_lossy_files_are_read(tmp_path, suffix):
     path = tmp_path / f"in.{suffix}"
-    Image.fromarray(picture()).save(path)
+    Image.fromarray(photo()).save(path)
     result = images.read_image(path).astype(int)
     assert result.shape == (20, 30, 3)
-    assert np.abs(result - picture()).mean() < 8  # of 255; a channel or an axis in the wrong place gives over 30
+    assert np.abs(result - photo()).mean() < 8  # of 255; a channel or an axis in the wrong place gives over 30
 
 
 def test_suffix_does_not_matter(tmp_path):
-    np.testing.assert_array_equal(images.read_image(png(tmp_path / "in.jpg")), picture())
+    np.testing.assert_array_equal(images.read_image(png(tmp_path / "in.jpg")), photo())
 
 
 def test_stream_that_cannot_seek(tmp_path):
     read_end, write_end = os.pipe()
     with os.fdopen(write_end, "wb") as pipe:
-        Image.fromarray(picture()).save(pipe, "PNG")
+        Image.fromarray(photo()).save(pipe, "PNG")
     with os.fdopen(read_end, "rb") as pipe:
-        np.testing.assert_array_equal(images.read_image(pipe), picture())
+        np.testing.assert_array_equal(images.read_image(pipe), photo())
 
 
 def test_open_file_is_read_from_its_start_and_left_open(tmp_path):
     with png(tmp_path / "in.png").open("rb") as file:
         file.seek(40)
-        np.testing.assert_array_equal(images.read_image(file), picture())
+        np.testing.assert_array_equal(images.read_image(file), photo())
         assert not file.closed
 
 
 def test_palette(tmp_path):
-    image = Image.fromarray(picture() // 64 * 64).convert("P", palette=Image.Palette.ADAPTIVE)
+    image = Image.fromarray(photo() // 64 * 64).convert("P", palette=Image.Palette.ADAPTIVE)
     np.testing.assert_array_equal(images.read_image(png(tmp_path / "in.png", image)), np.array(image.convert("RGB")))
 
 
@@ -84,17 +84,17 @@ def test_palette_with_transparency_is_on_white(tmp_path):
     assert images.read_image(path).tolist() == [[[10, 20, 30], [255, 255, 255], [70, 80, 90]]]
 
 
-def test_grey_and_one_bit(tmp_path):
-    grey = picture()[:, :, 0]
-    result = images.read_image(png(tmp_path / "grey.png", Image.fromarray(grey)))
-    np.testing.assert_array_equal(result, np.repeat(grey[:, :, None], 3, 2))
-    bits = grey > 100
+def test_gray_and_one_bit(tmp_path):
+    gray = photo()[:, :, 0]
+    result = images.read_image(png(tmp_path / "gray.png", Image.fromarray(gray)))
+    np.testing.assert_array_equal(result, np.repeat(gray[:, :, None], 3, 2))
+    bits = gray > 100
     result = images.read_image(png(tmp_path / "bits.png", Image.fromarray(bits)))
     np.testing.assert_array_equal(result, np.repeat(bits[:, :, None], 3, 2) * np.uint8(255))
 
 
 @pytest.mark.parametrize("suffix", ["png", "tiff", "pgm"])
-def test_sixteen_bit_grey(tmp_path, suffix):
+def test_sixteen_bit_gray(tmp_path, suffix):
     deep = np.array([[0, 128, 129, 257, 32768, 65535 - 129, 65535 - 128, 65535]], np.uint16)
     path = tmp_path / f"deep.{suffix}"
     if suffix == "pgm":
@@ -105,13 +105,13 @@ def test_sixteen_bit_grey(tmp_path, suffix):
     assert images.read_image(path).shape == (1, 8, 3)
 
 
-def test_sixteen_bit_grey_of_the_other_byte_order(tmp_path):
+def test_sixteen_bit_gray_of_the_other_byte_order(tmp_path):
     deep = np.array([[0, 257, 65535]], np.uint16)
     image = Image.frombytes("I;16B", (3, 1), deep.astype(">u2").tobytes())
     assert images.read_image(image)[0, :, 0].tolist() == [0, 1, 255]
 
 
-def test_transparent_value_of_sixteen_bit_grey_is_white(tmp_path):
+def test_transparent_value_of_sixteen_bit_gray_is_white(tmp_path):
     path = png(tmp_path / "in.png", Image.fromarray(np.array([[0, 300, 65535]], np.uint16)))
     data = path.read_bytes()
     chunk = b"tRNS" + struct.pack(">H", 300)
@@ -121,26 +121,26 @@ def test_transparent_value_of_sixteen_bit_grey_is_white(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])
-def test_grey_beyond_sixteen_bits_is_refused(tmp_path, mode):
+def test_gray_beyond_sixteen_bits_is_refused(tmp_path, mode):
     values = np.array([[-5, 70000]], np.int32 if mode == "I" else np.float32)
     path = tmp_path / "in.tiff"
     Image.fromarray(values).save(path)
-    with pytest.raises(UserError, match=r"in\.tiff has grey values of 32 bits, from -5(\.0)? to 70000(\.0)?; save it"):
+    with pytest.raises(UserError, match=r"in\.tiff has gray values of 32 bits, from -5(\.0)? to 70000(\.0)?; save it"):
         images.read_image(path)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_alpha_is_on_white(tmp_path, mode):
-    colour = (10, 20, 30) if mode == "RGBA" else (10,)
+    color = (10, 20, 30) if mode == "RGBA" else (10,)
     image = Image.new(mode, (3, 1))
     for x, alpha in enumerate((255, 0, 51)):
-        image.putpixel((x, 0), (*colour, alpha))
-    rgb = np.broadcast_to(np.array(colour), (3,))
+        image.putpixel((x, 0), (*color, alpha))
+    rgb = np.broadcast_to(np.array(color), (3,))
     wanted = [rgb.tolist(), [255] * 3, np.round(0.2 * rgb + 0.8 * 255).astype(int).tolist()]
     assert images.read_image(png(tmp_path / "in.png", image)).tolist() == [wanted]
 
 
-def test_transparent_colour_is_white(tmp_path):
+def test_transparent_color_is_white(tmp_path):
     image = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8))
     path = png(tmp_path / "in.png", image, transparency=(4, 5, 6))
     assert images.read_image(path).tolist() == [[[1, 2, 3], [255, 255, 255]]]
@@ -153,12 +153,12 @@ def test_cmyk(tmp_path, suffix):
     assert np.abs(images.read_image(path).astype(int) - (255, 0, 0)).max() <= 2  # JPEG rounds
 
 
-def test_colours_that_cannot_become_rgb_are_refused():
-    with pytest.raises(UserError, match=r"unknown colours \(La\).*save it as RGB"):
-        images.read_image(Image.new("La", (2, 2)))  # grey, multiplied by its alpha
+def test_colors_that_cannot_become_rgb_are_refused():
+    with pytest.raises(UserError, match=r"unknown colors \(La\).*save it as RGB"):
+        images.read_image(Image.new("La", (2, 2)))  # gray, multiplied by its alpha
 
 
-# The picture as the camera wrote it, for every orientation tag; EXIF 2.3, table 6.
+# The image as the camera wrote it, for every orientation tag; EXIF 2.3, table 6.
 AS_WRITTEN = {
     1: lambda upright: upright,
     2: lambda upright: upright[:, ::-1],
@@ -177,8 +177,8 @@ def test_exif_orientation(tmp_path, orientation, suffix):
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / f"in.{suffix}"
-    Image.fromarray(np.ascontiguousarray(AS_WRITTEN[orientation](picture()))).save(path, exif=exif)
-    np.testing.assert_array_equal(images.read_image(path), picture())
+    Image.fromarray(np.ascontiguousarray(AS_WRITTEN[orientation](photo()))).save(path, exif=exif)
+    np.testing.assert_array_equal(images.read_image(path), photo())
 
 
 @pytest.mark.parametrize("mode", ["L", "I;16", "1", "RGBA", "CMYK", "P"])
@@ -192,14 +192,14 @@ def test_exif_orientation_in_every_mode(tmp_path, mode):
 
 def test_unreadable_exif_is_ignored(tmp_path):
     path = tmp_path / "in.jpg"
-    Image.fromarray(picture()).save(path, exif=b"Exif\0\0II*\0\xff\xff\xff\x7f garbage")
+    Image.fromarray(photo()).save(path, exif=b"Exif\0\0II*\0\xff\xff\xff\x7f garbage")
     assert images.read_image(path).shape == (20, 30, 3)
 
 
 def test_camera_preview_behind_the_photo_is_no_second_frame(tmp_path):
     path = tmp_path / "in.jpg"
     preview = Image.new("RGB", (4, 4))
-    Image.fromarray(picture()).save(path, "MPO", save_all=True, append_images=[preview])
+    Image.fromarray(photo()).save(path, "MPO", save_all=True, append_images=[preview])
     with Image.open(path) as image:
         assert image.format == "MPO"
         assert image.n_frames == 2
@@ -216,11 +216,11 @@ def test_arrays(shape):
 
 
 def test_array_is_copied_and_may_be_a_view():
-    values = picture()
+    values = photo()
     result = images.read_image(values[::-1, ::2])
     np.testing.assert_array_equal(result, values[::-1, ::2])
     result[:] = 0
-    np.testing.assert_array_equal(values, picture())
+    np.testing.assert_array_equal(values, photo())
 
 
 # --- what is refused
@@ -237,11 +237,11 @@ def refusal(source, **options) -> str:
 
 def test_missing_file(tmp_path):
     path = tmp_path / "none.png"
-    assert refusal(path) == f"there is no picture {path}; check the path"
+    assert refusal(path) == f"there is no image {path}; check the path"
     assert "check the path" in refusal("")
 
 
-def test_folder_and_impossible_names(tmp_path):
+def test_directory_and_impossible_names(tmp_path):
     assert "Is a directory" in refusal(tmp_path)
     assert "null" in refusal("a\0b.png")
     assert "too long" in refusal("x" * 300)
@@ -258,12 +258,12 @@ def test_unreadable_file(tmp_path, monkeypatch):
 def test_empty_file(tmp_path):
     path = tmp_path / "in.png"
     path.touch()
-    assert refusal(path) == f"{path} is empty (0 bytes); save the picture again"
+    assert refusal(path) == f"{path} is empty (0 bytes); save the image again"
     assert "is empty" in refusal(io.BytesIO())
 
 
 @pytest.mark.parametrize("content", [b"\0", b"hello, I am text\n" * 50, b"%PDF-1.7\n", b"\x89PNG\r\n\x1a\n", b"GIF89a"])
-def test_not_a_picture(tmp_path, content):
+def test_not_a_image(tmp_path, content):
     path = tmp_path / "in.png"
     path.write_bytes(content)
     message = refusal(path)
@@ -274,8 +274,8 @@ def test_not_a_picture(tmp_path, content):
 def test_program_text_is_not_run(tmp_path):
     """PIL would hand EPS to another program."""
     path = tmp_path / "in.eps"
-    Image.fromarray(picture()).save(path)
-    assert "not a picture of a known kind" in refusal(path)
+    Image.fromarray(photo()).save(path)
+    assert "not an image of a known kind" in refusal(path)
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "tiff", "bmp"])
@@ -292,7 +292,7 @@ def test_truncated_file(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "tiff", "bmp", "ppm", "tga", "jp2", "ico"])
 def test_damaged_bytes_never_leak_another_error(tmp_path, suffix):
     path = tmp_path / f"in.{suffix}"
-    Image.fromarray(picture(48, 64)).save(path)
+    Image.fromarray(photo(48, 64)).save(path)
     data = np.frombuffer(path.read_bytes(), np.uint8)
     draw = np.random.default_rng(1)
     refused = 0
@@ -314,8 +314,8 @@ def test_too_many_pixels(tmp_path):
     message = refusal(path, max_pixels=599)
     assert "30 x 20 pixels" in message and "0.000599 million" in message
     assert images.read_image(path, max_pixels=600).shape == (20, 30, 3)
-    assert "30 x 20" in refusal(picture(), max_pixels=599)
-    assert "30 x 20" in refusal(Image.fromarray(picture()), max_pixels=599)
+    assert "30 x 20" in refusal(photo(), max_pixels=599)
+    assert "30 x 20" in refusal(Image.fromarray(photo()), max_pixels=599)
 
 
 @pytest.mark.parametrize("width, height", [(8001, 8000), (10_000, 10_000), (40_000, 40_000), (2**31 - 1, 1)])
@@ -350,7 +350,7 @@ def test_arrays_of_other_types_and_shapes():
     assert "type float32; give uint8" in refusal(np.zeros((4, 4, 3), np.float32))
     assert "shape (1, 4, 4, 3)" in refusal(np.zeros((1, 4, 4, 3), np.uint8))
     assert "shape (3, 4, 5)" in refusal(np.zeros((3, 4, 5), np.uint8))
-    assert "a value of type int is not a picture" in refusal(5)
+    assert "a value of type int is not an image" in refusal(5)
 
 
 def test_text_and_closed_files(tmp_path):
@@ -367,7 +367,7 @@ def test_text_and_closed_files(tmp_path):
 
 
 def padded_first(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
-    """The release's way to the model's picture: the whole padded picture, then one resize."""
+    """The release's way to the model's image: the whole padded image, then one resize."""
     height, width, _ = image.shape
     h, w = size_hw
     padded = Image.new("RGB", (max(width, round(height * w / h)), max(height, round(width * h / w))), "white")
@@ -398,7 +398,7 @@ def test_fit_equals_padding_then_resizing(shape, size_hw, content_hw):
 
 
 def test_fit_in_strips_equals_one_piece():
-    """A picture of more rows than are padded at a time."""
+    """An image of more rows than are padded at a time."""
     image = np.random.default_rng(0).integers(0, 256, (6000, 1500, 3), np.uint8)
     fitted, _ = images.fit(image, (64, 64))
     np.testing.assert_array_equal(fitted, padded_first(image, (64, 64)))
@@ -425,14 +425,14 @@ def test_there_and_back_at_the_same_size_changes_nothing(shape):
 
 @pytest.mark.parametrize("shape", [(300, 300), (300, 187), (123, 300)])
 def test_there_and_back_keeps_the_geometry(shape):
-    image = picture(*shape)
+    image = photo(*shape)
     fitted, placement = images.fit(image, (128, 128))
     error = np.abs(images.restore(fitted, placement).astype(int) - image)
     inner = error[: shape[0] * 9 // 10, : shape[1] * 9 // 10]  # the white mixes in at the very edge
-    assert inner.max() <= 4  # of 255; one pixel of the model's picture is a step of 4 here at most
+    assert inner.max() <= 4  # of 255; one pixel of the model's image is a step of 4 here at most
 
 
-def test_too_narrow_pictures_are_refused_before_they_are_padded():
+def test_too_narrow_images_are_refused_before_they_are_padded():
     with pytest.raises(UserError, match="33 x 1 pixels, too narrow to be shown to the model at 32 x 32; crop it"):
         images.fit(np.zeros((1, 33, 3), np.uint8), (32, 32))
     with pytest.raises(UserError, match="too narrow"):
@@ -441,7 +441,7 @@ def test_too_narrow_pictures_are_refused_before_they_are_padded():
 
 
 def test_fit_and_restore_check_what_they_get():
-    _, placement = images.fit(picture(), (32, 32))
+    _, placement = images.fit(photo(), (32, 32))
     with pytest.raises(ValueError, match=r"\(16, 16\), but it was placed in \(32, 32\)"):
         images.restore(np.zeros((16, 16, 3), np.uint8), placement)
     for wrong in (np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3), np.float32), np.zeros((0, 8, 3), np.uint8)):

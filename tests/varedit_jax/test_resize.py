@@ -24,10 +24,10 @@ def test_area_matrix_averages_windows(size_in, size_out):
 
 
 @pytest.mark.parametrize("size_in, size_out", SIZES)
-def test_linear_matrix_interpolates_between_cell_centres(size_in, size_out):
+def test_linear_matrix_interpolates_between_cell_centers(size_in, size_out):
     x = np.random.default_rng(0).normal(size=size_in)
-    centres = (np.arange(size_out) + 0.5) / size_out
-    wanted = np.interp(centres, (np.arange(size_in) + 0.5) / size_in, x)  # constant beyond the outer centres
+    centers = (np.arange(size_out) + 0.5) / size_out
+    wanted = np.interp(centers, (np.arange(size_in) + 0.5) / size_in, x)  # constant beyond the outer centers
     np.testing.assert_allclose(linear_matrix(size_in, size_out) @ x, wanted, rtol=0, atol=1e-5)
 
 

@@ -81,7 +81,7 @@ def test_cells():
 
 
 def test_nearest_aspect():
-    """Of height / width, so a tall picture takes a template above 1."""
+    """Of height / width, so a tall image takes a template above 1."""
     assert nearest_aspect(500, 500) == "1.0"
     assert nearest_aspect(1, 1000) == min(aspect_templates(), key=float)
     assert nearest_aspect(1000, 1) == max(aspect_templates(), key=float)

@@ -62,7 +62,7 @@ class Target:
 
 
 def compile_step(config: RunConfig, target: Target) -> Row:
-    """Compiles the step of a run, pictures and token ids in, for `target`: what `experiments.compile_ahead` prints.
+    """Compiles the step of a run, images and token ids in, for `target`: what `experiments.compile_ahead` prints.
 
     Raises UserError for a topology, mesh, batch or kernel of attention that do not go together. A program too large for
     the memory is a row with `fits` false.

@@ -1,4 +1,4 @@
-"""Times and memory of the complete training step and of editing, on random weights and pictures, on any device."""
+"""Times and memory of the complete training step and of editing, on random weights and images, on any device."""
 
 import dataclasses
 import functools
@@ -59,7 +59,7 @@ class Benchmark:
         return row | self._measured[run]
 
     def edit(self, batch: int) -> Row:
-        """A complete edit of so many pictures, from pixels to pixels, on the first device."""
+        """A complete edit of so many images, from pixels to pixels, on the first device."""
         return {"what": "edit", "batch": batch} | _guarded(lambda: self._edit(batch))
 
     def attention(self) -> Iterator[Row]:
@@ -158,7 +158,7 @@ class Benchmark:
         before, run = _peak(), self.run
         model, pyramid = run.model, editor_pyramid(run.model)
         draw = np.random.default_rng(0)
-        pictures = draw.integers(0, 256, (batch, *image_size(model, pyramid), 3), np.uint8)
+        images = draw.integers(0, 256, (batch, *image_size(model, pyramid), 3), np.uint8)
         tokens = min(32, run.data.text_tokens)  # of an instruction
         ids = draw.integers(1, model.text.vocabulary_size, (batch, tokens), np.int32)
         lengths = np.full((batch,), tokens, np.int32)
@@ -169,7 +169,7 @@ class Benchmark:
         with jax.default_device(self._device):
             params = self._initial["editor"]()
             keys = jax.vmap(jax.random.key)(np.arange(batch, dtype=np.uint32))
-            arguments = (params, *jax.device_put((pictures, ids, lengths), self._device), keys)
+            arguments = (params, *jax.device_put((images, ids, lengths), self._device), keys)
             began = time.perf_counter()
             edit = jax.jit(function).lower(*arguments).compile()
             compiling = time.perf_counter() - began
@@ -256,7 +256,7 @@ def _random_editor(run: RunConfig) -> Any:
 
 
 def _random_batch(abstract: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Random pictures (or features) and texts of all lengths."""
+    """Random images (or features) and texts of all lengths."""
     draw = np.random.default_rng(0)
     text_tokens = abstract["text_ids"].shape[1]
     highest = {"text_ids": 1000, "text_length": text_tokens + 1}

@@ -1,7 +1,7 @@
-"""Compares this implementation with a folder of golden data, tensor by tensor.
+"""Compares this implementation with a directory of golden data, tensor by tensor.
 
-The folder holds `config.json`, the state dicts `transformer.pth` and `vae.pth` (or .safetensors) under their published
-names, and `golden.safetensors` with what the published release computes from them in float32.
+The directory holds `config.json`, the state dicts `transformer.pth` and `vae.pth` (or .safetensors) under their
+published names, and `golden.safetensors` with what the published release computes from them in float32.
 """
 
 import dataclasses
@@ -63,7 +63,7 @@ class ParityRow:
 
 @dataclasses.dataclass(frozen=True)
 class Golden:
-    """A golden folder, read."""
+    """A golden directory, read."""
 
     config: EditorConfig
     pyramid: Pyramid
@@ -92,16 +92,16 @@ def _editor_config(values: dict[str, Any]) -> EditorConfig:
     )
 
 
-def _params(folder: pathlib.Path, name: str, part: str, expected: Any) -> Any:
+def _params(directory: pathlib.Path, name: str, part: str, expected: Any) -> Any:
     """A part from the file `name` (.pth or .safetensors), in float32."""
-    for path in (folder / f"{name}{suffix}" for suffix in (".pth", ".safetensors")):
+    for path in (directory / f"{name}{suffix}" for suffix in (".pth", ".safetensors")):
         if path.is_file():
             state = {key.removeprefix("vae."): tensor for key, tensor in read_state_dict(path).items()}
             try:
                 return names.as_float32(names.to_tree(part, state, expected))
             except UserError as error:
                 raise UserError(f"{path}: {error}") from error
-    raise UserError(f"{folder} holds neither {name}.pth nor {name}.safetensors")
+    raise UserError(f"{directory} holds neither {name}.pth nor {name}.safetensors")
 
 
 def _by_scale(value: Any) -> float | tuple[float, ...]:
@@ -109,29 +109,29 @@ def _by_scale(value: Any) -> float | tuple[float, ...]:
     return tuple(map(float, value)) if isinstance(value, list) else float(value)
 
 
-def read_golden(folder: str | os.PathLike[str]) -> Golden:
-    """Reads a golden folder. Raises UserError for anything missing or damaged, naming it."""
-    folder = pathlib.Path(folder)
+def read_golden(directory: str | os.PathLike[str]) -> Golden:
+    """Reads a golden directory. Raises UserError for anything missing or damaged, naming it."""
+    directory = pathlib.Path(directory)
     try:
-        values = json.loads((folder / "config.json").read_text())
+        values = json.loads((directory / "config.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{folder} is not a golden folder: cannot read its config.json ({error})") from error
+        raise UserError(f"{directory} is not a golden directory: cannot read its config.json ({error})") from error
     try:
         config = _editor_config(values)
         grids = tuple((rows, columns) for _, rows, columns in values["schedule"])
         full = published_pyramid("1M", nearest_aspect(*values["image_hw"])).grids
         sampling = SamplingConfig(guidance=_by_scale(values["cfg"]), temperature=_by_scale(values["tau"]), greedy=True)
     except KeyError as error:
-        raise UserError(f"{folder / 'config.json'} has no field {error}") from error
+        raise UserError(f"{directory / 'config.json'} has no field {error}") from error
     except (ValueError, TypeError) as error:
-        raise UserError(f"{folder / 'config.json'} does not describe a model: {error}") from error
+        raise UserError(f"{directory / 'config.json'} does not describe a model: {error}") from error
     pyramid = Pyramid(grids, full)
-    tensors = read_state_dict(folder / "golden.safetensors")
+    tensors = read_state_dict(directory / "golden.safetensors")
     scales = [f"infer_{what}_{scale:02d}" for what in ("logits", "bits") for scale in range(pyramid.scales)]
     wanted = [*_INPUTS, *scales, *(name for name in TOLERANCES if name not in ("infer_logits", "infer_bits"))]
     missing = [name for name in wanted if name not in tensors]
     if missing:
-        raise UserError(f"{folder / 'golden.safetensors'} has no tensor {', '.join(missing)}")
+        raise UserError(f"{directory / 'golden.safetensors'} has no tensor {', '.join(missing)}")
 
     tokenizer = abstract_params(config, "tokenizer")
     transformer = abstract_params(config, "transformer", pyramid)
@@ -140,8 +140,8 @@ def read_golden(folder: str | os.PathLike[str]) -> Golden:
         pyramid,
         sampling,
         tensors,
-        _params(folder, "vae", "tokenizer", tokenizer),
-        _params(folder, "transformer", "transformer", transformer),
+        _params(directory, "vae", "tokenizer", tokenizer),
+        _params(directory, "transformer", "transformer", transformer),
     )
 
 
@@ -168,7 +168,7 @@ def _flat_logits(logits_BLN2: jax.Array) -> np.ndarray:
 
 
 def compute(golden: Golden) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of a golden folder as this implementation computes it, (name, array) in the folder's layout."""
+    """Every tensor of the golden data as this implementation computes it, (name, array) in the layout of the data."""
     config, pyramid, tensors = golden.config, golden.pyramid, golden.tensors
     autoencoder = Autoencoder(config.tokenizer)
     cells = pyramid.cells(config.patchify)

@@ -1,1 +1,1 @@
-"""Weights in and out: published names, files, folders."""
+"""Weights in and out: published names, files, directories."""

@@ -1,8 +1,8 @@
 """Published weights in, published weights out, one tensor at a time.
 
     to_jax       published files -> an Orbax checkpoint a part, config.json, vocabulary: what `Editor` and runs load
-    to_torch     a folder of weights or a run -> files that the published code loads
-    to_folder    a folder of weights or a run -> safetensors with our own names, and a card
+    to_torch     a directory of weights or a run -> files that the published code loads
+    to_directory    a directory of weights or a run -> safetensors with our own names, and a card
 
 Memory does not grow with the model: a tensor is a view of a memory map until it is written. Each output has a manifest
 with the SHA-256 of every tensor, on both sides.
@@ -49,12 +49,12 @@ _PLACES = {
 class Published:
     """Published files to convert."""
 
-    files: Mapping[str, str]  # part -> file or folder
+    files: Mapping[str, str]  # part -> file or directory
     weights: str = "model"  # or "ema": which of the two transformers that a trainer's checkpoint may hold
     tokenizer_weights: str = "model"  # likewise, of a tokenizer's file
-    family: str = ""  # varedit or infinity; "": as the name of the transformer's file or folder says
+    family: str = ""  # varedit or infinity; "": as the name of the transformer's file or directory says
     rope_layout: str = ""  # released or paper; "": what the family needs
-    pixel_budget: str = ""  # "": as the name of the transformer's file or folder says, 0.25M if it does not
+    pixel_budget: str = ""  # "": as the name of the transformer's file or directory says, 0.25M if it does not
 
 
 class _Opened(NamedTuple):
@@ -165,7 +165,7 @@ def _stored_type(dtypes: set[np.dtype]) -> np.dtype:
 
 
 def to_jax(request: Published, output: str | os.PathLike[str], quiet: bool = False) -> int:
-    """Converts published files to a folder of weights; returns its bytes.
+    """Converts published files to a directory of weights; returns its bytes.
 
     Every tensor keeps its type; a stack whose entries differ in type takes one that holds all of them exactly.
 
@@ -242,11 +242,11 @@ def _record(part: str, link: names.Link, tensor: np.ndarray) -> stream.Record:
     }
 
 
-def _describe(folder: pathlib.Path, config: EditorConfig, sampling: SamplingConfig) -> None:
-    """config.json and the vocabulary of a folder of weights."""
-    stream.write_json(folder / CONFIG, {"model": to_dict(config), "sampling": to_dict(sampling)})
+def _describe(directory: pathlib.Path, config: EditorConfig, sampling: SamplingConfig) -> None:
+    """config.json and the vocabulary of a directory of weights."""
+    stream.write_json(directory / CONFIG, {"model": to_dict(config), "sampling": to_dict(sampling)})
     text = importlib.resources.files(varedit_jax).joinpath("text", VOCABULARY).read_bytes()
-    (folder / VOCABULARY).write_bytes(text)
+    (directory / VOCABULARY).write_bytes(text)
 
 
 def to_torch(
@@ -260,12 +260,12 @@ def to_torch(
 ) -> int:
     """Writes parts as files of the published code, buffers included; returns their bytes.
 
-    `pth`: transformer.pth, tokenizer.pth ({"vae": state dict}), text/pytorch_model.bin. `safetensors`: a folder a part,
-    in shards with an index. The text encoder comes with the config.json that the transformers library reads.
+    `pth`: transformer.pth, tokenizer.pth ({"vae": state dict}), text/pytorch_model.bin. `safetensors`: a directory a
+    part, in shards with an index. The text encoder comes with the config.json that the transformers library reads.
 
     Args:
       source: of `open_source`.
-      output: new folder.
+      output: new directory.
       file_format: pth or safetensors.
       shard_bytes: largest size of a safetensors file.
       dtype: float32, bfloat16 or float16; "" writes every tensor in the type it was published in, or is stored in.
@@ -276,14 +276,14 @@ def to_torch(
     """
     fingerprint = {
         "to": "torch",
-        "source": [str(source.folder.absolute()), *source.stamp()],
+        "source": [str(source.directory.absolute()), *source.stamp()],
         "options": [list(source.parts), file_format, shard_bytes, dtype, chunks],
     }
     mapping = mapping_from(source, dtype, chunks)
     if not quiet and _has_own_positions(source):
         print(
-            f"{source.folder} has rope_layout=paper below 1M pixels, but VAREdit's published code computes the "
-            f"released positions: it gives other pictures"
+            f"{source.directory} has rope_layout=paper below 1M pixels, but VAREdit's published code computes the "
+            f"released positions: it gives other images"
         )
     with stream.Job(output, fingerprint) as job:
         tasks: list[stream.Task] = []
@@ -340,7 +340,7 @@ def _check_published_code_computes(config: EditorConfig) -> None:
         if value != published:
             raise UserError(
                 f"the editor was trained with {name}={value}, but published code computes {name}={published} only; "
-                f"export it in our own names (--to=folder)"
+                f"export it in our own names (--to=directory)"
             )
 
 
@@ -362,12 +362,12 @@ def _dialect(source: Source, part: str, chunks: int | None) -> names.Dialect:
 
 
 def _files_of(
-    part: str, folder: pathlib.Path, planned: Sequence[Planned], file_format: str, shard_bytes: int
+    part: str, directory: pathlib.Path, planned: Sequence[Planned], file_format: str, shard_bytes: int
 ) -> list[TensorFile]:
     if file_format == "safetensors":
-        return list(safetensors_shards(folder / part, planned, shard_bytes))
+        return list(safetensors_shards(directory / part, planned, shard_bytes))
     name = "text/pytorch_model.bin" if part == "text" else f"{part}.pth"
-    return [PthFile(folder / name, planned, under="vae" if part == "tokenizer" else "")]
+    return [PthFile(directory / name, planned, under="vae" if part == "tokenizer" else "")]
 
 
 def _export_task(part: str, link: names.Link, planned: Planned, leaf: native.Leaf, file: TensorFile) -> stream.Task:
@@ -390,17 +390,17 @@ def _rounded(tensor: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     return rounded
 
 
-def to_folder(
-    source: Source, output: str | os.PathLike[str], dtype: str = "", licence: str = "", quiet: bool = False
+def to_directory(
+    source: Source, output: str | os.PathLike[str], dtype: str = "", license: str = "", quiet: bool = False
 ) -> int:
     """Writes parts as safetensors with our own names, config.json, vocabulary and a card; returns their bytes.
 
-    `dtype` as in `to_torch`; `licence` goes into the card. Raises UserError as `to_torch` does.
+    `dtype` as in `to_torch`; `license` goes into the card. Raises UserError as `to_torch` does.
     """
     fingerprint = {
-        "to": "folder",
-        "source": [str(source.folder.absolute()), *source.stamp()],
-        "options": [list(source.parts), dtype, licence],
+        "to": "directory",
+        "source": [str(source.directory.absolute()), *source.stamp()],
+        "options": [list(source.parts), dtype, license],
     }
     with stream.Job(output, fingerprint) as job:
         tasks: list[stream.Task] = []
@@ -424,7 +424,7 @@ def to_folder(
             file.finish({})
         _describe(job.staging, source.config, source.sampling)
         (job.staging / "README.md").write_text(
-            model_card(source.config, source.parts, source.run, source.step, size, licence)
+            model_card(source.config, source.parts, source.run, source.step, size, license)
         )
         job.finish({"form": "safetensors", "tensors": [job.done[task.key] for task in tasks]})
     return size
@@ -442,12 +442,12 @@ def _copy_task(part: str, planned: Planned, index: int | None, leaf: native.Leaf
     return stream.Task(f"{part}/{planned.name}/{index}", nbytes, work)
 
 
-def verify(folder: str | os.PathLike[str]) -> int:
+def verify(directory: str | os.PathLike[str]) -> int:
     """Reads every tensor of an output again and compares its checksum; returns their number.
 
     Raises UserError naming every tensor that differs, or if there is no manifest.
     """
-    root = pathlib.Path(folder)
+    root = pathlib.Path(directory)
     manifest = read_manifest(root)
     if manifest is None:
         raise UserError(f"{root} has no {MANIFEST}: there is nothing to verify it by")

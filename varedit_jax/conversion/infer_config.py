@@ -21,11 +21,11 @@ from varedit_jax.weights import names
 Shapes = Mapping[str, tuple[int, ...]]  # published name -> shape
 
 FAMILIES: dict[str, RopeLayout] = {"varedit": "released", "infinity": "paper"}
-_PIXEL_BUDGETS = {"256": "0.06M", "512": "0.25M", "1024": "1M"}  # by the side of a square picture
+_PIXEL_BUDGETS = {"256": "0.06M", "512": "0.25M", "1024": "1M"}  # by the side of a square image
 
 
 def family_of(path: str) -> str:
-    """Whose weights a file is named after, itself or its folder: varedit or infinity; "" if neither says."""
+    """Whose weights a file is named after, itself or its directory: varedit or infinity; "" if neither says."""
     for name in reversed(pathlib.Path(path).parts[-2:]):
         found = [family for family in FAMILIES if family in name.lower()]
         if len(found) == 1:
@@ -34,7 +34,7 @@ def family_of(path: str) -> str:
 
 
 def pixel_budget_of(path: str) -> str:
-    """Which pictures a file is named after, itself or its folder, as in 8B-512; "" if neither says."""
+    """Which images a file is named after, itself or its directory, as in 8B-512; "" if neither says."""
     for name in reversed(pathlib.Path(path).parts[-2:]):
         found = set(re.findall(r"(?<![A-Za-z0-9.])(256|512|1024)(?=x\d|px|[^A-Za-z0-9]|$)", name))
         if len(found) == 1:

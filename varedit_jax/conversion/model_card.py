@@ -6,16 +6,16 @@ from varedit_jax.config import EditorConfig, RunConfig
 from varedit_jax.weights.manifest import size_text
 
 _TEMPLATE = """---
-license: {licence}
+license: {license}
 library_name: varedit_jax
 pipeline_tag: image-to-image
 ---
 
 # {title}
 
-An editor of pictures by instruction: VAREdit (arXiv 2508.15772), weights of varedit_jax, {size}.
+An editor of images by instruction: VAREdit (arXiv 2508.15772), weights of varedit_jax, {size}.
 
-    python -m experiments.edit --checkpoint=THIS_FOLDER{others} --image=mine.png --instruction="..." --output=edited.png
+    python -m experiments.edit --checkpoint=THIS_DIRECTORY{others} --image=mine.png --instruction="..." --output=new.png
 
 | | |
 |---|---|
@@ -23,12 +23,12 @@ An editor of pictures by instruction: VAREdit (arXiv 2508.15772), weights of var
 
 Files: `config.json` (model and sampling), one safetensors file a part (names are paths of the tree, slashes between),
 `t5_tokenizer.json` (vocabulary of the prompts), `manifest.json` (SHA-256 of every tensor;
-`python -m experiments.convert --verify=THIS_FOLDER` checks them).
+`python -m experiments.convert --verify=THIS_DIRECTORY` checks them).
 """
 
 
 def model_card(
-    config: EditorConfig, parts: Sequence[str], run: RunConfig | None, step: int | None, size: int, licence: str
+    config: EditorConfig, parts: Sequence[str], run: RunConfig | None, step: int | None, size: int, license: str
 ) -> str:
     """Markdown with a header that Hugging Face reads.
 
@@ -40,7 +40,7 @@ def model_card(
         rows += [
             ("transformer", f"{transformer.depth} blocks, width {transformer.width}, {transformer.heads} heads"),
             ("bits a token", str(transformer.token_bits)),
-            ("pictures", config.pixel_budget or f"own grids {config.grids}"),
+            ("images", config.pixel_budget or f"own grids {config.grids}"),
             ("conditioning, positions", f"{transformer.conditioning}, {transformer.rope_layout}"),
         ]
     if run is not None:
@@ -63,11 +63,11 @@ def model_card(
         ]
     else:
         rows.append(("recipe, step, data", "not recorded with the weights that were converted"))
-    rows.append(("licence", licence or "not stated"))
-    others = "".join(f" --{part}=FOLDER" for part in ("tokenizer", "text") if part not in parts)
+    rows.append(("license", license or "not stated"))
+    others = "".join(f" --{part}=DIRECTORY" for part in ("tokenizer", "text") if part not in parts)
     return _TEMPLATE.format(
         others=others,
-        licence=licence or "unknown",
+        license=license or "unknown",
         title=run.name if run is not None else f"varedit_jax: {', '.join(parts)}",
         size=size_text(size),
         rows="\n".join(f"| {name} | {value} |" for name, value in rows),

@@ -1,4 +1,4 @@
-"""A conversion on its way: a staging folder, a journal of what is done, and at the end a manifest with checksums.
+"""A conversion on its way: a staging directory, a journal of what is done, and at the end a manifest with checksums.
 
 The output appears complete or not at all. A conversion that was ended goes on where it was when the same command runs
 again, as long as its inputs are the same.
@@ -34,7 +34,7 @@ class Task(NamedTuple):
 
 
 class Job:
-    """The staging folder of an output, and its journal. A context manager, and alone in its folder while it is one."""
+    """The staging directory of an output, and its journal: a context manager that holds the directory alone."""
 
     def __init__(self, output: str | os.PathLike[str], fingerprint: Mapping[str, Any]) -> None:
         """`fingerprint` is what must be the same for an earlier attempt to be gone on with.
@@ -43,13 +43,13 @@ class Job:
         """
         self.output = pathlib.Path(output)
         if self.output.exists() or self.output.is_symlink():
-            raise UserError(f"{self.output} exists; give a new folder, or remove it first")
+            raise UserError(f"{self.output} exists; give a new directory, or remove it first")
         self.staging = self.output.absolute().with_name(f".{self.output.name}.partial")
         self._fingerprint = json.loads(json.dumps(fingerprint))  # tuples become lists, as in the journal
         self.done: dict[str, Record] = {}
 
     def __enter__(self) -> "Job":
-        """Opens the staging folder; what an earlier attempt with the same fingerprint did is in `done`."""
+        """Opens the staging directory; what an earlier attempt with the same fingerprint did is in `done`."""
         try:
             self.staging.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -75,7 +75,7 @@ class Job:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        """Leaves the folder as it is, to be gone on with; but nothing after an input that cannot be converted."""
+        """Leaves the directory as it is, to be gone on with; but nothing after an input that cannot be converted."""
         self._journal.close()
         if isinstance(error, UserError) and not isinstance(error, _NoRoom):
             shutil.rmtree(self.staging, ignore_errors=True)

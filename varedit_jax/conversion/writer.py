@@ -23,7 +23,7 @@ _STORAGE_NAMES = {np.dtype(dtype): name for name, dtype in STORAGES.items()}
 _SAFETENSORS_NAMES = {np.dtype(dtype): name for name, dtype in SAFETENSORS_TYPES.items()}
 _ALIGNMENT = 64  # bytes: where PyTorch has storages begin, so that a memory map of them can be used as it is
 _ZIP32 = 2**32 - 1  # what a field of four bytes holds; a zip file says larger numbers elsewhere
-_ROOT = "archive"  # folder inside a .pth file
+_ROOT = "archive"  # directory inside a .pth file
 
 
 class Planned(NamedTuple):
@@ -210,7 +210,7 @@ def _tuple(values: Iterable[int]) -> bytes:
     return pickle.MARK + b"".join(map(_number, values)) + pickle.TUPLE
 
 
-def safetensors_shards(folder: pathlib.Path, tensors: Sequence[Planned], shard_bytes: int) -> list[SafetensorsFile]:
+def safetensors_shards(directory: pathlib.Path, tensors: Sequence[Planned], shard_bytes: int) -> list[SafetensorsFile]:
     """Shards of at most `shard_bytes` (or of one tensor), named as the transformers library expects them."""
     groups: list[list[Planned]] = [[]]
     for tensor in tensors:
@@ -218,9 +218,9 @@ def safetensors_shards(folder: pathlib.Path, tensors: Sequence[Planned], shard_b
             groups.append([])
         groups[-1].append(tensor)
     if len(groups) == 1:
-        return [SafetensorsFile(folder / "model.safetensors", tensors)]
+        return [SafetensorsFile(directory / "model.safetensors", tensors)]
     names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
-    return [SafetensorsFile(folder / name, group) for name, group in zip(names, groups, strict=True)]
+    return [SafetensorsFile(directory / name, group) for name, group in zip(names, groups, strict=True)]
 
 
 def shard_index(files: Sequence[TensorFile]) -> dict[str, object]:

@@ -1,1 +1,1 @@
-"""Pictures and scores for people."""
+"""Images and scores for people."""

@@ -1,6 +1,6 @@
-"""Pictures for people: contact sheets of edits and small-multiple curves, drawn with Pillow alone.
+"""Images for people: contact sheets of edits and small-multiple curves, drawn with Pillow alone.
 
-`contact_sheet` shows what an editor did, a row an example: source, picture after each scale, result, target.
+`contact_sheet` shows what an editor did, a row an example: source, image after each scale, result, target.
 `curve_sheet` shows how training went, a panel a metric. Both return an RGB `PIL.Image.Image` to save or to log.
 The built-in font has Latin letters only: other writing comes out as boxes.
 """
@@ -13,25 +13,25 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 Point = tuple[float, float]
 
-_PAGE: Colour = (244, 245, 247)
-_CARD: Colour = (255, 255, 255)
-_EDGE: Colour = (222, 225, 230)
-_GRID: Colour = (234, 236, 240)
-_INK: Colour = (32, 36, 44)
-_FAINT: Colour = (112, 119, 131)
-_RIGHT: Colour = (22, 133, 74)
-_WRONG: Colour = (200, 46, 42)
-# Told apart by colour-blind readers too (Okabe and Ito).
-_LINES: tuple[Colour, ...] = ((0, 114, 178), (213, 94, 0), (0, 148, 108), (190, 95, 150), (205, 138, 0), (70, 160, 215))
+_PAGE: Color = (244, 245, 247)
+_CARD: Color = (255, 255, 255)
+_EDGE: Color = (222, 225, 230)
+_GRID: Color = (234, 236, 240)
+_INK: Color = (32, 36, 44)
+_FAINT: Color = (112, 119, 131)
+_RIGHT: Color = (22, 133, 74)
+_WRONG: Color = (200, 46, 42)
+# Told apart by color-blind readers too (Okabe and Ito).
+_LINES: tuple[Color, ...] = ((0, 114, 178), (213, 94, 0), (0, 148, 108), (190, 95, 150), (205, 138, 0), (70, 160, 215))
 
 _MARGIN = 24  # pixels around the page
-_GAP = 10  # pixels between pictures
+_GAP = 10  # pixels between images
 _PAD = 14  # pixels between a card's edge and what it holds
-_TEXT_WIDTH = 216  # pixels of the text beside the pictures
-_MIN_SIDE = 96  # pixels; the shorter side of an enlarged picture is at least this
+_TEXT_WIDTH = 216  # pixels of the text beside the images
+_MIN_SIDE = 96  # pixels; the shorter side of an enlarged image is at least this
 _SMOOTH = 4  # shapes are drawn this many times larger, then reduced, for smooth edges
 _PLOT = (330, 190)  # pixels of the area between the axes, width and height
 _PLOT_LEFT, _PLOT_RIGHT, _PLOT_ABOVE, _PLOT_BELOW = 62, 62, 54, 46  # room for labels around it
@@ -41,9 +41,9 @@ _PLOT_LEFT, _PLOT_RIGHT, _PLOT_ABOVE, _PLOT_BELOW = 62, 62, 54, 46  # room for l
 class Row:
     """One example of a contact sheet."""
 
-    pictures: Sequence[np.ndarray]  # uint8 [h, w, 3], one a column
+    images: Sequence[np.ndarray]  # uint8 [h, w, 3], one a column
     instruction: str
-    kind: str = ""  # of edit, such as "recolour"
+    kind: str = ""  # of edit, such as "recolor"
     verdict: bool | None = None  # was the edit right; None shows no mark
     note: str = ""  # beside or instead of the verdict, such as a score
 
@@ -61,19 +61,19 @@ class Panel:
 def contact_sheet(
     rows: Sequence[Row], titles: Sequence[str], *, scale: int | None = None, heading: str = ""
 ) -> Image.Image:
-    """Lays out examples as rows of pictures, each with its instruction and verdict.
+    """Lays out examples as rows of images, each with its instruction and verdict.
 
     Args:
-      rows: the examples; every picture is uint8 [h, w, 3] of one size.
-      titles: of the columns; as many as each row has pictures.
-      scale: whole factor of nearest-neighbour enlargement; None takes the least that makes the shorter side 96 px.
+      rows: the examples; every image is uint8 [h, w, 3] of one size.
+      titles: of the columns; as many as each row has images.
+      scale: whole factor of nearest-neighbor enlargement; None takes the least that makes the shorter side 96 px.
       heading: text above everything.
 
     Returns:
-      An RGB image; the pixels of the pictures appear in it unaltered, each `scale` x `scale` times.
+      An RGB image; the pixels of the images appear in it unaltered, each `scale` x `scale` times.
 
     Raises:
-      ValueError: no row, a row whose pictures do not match the titles, pictures of different sizes or not uint8
+      ValueError: no row, a row whose images do not match the titles, images of different sizes or not uint8
         [h, w, 3], or a scale below 1.
     """
     height, width = _common_size(rows, titles)
@@ -97,19 +97,19 @@ def contact_sheet(
     if heading:
         draw.text((_MARGIN, _MARGIN - 6), heading, fill=_INK, font=_font(22))
     for column, lines in enumerate(title_lines):
-        centre = left + column * (width + _GAP) + width // 2
+        center = left + column * (width + _GAP) + width // 2
         for n, line in enumerate(reversed(lines)):
-            draw.text((centre, first_card - 8 - n * _leading(13)), line, fill=_FAINT, font=_font(13), anchor="md")
+            draw.text((center, first_card - 8 - n * _leading(13)), line, fill=_FAINT, font=_font(13), anchor="md")
 
     card_top = first_card
     for row, text, card_height in zip(rows, texts, card_heights, strict=True):
         _draw_card(page, (_MARGIN, card_top, page_width - _MARGIN, card_top + card_height))
         text.draw(page, (_MARGIN + _PAD, card_top + (card_height - text.height) // 2))
         y = card_top + (card_height - height) // 2
-        for column, picture in enumerate(row.pictures):
+        for column, image in enumerate(row.images):
             x = left + column * (width + _GAP)
             draw.rectangle((x - 1, y - 1, x + width, y + height), outline=_EDGE)
-            page.paste(Image.fromarray(picture.repeat(scale, axis=0).repeat(scale, axis=1)), (x, y))
+            page.paste(Image.fromarray(image.repeat(scale, axis=0).repeat(scale, axis=1)), (x, y))
         card_top += card_height + _GAP
     return page
 
@@ -127,7 +127,7 @@ def curve_sheet(panels: Sequence[Panel], *, heading: str = "", columns: int | No
 
     Raises:
       ValueError: no panel, a line without a point or with an x that is not finite, more lines in a panel than
-        colours, or columns below 1.
+        colors, or columns below 1.
     """
     if not panels:
         raise ValueError("panels is empty; a curve sheet needs at least one")
@@ -164,24 +164,24 @@ def curve_sheet(panels: Sequence[Panel], *, heading: str = "", columns: int | No
 
 
 def _common_size(rows: Sequence[Row], titles: Sequence[str]) -> tuple[int, int]:
-    """Height and width of every picture of the rows."""
+    """Height and width of every image of the rows."""
     if not rows:
         raise ValueError("rows is empty; a contact sheet needs at least one")
     if not titles:
         raise ValueError("titles is empty; a contact sheet needs at least one column")
     size: tuple[int, ...] | None = None
     for n, row in enumerate(rows):
-        if len(row.pictures) != len(titles):
-            raise ValueError(f"row {n} has {len(row.pictures)} pictures for {len(titles)} titles: {list(titles)}")
-        for title, picture in zip(titles, row.pictures, strict=True):
-            if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
+        if len(row.images) != len(titles):
+            raise ValueError(f"row {n} has {len(row.images)} images for {len(titles)} titles: {list(titles)}")
+        for title, image in zip(titles, row.images, strict=True):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
                 raise ValueError(
-                    f"picture {title!r} of row {n} is {picture.dtype} {list(picture.shape)}; it must be uint8 [h, w, 3]"
+                    f"image {title!r} of row {n} is {image.dtype} {list(image.shape)}; it must be uint8 [h, w, 3]"
                 )
-            size = size or picture.shape[:2]
-            if picture.shape[:2] != size:
+            size = size or image.shape[:2]
+            if image.shape[:2] != size:
                 raise ValueError(
-                    f"picture {title!r} of row {n} is {picture.shape[0]} x {picture.shape[1]} pixels and the first is "
+                    f"image {title!r} of row {n} is {image.shape[0]} x {image.shape[1]} pixels and the first is "
                     f"{size[0]} x {size[1]}; resize them to one size"
                 )
     assert size is not None
@@ -189,7 +189,7 @@ def _common_size(rows: Sequence[Row], titles: Sequence[str]) -> tuple[int, int]:
 
 
 class _RowText:
-    """The text beside a row's pictures: kind, wrapped instruction, verdict."""
+    """The text beside a row's images: kind, wrapped instruction, verdict."""
 
     def __init__(self, row: Row):
         self.row = row
@@ -220,16 +220,16 @@ class _RowText:
 def _draw_verdict(page: Image.Image, corner: tuple[int, int], right: bool) -> None:
     """A disc with a tick or a cross in it, 18 px wide, and the word."""
     side = 18
-    colour = _RIGHT if right else _WRONG
+    color = _RIGHT if right else _WRONG
     badge = Image.new("RGB", (side * _SMOOTH, side * _SMOOTH), _CARD)
     draw = ImageDraw.Draw(badge)
-    draw.ellipse((0, 0, side * _SMOOTH - 1, side * _SMOOTH - 1), fill=colour)
+    draw.ellipse((0, 0, side * _SMOOTH - 1, side * _SMOOTH - 1), fill=color)
     strokes = ([(5, 9.5), (8, 12.5), (13.3, 6)],) if right else ([(6, 6), (12, 12)], [(12, 6), (6, 12)])
     for stroke in strokes:
         _draw_line(draw, [(x * _SMOOTH, y * _SMOOTH) for x, y in stroke], _CARD, width=9)
     page.paste(badge.resize((side, side), Image.Resampling.BOX), corner)
     middle = (corner[0] + side + 7, corner[1] + side // 2)
-    ImageDraw.Draw(page).text(middle, "right" if right else "wrong", fill=colour, font=_font(14), anchor="lm")
+    ImageDraw.Draw(page).text(middle, "right" if right else "wrong", fill=color, font=_font(14), anchor="lm")
 
 
 def _draw_panel(page: Image.Image, panel: Panel, corner: tuple[int, int]) -> None:
@@ -244,8 +244,8 @@ def _draw_panel(page: Image.Image, panel: Panel, corner: tuple[int, int]) -> Non
         names = list(panel.lines)
         if sum(_font(12).getlength(name) + 33 for name in names) > room:
             names = [_fit(name, _font(12), room / len(names) - 33) for name in names]
-        for name, colour in zip(names, _LINES, strict=False):
-            draw.rounded_rectangle((x, corner[1] + 40, x + 12, corner[1] + 43), radius=1, fill=colour)
+        for name, color in zip(names, _LINES, strict=False):
+            draw.rounded_rectangle((x, corner[1] + 40, x + 12, corner[1] + 43), radius=1, fill=color)
             draw.text((x + 17, corner[1] + 41), name, fill=_FAINT, font=_font(12), anchor="lm")
             x += 17 + _font(12).getlength(name) + 16
 
@@ -263,13 +263,13 @@ def _draw_panel(page: Image.Image, panel: Panel, corner: tuple[int, int]) -> Non
         y = round((1 - y_axis.place(tick)) * (height - 1)) * _SMOOTH  # on whole pixels, so the line is crisp
         plot_draw.rectangle((0, y, width * _SMOOTH, y + _SMOOTH - 1), fill=_GRID)
     ends = []
-    for (_, parts), colour in zip(pieces.items(), _LINES, strict=False):
+    for (_, parts), color in zip(pieces.items(), _LINES, strict=False):
         for part in parts:
             spots = [(x_axis.place(x) * width * _SMOOTH, (1 - y_axis.place(y)) * height * _SMOOTH) for x, y in part]
-            _draw_line(plot_draw, spots, colour, width=2 * _SMOOTH)
+            _draw_line(plot_draw, spots, color, width=2 * _SMOOTH)
         if parts:
             last = parts[-1][-1][1]
-            ends.append((top + (1 - y_axis.place(last)) * height, _short(last), colour))
+            ends.append((top + (1 - y_axis.place(last)) * height, _short(last), color))
     page.paste(plot.resize(_PLOT, Image.Resampling.BOX), (left, top))
     draw.line((left, top + height, left + width, top + height), fill=_FAINT)
 
@@ -281,8 +281,8 @@ def _draw_panel(page: Image.Image, panel: Panel, corner: tuple[int, int]) -> Non
         draw.line((x, top + height, x, top + height + 4), fill=_FAINT)
         draw.text((x, top + height + 7), label, fill=_FAINT, font=_font(12), anchor="ma")
     draw.text((left + width, top + height + 24), panel.x_label, fill=_FAINT, font=_font(12), anchor="ra")
-    for (_, label, colour), level in zip(ends, _spread(ends, distance=14, lowest=top + height), strict=True):
-        draw.text((left + width + 6, level), label, fill=colour, font=_font(12), anchor="lm")
+    for (_, label, color), level in zip(ends, _spread(ends, distance=14, lowest=top + height), strict=True):
+        draw.text((left + width + 6, level), label, fill=color, font=_font(12), anchor="lm")
 
 
 class _Axis:
@@ -335,15 +335,15 @@ def _finite_pieces(points: Sequence[Point], log: bool) -> list[list[Point]]:
     return [piece for piece in pieces if piece]
 
 
-def _draw_line(draw: ImageDraw.ImageDraw, spots: Sequence[Point], colour: Colour, *, width: int) -> None:
+def _draw_line(draw: ImageDraw.ImageDraw, spots: Sequence[Point], color: Color, *, width: int) -> None:
     """A line with round ends and joints; a dot where there is one spot only."""
-    draw.line(spots, fill=colour, width=width, joint="curve")
+    draw.line(spots, fill=color, width=width, joint="curve")
     radius = width / 2 if len(spots) > 1 else 1.5 * width
     for x, y in (spots[0], spots[-1]):
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
 
 
-def _spread(labels: Sequence[tuple[float, str, Colour]], *, distance: int, lowest: float) -> list[float]:
+def _spread(labels: Sequence[tuple[float, str, Color]], *, distance: int, lowest: float) -> list[float]:
     """Heights at which labels do not lie on each other: each one near its own, none below the lowest."""
     order = sorted(range(len(labels)), key=lambda n: labels[n][0])
     heights = [label[0] for label in labels]

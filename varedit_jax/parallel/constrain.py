@@ -68,7 +68,7 @@ def per_shard(attention: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Ar
     if not has_mesh():
         return attention(*arrays)
     sizes = jax.sharding.get_abstract_mesh().shape
-    # A few pictures that are sampled need not divide.
+    # A few images that are sampled need not divide.
     batch = BATCH if arrays[0].shape[0] % (sizes["data"] * sizes["fsdp"]) == 0 else None
     heads = PartitionSpec(batch, None, "tensor")
     specs = tuple(heads if x.ndim == 4 else PartitionSpec(batch) for x in arrays)

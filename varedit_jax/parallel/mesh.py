@@ -51,7 +51,7 @@ def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of `config` over `devices` (all of them by default), neighbours in hardware next to each other.
+    """The mesh of `config` over `devices` (all of them by default), neighbors in hardware next to each other.
 
     Raises UserError if the sizes do not fit the devices, or `data` does not divide over their slices.
     """

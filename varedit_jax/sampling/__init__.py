@@ -1,1 +1,1 @@
-"""From a source picture and an instruction to an edited picture."""
+"""From a source image and an instruction to an edited image."""

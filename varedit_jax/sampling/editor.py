@@ -1,4 +1,4 @@
-"""`Editor`: load once, edit pictures by instructions."""
+"""`Editor`: load once, edit images by instructions."""
 
 import collections
 import functools
@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from varedit_jax import images
 from varedit_jax.config import EditorConfig, RunConfig, SamplingConfig, from_dict, per_scale
 from varedit_jax.errors import UserError
+from varedit_jax.images import ImageSource, Placement, fit, read_image, restore
 from varedit_jax.parallel.mesh import replicated
 from varedit_jax.parameters import abstract_params
 from varedit_jax.sampling import sampler
@@ -20,13 +20,13 @@ from varedit_jax.scales import Pyramid, editor_pyramid, image_size, nearest_aspe
 from varedit_jax.text.vocabulary import Vocabulary
 from varedit_jax.types import Params
 from varedit_jax.weights import run_directory
-from varedit_jax.weights.directory import PARTS, VOCABULARY, is_folder, load_folder, read_config
+from varedit_jax.weights.directory import PARTS, VOCABULARY, is_directory, load_directory, read_config
 
 
 class Editor:
     """A tokenizer, a text encoder and a transformer, ready to edit.
 
-    Compiled programs are kept, one for each number of pictures, size and sampling configuration.
+    Compiled programs are kept, one for each number of images, size and sampling configuration.
     """
 
     def __init__(self, config: EditorConfig, params: Params, sampling: SamplingConfig | None = None) -> None:
@@ -38,77 +38,78 @@ class Editor:
         self.vocabulary = Vocabulary.load()
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str], tokenizer: str = "", text: str = "") -> "Editor":
-        """Loads a folder of weights, or the newest checkpoint of a training run.
+    def load(cls, directory: str | os.PathLike[str], tokenizer: str = "", text: str = "") -> "Editor":
+        """Loads a directory of weights, or the newest checkpoint of a training run.
 
         Args:
-          folder: folder with config.json and safetensors files, or the working folder of a run.
-          tokenizer, text: folders of the frozen parts of a run, where they are not where the run found them.
+          directory: directory with config.json and safetensors files, or the working directory of a run.
+          tokenizer, text: directories of the frozen parts of a run, where they are not where the run found them.
 
         Raises:
           UserError: nothing there, something else there, or weights that do not fit their configuration.
         """
-        folder = pathlib.Path(folder)
-        if is_folder(folder):
-            config, sampling = read_config(folder)
-            folders = {"tokenizer": tokenizer, "text": text}
+        directory = pathlib.Path(directory)
+        if is_directory(directory):
+            config, sampling = read_config(directory)
+            directories = {"tokenizer": tokenizer, "text": text}
             params = {
-                part: load_folder(folders.get(part) or folder, part, abstract_params(config, part)) for part in PARTS
+                part: load_directory(directories.get(part) or directory, part, abstract_params(config, part))
+                for part in PARTS
             }
             editor = cls(config, params, sampling)
-            if (folder / VOCABULARY).is_file():
-                editor.vocabulary = Vocabulary.load(folder / VOCABULARY)
+            if (directory / VOCABULARY).is_file():
+                editor.vocabulary = Vocabulary.load(directory / VOCABULARY)
             return editor
-        return cls._from_run(folder, tokenizer, text)
+        return cls._from_run(directory, tokenizer, text)
 
     @classmethod
-    def _from_run(cls, folder: pathlib.Path, tokenizer: str, text: str) -> "Editor":
-        record = run_directory.read_config(folder)
+    def _from_run(cls, directory: pathlib.Path, tokenizer: str, text: str) -> "Editor":
+        record = run_directory.read_config(directory)
         if "train_text" not in record:
-            raise UserError(f"{folder} is a run of {record.get('name', 'something else')}, not of an editor")
+            raise UserError(f"{directory} is a run of {record.get('name', 'something else')}, not of an editor")
         try:
             run = from_dict(RunConfig, record)
         except (ValueError, TypeError) as error:
-            raise UserError(f"{folder}/config.json does not describe a run of this version: {error}") from error
+            raise UserError(f"{directory}/config.json does not describe a run of this version: {error}") from error
         config = run.model
         trained = ["transformer", *(["text"] if run.train_text else [])]
-        params = run_directory.restore_params(folder, {part: abstract_params(config, part) for part in trained})
-        params["tokenizer"] = load_folder(
+        params = run_directory.restore_params(directory, {part: abstract_params(config, part) for part in trained})
+        params["tokenizer"] = load_directory(
             tokenizer or run.tokenizer_weights, "tokenizer", abstract_params(config, "tokenizer")
         )
         if not run.train_text:
-            params["text"] = load_folder(text or run.text_weights, "text", abstract_params(config, "text"))
+            params["text"] = load_directory(text or run.text_weights, "text", abstract_params(config, "text"))
         return cls(config, params, run.sampling)
 
     def edit(
         self,
-        pictures: Sequence[images.ImageSource],
+        images: Sequence[ImageSource],
         instructions: Sequence[str],
         seeds: Sequence[int] | None = None,
         sampling: SamplingConfig | None = None,
     ) -> list[np.ndarray]:
-        """Edited pictures, each at the size of its source: uint8 [height, width, 3].
+        """Edited images, each at the size of its source: uint8 [height, width, 3].
 
         Args:
-          pictures: paths, PIL images or uint8 arrays, of any sizes.
-          instructions: one a picture.
-          seeds: one a picture; a seed gives the same result alone and in any batch. 0, 1, 2, ... by default.
+          images: paths, PIL images or uint8 arrays, of any sizes.
+          instructions: one an image.
+          seeds: one an image; a seed gives the same result alone and in any batch. 0, 1, 2, ... by default.
           sampling: instead of the editor's own.
 
         Raises:
-          UserError: a picture, instruction or seed that cannot be used, or numbers of them that differ.
+          UserError: an image, instruction or seed that cannot be used, or numbers of them that differ.
         """
-        seeds = list(range(len(pictures))) if seeds is None else list(seeds)
-        if not len(pictures) == len(instructions) == len(seeds):
+        seeds = list(range(len(images))) if seeds is None else list(seeds)
+        if not len(images) == len(instructions) == len(seeds):
             raise UserError(
-                f"{len(pictures)} pictures, {len(instructions)} instructions and {len(seeds)} seeds: give one of each"
+                f"{len(images)} images, {len(instructions)} instructions and {len(seeds)} seeds: give one of each"
             )
         self._check(instructions, seeds)  # all of them, before the first group is edited
-        groups: dict[Pyramid, list[tuple[int, np.ndarray, images.Placement]]] = collections.defaultdict(list)
-        for index, picture in enumerate(pictures):
-            array = images.read_image(picture)
+        groups: dict[Pyramid, list[tuple[int, np.ndarray, Placement]]] = collections.defaultdict(list)
+        for index, image in enumerate(images):
+            array = read_image(image)
             pyramid = editor_pyramid(self.config, nearest_aspect(*array.shape[:2]))
-            fitted, placement = images.fit(array, image_size(self.config, pyramid))
+            fitted, placement = fit(array, image_size(self.config, pyramid))
             groups[pyramid].append((index, fitted, placement))
         results: dict[int, np.ndarray] = {}
         for pyramid, members in groups.items():
@@ -120,22 +121,22 @@ class Editor:
                 sampling,
                 pyramid,
             )
-            for (index, _, placement), picture in zip(members, edited[-1], strict=True):
-                results[index] = images.restore(picture, placement)
-        return [results[index] for index in range(len(pictures))]
+            for (index, _, placement), image in zip(members, edited[-1], strict=True):
+                results[index] = restore(image, placement)
+        return [results[index] for index in range(len(images))]
 
     def edit_fitted(
         self,
-        pictures: np.ndarray,
+        images: np.ndarray,
         instructions: Sequence[str],
         seeds: Sequence[int],
         sampling: SamplingConfig | None = None,
         pyramid: Pyramid | None = None,
         every_scale: bool = False,
     ) -> np.ndarray:
-        """Edits pictures that already have the model's size: uint8 [B, y, x, 3] -> uint8 [1 or K, B, y, x, 3].
+        """Edits images that already have the model's size: uint8 [B, y, x, 3] -> uint8 [1 or K, B, y, x, 3].
 
-        With `every_scale` the first axis holds the picture after each scale, otherwise the final one alone.
+        With `every_scale` the first axis holds the image after each scale, otherwise the final one alone.
         """
         pyramid = pyramid or editor_pyramid(self.config)
         sampling = sampling or self.sampling
@@ -151,7 +152,7 @@ class Editor:
         room = min(limit, max(16, 1 << int(length_B.max() - 1).bit_length()))
         keys_B = jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
         run = _compiled(self.config, pyramid, sampling, every_scale, jax.sharding.get_mesh())
-        return np.asarray(run(self.params, pictures, ids_BT[:, :room], length_B, keys_B))
+        return np.asarray(run(self.params, images, ids_BT[:, :room], length_B, keys_B))
 
     @property
     def _most_tokens(self) -> int:
@@ -170,7 +171,7 @@ class Editor:
 def _compiled(
     config: EditorConfig, pyramid: Pyramid, sampling: SamplingConfig, every_scale: bool, mesh: jax.sharding.Mesh
 ) -> Any:
-    """The program of a call. On a mesh, all processes call it with the same pictures, and all get the results."""
+    """The program of a call. On a mesh, all processes call it with the same images, and all get the results."""
     return jax.jit(
         functools.partial(sampler.edit, config=config, pyramid=pyramid, sampling=sampling, every_scale=every_scale),
         out_shardings=None if mesh.empty else replicated(mesh),

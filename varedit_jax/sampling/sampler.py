@@ -102,7 +102,7 @@ def edit(
     sampling: SamplingConfig,
     every_scale: bool = False,
 ) -> jax.Array:
-    """Edited images, uint8 [1, B, y, x, 3]; with `every_scale` also the picture after each scale, [K, B, y, x, 3].
+    """Edited images, uint8 [1, B, y, x, 3]; with `every_scale` also the image after each scale, [K, B, y, x, 3].
 
     Args:
       params: {"tokenizer", "text", "transformer"}.

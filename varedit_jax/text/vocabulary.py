@@ -108,7 +108,7 @@ class Vocabulary:
         tokenizer = _tokenizer(self.path)
         pieces = [(tokenizer.id_to_token(token) or "").strip("▁ ") for token in tokens if token not in (PAD_ID, END_ID)]
         if not any(pieces):
-            raise UserError(f"the instruction {_preview(text)} is empty; say what to change in the picture")
+            raise UserError(f"the instruction {_preview(text)} is empty; say what to change in the image")
         if set(pieces) <= {"", tokenizer.id_to_token(UNKNOWN_ID)}:
             raise UserError(
                 f"the instruction {_preview(text)} has only characters that the text encoder does not know; "

@@ -65,7 +65,7 @@ def encode_images(params: Params, images_uint8: jax.Array, config: EditorConfig)
 
 
 def decode_bits(params: Params, bits: tuple[jax.Array, ...], config: EditorConfig, pyramid: Pyramid) -> jax.Array:
-    """Bits of the first scales (all of them for the final picture) -> images uint8 [B, y, x, 3].
+    """Bits of the first scales (all of them for the final image) -> images uint8 [B, y, x, 3].
 
     params: of the tokenizer.
     """

@@ -1,9 +1,9 @@
 """Checkpoints of a run: the training state and the data iterator, saved together in one step.
 
-A run's folder holds `config.json` (the configuration it was started with), `checkpoints/<step>/` and `saved.json` (the
-step of the last save, so that lost checkpoints are noticed). A step folder appears under its name only when it is
-complete, and an older one goes only after that; so a full disk, a crash or a kill while saving leaves the last complete
-checkpoint loadable.
+A run's directory holds `config.json` (the configuration it was started with), `checkpoints/<step>/` and `saved.json`
+(the step of the last save, so that lost checkpoints are noticed). A step directory appears under its name only when it
+is complete, and an older one goes only after that; so a full disk, a crash or a kill while saving leaves the last
+complete checkpoint loadable.
 
 What was saved on one mesh by so many processes can be restored on another by another number of them.
 """
@@ -25,7 +25,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from varedit_jax.errors import UserError
 from varedit_jax.training.metrics import read_metrics
-from varedit_jax.training.run_config import make_folder, room_explained, write_json
+from varedit_jax.training.run_config import make_directory, room_explained, write_json
 from varedit_jax.training.state import TrainState
 from varedit_jax.weights.manifest import size_text
 from varedit_jax.weights.run_directory import (
@@ -45,7 +45,9 @@ from varedit_jax.weights.run_directory import (
 
 SAVED_FILE = "saved.json"
 
-_OURS = re.compile(r"\d+|\d+\.orbax-checkpoint-tmp.*|\..*")  # names in a folder of checkpoints; .nfs... comes with NFS
+_OURS = re.compile(
+    r"\d+|\d+\.orbax-checkpoint-tmp.*|\..*"
+)  # names in a directory of checkpoints; .nfs... comes with NFS
 
 
 class Checkpoints:
@@ -55,22 +57,22 @@ class Checkpoints:
         """Opens, and creates where needed, `workdir`/checkpoints.
 
         Of the checkpoints there, the newest `keep` stay, and those of steps that are multiples of `keep_every` (0: no
-        others). Raises UserError if that is not a folder, or holds something other than checkpoints.
+        others). Raises UserError if that is not a directory, or holds something other than checkpoints.
         """
         if keep < 1:
             raise UserError(f"keep_checkpoints is {keep}; it must be at least 1")
         if keep_every < 0:
             raise UserError(f"keep_every is {keep_every}; it is a number of steps, or 0 for none")
         quiet_orbax()
-        self.folder = pathlib.Path(workdir).absolute() / CHECKPOINTS
+        self.directory = pathlib.Path(workdir).absolute() / CHECKPOINTS
         # The save that was begun last, until it is known to be complete: its step, and whether that was looked at.
         self._saving: tuple[int, bool] | None = None
-        make_folder(self.folder)
-        foreign = [path for path in sorted(self.folder.iterdir()) if not _OURS.fullmatch(path.name)]
+        make_directory(self.directory)
+        foreign = [path for path in sorted(self.directory.iterdir()) if not _OURS.fullmatch(path.name)]
         if foreign:
             raise UserError(f"{foreign[0]} is no checkpoint; use another --workdir, where no one else keeps files")
         self._manager = ocp.CheckpointManager(
-            self.folder,
+            self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(
                     [policies.LatestN(keep), *([policies.EveryNSteps(keep_every)] if keep_every else [])]
@@ -87,12 +89,12 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, iterator: grain.DatasetIterator, *, looked: bool = True) -> None:
         """Saves `state` and the position of `iterator` as they are now; the writing goes on in the background.
 
-        `looked` is False where evaluation or pictures of this very step are still to be made. An error of the previous
+        `looked` is False where evaluation or images of this very step are still to be made. An error of the previous
         save surfaces here. Raises UserError if the disk is full.
         """
         self.wait()
         self._check_room(state)
-        with room_explained(f"checkpoint of step {step}", self.folder):
+        with room_explained(f"checkpoint of step {step}", self.directory):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -112,22 +114,23 @@ class Checkpoints:
         """
         step = self.latest()
         if step is None:
-            raise UserError(f"there is no checkpoint in {self.folder}")
-        if step not in checkpoint_steps(self.folder.parent):
+            raise UserError(f"there is no checkpoint in {self.directory}")
+        if step not in checkpoint_steps(self.directory.parent):
             raise UserError(
-                f"{self.folder / str(step)} is no checkpoint of a run: it holds {listing(self.folder / str(step))} "
+                f"{self.directory / str(step)} is no checkpoint of a run: it holds "
+                f"{listing(self.directory / str(step))} "
                 f"instead of state and data; use another --workdir"
             )
-        state = restore_state(self.folder.parent, abstract_state, step)
-        place = data_place(self.folder.parent, step)
-        with damage_explained(self.folder, step):
+        state = restore_state(self.directory.parent, abstract_state, step)
+        place = data_place(self.directory.parent, step)
+        with damage_explained(self.directory, step):
             iterator.set_state(place)
             iterator.start_prefetch()
         return state
 
     def wait(self) -> None:
         """Returns when the last save is complete. Raises UserError if the disk was full."""
-        with room_explained("checkpoint", self.folder):
+        with room_explained("checkpoint", self.directory):
             self._manager.wait_until_finished()
             if self._saving is not None:
                 self._note(*self._saving)
@@ -135,7 +138,7 @@ class Checkpoints:
 
     def looked(self) -> bool:
         """Whether nothing is left to be done at the step of the newest checkpoint but the next step."""
-        return _saved(self.folder.parent).get("looked") is not False
+        return _saved(self.directory.parent).get("looked") is not False
 
     def mark_looked(self) -> None:
         """Notes that nothing is left there."""
@@ -143,15 +146,16 @@ class Checkpoints:
 
     def _note(self, step: int | None, looked: bool) -> None:
         if jax.process_index() == 0:
-            write_json(self.folder.parent / SAVED_FILE, {"step": step, "looked": looked})
+            write_json(self.directory.parent / SAVED_FILE, {"step": step, "looked": looked})
 
     def _check_room(self, state: TrainState) -> None:
         """Refuses to start a save that the disk has no room for."""
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(_fields(state)))
-        free = shutil.disk_usage(self.folder).free
+        free = shutil.disk_usage(self.directory).free
         if free < needed:
             raise UserError(
-                f"a checkpoint takes up to {size_text(needed)}, but only {size_text(free)} are free in {self.folder}; "
+                f"a checkpoint takes up to {size_text(needed)}, but only {size_text(free)} are free in "
+                f"{self.directory}; "
                 f"make room and run the same command again{_going_on(self.latest())}"
             )
 
@@ -172,10 +176,10 @@ class Checkpoints:
             self._manager.close()
 
 
-def restore_state(folder: str | os.PathLike[str], abstract_state: TrainState, step: int) -> TrainState:
+def restore_state(directory: str | os.PathLike[str], abstract_state: TrainState, step: int) -> TrainState:
     """The state alone of the checkpoint of `step` of a run: as `Checkpoints.restore`, with the same errors."""
     quiet_orbax()
-    checkpoints = pathlib.Path(folder).absolute() / CHECKPOINTS
+    checkpoints = pathlib.Path(directory).absolute() / CHECKPOINTS
     check_version(checkpoints.parent)
     wanted = _fields(abstract_state)
     starts_ema = "ema" in wanted and not stored_fields(checkpoints, step).get("ema")
@@ -194,12 +198,12 @@ def restore_state(folder: str | os.PathLike[str], abstract_state: TrainState, st
     return dataclasses.replace(abstract_state, **restored)
 
 
-def data_place(folder: str | os.PathLike[str], step: int) -> dict[str, Any]:
+def data_place(directory: str | os.PathLike[str], step: int) -> dict[str, Any]:
     """The state of the data iterator in a run's checkpoint: what this process saved, or what all did.
 
     Raises UserError if it is damaged, or was saved by another number of processes, and not all at the same place.
     """
-    checkpoints = pathlib.Path(folder).absolute() / CHECKPOINTS
+    checkpoints = pathlib.Path(directory).absolute() / CHECKPOINTS
     with damage_explained(checkpoints, step):
         files = {path.name: path.read_text() for path in (checkpoints / str(step) / "data").glob("process_*-of-*.json")}
         if not files:
@@ -213,25 +217,25 @@ def data_place(folder: str | os.PathLike[str], step: int) -> dict[str, Any]:
         return json.loads(files.get(own, next(iter(files.values()))))
 
 
-def save_tree(folder: pathlib.Path, state: TrainState) -> None:
-    """Writes a state alone to a folder of its own, as `read_tree` reads it. Returns when it is complete."""
+def save_tree(directory: pathlib.Path, state: TrainState) -> None:
+    """Writes a state alone to a directory of its own, as `read_tree` reads it. Returns when it is complete."""
     quiet_orbax()
-    with room_explained("state", folder.parent), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        checkpointer.save(folder.absolute(), args=ocp.args.StandardSave(_fields(state)), force=True)
+    with room_explained("state", directory.parent), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        checkpointer.save(directory.absolute(), args=ocp.args.StandardSave(_fields(state)), force=True)
 
 
-def read_tree(folder: pathlib.Path, abstract_state: TrainState) -> TrainState:
+def read_tree(directory: pathlib.Path, abstract_state: TrainState) -> TrainState:
     """Reads what `save_tree` wrote. Raises UserError if it is damaged."""
     quiet_orbax()
-    with damage_explained(folder.parent, folder.name):
-        return dataclasses.replace(abstract_state, **read_fields(folder.absolute(), _fields(abstract_state)))
+    with damage_explained(directory.parent, directory.name):
+        return dataclasses.replace(abstract_state, **read_fields(directory.absolute(), _fields(abstract_state)))
 
 
 def check_resume(workdir: str | os.PathLike[str], resume: bool | None) -> None:
     """Refuses to go on, or to start anew, where that cannot be what is wanted.
 
     Args:
-      workdir: folder of a run, or of one to be.
+      workdir: directory of a run, or of one to be.
       resume: True: there has to be a checkpoint; False: there must be none; None: if there is none, the run must not
         have had one, for then it would silently start from nothing.
 
@@ -250,7 +254,7 @@ def check_resume(workdir: str | os.PathLike[str], resume: bool | None) -> None:
     if resume:
         raise UserError(
             f"there is no checkpoint in {workdir} to go on from, and --resume=yes starts no new run; give the "
-            f"folder of the run as --workdir, or --resume=auto"
+            f"directory of the run as --workdir, or --resume=auto"
         )
     made = None
     if (root / SAVED_FILE).exists():

@@ -41,7 +41,7 @@ class Flops:
     cross_attention: int  # to the text, with its keys and values
     rest: int  # embedding of tokens, head, pooling and projection of the text, modulation
     text: int  # text encoder
-    tokenizer: int  # tokenizer's encoder on both pictures; 0 with features computed ahead
+    tokenizer: int  # tokenizer's encoder on both images; 0 with features computed ahead
     trains_text: bool = False
 
     @property
@@ -77,7 +77,7 @@ def example_flops(
       text_tokens: T, padding included.
       train_text: whether the text encoder is trained too.
       encode: whether the tokenizer's encoder runs in the step; not with features computed ahead.
-      whole: the pyramid that the pictures are encoded for, where `pyramid` is the first scales of it.
+      whole: the pyramid that the images are encoded for, where `pyramid` is the first scales of it.
     """
     model = config.transformer
     width, depth, bits, text_width = model.width, model.depth, model.token_bits, model.text_width
@@ -145,7 +145,7 @@ def text_flops(config: TextConfig, tokens: int) -> int:
 
 
 def encoder_flops(config: TokenizerConfig, size: Grid) -> int:
-    """Forward pass of the tokenizer's encoder on one picture of `size` (height, width) pixels, padding included."""
+    """Forward pass of the tokenizer's encoder on one image of `size` (height, width) pixels, padding included."""
     height, width = size
     channels = [multiplier * config.base_channels for multiplier in config.channel_multipliers]
 

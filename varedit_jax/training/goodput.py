@@ -7,7 +7,7 @@ wrote up to then. A line has seconds since the start of its process, by kind:
   data         waiting for a batch while no step was running
   compile      tracing and compiling steps
   checkpoint   saving and restoring
-  evaluate     evaluation and sampled pictures
+  evaluate     evaluation and sampled images
   startup      from the start of the process to the first step, but for the kinds above
   other        anything else: writing metrics, say
   lost         steps that were skipped, their numbers not being finite; steps that an earlier process made after its
@@ -105,7 +105,7 @@ class Goodput:
         """To be made when the run is about to go on at `first_step`; what came before is start-up.
 
         Args:
-          workdir: folder of the run.
+          workdir: directory of the run.
           clock: the loop's stopwatch, which goes on counting.
           first_step: of this process.
           start: of this process, seconds since 1970; found out if not given.
@@ -123,8 +123,8 @@ class Goodput:
         self._process = f"{os.getpid()}-{now():.6f}"
         self._before = _totals(earlier, first_step, self._start)
         self._startup = max(now() - self._start - sum(clock.seconds.values()), 0.0)
-        self._folder = path.parent
-        with writing(self._folder):
+        self._directory = path.parent
+        with writing(self._directory):
             path.parent.mkdir(parents=True, exist_ok=True)
             torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
             self._file = path.open("ab", buffering=0)  # what is written is safe from a kill
@@ -154,7 +154,7 @@ class Goodput:
             step=step,
             seconds={kind: round(value, 3) for kind, value in seconds.items()},
         )
-        with writing(self._folder):
+        with writing(self._directory):
             self._file.write(json.dumps(dataclasses.asdict(moment)).encode() + b"\n")
         return _shares({kind: self._before[kind] + seconds[kind] for kind in KINDS})
 

@@ -1,4 +1,4 @@
-"""One run a folder: a lock that the kernel releases when its holder dies, however it dies."""
+"""One run a directory: a lock that the kernel releases when its holder dies, however it dies."""
 
 import fcntl
 import json
@@ -10,13 +10,13 @@ from typing import Self, TextIO
 import jax
 
 from varedit_jax.errors import UserError
-from varedit_jax.training.run_config import make_folder
+from varedit_jax.training.run_config import make_directory
 
 LOCK_FILE = "lock"
 
 
 class Lock:
-    """The folder of a run is in use while this is entered. Process 0 holds it for all. A context manager.
+    """The directory of a run is in use while this is entered. Process 0 holds it for all. A context manager.
 
     It is a flock, so it is gone with the process. Where the file system knows none, there is no lock.
     """
@@ -27,10 +27,10 @@ class Lock:
         self._file: TextIO | None = None
 
     def __enter__(self) -> Self:
-        """Takes the lock. Raises UserError if another process has it, or the folder cannot be made."""
+        """Takes the lock. Raises UserError if another process has it, or the directory cannot be made."""
         if jax.process_index() != 0:
             return self
-        make_folder(self._workdir)
+        make_directory(self._workdir)
         path = self._workdir / LOCK_FILE
         try:
             self._file = path.open("a+")

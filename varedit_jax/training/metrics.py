@@ -34,7 +34,7 @@ SAMPLES = "samples"
 
 
 class Ledger:
-    """Metrics to TensorBoard and metrics.jsonl, pictures to TensorBoard and samples/, progress to the screen.
+    """Metrics to TensorBoard and metrics.jsonl, images to TensorBoard and samples/, progress to the screen.
 
     Only the first process writes; the others' calls do nothing.
     """
@@ -53,14 +53,14 @@ class Ledger:
         self._bar: tqdm.tqdm | None = None
         if not self._writes:
             return
-        self._folder = pathlib.Path(workdir)
-        with writing(self._folder):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            _drop_from(self._folder / METRICS_FILE, first_step)
+        self._directory = pathlib.Path(workdir)
+        with writing(self._directory):
+            self._directory.mkdir(parents=True, exist_ok=True)
+            _drop_from(self._directory / METRICS_FILE, first_step)
             # Unbuffered, and TensorBoard's file without a thread of its own: nothing written is lost, whatever ends
             # the process, and a full disk is noticed where it is met.
-            self._lines = (self._folder / METRICS_FILE).open("ab", buffering=0)
-            self._board = EventsWriter(str(self._folder / "events"), f".{first_step}")
+            self._lines = (self._directory / METRICS_FILE).open("ab", buffering=0)
+            self._board = EventsWriter(str(self._directory / "events"), f".{first_step}")
             if first_step:  # hides what an earlier process wrote from this step on
                 self._publish(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
         if self._screen.isatty():
@@ -79,25 +79,27 @@ class Ledger:
         values = dict(flat_metrics(metrics))
         line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in values.items()}
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        with writing(self._folder):
+        with writing(self._directory):
             self._lines.write(json.dumps(line).encode() + b"\n")
             self._publish(Event(step=step, summary=Summary(value=scalars)))
 
-    def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
-        """Writes uint8 pictures [y, x, 3], as samples/NAME_STEP.png too."""
+    def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Writes uint8 images [y, x, 3], as samples/NAME_STEP.png too."""
         if not self._writes:
             return
-        for name, picture in pictures.items():
-            if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
-                raise ValueError(f"picture {name!r} is {picture.dtype}{list(picture.shape)}, not uint8[y, x, 3]")
+        for name, image in images.items():
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+                raise ValueError(f"image {name!r} is {image.dtype}{list(image.shape)}, not uint8[y, x, 3]")
             encoded = io.BytesIO()
-            PIL.Image.fromarray(picture).save(encoded, format="png")
-            height, width, _ = picture.shape
-            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded.getvalue())
-            with writing(self._folder):
-                (self._folder / SAMPLES).mkdir(exist_ok=True)
-                (self._folder / SAMPLES / f"{name}_{step:07d}.png").write_bytes(encoded.getvalue())
-                self._publish(Event(step=step, summary=Summary(value=[Summary.Value(tag=name, image=image)])))
+            PIL.Image.fromarray(image).save(encoded, format="png")
+            height, width, _ = image.shape
+            encoded_image = Summary.Image(
+                height=height, width=width, colorspace=3, encoded_image_string=encoded.getvalue()
+            )
+            with writing(self._directory):
+                (self._directory / SAMPLES).mkdir(exist_ok=True)
+                (self._directory / SAMPLES / f"{name}_{step:07d}.png").write_bytes(encoded.getvalue())
+                self._publish(Event(step=step, summary=Summary(value=[Summary.Value(tag=name, image=encoded_image)])))
 
     def progress(
         self,

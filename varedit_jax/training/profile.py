@@ -20,7 +20,7 @@ class Profiler:
 
     def __init__(self, workdir: str | os.PathLike[str], first: int, last: int) -> None:
         """Nothing happens before `step`. An empty range is never traced."""
-        self._folder = pathlib.Path(workdir) / PROFILE
+        self._directory = pathlib.Path(workdir) / PROFILE
         self._first, self._last = first, last
         self._waits = jax.process_index() == 0 and first < last
         self._tracing = False
@@ -34,15 +34,15 @@ class Profiler:
           state: what the step before gives; the trace ends when it is there, not before.
 
         Raises:
-          UserError: the folder cannot be written.
+          UserError: the directory cannot be written.
         """
         if self._waits and self._first <= step < self._last:
             self._waits = False
             try:
-                self._folder.mkdir(parents=True, exist_ok=True)
+                self._directory.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise UserError(f"no profile can be written in {self._folder}: {error.strerror}") from error
-            jax.profiler.start_trace(self._folder)
+                raise UserError(f"no profile can be written in {self._directory}: {error.strerror}") from error
+            jax.profiler.start_trace(self._directory)
             self._tracing = True
         if self._tracing and step >= self._last:
             self.close(state)

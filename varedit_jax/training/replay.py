@@ -21,7 +21,7 @@ import numpy as np
 from varedit_jax.errors import UserError
 from varedit_jax.parallel.processes import say
 from varedit_jax.training import checkpoint
-from varedit_jax.training.run_config import make_folder, room_explained
+from varedit_jax.training.run_config import make_directory, room_explained
 from varedit_jax.training.state import TrainState
 from varedit_jax.weights import run_directory
 
@@ -37,8 +37,8 @@ class Inputs:
 
     def __init__(self, workdir: str | os.PathLike[str]) -> None:
         """Dumps go to `workdir`/replay, which is created when there is one."""
-        self._folder = pathlib.Path(workdir).absolute() / REPLAY
-        self._dumped = len(list(self._folder.glob("step_*")))  # by earlier processes too
+        self._directory = pathlib.Path(workdir).absolute() / REPLAY
+        self._dumped = len(list(self._directory.glob("step_*")))  # by earlier processes too
         self._batches: dict[int, Batch] = {}
 
     def keep(self, step: int, batch: Batch) -> None:
@@ -54,36 +54,37 @@ class Inputs:
         if state is None and self._dumped >= MOST:
             return
         self._dumped += 1
-        folder = self._folder / f"step_{step}"
-        make_folder(folder)
+        directory = self._directory / f"step_{step}"
+        make_directory(directory)
         process = f"{jax.process_index()}-of-{jax.process_count()}"
-        with room_explained("inputs of a step", folder):
-            path = folder / f"inputs_process_{process}.npz"
+        with room_explained("inputs of a step", directory):
+            path = directory / f"inputs_process_{process}.npz"
             draft = path.with_suffix(".draft")
             with draft.open("wb") as file:
                 np.savez(file, allow_pickle=False, **self._batches[step])
             draft.replace(path)
             if jax.process_index() == 0:
-                (folder / "step.json").write_text(json.dumps({"step": step, "reason": reason}) + "\n")
+                (directory / "step.json").write_text(json.dumps({"step": step, "reason": reason}) + "\n")
         if state is not None:
-            checkpoint.save_tree(folder / "state", state)
+            checkpoint.save_tree(directory / "state", state)
 
 
-def read_inputs(folder: str | os.PathLike[str]) -> tuple[int, Batch, np.ndarray | None]:
-    """The number of the step dumped in `folder`, its batch without `example_ids`, and these; of this process.
+def read_inputs(directory: str | os.PathLike[str]) -> tuple[int, Batch, np.ndarray | None]:
+    """The number of the step dumped in `directory`, its batch without `example_ids`, and these; of this process.
 
-    Raises UserError if it is no such folder, or was written by another number of processes.
+    Raises UserError if it is no such directory, or was written by another number of processes.
     """
-    root = pathlib.Path(folder)
+    root = pathlib.Path(directory)
     try:
         step = int(json.loads((root / "step.json").read_text())["step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} holds no inputs of a step; give a folder as RUN/{REPLAY}/step_12") from error
+        raise UserError(f"{directory} holds no inputs of a step; give a directory as RUN/{REPLAY}/step_12") from error
     files = sorted(path.name for path in root.glob("inputs_process_*.npz"))
     own = f"inputs_process_{jax.process_index()}-of-{jax.process_count()}.npz"
     if own not in files:
         raise UserError(
-            f"{folder} holds {', '.join(files) or 'no inputs'}, but {own} is needed; replay it with as many processes "
+            f"{directory} holds {', '.join(files) or 'no inputs'}, but {own} is needed; replay it with as many "
+            f"processes "
             f"as it was written by"
         )
     try:
@@ -96,7 +97,7 @@ def read_inputs(folder: str | os.PathLike[str]) -> tuple[int, Batch, np.ndarray 
 
 
 def replay(
-    folder: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
     *,
     key: jax.Array,
     abstract_state: TrainState,
@@ -110,7 +111,7 @@ def replay(
     step is done from the newest checkpoint at or before it, and `say` tells from which.
 
     Args:
-      folder: `workdir`/replay/step_N of a run.
+      directory: `workdir`/replay/step_N of a run.
       key, abstract_state, step_fn, put: as the run gave them to `loop.train`.
       say: shows a line to the user.
 
@@ -118,10 +119,10 @@ def replay(
       The metrics of the step, on the host.
 
     Raises:
-      UserError: no such folder, or no checkpoint to do the step from.
+      UserError: no such directory, or no checkpoint to do the step from.
     """
-    step, batch, ids = read_inputs(folder)
-    root = pathlib.Path(folder).absolute()
+    step, batch, ids = read_inputs(directory)
+    root = pathlib.Path(directory).absolute()
     if (root / "state").is_dir():
         state = checkpoint.read_tree(root / "state", abstract_state)
         say(f"step {step} is done again, from the state before it")
@@ -130,7 +131,7 @@ def replay(
         earlier = [number for number in run_directory.checkpoint_steps(run) if number <= step]
         if not earlier:
             raise UserError(
-                f"{folder} holds no state, and {run} has no checkpoint of step {step} or before; make the run dump "
+                f"{directory} holds no state, and {run} has no checkpoint of step {step} or before; make the run dump "
                 f"both, with --dump_step={step}"
             )
         state = checkpoint.restore_state(run, abstract_state, earlier[-1])

@@ -1,4 +1,4 @@
-"""The record of a run: config.json in its folder, and what may differ from it when the run goes on."""
+"""The record of a run: config.json in its directory, and what may differ from it when the run goes on."""
 
 import contextlib
 import dataclasses
@@ -40,16 +40,16 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ABSENT = "absent"
 
 
-def write_config(folder: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
+def write_config(directory: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
     """Writes a run's configuration to its config.json, replacing it at once or not at all."""
-    path = pathlib.Path(folder) / CONFIG_FILE
+    path = pathlib.Path(directory) / CONFIG_FILE
     with room_explained(CONFIG_FILE, path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"format_version": FORMAT_VERSION, **values})
 
 
 def check_config(workdir: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
-    """Refuses to go on in the folder of a run that was configured otherwise (`FREE_FIELDS` aside).
+    """Refuses to go on in the directory of a run that was configured otherwise (`FREE_FIELDS` aside).
 
     A field that did not exist when the run was recorded has its default there. Passes if `workdir` has no config.json.
     Raises UserError with the first differing field and both values.
@@ -70,14 +70,14 @@ def check_config(workdir: str | os.PathLike[str], values: Mapping[str, Any]) -> 
             )
 
 
-def make_folder(folder: pathlib.Path) -> None:
-    """Creates a folder where needed. Raises UserError if that cannot be."""
+def make_directory(directory: pathlib.Path) -> None:
+    """Creates a directory where needed. Raises UserError if that cannot be."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"{error.filename} is a file, where the folder of a run should be") from error
+        raise UserError(f"{error.filename} is a file, where the directory of a run should be") from error
     except OSError as error:
-        raise UserError(f"cannot create {folder}: {error.strerror}") from error
+        raise UserError(f"cannot create {directory}: {error.strerror}") from error
 
 
 def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
@@ -117,8 +117,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def room_explained(what: str, folder: pathlib.Path) -> Iterator[None]:
-    """Turns a failure to write `what` under `folder` for lack of room into a UserError.
+def room_explained(what: str, directory: pathlib.Path) -> Iterator[None]:
+    """Turns a failure to write `what` under `directory` for lack of room into a UserError.
 
     Orbax reports a failed write in its own words, of various types, with the system's error number inside.
     """
@@ -130,17 +130,17 @@ def room_explained(what: str, folder: pathlib.Path) -> Iterator[None]:
         if code not in _NO_ROOM:
             raise
         raise UserError(
-            f"writing the {what} failed in {folder}: {os.strerror(code)}; earlier checkpoints are intact; make room "
+            f"writing the {what} failed in {directory}: {os.strerror(code)}; earlier checkpoints are intact; make room "
             f"and run the same command again"
         ) from error
 
 
 @contextlib.contextmanager
-def writing(folder: pathlib.Path) -> Iterator[None]:
-    """Turns a failure to write in `folder` into a UserError."""
+def writing(directory: pathlib.Path) -> Iterator[None]:
+    """Turns a failure to write in `directory` into a UserError."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"writing in {folder} failed: {error.strerror}; put that right and run the same command again"
+            f"writing in {directory} failed: {error.strerror}; put that right and run the same command again"
         ) from error

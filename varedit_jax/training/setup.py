@@ -34,14 +34,15 @@ def load_frozen(config: RunConfig, abstract: Params) -> Params:
     """Weights the run uses but does not change: the tokenizer, and the text encoder unless it is trained.
 
     `abstract` are these parts as jax.ShapeDtypeStruct (compile_step.abstract_frozen): each process reads what its
-    devices hold of them. Raises UserError if the card names no folder for one, or the folder's weights do not fit.
+    devices hold of them. Raises UserError if the card names no directory for one, or the directory's weights do not
+    fit.
     """
-    folders = {"tokenizer": config.tokenizer_weights, "text": config.text_weights}
+    directories = {"tokenizer": config.tokenizer_weights, "text": config.text_weights}
     frozen = {}
     for part, wanted in abstract.items():
-        if not folders[part]:
-            raise UserError(f"the card names no {part}_weights; give --config.{part}_weights=FOLDER")
-        leaves, like = native.open_part(folders[part], part, wanted), names.flat(wanted)
+        if not directories[part]:
+            raise UserError(f"the card names no {part}_weights; give --config.{part}_weights=DIRECTORY")
+        leaves, like = native.open_part(directories[part], part, wanted), names.flat(wanted)
         frozen[part] = names.tree({path: native.place(leaf, like[path]) for path, leaf in leaves.items()})
     return frozen
 
@@ -62,9 +63,9 @@ def start(
 ) -> TrainState:
     """The state of step 0: random, or with what is trained (the transformer, the text encoder) from `init_from`.
 
-    `init_from` is a folder of weights or of a run. What does not fit is initialized, if the recipe allows it to differ;
-    `log` gets what was loaded and what was not. Every array is made where `abstract` has it, and each process reads
-    what its devices hold. Raises UserError naming anything else that does not fit.
+    `init_from` is a directory of weights or of a run. What does not fit is initialized, if the recipe allows it to
+    differ; `log` gets what was loaded and what was not. Every array is made where `abstract` has it, and each process
+    reads what its devices hold. Raises UserError naming anything else that does not fit.
     """
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     if not config.init_from:
@@ -86,10 +87,10 @@ def start(
     return state.replace(params=params, ema=ema)
 
 
-def _fitting(folder: str, part: str, expected: Params) -> tuple[dict[str, native.Leaf], dict[str, str]]:
+def _fitting(directory: str, part: str, expected: Params) -> tuple[dict[str, native.Leaf], dict[str, str]]:
     """Arrays of a part that a run can start from, by path; and, by path, how the others differ."""
     wanted = names.flat(expected)
-    found = native.find_part(folder, part)
+    found = native.find_part(directory, part)
     differ = {
         path: f"{path} (there {list(found[path].shape) if path in found else 'none'}, here {list(leaf.shape)})"
         for path, leaf in wanted.items()
@@ -103,7 +104,7 @@ def _fitting(folder: str, part: str, expected: Params) -> tuple[dict[str, native
             anew |= members
     refused = [text for path, text in differ.items() if path not in anew]
     if refused:
-        raise UserError(f"a run of this configuration cannot start from {folder}: {part} {'; '.join(refused)}")
+        raise UserError(f"a run of this configuration cannot start from {directory}: {part} {'; '.join(refused)}")
     loaded = {path: found[path] for path in wanted if path not in anew}
     return loaded, {path: differ.get(path, f"{path} (goes with them)") for path in wanted if path in anew}
 
@@ -165,12 +166,12 @@ class MeshRun:
         )
 
     def _pyramid_of(self, batch: Batch) -> Pyramid:
-        """The pyramid of a batch's pictures, or of features of such, which are all of one aspect."""
-        pictures = "source" in batch
-        height, width = batch["source" if pictures else "source_features"].shape[1:3]
+        """The pyramid of a batch's images, or of features of such, which are all of one aspect."""
+        images = "source" in batch
+        height, width = batch["source" if images else "source_features"].shape[1:3]
         pyramid = editor_pyramid(self.config.model, nearest_aspect(height, width))
-        if pictures and image_size(self.config.model, pyramid) != (height, width):
-            raise ValueError(f"pictures of {height} x {width} pixels are of no pyramid of this model")
+        if images and image_size(self.config.model, pyramid) != (height, width):
+            raise ValueError(f"images of {height} x {width} pixels are of no pyramid of this model")
         return pyramid
 
     def work(self, step: int, batch: Batch) -> Work:

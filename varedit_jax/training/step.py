@@ -29,7 +29,7 @@ def _features(batch: Batch, frozen: Params, config: RunConfig, cells: Pyramid) -
     if "source_features" in batch:
         source, target = batch["source_features"], batch["target_features"]
     else:
-        # Side by side, not one after the other: so the pictures of a device stay on it.
+        # Side by side, not one after the other: so the images of a device stay on it.
         both = jnp.stack([batch["source"], batch["target"]], axis=1)
         both = _spread(both.reshape(-1, *both.shape[2:]))
         with jax.named_scope("encode"), jax.default_matmul_precision(config.tokenizer_precision):
@@ -55,7 +55,7 @@ def make_loss(
       pyramid: the pyramid of this batch's aspect, or its first scales; features are area-resized to the last of them.
       training: with text drop, self-correction and stochastic depth; without, for evaluation.
 
-    The batch holds `text_ids` int32 [B, T], `text_length` int32 [B], and either pictures `source`, `target` uint8
+    The batch holds `text_ids` int32 [B, T], `text_length` int32 [B], and either images `source`, `target` uint8
     [B, y, x, 3] or features `source_features`, `target_features` float32 [B, h, w, Z]; and, where a frozen text encoder
     was run ahead, `text_features` bfloat16 [B, T, E].
     """

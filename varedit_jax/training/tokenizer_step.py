@@ -17,7 +17,7 @@ from varedit_jax.tokenizer.tokens import decode_bits, encode_images
 from varedit_jax.training.self_correction import draw_flips
 from varedit_jax.training.state import TrainState
 from varedit_jax.types import Metrics
-from varedit_jax.weights.directory import load_folder
+from varedit_jax.weights.directory import load_directory
 
 
 def make_loss(
@@ -28,7 +28,7 @@ def make_loss(
     L1 + perceptual distance (if given: a function of two image batches) + commitment + entropy terms, weighted by
     the config. With `noise_max`, bits are flipped as in the transformer's self-correction, so that the decoder learns
     to read bits that a transformer got wrong. With `partial_share`, that share of the images is decoded from its first
-    scales alone, half of them or more, so that the coarse bits say what the picture shows. Metrics: the terms, and
+    scales alone, half of them or more, so that the coarse bits say what the image shows. Metrics: the terms, and
     `bit_balance_k`, the share of ones of each scale.
     """
     model = Autoencoder(config.model.tokenizer)
@@ -86,14 +86,14 @@ def make_step(
 ) -> Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, Metrics]]:
     """One update: `(state, batch, key) -> (state, metrics)`.
 
-    The batch holds `source` and `target`, uint8 [B, y, x, 3]; both are pictures to reconstruct.
+    The batch holds `source` and `target`, uint8 [B, y, x, 3]; both are images to reconstruct.
     """
     loss_fn = make_loss(config, perceptual)
 
     def step(state: TrainState, batch: dict[str, jax.Array], key: jax.Array) -> tuple[TrainState, Metrics]:
-        pictures = jnp.concatenate([batch["source"], batch["target"]])
+        images = jnp.concatenate([batch["source"], batch["target"]])
         gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, metrics), gradients = gradient_fn(state.params, to_model_range(pictures), key)
+        (loss, metrics), gradients = gradient_fn(state.params, to_model_range(images), key)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         if not config.train_encoder:  # weight decay moves what has no gradient, too
             updates = {**updates, "encoder": jax.tree.map(jnp.zeros_like, updates["encoder"])}
@@ -120,13 +120,13 @@ def start(config: TokenizerRunConfig, init: Callable[[], TrainState]) -> TrainSt
     """The state of step 0: random, or with the weights of `init_from`."""
     state = jax.jit(init)()
     if config.init_from:
-        loaded = load_folder(config.init_from, "tokenizer", abstract_params(config.model, "tokenizer"))
+        loaded = load_directory(config.init_from, "tokenizer", abstract_params(config.model, "tokenizer"))
         state = state.replace(params=jax.device_put(loaded))
     return state
 
 
 def make_reconstruct(config: EditorConfig) -> Callable[[Any, jax.Array], jax.Array]:
-    """Pictures through encoder, quantizer and decoder: `(params, uint8 [B, y, x, 3]) -> uint8 [B, y, x, 3]`.
+    """Images through encoder, quantizer and decoder: `(params, uint8 [B, y, x, 3]) -> uint8 [B, y, x, 3]`.
 
     What a perfect transformer would give with this tokenizer.
     """

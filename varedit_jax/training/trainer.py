@@ -106,7 +106,7 @@ def train(
     a step that was skipped because it was not finite is written to `workdir`/replay (replay.py).
 
     Args:
-      workdir: folder of the run, which all processes see.
+      workdir: directory of the run, which all processes see.
       steps: updates of the whole run, not of this process.
       key: a PRNG key, the same in every process of the run.
       abstract_state: shapes, types and shardings of the state (jax.eval_shape of `init_state`).
@@ -120,7 +120,7 @@ def train(
       run_record: the configuration of the run as a dict, for config.json.
       cadence: when to log, evaluate, sample and save.
       evaluate: metrics of a state on held-out data; written down as eval/NAME.
-      sample: (state, step) -> uint8 pictures [y, x, 3] by name.
+      sample: (state, step) -> uint8 images [y, x, 3] by name.
       learning_rate: of a step, for the log.
       stop_after: end, after saving, when this process has made so many steps.
       resume: True: only go on with a run; False: only start a new one; None: whichever it is, but do not start from
@@ -198,7 +198,7 @@ def train(
                 if sample is not None and _due(step, cadence.sample_every, steps):
                     report.finish()
                     with phase("sample"):
-                        ledger.pictures(step, sample(state, step))
+                        ledger.images(step, sample(state, step))
                     poll()
             except Stopped:
                 return False

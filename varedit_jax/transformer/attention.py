@@ -20,7 +20,7 @@ from varedit_jax.transformer.kernels import Kernel, choose, cudnn, platform, spl
 from varedit_jax.transformer.rope import rotate
 
 MAX_LOG_SCALE = float(np.log(100.0))
-SMALL_GROUP = 256  # queries; neighbouring groups below it share one masked product in front of cuDNN
+SMALL_GROUP = 256  # queries; neighboring groups below it share one masked product in front of cuDNN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +149,7 @@ class QueryGroup:
 
 
 def query_groups(visibility: Visibility, tokens: int, small: int = SMALL_GROUP) -> list[QueryGroup]:
-    """The first `tokens` queries in groups: scales of `small` tokens or more alone, smaller neighbours together."""
+    """The first `tokens` queries in groups: scales of `small` tokens or more alone, smaller neighbors together."""
     mask = visibility_mask(visibility)[:tokens]
     starts = [queries.start for queries, _ in visibility.source_groups()]
     starts += [visibility.source_tokens + tokens.start for tokens in visibility.pyramid.slices()]

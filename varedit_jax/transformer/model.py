@@ -48,8 +48,8 @@ class TextPool(nn.Module):
         return nn.Dense(width, kernel_init=kernel_init(), name="proj")(pooled)
 
 
-def centre_features(grid: Grid) -> np.ndarray:
-    """Sines and cosines of where the centre of each token of a grid lies in the picture, float32 [tokens, 16].
+def center_features(grid: Grid) -> np.ndarray:
+    """Sines and cosines of where the center of each token of a grid lies in the image, float32 [tokens, 16].
 
     Rows and columns run from -1 to 1, with 1/4, 1/2, 1 and 2 periods a unit. The same place has the same features on
     every grid.
@@ -218,8 +218,8 @@ class Transformer(nn.Module):
         levels_LC = constrain(jnp.concatenate(rows))
         if not self.config.absolute_positions:
             return levels_LC[None]
-        centres_LF = np.concatenate([centre_features(self.pyramid.grids[scale]) for scale in scales])
-        return (levels_LC + self.position_embed(centres_LF))[None]
+        centers_LF = np.concatenate([center_features(self.pyramid.grids[scale]) for scale in scales])
+        return (levels_LC + self.position_embed(centers_LF))[None]
 
     def logits(self, x_BLC: jax.Array, cond_BC: jax.Array) -> jax.Array:
         """The head, in float32: tokens after the last block [B, L, C] and pooled text [B, C] to [B, L, N, 2]."""

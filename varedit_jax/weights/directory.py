@@ -1,4 +1,4 @@
-"""A folder of weights: `config.json`, and each part (tokenizer, text, transformer) in one of the forms of native.py.
+"""A directory of weights: `config.json`, and each part (tokenizer, text, transformer) in one of the forms of native.py.
 
 The form in which editors and tokenizers are shipped, shared, and started from.
 """
@@ -25,25 +25,25 @@ from varedit_jax.weights import native
 PARTS = ("tokenizer", "text", "transformer")
 STORED_TYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 CONFIG = "config.json"
-VOCABULARY = "t5_tokenizer.json"  # of the prompts, where a folder brings its own
+VOCABULARY = "t5_tokenizer.json"  # of the prompts, where a directory brings its own
 
 
-def save_folder(
-    folder: str | os.PathLike[str],
+def save_directory(
+    directory: str | os.PathLike[str],
     config: EditorConfig,
     params: Params,
     stored_type: str = "float32",
     sampling: SamplingConfig | None = None,
 ) -> None:
-    """Writes parts of an editor, `params` by part name, to a new folder that appears complete or not at all.
+    """Writes parts of an editor, `params` by part name, to a new directory that appears complete or not at all.
 
     `sampling` is recorded as what the editor is used with. Tensors are rounded to `stored_type`: float32, bfloat16 or
     float16.
-    Raises UserError if the folder exists, the disk is full, or a value does not fit `stored_type`.
+    Raises UserError if the directory exists, the disk is full, or a value does not fit `stored_type`.
     """
-    target = pathlib.Path(folder)
+    target = pathlib.Path(directory)
     if target.exists():
-        raise UserError(f"{target} exists; give a new folder or remove it first")
+        raise UserError(f"{target} exists; give a new directory or remove it first")
     staging = target.with_name(f".{target.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     try:
@@ -68,20 +68,20 @@ def save_folder(
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def is_folder(folder: str | os.PathLike[str]) -> bool:
-    """Whether `folder` looks like a folder of weights."""
-    path = pathlib.Path(folder)
+def is_directory(directory: str | os.PathLike[str]) -> bool:
+    """Whether `directory` looks like a directory of weights."""
+    path = pathlib.Path(directory)
     return (path / CONFIG).is_file() and any(native.is_part(path, part) for part in PARTS)
 
 
-def read_config(folder: str | os.PathLike[str]) -> tuple[EditorConfig, SamplingConfig]:
-    """The editor recorded in a folder of weights, and the sampling it is used with.
+def read_config(directory: str | os.PathLike[str]) -> tuple[EditorConfig, SamplingConfig]:
+    """The editor recorded in a directory of weights, and the sampling it is used with.
 
     Raises UserError if there is none, or it is not one of ours.
     """
-    path = pathlib.Path(folder) / CONFIG
+    path = pathlib.Path(directory) / CONFIG
     if not path.is_file():
-        raise UserError(f"{folder} is not a folder of weights: it has no {CONFIG}")
+        raise UserError(f"{directory} is not a directory of weights: it has no {CONFIG}")
     try:
         record = json.loads(path.read_text())
         return from_dict(EditorConfig, record["model"]), from_dict(SamplingConfig, record["sampling"])
@@ -89,12 +89,12 @@ def read_config(folder: str | os.PathLike[str]) -> tuple[EditorConfig, SamplingC
         raise UserError(f"{path} does not describe an editor of this package: {error}") from error
 
 
-def load_folder(folder: str | os.PathLike[str], part: str, expected: Any) -> Params:
-    """One part of a folder of weights, as float32 numpy arrays in the tree `expected` (of jax.ShapeDtypeStruct).
+def load_directory(directory: str | os.PathLike[str], part: str, expected: Any) -> Params:
+    """One part of a directory of weights, as float32 numpy arrays in the tree `expected` (of jax.ShapeDtypeStruct).
 
     Raises UserError for a missing or damaged part, and for weights of another model, naming what differs.
     """
-    return native.read_part(folder, part, expected)
+    return native.read_part(directory, part, expected)
 
 
 def weights_hash(params: Params) -> str:

@@ -1,4 +1,4 @@
-"""Weights of ours that are to be exported: a folder of them, or a run."""
+"""Weights of ours that are to be exported: a directory of them, or a run."""
 
 import os
 import pathlib
@@ -9,14 +9,14 @@ from varedit_jax.config import EditorConfig, RunConfig, SamplingConfig, from_dic
 from varedit_jax.errors import UserError
 from varedit_jax.parameters import abstract_params
 from varedit_jax.weights import native, run_directory
-from varedit_jax.weights.directory import CONFIG, PARTS, is_folder, read_config
+from varedit_jax.weights.directory import CONFIG, PARTS, is_directory, read_config
 from varedit_jax.weights.manifest import MANIFEST, read_manifest
 
 
 class Source(NamedTuple):
-    """Weights of ours to export: a folder of them, or the newest checkpoint of a run."""
+    """Weights of ours to export: a directory of them, or the newest checkpoint of a run."""
 
-    folder: pathlib.Path
+    directory: pathlib.Path
     config: EditorConfig
     sampling: SamplingConfig
     parts: tuple[str, ...]
@@ -27,7 +27,7 @@ class Source(NamedTuple):
 
     def open(self, part: str) -> dict[str, native.Leaf]:
         """Arrays of a part by path, not yet read."""
-        return native.open_part(self.folder, part, abstract_params(self.config, part), average=self.average)
+        return native.open_part(self.directory, part, abstract_params(self.config, part), average=self.average)
 
     def stamp(self) -> list[Any]:
         """What tells whether the weights are the same as at an earlier attempt."""
@@ -35,26 +35,26 @@ class Source(NamedTuple):
         return [
             self.step,
             self.average,
-            *stamp([self.folder / name for name in described if (self.folder / name).is_file()]),
+            *stamp([self.directory / name for name in described if (self.directory / name).is_file()]),
         ]
 
 
-def open_source(folder: str | os.PathLike[str], parts: Sequence[str] = (), weights: str = "model") -> Source:
+def open_source(directory: str | os.PathLike[str], parts: Sequence[str] = (), weights: str = "model") -> Source:
     """Opens weights of ours; of a run, the parts that it trained. `parts` chooses among them.
 
     `weights` "ema" takes the running average that a run kept. Raises UserError if there are none, or a part is not
     among them.
     """
-    root = pathlib.Path(folder)
+    root = pathlib.Path(directory)
     run = step = manifest = None
-    if is_folder(root):
+    if is_directory(root):
         config, sampling = read_config(root)
         found = tuple(part for part in PARTS if native.is_part(root, part))
         manifest = read_manifest(root)
     else:
         record = run_directory.read_config(root)
         if "train_text" not in record:
-            raise UserError(f"{root} is neither a folder of weights nor a run of an editor")
+            raise UserError(f"{root} is neither a directory of weights nor a run of an editor")
         run = from_dict(RunConfig, record)
         config, sampling = run.model, run.sampling
         found = ("transformer", "text") if run.train_text else ("transformer",)

@@ -37,9 +37,9 @@ def check_finite(tensor: np.ndarray, name: str) -> None:
         )
 
 
-def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The manifest of a folder; None if it has none. Raises UserError if it is damaged, or of a newer version."""
-    path = pathlib.Path(folder) / MANIFEST
+def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The manifest of a directory; None if it has none. Raises UserError if it is damaged, or of a newer version."""
+    path = pathlib.Path(directory) / MANIFEST
     if not path.is_file():
         return None
     try:

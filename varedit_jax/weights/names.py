@@ -222,7 +222,7 @@ def links(part: str, expected: Params, dialect: Dialect | None = None) -> list[L
     if nameless:
         raise UserError(
             f"the {part} has parameters that published models do not have: {', '.join(nameless)}; "
-            f"such a model can be exported in our own names only (--to=folder)"
+            f"such a model can be exported in our own names only (--to=directory)"
         )
     return found
 

@@ -1,9 +1,9 @@
 """Our trees on disk, one slice at a time: read in every form there is, written as an Orbax checkpoint.
 
-Forms, of a part (tokenizer, text, transformer) in a folder:
+Forms, of a part (tokenizer, text, transformer) in a directory:
 
     {part}.safetensors          names are paths, slashes between
-    {part}/                     an Orbax checkpoint of the tree, one folder an array and one raw file a chunk, so that
+    {part}/                     an Orbax checkpoint of the tree, a directory per array and a raw file per chunk, so that
                                 a stack of blocks can be written and read block by block
     checkpoints/{step}/state    of a training run; the newest step
 """
@@ -58,24 +58,24 @@ class Leaf(NamedTuple):
         return values
 
 
-def is_part(folder: str | os.PathLike[str], part: str) -> bool:
-    """Whether a folder of weights holds a part."""
-    root = pathlib.Path(folder)
+def is_part(directory: str | os.PathLike[str], part: str) -> bool:
+    """Whether a directory of weights holds a part."""
+    root = pathlib.Path(directory)
     return (root / f"{part}.safetensors").is_file() or (root / part / "_METADATA").is_file()
 
 
-def find_part(folder: str | os.PathLike[str], part: str, *, average: bool = False) -> dict[str, Leaf]:
+def find_part(directory: str | os.PathLike[str], part: str, *, average: bool = False) -> dict[str, Leaf]:
     """The arrays of a part by path, whatever their shapes; none is read yet.
 
     With `average` those of a run's running average. Raises UserError for a missing or damaged part, and where there is
     no average.
     """
-    where = _form(pathlib.Path(folder), part)
+    where = _form(pathlib.Path(directory), part)
     store = {"driver": "ocdbt", "base": f"file://{where.absolute()}/", "path": ""}
     if average:
         found = _open_orbax(where, store, ("ema", part)) if where.name == "state" else {}
         if not found:
-            raise UserError(f"{folder} holds no average of its {part}, as runs with optimizer.ema_decay keep one")
+            raise UserError(f"{directory} holds no average of its {part}, as runs with optimizer.ema_decay keep one")
         return found
     if where.suffix == SAFETENSORS:
         return {name: Leaf(x.shape, x.dtype, x.load(), f"{where}: {name}") for name, x in open_weights(where).items()}
@@ -85,7 +85,7 @@ def find_part(folder: str | os.PathLike[str], part: str, *, average: bool = Fals
 
 
 def _form(root: pathlib.Path, part: str) -> pathlib.Path:
-    """The file or folder that holds a part. Raises UserError if there is none."""
+    """The file or directory that holds a part. Raises UserError if there is none."""
     if (root / f"{part}.safetensors").is_file():
         return root / f"{part}.safetensors"
     if (root / part / "_METADATA").is_file():
@@ -95,13 +95,15 @@ def _form(root: pathlib.Path, part: str) -> pathlib.Path:
     raise UserError(f"{root} holds no {part} weights ({part}.safetensors is missing)")
 
 
-def open_part(folder: str | os.PathLike[str], part: str, expected: Params, *, average: bool = False) -> dict[str, Leaf]:
+def open_part(
+    directory: str | os.PathLike[str], part: str, expected: Params, *, average: bool = False
+) -> dict[str, Leaf]:
     """As `find_part`, of exactly the arrays of the tree `expected` (of jax.ShapeDtypeStruct).
 
     Raises UserError for a missing or damaged part, and for one of another model, naming every array that differs with
     both shapes.
     """
-    found, wanted = find_part(folder, part, average=average), flat(expected)
+    found, wanted = find_part(directory, part, average=average), flat(expected)
     different = [
         f"{name} has shape {found[name].shape if name in found else 'nothing'}, "
         f"expected is {tuple(wanted[name].shape) if name in wanted else 'nothing'}"
@@ -110,15 +112,15 @@ def open_part(folder: str | os.PathLike[str], part: str, expected: Params, *, av
     ]
     if different:
         raise UserError(
-            f"{_form(pathlib.Path(folder), part)} is of another model: {'; '.join(different)}; "
+            f"{_form(pathlib.Path(directory), part)} is of another model: {'; '.join(different)}; "
             f"use the configuration that it was trained with"
         )
     return {name: found[name] for name in wanted}
 
 
-def read_part(folder: str | os.PathLike[str], part: str, expected: Params) -> Params:
+def read_part(directory: str | os.PathLike[str], part: str, expected: Params) -> Params:
     """One part in memory, as float32 numpy arrays in the tree `expected`. Raises UserError as `open_part` does."""
-    leaves = open_part(folder, part, expected)
+    leaves = open_part(directory, part, expected)
     return tree({path: leaf.as_float32() for path, leaf in leaves.items()})
 
 
@@ -154,27 +156,27 @@ def _open_orbax(where: pathlib.Path, store: dict[str, str], prefix: tuple[str, .
 class OrbaxPart:
     """The Orbax checkpoint of a part in the making: arrays are written slice by slice."""
 
-    def __init__(self, folder: pathlib.Path, leaves: Mapping[str, Leaf]) -> None:
+    def __init__(self, directory: pathlib.Path, leaves: Mapping[str, Leaf]) -> None:
         """`leaves` are the arrays by path. Nothing is written before `begin`."""
-        self.folder, self._leaves = folder, dict(leaves)
+        self.directory, self._leaves = directory, dict(leaves)
         self._arrays: dict[str, ts.TensorStore] = {}
 
     def begin(self) -> None:
         """Creates the checkpoint with empty arrays, unless it is there from an earlier attempt."""
-        if not self.folder.exists():
+        if not self.directory.exists():
             run_directory.quiet_orbax()
-            draft = self.folder.with_name(f".{self.folder.name}.draft")
+            draft = self.directory.with_name(f".{self.directory.name}.draft")
             # Orbax writes what describes the tree, with one number for each array; the arrays then take their place.
             numbers = tree({path: np.zeros((), leaf.dtype) for path, leaf in self._leaves.items()})
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
                 checkpointer.save(draft.absolute(), args=ocp.args.PyTreeSave(numbers), force=True)
             for path, leaf in self._leaves.items():
                 self._open(draft, path, leaf)
-            draft.rename(self.folder)
-        self._arrays = {path: self._open(self.folder, path) for path in self._leaves}
+            draft.rename(self.directory)
+        self._arrays = {path: self._open(self.directory, path) for path in self._leaves}
 
-    def _open(self, folder: pathlib.Path, path: str, create: Leaf | None = None) -> ts.TensorStore:
-        place = folder.absolute() / path.replace("/", ".")
+    def _open(self, directory: pathlib.Path, path: str, create: Leaf | None = None) -> ts.TensorStore:
+        place = directory.absolute() / path.replace("/", ".")
         spec: dict[str, Any] = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{place}/"}}
         if create:
             spec["metadata"] = {

@@ -104,14 +104,14 @@ class WeightsFile(Mapping[str, LazyTensor]):
 
 
 def open_weights(path: str | os.PathLike[str]) -> WeightsFile:
-    """Opens a `.pth` or `.safetensors` file, an index of shards, or a folder with one of them (Hugging Face's layout).
+    """Opens a `.pth` or `.safetensors` file, an index of shards, or a directory with one (Hugging Face's layout).
 
     Names of nested dicts are joined by dots. Raises UserError for a missing or damaged file, an unknown suffix, a shard
     that is not there, and a pickle that asks for code to run.
     """
     path = pathlib.Path(path)
     if path.is_dir():
-        path = _in_folder(path)
+        path = _in_directory(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     if path.name.endswith(".index.json"):
@@ -131,14 +131,14 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
     return {name: np.array(tensor.load()) for name, tensor in open_weights(path).items()}
 
 
-def _in_folder(folder: pathlib.Path) -> pathlib.Path:
+def _in_directory(directory: pathlib.Path) -> pathlib.Path:
     for name in (*INDEXES, *SINGLE_FILES):
-        if (folder / name).is_file():
-            return folder / name
-    found = [path for path in sorted(folder.iterdir()) if path.suffix in (*PTH, SAFETENSORS)]
+        if (directory / name).is_file():
+            return directory / name
+    found = [path for path in sorted(directory.iterdir()) if path.suffix in (*PTH, SAFETENSORS)]
     if len(found) != 1:
         raise UserError(
-            f"{folder} holds {len(found)} files of weights and none of {', '.join((*INDEXES, *SINGLE_FILES))}; "
+            f"{directory} holds {len(found)} files of weights and none of {', '.join((*INDEXES, *SINGLE_FILES))}; "
             f"name the file that is meant"
         )
     return found[0]

@@ -18,17 +18,17 @@ from varedit_jax.errors import UserError
 CONFIG_FILE = "config.json"
 
 
-FORMAT_VERSION = 1  # of a run's folder, in its config.json; older folders say nothing of it
+FORMAT_VERSION = 1  # of a run's directory, in its config.json; older directories say nothing of it
 
 
-def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The configuration in the config.json of a run's folder. Raises UserError if there is none, it is
+def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The configuration in the config.json of a run's directory. Raises UserError if there is none, it is
     broken, or a newer version wrote it."""
-    path = pathlib.Path(folder) / CONFIG_FILE
+    path = pathlib.Path(directory) / CONFIG_FILE
     try:
         values = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise UserError(f"{folder} is not the folder of a run: it has no {CONFIG_FILE}") from error
+        raise UserError(f"{directory} is not the directory of a run: it has no {CONFIG_FILE}") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(values, dict):
@@ -36,7 +36,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     version = values.pop("format_version", FORMAT_VERSION)
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise UserError(
-            f"{folder} was written by a newer version of this program: its format is {version!r}, and this version "
+            f"{directory} was written by a newer version of this program: its format is {version!r}, and this version "
             f"knows none above {FORMAT_VERSION}; update varedit_jax"
         )
     return values
@@ -46,33 +46,33 @@ CHECKPOINTS = "checkpoints"
 
 
 def restore_params(
-    folder: str | os.PathLike[str], abstract_params: Any, step: int | None = None, *, ema: bool = False
+    directory: str | os.PathLike[str], abstract_params: Any, step: int | None = None, *, ema: bool = False
 ) -> Any:
     """The parameters alone of a run's checkpoint; nothing of the optimizer is read.
 
     Args:
-      folder: folder of a run (the one with config.json and checkpoints/).
+      directory: directory of a run (the one with config.json and checkpoints/).
       abstract_params: tree of jax.ShapeDtypeStruct; shardings as in `Checkpoints.restore`.
       step: which checkpoint; None is the newest.
       ema: their running average instead of the parameters themselves.
 
     Raises:
-      UserError: no such folder, no checkpoint in it, no such step, another model's parameters, no average, a newer
+      UserError: no such directory, no checkpoint in it, no such step, another model's parameters, no average, a newer
         version's checkpoint, or damaged files.
     """
     quiet_orbax()
-    root = pathlib.Path(folder).absolute()
+    root = pathlib.Path(directory).absolute()
     if not root.is_dir():
-        raise UserError(f"there is no folder {folder}")
+        raise UserError(f"there is no directory {directory}")
     steps = checkpoint_steps(root)
     if not steps:
         raise UserError(
-            f"{folder} is not the folder of a run with a checkpoint: it has no {CHECKPOINTS}/<step>/; "
+            f"{directory} is not the directory of a run with a checkpoint: it has no {CHECKPOINTS}/<step>/; "
             f"it holds {listing(root)}"
         )
     step = steps[-1] if step is None else step
     if step not in steps:
-        raise UserError(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+        raise UserError(f"{directory} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
     check_version(root)
     checkpoints = root / CHECKPOINTS
     field = "ema" if ema else "params"
@@ -85,9 +85,9 @@ def restore_params(
     return read_checkpoint(checkpoints, step, {field: abstract_params})[field]
 
 
-def checkpoint_steps(folder: str | os.PathLike[str]) -> list[int]:
-    """Steps of the complete checkpoints of the run in `folder`, ascending; empty if there are none."""
-    found = pathlib.Path(folder).glob(f"{CHECKPOINTS}/*/state/_METADATA")
+def checkpoint_steps(directory: str | os.PathLike[str]) -> list[int]:
+    """Steps of the complete checkpoints of the run in `directory`, ascending; empty if there are none."""
+    found = pathlib.Path(directory).glob(f"{CHECKPOINTS}/*/state/_METADATA")
     return sorted(int(path.parts[-3]) for path in found if path.parts[-3].isdecimal())
 
 
@@ -146,12 +146,12 @@ def read_checkpoint(checkpoints: pathlib.Path, step: int, fields: Mapping[str, A
         return read_fields(checkpoints / str(step) / "state", fields)
 
 
-def read_fields(folder: pathlib.Path, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """These fields (abstract trees) of the state that lies in `folder`, and nothing else of it."""
+def read_fields(directory: pathlib.Path, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """These fields (abstract trees) of the state that lies in `directory`, and nothing else of it."""
     item = jax.tree.map(placed, dict(fields))
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         restored = checkpointer.restore(
-            folder,
+            directory,
             args=ocp.args.PyTreeRestore(
                 item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
             ),
@@ -163,9 +163,9 @@ def _shape_text(found: tuple[tuple[int, ...], np.dtype] | None) -> str:
     return "absent" if found is None else f"{found[1]}{list(found[0])}"
 
 
-def listing(folder: pathlib.Path) -> str:
-    """What a folder holds, in a few words."""
-    names = sorted(path.name for path in folder.iterdir())
+def listing(directory: pathlib.Path) -> str:
+    """What a directory holds, in a few words."""
+    names = sorted(path.name for path in directory.iterdir())
     if not names:
         return "nothing"
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
@@ -183,7 +183,8 @@ def damage_explained(checkpoints: pathlib.Path, step: int | str) -> Iterator[Non
             raise
         reason = re.split(r"\n|\. See full | \[tensorstore_spec", str(error).strip())[0]
         raise UserError(
-            f"{checkpoints / str(step)} cannot be read ({reason}); if its files are damaged, delete that folder to go "
+            f"{checkpoints / str(step)} cannot be read ({reason}); if its files are damaged, delete that "
+            f"directory to go "
             f"on from the checkpoint before it"
         ) from error
 

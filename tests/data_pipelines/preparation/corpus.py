@@ -17,14 +17,14 @@ SETTINGS = Settings(
 )  # fmt: skip
 
 
-def picture(seed: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
+def photo(seed: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
     """Soft blots, others for each seed."""
     blots = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
     return Image.fromarray(blots).resize(size, Image.Resampling.BICUBIC)
 
 
 def edited(image: Image.Image, level: int = 250) -> Image.Image:
-    """With a grey square in it."""
+    """With a gray square in it."""
     image = image.copy()
     image.paste((level, level, level), (20, 10, 36, 26))
     return image
@@ -36,28 +36,28 @@ def jpeg(image: Image.Image, quality: int = 90) -> bytes:
     return file.getvalue()
 
 
-def write_corpus(folder: pathlib.Path, lists: int = 3) -> tuple[list[pathlib.Path], set[str], dict[str, str]]:
-    """Writes pictures and lists; returns the lists, ids that stay, and why each other one leaves."""
-    folder.mkdir(parents=True)
+def write_corpus(directory: pathlib.Path, lists: int = 3) -> tuple[list[pathlib.Path], set[str], dict[str, str]]:
+    """Writes images and lists; returns the lists, ids that stay, and why each other one leaves."""
+    directory.mkdir(parents=True)
     values: list[dict[str, Any]] = []
     left: dict[str, str] = {}
 
     def add(id: str, source: bytes, target: bytes, instruction: str, cause: str = "", **fields: Any) -> None:
         for side, data in (("source", source), ("target", target)):
-            (folder / f"{len(values)}-{side}.jpg").write_bytes(data)
+            (directory / f"{len(values)}-{side}.jpg").write_bytes(data)
         names = {side: f"{len(values)}-{side}.jpg" for side in ("source", "target")}
         values.append({"id": id, "instruction": instruction, **names, **fields})
         if cause:
             left[id] = cause
 
     for seed in range(20):
-        image = picture(seed)
+        image = photo(seed)
         kind = ("add", "remove")[seed % 2]
         scores = {"quality": 5 + seed % 5}
         add(f"good-{seed}", jpeg(image), jpeg(edited(image)), f"Edit {seed}!", kind=kind, scores=scores)
-    image = picture(100)
+    image = photo(100)
     sound = jpeg(image), jpeg(edited(image))
-    tiny, huge, long = (picture(seed, size) for seed, size in ((101, (31, 40)), (102, (101, 90)), (103, (80, 38))))
+    tiny, huge, long = (photo(seed, size) for seed, size in ((101, (31, 40)), (102, (101, 90)), (103, (80, 38))))
     add("small", jpeg(tiny), jpeg(tiny), "x", Cause.SMALL)
     add("large", jpeg(huge), jpeg(huge), "x", Cause.LARGE)
     add("long", jpeg(long), jpeg(long), "x", Cause.RATIO)
@@ -66,14 +66,14 @@ def write_corpus(folder: pathlib.Path, lists: int = 3) -> tuple[list[pathlib.Pat
     add("idle", jpeg(image, 95), jpeg(image, 90), "x", Cause.UNCHANGED)
     add("broken", sound[0], sound[1][:1000], "x", "cut short")
     add("silent", *sound, " ", "empty instruction")
-    add("without-score", jpeg(picture(104)), jpeg(edited(picture(104))), "y")
+    add("without-score", jpeg(photo(104)), jpeg(edited(photo(104))), "y")
     for name, quality, instruction in (("exact", 90, "Edit 3!"), ("near", 91, "edit 4")):
-        image = picture(int(instruction.strip("!")[-1]))
+        image = photo(int(instruction.strip("!")[-1]))
         add(f"{name}-copy", jpeg(image, quality), jpeg(edited(image), quality), instruction)
-    other_edit = picture(5)
+    other_edit = photo(5)
     add("same-source", jpeg(other_edit), jpeg(edited(other_edit, 0)), "Another edit")
     files = []
     for index in range(lists):
-        files.append(folder / f"list-{index}.jsonl")
+        files.append(directory / f"list-{index}.jsonl")
         files[-1].write_text("".join(json.dumps(value) + "\n" for value in values[index::lists]))
     return files, {value["id"] for value in values} - left.keys(), left

@@ -8,7 +8,7 @@ from PIL import Image
 from data_pipelines.preparation import duplicates
 from data_pipelines.preparation.fingerprints import FACTS, digest, plain_words
 from data_pipelines.preparation.perceptual_hash import Look, alike, change
-from tests.data_pipelines.preparation.corpus import edited, jpeg, picture
+from tests.data_pipelines.preparation.corpus import edited, jpeg, photo
 
 
 def _look(data: bytes) -> Look:
@@ -21,32 +21,32 @@ def photos() -> list[Image.Image]:
     made = []
     for seed in range(4):
         grain = np.random.default_rng(seed).normal(0, 12, (512, 512, 1))
-        made.append(Image.fromarray((np.asarray(picture(seed, (512, 512))) + grain).clip(0, 255).astype(np.uint8)))
+        made.append(Image.fromarray((np.asarray(photo(seed, (512, 512))) + grain).clip(0, 255).astype(np.uint8)))
     return made
 
 
 def test_compression_and_size_change_less_than_the_smallest_edit(photos: list[Image.Image]) -> None:
-    for photo in photos:
-        source = _look(jpeg(photo, 95))
-        assert change(source, _look(jpeg(photo, 60))) < 3
-        assert change(source, Look.of(np.asarray(photo.resize((300, 300))))) < 3
-        spot = photo.copy()  # a 32nd of the side, 40 levels lighter
-        spot.paste(photo.crop((40, 30, 56, 46)).point(lambda level: level + 40), (40, 30))
+    for each in photos:
+        source = _look(jpeg(each, 95))
+        assert change(source, _look(jpeg(each, 60))) < 3
+        assert change(source, Look.of(np.asarray(each.resize((300, 300))))) < 3
+        spot = each.copy()  # a 32nd of the side, 40 levels lighter
+        spot.paste(each.crop((40, 30, 56, 46)).point(lambda level: level + 40), (40, 30))
         assert change(source, _look(jpeg(spot, 90))) > 6
 
 
-def test_shapes_survive_compression_and_size_and_tell_pictures_apart(photos: list[Image.Image]) -> None:
-    looks = [_look(jpeg(photo, 95)) for photo in photos]
-    for photo, look in zip(photos, looks, strict=True):
-        for other in (_look(jpeg(photo, 30)), Look.of(np.asarray(photo.resize((256, 256))))):
+def test_shapes_survive_compression_and_size_and_tell_images_apart(photos: list[Image.Image]) -> None:
+    looks = [_look(jpeg(each, 95)) for each in photos]
+    for each, look in zip(photos, looks, strict=True):
+        for other in (_look(jpeg(each, 30)), Look.of(np.asarray(each.resize((256, 256))))):
             assert _alike(look, other)
     assert not any(_alike(*pair) for pair in itertools.combinations(looks, 2))
-    green = np.asarray(photos[0])[:, :, ::-1]  # the same shapes in other colours
+    green = np.asarray(photos[0])[:, :, ::-1]  # the same shapes in other colors
     assert not _alike(looks[0], Look.of(green))
 
 
 def _alike(a: Look, b: Look) -> bool:
-    return bool(alike(np.uint64(a.shape), np.uint64(b.shape), a.colours, b.colours, 3))
+    return bool(alike(np.uint64(a.shape), np.uint64(b.shape), a.colors, b.colors, 3))
 
 
 def test_words_are_compared_without_case_and_punctuation() -> None:
@@ -95,11 +95,11 @@ def test_bands_find_what_comparing_all_with_all_finds(bits: int, tmp_path, monke
         shapes ^= draw.integers(0, 2, 400, np.uint64) << draw.integers(0, 64, 400, np.uint64)
     rows["source_shape"] = shapes
     rows["target_shape"] = np.where(draw.random(400) < 0.9, 0, 2**20 - 1)
-    rows["source_colours"][:, 0] = np.where(draw.random(400) < 0.9, 0, 13)
+    rows["source_colors"][:, 0] = np.where(draw.random(400) < 0.9, 0, 13)
     near = np.bitwise_count(shapes[:, None] ^ shapes) <= bits
     for name in ("words", "target_shape"):
         near &= rows[name][:, None] == rows[name]
-    near &= rows["source_colours"][:, None, 0] == rows["source_colours"][:, 0]
+    near &= rows["source_colors"][:, None, 0] == rows["source_colors"][:, 0]
     near &= rows["key"][None] < rows["key"][:, None]
     assert near.any()
     found = _search(rows, bits, 3, tmp_path)
@@ -115,7 +115,7 @@ def test_many_that_are_all_alike_leave_one(tmp_path) -> None:  # type: ignore[no
     assert len(found) == 4999 and set(found.values()) == {stays}
 
 
-def test_an_edit_of_the_same_picture_is_no_duplicate() -> None:
-    image = picture(1)
+def test_an_edit_of_the_same_image_is_no_duplicate() -> None:
+    image = photo(1)
     looks = [Look.of(np.asarray(each)) for each in (edited(image, 250), edited(image, 0))]
     assert not _alike(*looks)

@@ -29,9 +29,9 @@ OPTIONS = {"dataset": "made"}
 class Corpus:
     """What was made, and what prepare made of it."""
 
-    def __init__(self, folder: pathlib.Path) -> None:
-        self.inputs, self.stay, self.left = write_corpus(folder / "in")
-        self.output = folder / "out"
+    def __init__(self, directory: pathlib.Path) -> None:
+        self.inputs, self.stay, self.left = write_corpus(directory / "in")
+        self.output = directory / "out"
         self.prepare(self.output, workers=2)
 
     def prepare(self, output: pathlib.Path, settings: Settings = SETTINGS, **options: int) -> None:
@@ -43,14 +43,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return Corpus(tmp_path_factory.mktemp("corpus"))
 
 
-def _all(folder: pathlib.Path) -> Iterator[tuple[str, Record]]:
-    for split in read_index(folder)["splits"]:
-        records = Records(folder, split)
+def _all(directory: pathlib.Path) -> Iterator[tuple[str, Record]]:
+    for split in read_index(directory)["splits"]:
+        records = Records(directory, split)
         yield from ((split, records[index]) for index in range(len(records)))
 
 
-def _files(folder: pathlib.Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def _files(directory: pathlib.Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 def test_each_record_stays_or_leaves_for_its_reason(corpus: Corpus) -> None:
@@ -71,26 +71,26 @@ def test_a_duplicate_names_the_record_that_it_is_like(corpus: Corpus) -> None:
     assert {lines[Cause.NEAR]["id"], lines[Cause.NEAR]["detail"].removeprefix("of made/")} == {"good-4", "near-copy"}
 
 
-def test_records_are_as_they_were_published_and_know_their_picture(corpus: Corpus) -> None:
-    folder = corpus.inputs[0].parent
-    published = {path.read_bytes() for path in folder.glob("*.jpg")}
+def test_records_are_as_they_were_published_and_know_their_image(corpus: Corpus) -> None:
+    directory = corpus.inputs[0].parent
+    published = {path.read_bytes() for path in directory.glob("*.jpg")}
     records = [record for _, record in _all(corpus.output)]
     assert all(record.source in published and record.target in published for record in records)
-    assert all(len(record.picture) == 64 for record in records)
+    assert all(len(record.original) == 64 for record in records)
     assert damaged_shards(corpus.output) == []
 
 
-def test_no_picture_is_in_training_and_in_validation(corpus: Corpus) -> None:
-    pictures: dict[str, set[str]] = {"train": set(), "validation": set()}
+def test_no_image_is_in_training_and_in_validation(corpus: Corpus) -> None:
+    images: dict[str, set[str]] = {"train": set(), "validation": set()}
     for split, record in _all(corpus.output):
-        pictures[split] |= {record.picture, hashlib.sha256(record.target).hexdigest()}
-    assert pictures["train"] and pictures["validation"]
-    assert pictures["train"].isdisjoint(pictures["validation"])
+        images[split] |= {record.original, hashlib.sha256(record.target).hexdigest()}
+    assert images["train"] and images["validation"]
+    assert images["train"].isdisjoint(images["validation"])
     same = {record.id: split for split, record in _all(corpus.output) if record.id in ("good-5", "same-source")}
     assert len(same) == 2 and len(set(same.values())) == 1
 
 
-def test_the_report_adds_up_and_shows_pictures(corpus: Corpus) -> None:
+def test_the_report_adds_up_and_shows_images(corpus: Corpus) -> None:
     report = json.loads((corpus.output / "report" / "report.json").read_text())["made"]
     index = read_index(corpus.output)["splits"]
     assert report["read"] == len(corpus.stay) + len(corpus.left)
@@ -143,7 +143,7 @@ def test_other_settings_begin_anew_and_mistakes_are_told(corpus: Corpus, tmp_pat
     left = {line["id"]: line["reason"] for line in read_quarantine(output / "report" / "quarantine.jsonl")}
     assert left == {"silent": "empty instruction"}
     assert list(read_index(output)["splits"]) == ["train"]
-    with pytest.raises(UserError, match="exists; give a new folder"):
+    with pytest.raises(UserError, match="exists; give a new directory"):
         corpus.prepare(output)
     with pytest.raises(UserError, match="no runner 'Nope'"):
         prepare("manifest", [str(corpus.inputs[0])], tmp_path / "other", SETTINGS, runner="Nope")
@@ -165,10 +165,10 @@ def test_a_full_disk_is_one_sentence_for_the_user(
 
 
 def test_an_output_inside_of_the_input_is_told_to_the_user(corpus: Corpus) -> None:
-    folder = corpus.inputs[0].parent
-    with pytest.raises(UserError, match="lies below .*; give a folder beside it"):
-        prepare("manifest", [str(folder)], folder / "new" / "out", SETTINGS)
-    assert not (folder / "new").exists()
+    directory = corpus.inputs[0].parent
+    with pytest.raises(UserError, match="lies below .*; give a directory beside it"):
+        prepare("manifest", [str(directory)], directory / "new" / "out", SETTINGS)
+    assert not (directory / "new").exists()
 
 
 def test_ids_that_come_twice_are_kept_once(tmp_path: pathlib.Path) -> None:

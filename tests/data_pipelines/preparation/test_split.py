@@ -15,24 +15,24 @@ class Rows:
             yield first, self.rows[first : first + 7]
 
 
-def test_a_share_of_pictures_is_for_validation_and_stays_there_when_the_share_grows() -> None:
-    pictures = np.array([digest(b"%d" % number) for number in range(20_000)], np.uint64)
-    small, large = in_validation(pictures, 0.01), in_validation(pictures, 0.05)
+def test_a_share_of_images_is_for_validation_and_stays_there_when_the_share_grows() -> None:
+    images = np.array([digest(b"%d" % number) for number in range(20_000)], np.uint64)
+    small, large = in_validation(images, 0.01), in_validation(images, 0.05)
     assert 150 < small.sum() < 250 and 900 < large.sum() < 1100
     assert large[small].all()
-    assert not in_validation(pictures, 0.0).any()
+    assert not in_validation(images, 0.0).any()
 
 
-def test_a_picture_of_validation_under_another_name_leaves_training() -> None:
+def test_a_image_of_validation_under_another_name_leaves_training() -> None:
     rows = np.zeros(40, FACTS)
-    rows["picture"] = 2**63  # training
-    rows["picture"][::10] = 0  # validation
+    rows["original"] = 2**63  # training
+    rows["original"][::10] = 0  # validation
     rows["source"] = rows["source_shape"] = np.arange(40)
     rows["target"] = rows["target_shape"] = 1000 + np.arange(40)
     rows["source"][13] = 10  # the same file
     rows["source_shape"][25] = 20  # the same look
     rows["source_shape"][36] = 30
-    rows["source_colours"][36] = 100  # the same shape in other colours
+    rows["source_colors"][36] = 100  # the same shape in other colors
     verdicts = np.zeros(40, np.uint8)
     assert find_leaks(Rows(rows), verdicts, 0.5, near_bits=3).tolist() == [[13, 10], [25, 20]]
     assert find_leaks(Rows(rows), verdicts, 0.5, near_bits=-1).tolist() == [[13, 10]]
@@ -43,13 +43,13 @@ def test_a_picture_of_validation_under_another_name_leaves_training() -> None:
 
 def test_an_edit_of_validation_is_not_trained_on_turned_around() -> None:
     rows = np.zeros(40, FACTS)
-    rows["picture"] = 2**63  # training
-    rows["picture"][::10] = 0  # validation
+    rows["original"] = 2**63  # training
+    rows["original"][::10] = 0  # validation
     for side, first in (("source", 0), ("target", 1000)):
         rows[side] = rows[f"{side}_shape"] = first + np.arange(40)
     rows["source"][13] = 1010  # the target of an edit of validation
     rows["target"][14] = 10  # the source of one
-    rows["target"][15] = 1020  # another edit that ends in the same picture
+    rows["target"][15] = 1020  # another edit that ends in the same image
     rows["target_shape"][26] = 30  # looks like the source of one
     verdicts = np.zeros(40, np.uint8)
     found = [[13, 10], [14, 10], [15, 20]]

@@ -16,7 +16,7 @@ from data_pipelines.preparation.pipeline import prepare
 from data_pipelines.preparation.settings import Settings, Vision
 from data_pipelines.preparation.vision_filter import Model
 from data_pipelines.record import Record
-from tests.data_pipelines.preparation.corpus import edited, jpeg, picture
+from tests.data_pipelines.preparation.corpus import edited, jpeg, photo
 from varedit_jax.errors import UserError
 
 CUT = 0  # in place of a status: an answer that ends too early
@@ -76,12 +76,12 @@ def _without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _record(instruction: str = "make it red") -> Record:
-    source = picture(1, (640, 480))
+    source = photo(1, (640, 480))
     return Record(id="1", dataset="d", source=jpeg(source), target=jpeg(edited(source)), instructions=(instruction,))
 
 
-def _model(endpoint: Endpoint, folder: pathlib.Path, **fields: Any) -> Model:
-    return Model(Vision(url=endpoint.url, model="seer", **fields), folder / "answers.sqlite")
+def _model(endpoint: Endpoint, directory: pathlib.Path, **fields: Any) -> Model:
+    return Model(Vision(url=endpoint.url, model="seer", **fields), directory / "answers.sqlite")
 
 
 def test_two_questions_decide_and_the_second_is_not_asked_where_the_first_is_enough(
@@ -90,7 +90,7 @@ def test_two_questions_decide_and_the_second_is_not_asked_where_the_first_is_eno
     endpoint.answers = {
         "undone": ("No, it was not.", "yes"),
         "careless": ("yes", "**No**"),
-        "vague": ("It is a nice picture, now and then", "yes"),
+        "vague": ("It is a nice image, now and then", "yes"),
     }
     with _model(endpoint, tmp_path) as model:
         for instruction, cause, asked in (
@@ -104,17 +104,17 @@ def test_two_questions_decide_and_the_second_is_not_asked_where_the_first_is_eno
             assert len(endpoint.questions) == asked
 
 
-def test_a_question_has_the_instruction_and_both_pictures_in_a_size_that_can_be_paid(
+def test_a_question_has_the_instruction_and_both_images_in_a_size_that_can_be_paid(
     endpoint: Endpoint, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_KEY", "secret")
     with _model(endpoint, tmp_path, key_variable="MY_KEY", side=100) as model:
         model.cause(_record())
     question = endpoint.questions[0]
-    text, *pictures = question["messages"][0]["content"]
+    text, *images = question["messages"][0]["content"]
     assert question["model"] == "seer" and question["temperature"] == 0 and "make it red" in text["text"]
-    assert [part["image_url"]["url"][:23] for part in pictures] == ["data:image/jpeg;base64,"] * 2
-    assert all(len(part["image_url"]["url"]) < 10_000 for part in pictures)
+    assert [part["image_url"]["url"][:23] for part in images] == ["data:image/jpeg;base64,"] * 2
+    assert all(len(part["image_url"]["url"]) < 10_000 for part in images)
     assert endpoint.headers[0]["Authorization"] == "Bearer secret"
 
 
@@ -158,17 +158,17 @@ def test_questions_keep_to_the_rate(endpoint: Endpoint, tmp_path: pathlib.Path) 
     assert max(endpoint.times) - min(endpoint.times) > 5 * 60 / 1200 - 0.05
 
 
-def _write(folder: pathlib.Path, count: int) -> str:
-    folder.mkdir()
+def _write(directory: pathlib.Path, count: int) -> str:
+    directory.mkdir()
     values = []
     for number in range(count):
-        image = picture(number)
-        (folder / f"{number}-s.jpg").write_bytes(jpeg(image))
-        (folder / f"{number}-t.jpg").write_bytes(jpeg(edited(image)))
+        image = photo(number)
+        (directory / f"{number}-s.jpg").write_bytes(jpeg(image))
+        (directory / f"{number}-t.jpg").write_bytes(jpeg(edited(image)))
         names = {"source": f"{number}-s.jpg", "target": f"{number}-t.jpg"}
         values.append({"id": f"n{number}", "instruction": f"Edit-{number}.", **names})
-    (folder / "list.jsonl").write_text("".join(json.dumps(value) + "\n" for value in values))
-    return str(folder / "list.jsonl")
+    (directory / "list.jsonl").write_text("".join(json.dumps(value) + "\n" for value in values))
+    return str(directory / "list.jsonl")
 
 
 def test_prepare_leaves_out_what_the_model_refuses_and_goes_on_after_the_endpoint_was_away(

@@ -49,12 +49,12 @@ def test_an_example_depends_on_seed_split_and_index_alone() -> None:
     assert example_edit(0, "train", 7) not in others
 
 
-def test_sizes_and_seed_have_their_own_folders(prepared: Shapes, tmp_path: pathlib.Path) -> None:
-    folders = {
+def test_sizes_and_seed_have_their_own_directories(prepared: Shapes, tmp_path: pathlib.Path) -> None:
+    directories = {
         Shapes(data_dir=tmp_path, train_examples=train, test_examples=test, seed=seed).data_dir
         for train, test, seed in ((24, 10, 0), (25, 10, 0), (24, 11, 0), (24, 10, 1))
     }
-    assert len(folders) == 4
+    assert len(directories) == 4
     modified = pathlib.Path(prepared.data_dir).stat().st_mtime_ns
     prepared.download_and_prepare()
     assert pathlib.Path(prepared.data_dir).stat().st_mtime_ns == modified  # prepared once

@@ -8,7 +8,7 @@ import pytest
 
 from data_pipelines.shapes import edits
 from data_pipelines.shapes.edits import HELD_OUT_COMBINATIONS, KINDS, STYLE_TEMPLATES, TEMPLATES, Edit, Novelty
-from data_pipelines.shapes.scene import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, Object, Scene, random_scene
+from data_pipelines.shapes.scene import BACKGROUNDS, COLORS, POSITIONS, SHAPES, Object, Scene, random_scene
 from varedit_jax.errors import UserError
 from varedit_jax.text.vocabulary import Vocabulary
 
@@ -31,13 +31,13 @@ def understood(instruction: str, scene: Scene) -> set[Scene]:
         return {dataclasses.replace(scene, style=STYLE_OF[instruction])}
     words = instruction.replace("sky blue", "sky").split()
     if "background" in words:
-        (colour,) = [word for word in words if word in BACKGROUNDS]
-        return {dataclasses.replace(scene, background=colour)}
+        (color,) = [word for word in words if word in BACKGROUNDS]
+        return {dataclasses.replace(scene, background=color)}
 
-    # Cut into phrases at the words that come before a new object, a colour to paint, or a position.
+    # Cut into phrases at the words that come before a new object, a color to paint, or a position.
     text = " ".join(words)
     named = [cell for cell in POSITIONS if cell in text]
-    news = [Object(shape, colour) for shape in SHAPES for colour in COLOURS if f" a {colour} {shape}" in text]
+    news = [Object(shape, color) for shape in SHAPES for color in COLORS if f" a {color} {shape}" in text]
     for item in news:
         text = text.replace(f"a {item}", "")
     by_place = [
@@ -51,13 +51,13 @@ def understood(instruction: str, scene: Scene) -> set[Scene]:
         named = [cell for cell in named if POSITIONS.index(cell) not in by_place]
     else:
         shapes = [shape for shape in SHAPES if shape in text.split()]
-        colours = [colour for colour in COLOURS if f"the {colour}" in text]
+        colors = [color for color in COLORS if f"the {color}" in text]
         cells = [
             i
             for i, item in enumerate(scene.cells)
-            if item and (not shapes or item.shape in shapes) and (not colours or item.colour in colours)
+            if item and (not shapes or item.shape in shapes) and (not colors or item.color in colors)
         ]
-    painted = [colour for colour in COLOURS if text.endswith(f" {colour}")]
+    painted = [color for color in COLORS if text.endswith(f" {color}")]
 
     def put(*changes: tuple[int, Object | None]) -> Scene:
         result = list(scene.cells)
@@ -99,7 +99,7 @@ def test_an_edit_changes_what_its_kind_says(train: list[Edit]) -> None:
             (old, new) = changed[0]
             assert (old is None) == (edit.kind == "add") and (new is None) == (edit.kind == "remove")
             assert edit.subject == str(new or old)
-            if edit.kind == "recolour":
+            if edit.kind == "recolor":
                 assert old and new and old.shape == new.shape
             if edit.kind == "replace":
                 assert old and new and old.shape != new.shape
@@ -108,7 +108,7 @@ def test_an_edit_changes_what_its_kind_says(train: list[Edit]) -> None:
 def test_shares_of_kinds_and_sources_mostly_plain(train: list[Edit]) -> None:
     """1500 draws for training: a share of 0.25 has a standard deviation of 0.011. Kinds to be scored on are even."""
     kinds = Counter(edit.kind for edit in train)
-    weights = dict.fromkeys(KINDS, 1) | {"add": 2, "recolour": 3, "replace": 2, "move": 2}
+    weights = dict.fromkeys(KINDS, 1) | {"add": 2, "recolor": 3, "replace": 2, "move": 2}
     assert set(kinds) == set(KINDS)
     assert all(abs(kinds[kind] / len(train) - weights[kind] / 12) < 0.04 for kind in KINDS)
     scored = Counter(edit.kind for edit in draw("scene", 700))
@@ -162,10 +162,10 @@ def test_a_tenth_of_the_scenes_is_held_out_by_a_stable_hash() -> None:
     assert not edits.scene_held_out(Scene.decode("grey|plain|red circle,-,-,-"))
 
 
-def test_every_shape_and_colour_of_a_held_out_combination_is_trained_on() -> None:
+def test_every_shape_and_color_of_a_held_out_combination_is_trained_on() -> None:
     assert sum(len(items) for items in HELD_OUT_COMBINATIONS.values()) == 8
     for items in HELD_OUT_COMBINATIONS.values():
-        assert len({item.shape for item in items}) == len({item.colour for item in items}) == len(items)
+        assert len({item.shape for item in items}) == len({item.color for item in items}) == len(items)
 
 
 def test_same_seed_same_edit_and_unknown_novelty_is_refused() -> None:

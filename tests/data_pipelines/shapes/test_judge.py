@@ -12,20 +12,20 @@ from data_pipelines.shapes.judge import Verdict
 from data_pipelines.shapes.scene import (
     BACKGROUND_RGB,
     CELL,
-    COLOURS,
+    COLORS,
     SHAPES,
     STYLES,
     Object,
     Scene,
     render,
-    style_colour,
+    style_color,
 )
 from varedit_jax.errors import UserError
 
 EXACT = Verdict(done=True, kept=True)
 UNREADABLE = Verdict(done=False, kept=False)
 SOURCE = Scene.decode("grey|plain|red circle,-,blue cross,-")
-TARGET = Scene.decode("grey|plain|red circle,-,green cross,-")  # recoloured
+TARGET = Scene.decode("grey|plain|red circle,-,green cross,-")  # recolored
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +34,14 @@ def cases() -> list[Edit]:
     return [edits.random_edit(rng) for _ in range(210)]
 
 
-def to_uint8(pictures: NDArray[Any]) -> NDArray[np.uint8]:
-    return np.clip(np.round(pictures), 0, 255).astype(np.uint8)
+def to_uint8(images: NDArray[Any]) -> NDArray[np.uint8]:
+    return np.clip(np.round(images), 0, 255).astype(np.uint8)
 
 
-def blur(pictures: NDArray[Any], sigma: float) -> NDArray[np.float64]:
-    """Gaussian blur of pictures [B, 32, 32, 3]; sigma in pixels."""
+def blur(images: NDArray[Any], sigma: float) -> NDArray[np.float64]:
+    """Gaussian blur of images [B, 32, 32, 3]; sigma in pixels."""
     taps = np.exp(-(np.arange(-6, 7) ** 2) / (2 * sigma**2))
-    result = pictures.astype(float)
+    result = images.astype(float)
     for axis in (1, 2):
         padding = [(6, 6) if a == axis else (0, 0) for a in range(4)]
         padded = np.pad(result, padding, mode="edge")
@@ -52,8 +52,8 @@ def blur(pictures: NDArray[Any], sigma: float) -> NDArray[np.float64]:
     return result
 
 
-def verdicts(pictures: NDArray[Any], cases: list[Edit]) -> list[Verdict]:
-    return judge.judge_batch(to_uint8(pictures), [case.source for case in cases], [case.target for case in cases])
+def verdicts(images: NDArray[Any], cases: list[Edit]) -> list[Verdict]:
+    return judge.judge_batch(to_uint8(images), [case.source for case in cases], [case.target for case in cases])
 
 
 def targets(cases: list[Edit]) -> NDArray[np.uint8]:
@@ -77,20 +77,20 @@ def test_copying_the_source_keeps_everything_and_does_nothing(cases: list[Edit])
     ("shown", "done", "kept"),
     [
         ("grey|plain|red circle,-,green cross,-", True, True),
-        ("grey|plain|red circle,-,yellow cross,-", False, True),  # wrong colour
+        ("grey|plain|red circle,-,yellow cross,-", False, True),  # wrong color
         ("grey|plain|red circle,-,green square,-", False, True),  # wrong shape
         ("grey|plain|red circle,-,-,-", False, True),  # object gone
         ("grey|plain|-,-,green cross,-", True, False),  # another object gone
         ("grey|plain|red circle,green cross,green cross,-", True, False),  # one too many, and two alike
-        ("grey|plain|green circle,-,blue cross,-", False, False),  # the wrong object recoloured
+        ("grey|plain|green circle,-,blue cross,-", False, False),  # the wrong object recolored
         ("pink|plain|red circle,-,green cross,-", True, False),  # background
         ("grey|night|red circle,-,green cross,-", True, False),  # style
         ("grey|plain|-,-,-,-", False, False),
     ],
 )
 def test_done_and_kept_are_told_apart(shown: str, done: bool, kept: bool) -> None:
-    picture = render(Scene.decode(shown))
-    assert judge.judge(picture, SOURCE, TARGET) == Verdict(done=done, kept=kept)
+    image = render(Scene.decode(shown))
+    assert judge.judge(image, SOURCE, TARGET) == Verdict(done=done, kept=kept)
 
 
 def test_a_move_is_done_only_if_the_object_left_and_arrived() -> None:
@@ -103,31 +103,31 @@ def test_a_move_is_done_only_if_the_object_left_and_arrived() -> None:
 @pytest.mark.parametrize(("noise", "sigma"), [(6.0, 0.0), (0.0, 0.6), (4.0, 0.5)])
 def test_a_moderate_codec_error_is_accepted(cases: list[Edit], noise: float, sigma: float) -> None:
     """Noise of standard deviation 6 levels; blur of 0.6 pixels, which takes a fifth of the step at an edge."""
-    pictures = blur(targets(cases), sigma) if sigma else targets(cases).astype(float)
-    pictures = pictures + noise * np.random.default_rng(0).normal(size=pictures.shape)
-    assert np.mean([verdict.exact for verdict in verdicts(pictures, cases)]) == 1.0
+    images = blur(targets(cases), sigma) if sigma else targets(cases).astype(float)
+    images = images + noise * np.random.default_rng(0).normal(size=images.shape)
+    assert np.mean([verdict.exact for verdict in verdicts(images, cases)]) == 1.0
 
 
 @pytest.mark.parametrize(("noise", "sigma"), [(40.0, 0.0), (0.0, 3.0)])
 def test_noise_and_blur_beyond_that_are_rejected(cases: list[Edit], noise: float, sigma: float) -> None:
-    pictures = blur(targets(cases), sigma) if sigma else targets(cases).astype(float)
-    pictures = pictures + noise * np.random.default_rng(0).normal(size=pictures.shape)
-    found = [v for v, case in zip(verdicts(pictures, cases), cases, strict=True) if any(case.target.cells)]
+    images = blur(targets(cases), sigma) if sigma else targets(cases).astype(float)
+    images = images + noise * np.random.default_rng(0).normal(size=images.shape)
+    found = [v for v, case in zip(verdicts(images, cases), cases, strict=True) if any(case.target.cells)]
     assert not any(verdict.exact for verdict in found)  # but a blurred empty scene is an empty scene
     assert np.mean([verdict == UNREADABLE for verdict in found]) > 0.95
 
 
 def test_half_drawn_objects_are_rejected(cases: list[Edit]) -> None:
     first, second, whole = slice(2, 8), slice(8, 14), slice(2, 14)
-    pictures = []
+    images = []
     for case in cases[:60]:
-        ground = style_colour(BACKGROUND_RGB[case.target.background], case.target.style)
+        ground = style_color(BACKGROUND_RGB[case.target.background], case.target.style)
         position = next(i for i, item in enumerate(case.target.cells) if item)
         for half in ((first, whole), (second, whole), (whole, first), (whole, second)):
-            picture = render(case.target)
-            picture[CELL * (position // 2) :, CELL * (position % 2) :][half] = ground
-            pictures.append(picture)
-    assert judge.read_scenes(np.stack(pictures)) == [None] * len(pictures)
+            image = render(case.target)
+            image[CELL * (position // 2) :, CELL * (position % 2) :][half] = ground
+            images.append(image)
+    assert judge.read_scenes(np.stack(images)) == [None] * len(images)
 
 
 def test_mixtures_of_two_scenes_are_rejected() -> None:
@@ -138,7 +138,7 @@ def test_mixtures_of_two_scenes_are_rejected() -> None:
 
 
 @pytest.mark.parametrize("level", [0, 215, 255])
-def test_pictures_of_nothing_are_rejected(level: int) -> None:
+def test_images_of_nothing_are_rejected(level: int) -> None:
     assert judge.read_scene(np.full((32, 32, 3), level, np.uint8)) is None
 
 
@@ -146,7 +146,7 @@ def test_an_object_of_the_wrong_size_or_place_is_rejected() -> None:
     for shift in ((0, 2), (2, 0), (-2, 2)):
         assert judge.read_scene(np.roll(render(SOURCE), shift, (0, 1))) is None
     small = render(Scene.decode("grey|plain|-,-,-,-"))
-    small[5:11, 5:11] = style_colour((235, 0, 70), "plain")
+    small[5:11, 5:11] = style_color((235, 0, 70), "plain")
     assert judge.read_scene(small) is None
 
 
@@ -155,12 +155,12 @@ def test_every_single_content_is_read(cases: list[Edit]) -> None:
         Scene(background=case.target.background, style=style, cells=(None, item, None, None))
         for case in cases[:3]
         for style in STYLES
-        for item in (None, *(Object(shape, colour) for shape in SHAPES for colour in COLOURS))
+        for item in (None, *(Object(shape, color) for shape in SHAPES for color in COLORS))
     ]
     assert judge.read_scenes(np.stack([render(scene) for scene in scenes])) == scenes
 
 
-def test_batches_and_single_pictures_agree_and_bad_input_is_refused(cases: list[Edit]) -> None:
+def test_batches_and_single_images_agree_and_bad_input_is_refused(cases: list[Edit]) -> None:
     some = cases[:5]
     assert verdicts(targets(some), some) == [
         judge.judge(render(case.target), case.source, case.target) for case in some

@@ -29,8 +29,8 @@ def records() -> list[dict]:
 
 def test_target_is_exact_and_source_is_only_kept(records: list[dict]) -> None:
     for side, expected in (("target", (1.0, 1.0, 1.0)), ("source", (0.0, 1.0, 0.0))):
-        pictures = np.stack([record[side] for record in records])
-        total = scoring.by_group(scoring.judge_records(pictures, records), records)["all"]
+        images = np.stack([record[side] for record in records])
+        total = scoring.by_group(scoring.judge_records(images, records), records)["all"]
         assert (total.done, total.kept, total.exact) == expected
         assert total.edits == 40
 
@@ -56,8 +56,8 @@ def test_table_shows_baselines_beside_the_editor() -> None:
 
 def test_sheet_marks_right_and_wrong_edits(records: list[dict]) -> None:
     some = records[:3]
-    pictures = np.stack([[record["source"] for record in some], [record["target"] for record in some]])
-    right = scoring.sheet(some, pictures, "heading")
-    wrong = scoring.sheet(some, pictures[::-1], "heading")
+    images = np.stack([[record["source"] for record in some], [record["target"] for record in some]])
+    right = scoring.sheet(some, images, "heading")
+    wrong = scoring.sheet(some, images[::-1], "heading")
     assert right.size == wrong.size
     assert np.any(np.asarray(right) != np.asarray(wrong))

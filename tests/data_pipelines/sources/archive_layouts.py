@@ -1,4 +1,4 @@
-"""Small data sets in the layouts of public ones whose lists and pictures lie apart; see `layouts`."""
+"""Small data sets in the layouts of public ones whose lists and images lie apart; see `layouts`."""
 
 import json
 import pathlib
@@ -7,8 +7,8 @@ from typing import Any
 from tests.data_pipelines.sources.layouts import Expected, Layout, draw, lines, split, table, tar
 
 
-def seed_openimages(folder: pathlib.Path) -> Layout:
-    base = folder / "SEED-Data-Edit-Part1-Openimages" / "auto_editing" / "openimages"
+def seed_openimages(directory: pathlib.Path) -> Layout:
+    base = directory / "SEED-Data-Edit-Part1-Openimages" / "auto_editing" / "openimages"
 
     def pair(source: str, target: str, instruction: str) -> dict[str, str]:
         return {"source_image": source, "target_image": target, "instruction": instruction}
@@ -16,7 +16,7 @@ def seed_openimages(folder: pathlib.Path) -> Layout:
     pairs = [
         pair("source_images/0001/a.jpg", "target_images/0001/a_0.jpg", "edit a"),
         pair("source_images/0001/a.jpg", "target_images/0001/a_1.jpg", "edit a again"),
-        # Added instead of removed: the pictures have changed sides.
+        # Added instead of removed: the images have changed sides.
         pair("target_images/0001/a_0.jpg", "source_images/0001/a.jpg", "undo a"),
         pair("source_images/0002/b.jpg", "target_images/0002/b_0.jpg", "edit b"),
         pair("source_images/0002/b.jpg", "target_images/0002/none.jpg", "edit b again"),
@@ -35,10 +35,10 @@ def seed_openimages(folder: pathlib.Path) -> Layout:
 
     def record(number: int, *instructions: str) -> Expected:
         source, target = pairs[number]["source_image"], pairs[number]["target_image"]
-        return Expected(source=source, target=target, instructions=instructions, picture=source.split("_images/")[1])
+        return Expected(source=source, target=target, instructions=instructions, original=source.split("_images/")[1])
 
     return Layout(
-        inputs=[folder / "SEED-Data-Edit-Part1-Openimages"],
+        inputs=[directory / "SEED-Data-Edit-Part1-Openimages"],
         records={
             "openimages/split_0001/1": record(0, "edit a, but better", "edit a"),
             "openimages/split_0001/2": record(1, "edit a again"),
@@ -47,7 +47,7 @@ def seed_openimages(folder: pathlib.Path) -> Layout:
         },
         refused={
             "split_0002.jsonl:1": "damaged annotation",
-            "openimages/split_0002/3": "missing picture",
+            "openimages/split_0002/3": "missing image",
             "openimages/split_0002/4": "empty instruction",
             "openimages/split_0002/5": "unsafe name",
             "split_0002.jsonl:6": "damaged annotation",
@@ -56,27 +56,27 @@ def seed_openimages(folder: pathlib.Path) -> Layout:
     )
 
 
-def seed_unsplash(folder: pathlib.Path) -> Layout:
+def seed_unsplash(directory: pathlib.Path) -> Layout:
     """Sources and targets in one archive, which has all of the one before any of the other."""
-    base = folder / "auto_editing" / "unsplash"
+    base = directory / "auto_editing" / "unsplash"
     names = [(f"unsplash_images/source/{i}.jpg", f"unsplash_images/target/{i}.jpg") for i in range(4)]
     values = [{"source_image": s, "target_image": t, "instruction": f"edit {i}"} for i, (s, t) in enumerate(names)]
     lines(base / "annotations" / "split_0001.jsonl", values)
     files = [(name, draw(name)) for side in (0, 1) for name in (pair[side] for pair in names)]
     split(base / "unsplash_images.tar.gz", tar(files, "w:gz"), 2, ".part-{letters}")
     return Layout(
-        inputs=[folder],
+        inputs=[directory],
         records={
             f"unsplash/split_0001/{i + 1}": Expected(
-                source=source, target=target, instructions=(f"edit {i}",), picture=f"source/{i}.jpg"
+                source=source, target=target, instructions=(f"edit {i}",), original=f"source/{i}.jpg"
             )
             for i, (source, target) in enumerate(names)
         },
     )
 
 
-def seed_real_and_multi_turn(folder: pathlib.Path) -> Layout:
-    real, multi = folder / "real_editing", folder / "multi_turn_editing"
+def seed_real_and_multi_turn(directory: pathlib.Path) -> Layout:
+    real, multi = directory / "real_editing", directory / "multi_turn_editing"
     value = {"source_image": "x/1.png", "target_image": "x/1_edited.png", "instruction": "real edit"}
     lines(real / "annotations" / "split_0001.jsonl", [value])
     (real / "images").mkdir()
@@ -98,14 +98,14 @@ def seed_real_and_multi_turn(folder: pathlib.Path) -> Layout:
     def turn(session: str, number: int, instruction: str) -> Expected:
         source, target = (f"{above}/{session}/{number + i}.jpg" for i in (0, 1))
         first = f"{above}/{session}/0.jpg"
-        return Expected(source=source, target=target, instructions=(instruction,), turn=number, picture=first)
+        return Expected(source=source, target=target, instructions=(instruction,), turn=number, original=first)
 
     session = "multi_turn_editing/split_0001"
     return Layout(
-        inputs=[folder],
+        inputs=[directory],
         records={
             "real_editing/split_0001/1": Expected(
-                source="x/1.png", target="x/1_edited.png", instructions=("real edit",), picture="x/1.png"
+                source="x/1.png", target="x/1_edited.png", instructions=("real edit",), original="x/1.png"
             ),
             f"{session}/1/0": turn("207", 0, "first"),
             f"{session}/1/1": turn("207", 1, "second"),
@@ -119,9 +119,9 @@ def seed_real_and_multi_turn(folder: pathlib.Path) -> Layout:
     )
 
 
-def imgedit(folder: pathlib.Path) -> Layout:
-    """One table whose folder is that of the archive, one whose archive has another, and sessions."""
-    tables = folder / "Parquet"
+def imgedit(directory: pathlib.Path) -> Layout:
+    """One table whose directory is that of the archive, one whose archive has another, and sessions."""
+    tables = directory / "Parquet"
 
     def single(above: str, sample: str, prompt: str) -> dict[str, Any]:
         return {
@@ -157,7 +157,7 @@ def imgedit(folder: pathlib.Path) -> Layout:
 
     both = ["result.png", "result.json", "original.png"]
     packed = members("results_add_laion_part0/", {"00094_2": both, "00094_1": both})
-    singles = folder / "Singleturn"
+    singles = directory / "Singleturn"
     split(singles / "results_add_laion_part0.tar", tar(packed, evil=["../x.png"]), 11, ".split.{number:03d}")
     packed = members("results/", {"00094_1": both})
     split(singles / "results_replace_part0.tar", tar(packed), 2, ".split.{number:03d}")
@@ -167,19 +167,19 @@ def imgedit(folder: pathlib.Path) -> Layout:
     split(singles / "results_adjust_canny_laion_part2.tar", tar(packed), 1, ".split.{number:03d}")
     names = [f"{side}_{i}.png" for i in (1, 2) for side in ("origin", "result")]
     packed = members("mnt/data/results_content_memory_part2/", {"s": names})
-    split(folder / "Multiturn" / "results_content_memory_part2.tar", tar(packed), 2, ".split.{number:03d}")
-    (folder / "Benchmark.tar").write_bytes(tar([("Benchmark/singleturn/1.png", draw("benchmark"))]))
+    split(directory / "Multiturn" / "results_content_memory_part2.tar", tar(packed), 2, ".split.{number:03d}")
+    (directory / "Benchmark.tar").write_bytes(tar([("Benchmark/singleturn/1.png", draw("benchmark"))]))
     scores = {"results_add_laion_part0/00094_1": 4.5, "results/00094_1": {"score": "[5, 4, 4]"}, "other/00094_2": 1}
-    (folder / "all_dataset_gpt_score.json").write_text(json.dumps(scores, indent=1))
+    (directory / "all_dataset_gpt_score.json").write_text(json.dumps(scores, indent=1))
 
     def record(top: str, sample: str, kind: str, **more: Any) -> Expected:
         instructions = (f"{kind} {sample}",)
         source, target = (f"{top}/{sample}/{name}.png" for name in ("original", "result"))
-        return Expected(source=source, target=target, instructions=instructions, kind=kind, picture=sample, **more)
+        return Expected(source=source, target=target, instructions=instructions, kind=kind, image=sample, **more)
 
     memory = "mnt/data/results_content_memory_part2/s"
     return Layout(
-        inputs=[folder],
+        inputs=[directory],
         records={
             "add_part0/0": record("results_add_laion_part0", "00094_1", "add", scores={"gpt": 4.5}),
             "add_part0/1": record("results_add_laion_part0", "00094_2", "add"),
@@ -192,7 +192,7 @@ def imgedit(folder: pathlib.Path) -> Layout:
                 target="./00094_1/result.png",
                 instructions=("adjust",),
                 kind="adjust_canny",
-                picture="00094_1",
+                original="00094_1",
             ),
             **{
                 f"content_memory_part2/0/{i}": Expected(
@@ -201,17 +201,17 @@ def imgedit(folder: pathlib.Path) -> Layout:
                     instructions=(f"All that is added must be red. turn {i}",),
                     kind="content_memory",
                     turn=i,
-                    picture="s",
+                    original="s",
                 )
                 for i in (1, 2)
             },
         },
         refused={
-            "add_part0/2": "missing picture",
+            "add_part0/2": "missing image",
             "add_part0/3": "several sources",
             "add_part0/4": "unsafe name",
             "../x.png": "unsafe name",
-            "content_memory_part2/0/0": "no pictures",
+            "content_memory_part2/0/0": "no images",
         },
     )
 
@@ -233,12 +233,12 @@ def _gpt_image_edit_files() -> dict[str, list[tuple[str, bytes]]]:
 def _gpt_image_edit_record(task: str, number: int, instruction: str) -> Expected:
     source, target = (f"{task}/{side}/{number}.png" for side in ("input", "output"))
     kind = task.split("/")[1]
-    return Expected(source=source, target=target, instructions=(instruction,), kind=kind, picture=source)
+    return Expected(source=source, target=target, instructions=(instruction,), kind=kind, original=source)
 
 
-def gpt_image_edit_training(folder: pathlib.Path) -> Layout:
+def gpt_image_edit_training(directory: pathlib.Path) -> Layout:
     for family, files in _gpt_image_edit_files().items():
-        split(folder / "gpt-edit" / f"{family}.tar.gz", tar(files, "w:gz"), 2, ".part{number:03d}")
+        split(directory / "gpt-edit" / f"{family}.tar.gz", tar(files, "w:gz"), 2, ".part{number:03d}")
 
     def value(above: str, number: int | str, text: str) -> dict[str, Any]:
         said = [{"from": "human", "value": f"<image>\n{text}"}, {"from": "gpt", "value": "<image>"}]
@@ -251,11 +251,11 @@ def gpt_image_edit_training(folder: pathlib.Path) -> Layout:
         "omniedit_gpt_rewrite": [value("addition/", 1, "add, rewritten")],
         "complexedit_gpt": [value("", 0, "complex"), {"image": ["a", "b", "c"], "conversations": []}],
     }
-    (folder / "training_json").mkdir()
+    (directory / "training_json").mkdir()
     for name, values in lists.items():
-        (folder / "training_json" / f"{name}.json").write_text(json.dumps(values))
+        (directory / "training_json" / f"{name}.json").write_text(json.dumps(values))
     return Layout(
-        inputs=[folder],
+        inputs=[directory],
         records={
             "hqedit_gpt_edit/0": _gpt_image_edit_record("hqedit/edit", 0, "edit 0"),
             "hqedit_gpt_edit/1": _gpt_image_edit_record("hqedit/edit", 1, "edit 1"),
@@ -265,14 +265,14 @@ def gpt_image_edit_training(folder: pathlib.Path) -> Layout:
             "complexedit_gpt/0": _gpt_image_edit_record("omniedit/complex-edit", 0, "complex"),
         },
         refused={
-            "hqedit_gpt_edit/2": "missing picture",
+            "hqedit_gpt_edit/2": "missing image",
             "omniedit_gpt/1": "empty instruction",
             "complexedit_gpt/1": "several sources",
         },
     )
 
 
-def gpt_image_edit_metadata(folder: pathlib.Path) -> Layout:
+def gpt_image_edit_metadata(directory: pathlib.Path) -> Layout:
     """Without training lists: those in the archive, which also say more."""
     task = "hqedit/edit"
     values = [
@@ -282,15 +282,15 @@ def gpt_image_edit_metadata(folder: pathlib.Path) -> Layout:
     ]  # fmt: skip
     values.append(values[0] | {"id": "hqedit_edit_up", "input": "../../../up.png"})
     files = [*_gpt_image_edit_files()["hqedit"], (f"{task}/metadata/hqedit_edit.json", json.dumps(values).encode())]
-    split(folder / "gpt-edit" / "hqedit.tar.gz", tar(files, "w:gz"), 3, ".part{number:03d}")
+    split(directory / "gpt-edit" / "hqedit.tar.gz", tar(files, "w:gz"), 3, ".part{number:03d}")
     return Layout(
-        inputs=[folder / "gpt-edit"],
+        inputs=[directory / "gpt-edit"],
         records={f"hqedit_edit_{i}": _gpt_image_edit_record(task, i, f"edit {i}") for i in range(2)},
         refused={"hqedit_edit_up": "unsafe name"},
     )
 
 
-def nhr_edit(folder: pathlib.Path) -> Layout:
+def nhr_edit(directory: pathlib.Path) -> Layout:
     def value(id: str, source: str, target: str, instruction: str = "edit") -> dict[str, Any]:
         return {
             "sample_id": id, "source_file_name": f"images/00/{source}", "edited_file_name": f"images/00/{target}",
@@ -298,7 +298,7 @@ def nhr_edit(folder: pathlib.Path) -> Layout:
             "img_width": 24, "img_height": 16, "category": "add", "style": "photo",
         }  # fmt: skip
 
-    images = folder / "train" / "images" / "00"
+    images = directory / "train" / "images" / "00"
     images.mkdir(parents=True)
     for name in ("image_7_original.jpg", "image_7_edited_0.jpg", "image_7_edited_1.jpg"):
         (images / name).write_bytes(draw(name))
@@ -310,27 +310,27 @@ def nhr_edit(folder: pathlib.Path) -> Layout:
         value("d", "../../../../../etc/passwd", "image_7_edited_0.jpg"),
         value("e", "link.jpg", "image_7_edited_0.jpg"),
     ]
-    lines(folder / "train" / "metadata.jsonl", values)
+    lines(directory / "train" / "metadata.jsonl", values)
     row = {"source_image": {"bytes": draw("s"), "path": None}, "edited_image": {"bytes": draw("t"), "path": None}}
-    table(folder / "other" / "train-00000.parquet", [row | {"edit_instruction": "third"}])
+    table(directory / "other" / "train-00000.parquet", [row | {"edit_instruction": "third"}])
 
     def record(id: str, source: str, target: str) -> Expected:
         instructions = (f"edit {id}", f"please edit {id}")
-        return Expected(source=source, target=target, instructions=instructions, kind="add", picture="image_7")
+        return Expected(source=source, target=target, instructions=instructions, kind="add", original="image_7")
 
     return Layout(
-        inputs=[folder],
+        inputs=[directory],
         records={
             "a": record("a", "image_7_original.jpg", "image_7_edited_0.jpg"),
             "b": record("b", "image_7_edited_0.jpg", "image_7_edited_1.jpg"),
             "train-00000/0": Expected(source="s", target="t", instructions=("third",)),
         },
-        refused={"c": "missing picture", "d": "unsafe name", "e": "unsafe name"},
+        refused={"c": "missing image", "d": "unsafe name", "e": "unsafe name"},
     )
 
 
-def _pico_lists(folder: pathlib.Path) -> Layout:
-    """Lists and edited pictures; sources are elsewhere."""
+def _pico_lists(directory: pathlib.Path) -> Layout:
+    """Lists and edited images; sources are elsewhere."""
 
     def value(source: str, output: str, **more: Any) -> dict[str, Any]:
         return {
@@ -340,8 +340,8 @@ def _pico_lists(folder: pathlib.Path) -> Layout:
         }  # fmt: skip
 
     values = [value("p", "1"), value("p", "2"), value("q", "3"), value("p", "4"), value("q", "4"), value("r", "5")]
-    lines(folder / "sft.jsonl", [*values, value("p", "none"), value("p", "", output_image=["a", "b"])])
-    lines(folder / "preference.jsonl", [value("p", "6")])
+    lines(directory / "sft.jsonl", [*values, value("p", "none"), value("p", "", output_image=["a", "b"])])
+    lines(directory / "preference.jsonl", [value("p", "6")])
     session = {
         "files": [
             {"id": "edit_turn1", "url": "images/multi-turn/9_turn1.png"},
@@ -354,66 +354,66 @@ def _pico_lists(folder: pathlib.Path) -> Layout:
         ],
         "metadata_edit_turn_prompts": ["warmer", "zoom in"],
     }  # fmt: skip
-    lines(folder / "multi_turn.jsonl", [session, session | {"files": []}])
+    lines(directory / "multi_turn.jsonl", [session, session | {"files": []}])
     for name in [f"positive-edit/{i}" for i in range(1, 6)] + ["multi-turn/9_turn1", "multi-turn/9_turn2"]:
-        path = folder / "images" / f"{name}.png"
+        path = directory / "images" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(draw(name))
 
     def record(source: str, output: str) -> Expected:
         instructions = (f"long {output}", f"short {output}")
         kind, target = "Remove an existing object", f"positive-edit/{output}"
-        return Expected(source=source, target=target, instructions=instructions, kind=kind, picture=f"{source}_o.jpg")
+        return Expected(source=source, target=target, instructions=instructions, kind=kind, original=f"{source}_o.jpg")
 
     first, second, original = "multi-turn/9_turn1", "multi-turn/9_turn2", "p_o.jpg"
     return Layout(
-        inputs=[folder],
+        inputs=[directory],
         records={
             "sft/1": record("p", "1"),
             "sft/2": record("p", "2"),
             "sft/3": record("q", "3"),
-            "multi_turn/1/0": Expected(source="p", target=first, instructions=("warmer",), picture=original),
+            "multi_turn/1/0": Expected(source="p", target=first, instructions=("warmer",), original=original),
             "multi_turn/1/1": Expected(
-                source=first, target=second, instructions=("zoom in",), turn=1, picture="p_o.jpg"
+                source=first, target=second, instructions=("zoom in",), turn=1, original="p_o.jpg"
             ),
         },
         refused={
-            "sft/4": "ambiguous picture",
-            "sft/5": "ambiguous picture",
-            "sft/6": "missing picture",
-            "sft/7": "missing picture",
-            "sft/8": "missing picture",
+            "sft/4": "ambiguous image",
+            "sft/5": "ambiguous image",
+            "sft/6": "missing image",
+            "sft/7": "missing image",
+            "sft/8": "missing image",
             "preference/1": "failed edit",
             "multi_turn/2": "damaged annotation",
         },
     )
 
 
-def pico_banana(folder: pathlib.Path) -> Layout:
+def pico_banana(directory: pathlib.Path) -> Layout:
     """Sources unpacked: one where the list says, one under the name in its URL."""
-    layout = _pico_lists(folder)
+    layout = _pico_lists(directory)
     for path, name in (("openimages/train_0/p.jpg", "p"), ("openimage_source_images/q_o.jpg", "q")):
-        (folder / path).parent.mkdir(parents=True)
-        (folder / path).write_bytes(draw(name))
+        (directory / path).parent.mkdir(parents=True)
+        (directory / path).write_bytes(draw(name))
     return layout
 
 
-def pico_banana_packed(folder: pathlib.Path) -> Layout:
+def pico_banana_packed(directory: pathlib.Path) -> Layout:
     """Sources in the packed files of Open Images."""
-    layout = _pico_lists(folder)
-    (folder / "train_0.tar.gz").write_bytes(tar([(f"train_0/{name}.jpg", draw(name)) for name in "pq"], "w:gz"))
+    layout = _pico_lists(directory)
+    (directory / "train_0.tar.gz").write_bytes(tar([(f"train_0/{name}.jpg", draw(name)) for name in "pq"], "w:gz"))
     return layout
 
 
-def manifest(folder: pathlib.Path) -> Layout:
-    (folder / "pictures").mkdir(parents=True)
+def manifest(directory: pathlib.Path) -> Layout:
+    (directory / "images").mkdir(parents=True)
     for name in ("a", "b", "m"):
-        (folder / "pictures" / f"{name}.jpg").write_bytes(draw(name))
-    plain = {"source": "pictures/a.jpg", "target": "pictures/b.jpg", "instruction": "edit"}
+        (directory / "images" / f"{name}.jpg").write_bytes(draw(name))
+    plain = {"source": "images/a.jpg", "target": "images/b.jpg", "instruction": "edit"}
     full = plain | {"id": "mine", "instructions": ["other words"], "kind": "add", "turn": 2, "scores": {"q": 0.5}}
-    full |= {"source": str(folder / "pictures" / "b.jpg"), "mask": "pictures/m.jpg", "licence": "CC0", "picture": "b"}
+    full |= {"source": str(directory / "images" / "b.jpg"), "mask": "images/m.jpg", "license": "CC0", "original": "b"}
     lines(
-        folder / "list.jsonl",
+        directory / "list.jsonl",
         [
             plain,
             full,
@@ -425,7 +425,7 @@ def manifest(folder: pathlib.Path) -> Layout:
         ],
     )
     return Layout(
-        inputs=[folder / "list.jsonl"],
+        inputs=[directory / "list.jsonl"],
         options={"dataset": "own"},
         records={
             "list.jsonl:1": Expected(source="a", target="b", instructions=("edit",)),
@@ -437,11 +437,11 @@ def manifest(folder: pathlib.Path) -> Layout:
                 turn=2,
                 scores={"q": 0.5},
                 mask="m",
-                picture="b",
+                original="b",
             ),
         },
         refused={
-            "list.jsonl:3": "missing picture",
+            "list.jsonl:3": "missing image",
             "list.jsonl:4": "unsafe name",
             "list.jsonl:5": "empty instruction",
             "list.jsonl:7": "damaged annotation",

@@ -1,7 +1,7 @@
 """Small data sets in exactly the layouts of public ones, made by code.
 
-Each function writes one below a folder and returns what has to come out of it: records by their ids, and reasons by
-the ids or names of what is refused. Each picture is drawn for a name, so that one in the wrong place is noticed.
+Each function writes one below a directory and returns what has to come out of it: records by their ids, and reasons by
+the ids or names of what is refused. Each image is drawn for a name, so that one in the wrong place is noticed.
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ import pyarrow.parquet as pq
 class Expected:
     """What a record has to be."""
 
-    source: str  # name that its picture was drawn for
+    source: str  # name that its image was drawn for
     target: str
     instructions: tuple[str, ...]
     kind: str = ""
     turn: int = 0
     scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    picture: str = ""
+    original: str = ""
     mask: str = ""
 
 
@@ -44,7 +44,7 @@ class Layout:
 
 
 def draw(name: str, kind: str = "JPEG") -> bytes:
-    """A picture file of its own for each name, 24 x 16 pixels, also to those who look for near duplicates."""
+    """An image file of its own for each name, 24 x 16 pixels, also to those who look for near duplicates."""
     noise = PIL.Image.frombytes("RGB", (6, 4), hashlib.shake_256(name.encode()).digest(6 * 4 * 3))
     data = io.BytesIO()
     noise.resize((24, 16), PIL.Image.Resampling.NEAREST).save(data, kind)
@@ -93,11 +93,11 @@ def table(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def embedded(name: str) -> dict[str, Any]:
-    """A picture as tables hold it."""
+    """An image as tables hold it."""
     return {"bytes": draw(name), "path": f"{name}.jpg"}
 
 
-def ultraedit(folder: pathlib.Path) -> Layout:
+def ultraedit(directory: pathlib.Path) -> Layout:
     scores = {"clip_sim_source": 0.5, "clip_sim_target": 0.25, "clip_sim_dir": 0.125, "clip_sim_image": 0.75}
     scores |= {"dinov2_sim": 0.875, "ssim": 0.625}
 
@@ -108,10 +108,10 @@ def ultraedit(folder: pathlib.Path) -> Layout:
         }  # fmt: skip
 
     masks = [{"edit_object": "cat", "mask_image": embedded("m0")}, {"edit_object": "", "mask_image": None}]
-    table(folder / "data" / "FreeForm_0-00000-of-00002.parquet", [row(i, **mask) for i, mask in enumerate(masks)])
+    table(directory / "data" / "FreeForm_0-00000-of-00002.parquet", [row(i, **mask) for i, mask in enumerate(masks)])
     bad = [row(0), row(1, edit_prompt="  "), row(2, source_image={"bytes": None, "path": "x"}), row(3, ssim=None)]
-    table(folder / "data" / "FreeForm_1-00000-of-00002.parquet", bad)
-    (folder / "data" / "FreeForm_2-00000-of-00001.parquet").write_bytes(b"PAR1 but cut short")
+    table(directory / "data" / "FreeForm_1-00000-of-00002.parquet", bad)
+    (directory / "data" / "FreeForm_2-00000-of-00001.parquet").write_bytes(b"PAR1 but cut short")
 
     def record(index: int, **more: Any) -> Expected:
         instructions = (f"edit {index}",)
@@ -120,7 +120,7 @@ def ultraedit(folder: pathlib.Path) -> Layout:
         )
 
     return Layout(
-        inputs=[folder],
+        inputs=[directory],
         records={
             "FreeForm_0/0": record(0, mask="m0"),
             "FreeForm_0/1": record(1),
@@ -129,13 +129,13 @@ def ultraedit(folder: pathlib.Path) -> Layout:
         },
         refused={
             "FreeForm_1/1": "empty instruction",
-            "FreeForm_1/2": "missing picture",
+            "FreeForm_1/2": "missing image",
             "data/FreeForm_2-00000-of-00001.parquet": "damaged archive",
         },
     )
 
 
-def magicbrush(folder: pathlib.Path) -> Layout:
+def magicbrush(directory: pathlib.Path) -> Layout:
     rows = [
         {
             "img_id": image, "turn_index": turn, "source_img": embedded(f"{image}-{turn - 1}"),
@@ -143,17 +143,19 @@ def magicbrush(folder: pathlib.Path) -> Layout:
         }
         for image, turn in (("242679", 1), ("242679", 2), ("118", 1))
     ]  # fmt: skip
-    table(folder / "data" / "train-00000-of-00051.parquet", rows[:2])
-    table(folder / "data" / "dev-00000-of-00004.parquet", [*rows[2:], rows[0] | {"img_id": "9", "instruction": None}])
+    table(directory / "data" / "train-00000-of-00051.parquet", rows[:2])
+    table(
+        directory / "data" / "dev-00000-of-00004.parquet", [*rows[2:], rows[0] | {"img_id": "9", "instruction": None}]
+    )
     return Layout(
-        inputs=[folder],
+        inputs=[directory],
         records={
             f"{image}-{turn}": Expected(
                 source=f"{image}-{turn - 1}",
                 target=f"{image}-{turn}",
                 instructions=(f"edit {image} {turn}",),
                 turn=turn - 1,
-                picture=image,
+                image=image,
                 mask="m",
             )
             for image, turn in (("242679", 1), ("242679", 2), ("118", 1))
@@ -162,15 +164,17 @@ def magicbrush(folder: pathlib.Path) -> Layout:
     )
 
 
-def omniedit(folder: pathlib.Path) -> Layout:
+def omniedit(directory: pathlib.Path) -> Layout:
     row = {
         "omni_edit_id": "task_obj_add_1", "task": "addition", "src_img": embedded("s"), "edited_img": embedded("t"),
         "edited_prompt_list": ["add a cat", "put a cat there", "add a cat"], "width": 24, "height": 16, "sc_score_1": 9,
         "sc_score_2": 8, "sc_reasoning": "good", "pq_score": 7, "pq_reasoning": "fine", "o_score": 7.5,
     }  # fmt: skip
-    table(folder / "data" / "dev-00000-of-00001.parquet", [row, row | {"omni_edit_id": "x", "edited_prompt_list": []}])
+    table(
+        directory / "data" / "dev-00000-of-00001.parquet", [row, row | {"omni_edit_id": "x", "edited_prompt_list": []}]
+    )
     return Layout(
-        inputs=[folder],
+        inputs=[directory],
         records={
             "task_obj_add_1": Expected(
                 source="s",
@@ -184,7 +188,7 @@ def omniedit(folder: pathlib.Path) -> Layout:
     )
 
 
-def instruct_pix2pix_tables(folder: pathlib.Path) -> Layout:
+def instruct_pix2pix_tables(directory: pathlib.Path) -> Layout:
     rows = [
         {
             "original_prompt": "a", "original_image": embedded(f"s{i}"), "edit_prompt": f"edit {i}",
@@ -192,9 +196,9 @@ def instruct_pix2pix_tables(folder: pathlib.Path) -> Layout:
         }
         for i in range(3)
     ]  # fmt: skip
-    table(folder / "data" / "train-00000-of-00262.parquet", rows)
+    table(directory / "data" / "train-00000-of-00262.parquet", rows)
     return Layout(
-        inputs=[folder / "data"],
+        inputs=[directory / "data"],
         records={
             f"train-00000-of-00262/{i}": Expected(source=f"s{i}", target=f"t{i}", instructions=(f"edit {i}",))
             for i in range(3)
@@ -216,46 +220,46 @@ def _pix2pix_files() -> tuple[list[Any], dict[str, bytes]]:
     return seeds, files
 
 
-def _pix2pix_layout(folder: pathlib.Path) -> Layout:
+def _pix2pix_layout(directory: pathlib.Path) -> Layout:
     return Layout(
-        inputs=[folder],
+        inputs=[directory],
         records={
             f"{name}/{seed}": Expected(
                 source=f"{seed}_0",
                 target=f"{seed}_1",
                 instructions=(f"edit {name}",),
                 scores={"clip_sim_0": 0.5, "clip_sim_1": 0.25},
-                picture=name,
+                original=name,
             )
             for name, seed in (("0000000", "11"), ("0000000", "22"), ("0000001", "33"))
         },
-        refused={"0000002/44": "missing picture", "seeds.json: ['../up', ['1']]": "unsafe name"},
+        refused={"0000002/44": "missing image", "seeds.json: ['../up', ['1']]": "unsafe name"},
     )
 
 
-def instruct_pix2pix_folders(folder: pathlib.Path) -> Layout:
+def instruct_pix2pix_directories(directory: pathlib.Path) -> Layout:
     seeds, files = _pix2pix_files()
     for name, data in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    (folder / "seeds.json").write_text(json.dumps(seeds))
-    return _pix2pix_layout(folder)
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes(data)
+    (directory / "seeds.json").write_text(json.dumps(seeds))
+    return _pix2pix_layout(directory)
 
 
-def instruct_pix2pix_zips(folder: pathlib.Path) -> Layout:
+def instruct_pix2pix_zips(directory: pathlib.Path) -> Layout:
     seeds, files = _pix2pix_files()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "seeds.json").write_text(json.dumps(seeds[:2] + seeds[3:]))
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "seeds.json").write_text(json.dumps(seeds[:2] + seeds[3:]))
     for number, names in enumerate((("0000000",), ("0000001", "0000002"))):
-        with zipfile.ZipFile(folder / f"shard-{number:02d}.zip", "w") as archive:
+        with zipfile.ZipFile(directory / f"shard-{number:02d}.zip", "w") as archive:
             for name, data in files.items():
                 if name.startswith(names):
                     archive.writestr(f"clip-filtered-dataset/{name}", data)
-    layout = _pix2pix_layout(folder)
-    return dataclasses.replace(layout, refused={"0000002/44": "missing picture"})
+    layout = _pix2pix_layout(directory)
+    return dataclasses.replace(layout, refused={"0000002/44": "missing image"})
 
 
-def varedit(folder: pathlib.Path) -> Layout:
+def varedit(directory: pathlib.Path) -> Layout:
     def group(key: str) -> list[tuple[str, bytes]]:
         return [
             (f"{key}.src.jpg", draw(f"s{key}")),
@@ -263,13 +267,13 @@ def varedit(folder: pathlib.Path) -> Layout:
             (f"{key}.txt", b"edit %s\n" % key.encode()),
         ]
 
-    folder.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     evil = ["../../evil.src.jpg", "/etc/evil.src.jpg", "link.jpg"]
-    (folder / "00000.tar").write_bytes(tar(group("000") + group("001")[:1] + group("002"), evil=evil))
+    (directory / "00000.tar").write_bytes(tar(group("000") + group("001")[:1] + group("002"), evil=evil))
     whole = tar(group("000") + group("001"))
-    (folder / "00001.tar").write_bytes(whole[: whole.index(draw("t001")) + 100])
+    (directory / "00001.tar").write_bytes(whole[: whole.index(draw("t001")) + 100])
     return Layout(
-        inputs=[folder],
+        inputs=[directory],
         records={
             f"{shard}.tar/{key}": Expected(source=f"s{key}", target=f"t{key}", instructions=(f"edit {key}",))
             for shard, key in (("00000", "000"), ("00000", "002"), ("00001", "000"))
@@ -278,14 +282,14 @@ def varedit(folder: pathlib.Path) -> Layout:
             "../../evil.src.jpg": "unsafe name",
             "/etc/evil.src.jpg": "unsafe name",
             "link.jpg": "unsafe name",
-            "00000.tar/001": "missing picture",
+            "00000.tar/001": "missing image",
             "00001.tar": "damaged archive",
-            "00001.tar/001": "missing picture",
+            "00001.tar/001": "missing image",
         },
     )
 
 
-def x2edit(folder: pathlib.Path) -> Layout:
+def x2edit(directory: pathlib.Path) -> Layout:
     def group(key: str, about: Any, dot: str = ".", mask: bool = False) -> list[tuple[str, bytes]]:
         files = [(f"{key}{dot}1.0.jpg", draw(f"s{key}"))]
         files += [(f"{key}{dot}1.1.jpg", draw(f"m{key}"))] if mask else []
@@ -299,12 +303,12 @@ def x2edit(folder: pathlib.Path) -> Layout:
         "score_7b": "[4, 5]",
         "liqe_score": 3.5,
     }
-    path = folder / "X2Edit_data" / "step1x" / "0" / "1.tar"
+    path = directory / "X2Edit_data" / "step1x" / "0" / "1.tar"
     path.parent.mkdir(parents=True)
     path.write_bytes(tar(group("a", step, mask=True) + group("b", {"label": "gpt4o"}, dot="..") + group("c", [])[:1]))
     name = "X2Edit_data/step1x/0/1.tar"
     return Layout(
-        inputs=[folder],
+        inputs=[directory],
         records={
             f"{name}/a": Expected(
                 source="sa",
@@ -316,5 +320,5 @@ def x2edit(folder: pathlib.Path) -> Layout:
             ),
             f"{name}/b": Expected(source="sb", target="tb", instructions=("text b",), kind="gpt4o"),
         },
-        refused={f"{name}/c": "missing picture"},
+        refused={f"{name}/c": "missing image"},
     )

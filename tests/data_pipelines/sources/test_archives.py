@@ -97,7 +97,7 @@ def test_an_archive_cut_between_members_is_noticed(tmp_path: pathlib.Path) -> No
     assert _names(members(files)) == [*WHOLE[:2], ("a.tar", "damaged archive")]
     with TarIndex(files) as index:
         assert [damage.reason for damage in index.damage] == ["damaged archive"]
-        assert index.read("two.jpg") == "missing picture" and index.read("top/two.jpg") == FILES[1][1]
+        assert index.read("two.jpg") == "missing image" and index.read("top/two.jpg") == FILES[1][1]
 
 
 def test_a_damaged_header_ends_an_archive_with_a_reason(tmp_path: pathlib.Path) -> None:
@@ -112,14 +112,14 @@ def test_damage_inside_of_a_compressed_archive_is_noticed(tmp_path: pathlib.Path
     assert _names(members(_write(tmp_path / "a.tar", bytes(data))))[-1] == ("a.tar", "damaged archive")
 
 
-def test_names_that_leave_the_folder_are_refused(tmp_path: pathlib.Path) -> None:
+def test_names_that_leave_the_directory_are_refused(tmp_path: pathlib.Path) -> None:
     evil = ["../a.jpg", "top/../../a.jpg", "/etc/passwd", "link.jpg", "C:/a.jpg", "..\\a.jpg"]
     files = _write(tmp_path / "a.tar", tar(FILES, evil=evil))
     assert _names(members(files)) == [(name, "unsafe name") for name in evil] + WHOLE
     with TarIndex(files) as index:
         assert [damage.name for damage in index.damage] == evil
         assert index.read("top/one.jpg") == FILES[0][1]
-        assert index.read("../a.jpg") == "missing picture"
+        assert index.read("../a.jpg") == "missing image"
 
 
 def test_links_devices_and_bombs_are_refused_by_their_headers(tmp_path: pathlib.Path) -> None:
@@ -142,12 +142,12 @@ def test_an_index_reads_in_any_order_and_tells_names_that_stand_twice(tmp_path: 
     with TarIndex(group_parts(list(tmp_path.iterdir()))[str(tmp_path / "a.tar")]) as index:
         assert index.read("top/three.jpg") == FILES[2][1]
         assert index.read("anything/above/top/two.jpg") == FILES[1][1]
-        assert index.read("top/one.jpg") == "ambiguous picture"
-        assert index.read("top/four.jpg") == "missing picture"
+        assert index.read("top/one.jpg") == "ambiguous image"
+        assert index.read("top/four.jpg") == "missing image"
 
 
 def test_long_names_are_read(tmp_path: pathlib.Path) -> None:
-    name = "/".join(["folder" * 10] * 5) + "/ü.jpg"
+    name = "/".join(["directory" * 10] * 5) + "/ü.jpg"
     for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         with tarfile.open(tmp_path / "a.tar", "w", format=form) as archive:
             info = tarfile.TarInfo(name)
@@ -179,10 +179,10 @@ def test_a_volume_is_its_files_one_after_the_other(tmp_path: pathlib.Path) -> No
 
 def _triples(path: pathlib.Path, count: int) -> list[str]:
     """A tar of so many triples with 20 kB each, made as it is written."""
-    picture = bytes(10_000)
+    image = bytes(10_000)
     with tarfile.open(path, "w") as archive:
         for number in range(count):
-            for name, data in (("src.jpg", picture), ("tgt.jpg", picture), ("txt", b"edit")):
+            for name, data in (("src.jpg", image), ("tgt.jpg", image), ("txt", b"edit")):
                 info = tarfile.TarInfo(f"{number:06d}.{name}")
                 info.size = len(data)
                 archive.addfile(info, io.BytesIO(data))

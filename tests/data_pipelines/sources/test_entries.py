@@ -27,7 +27,7 @@ from data_pipelines.sources.files import find, json_items, read_lines, safe_name
         (7, None),
     ],
 )
-def test_safe_names_are_plain_and_stay_in_their_folder(name: object, plain: str | None) -> None:
+def test_safe_names_are_plain_and_stay_in_their_directory(name: object, plain: str | None) -> None:
     assert safe_name(name) == plain
 
 
@@ -80,8 +80,8 @@ def test_texts_that_cannot_be_written_and_repeated_ones_are_put_right() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"source": None}, "missing picture"),
-        ({"target": b""}, "missing picture"),
+        ({"source": None}, "missing image"),
+        ({"target": b""}, "missing image"),
         ({"instructions": ["", " "]}, "empty instruction"),
         ({"source": bytes(257 * 2**20)}, "absurd size"),
     ],

@@ -20,13 +20,13 @@ from varedit_jax.errors import UserError
 DEEP = "[" * 100_000
 
 
-def _listed(folder: pathlib.Path, values: list[dict[str, Any]]) -> list[Entry]:
-    """What a list of such objects gives, all of the same good pictures unless they say otherwise."""
-    (folder / "a.jpg").write_bytes(b"a")
-    (folder / "b.jpg").write_bytes(b"b")
+def _listed(directory: pathlib.Path, values: list[dict[str, Any]]) -> list[Entry]:
+    """What a list of such objects gives, all of the same good images unless they say otherwise."""
+    (directory / "a.jpg").write_bytes(b"a")
+    (directory / "b.jpg").write_bytes(b"b")
     good = {"source": "a.jpg", "target": "b.jpg", "instruction": "make it foggy"}
-    (folder / "list.jsonl").write_text("".join(json.dumps(good | value) + "\n" for value in values))
-    return list(read("manifest", [folder]))
+    (directory / "list.jsonl").write_text("".join(json.dumps(good | value) + "\n" for value in values))
+    return list(read("manifest", [directory]))
 
 
 def test_values_of_a_list_that_fit_nowhere_are_put_right(tmp_path: pathlib.Path) -> None:
@@ -40,12 +40,12 @@ def test_values_of_a_list_that_fit_nowhere_are_put_right(tmp_path: pathlib.Path)
     ]
 
 
-def test_a_text_in_place_of_a_name_is_a_missing_picture(tmp_path: pathlib.Path) -> None:
+def test_a_text_in_place_of_a_name_is_a_missing_image(tmp_path: pathlib.Path) -> None:
     [entry] = _listed(tmp_path, [{"source": "once upon a time " * 50}])
     assert isinstance(entry, Refused) and entry.reason == Reason.MISSING
 
 
-def test_a_picture_that_cannot_be_read_is_told_to_the_user(
+def test_a_image_that_cannot_be_read_is_told_to_the_user(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(path: pathlib.Path) -> bytes:
@@ -57,7 +57,7 @@ def test_a_picture_that_cannot_be_read_is_told_to_the_user(
         read_below([tmp_path], "a.jpg")
 
 
-def test_an_address_that_is_none_is_a_missing_picture(tmp_path: pathlib.Path) -> None:
+def test_an_address_that_is_none_is_a_missing_image(tmp_path: pathlib.Path) -> None:
     edit = {"open_image_input_url": "http://[0/a.jpg", "output_image": "b.jpg", "text": "make it foggy"}
     (tmp_path / "sft.jsonl").write_text(json.dumps(edit) + "\n")
     [entry] = read("pico_banana", [tmp_path])
@@ -74,16 +74,16 @@ def test_a_score_that_is_no_number_is_dropped(score: str, tmp_path: pathlib.Path
     assert scores == [{"score_b_0": 9.0, "score_b_1": 8.0}, {}]
 
 
-def test_folders_of_pictures_stay_in_themselves_whatever_is_in_them(tmp_path: pathlib.Path) -> None:
-    outside, folder = tmp_path / "outside.jpg", tmp_path / "data" / "one"
+def test_directories_of_images_stay_in_themselves_whatever_is_in_them(tmp_path: pathlib.Path) -> None:
+    outside, directory = tmp_path / "outside.jpg", tmp_path / "data" / "one"
     outside.write_bytes(b"a secret")
-    folder.mkdir(parents=True)
+    directory.mkdir(parents=True)
     (tmp_path / "data" / "seeds.json").write_text(json.dumps([["one", ["1", "2", "3" * 300]]]))
-    (folder / "prompt.json").write_text(json.dumps({"edit": "make it foggy"}))
-    (folder / "metadata.jsonl").write_text(DEEP + "\n")
+    (directory / "prompt.json").write_text(json.dumps({"edit": "make it foggy"}))
+    (directory / "metadata.jsonl").write_text(DEEP + "\n")
     for name in ("1_0.jpg", "1_1.jpg", "2_0.jpg"):
-        (folder / name).write_bytes(b"a picture")
-    (folder / "2_1.jpg").symlink_to(outside)
+        (directory / name).write_bytes(b"an image")
+    (directory / "2_1.jpg").symlink_to(outside)
     good, linked, long = read("instruct_pix2pix", [tmp_path / "data"])
     assert isinstance(good, Record) and good.id == "one/1"
     assert isinstance(linked, Refused) and linked.reason == Reason.MISSING
@@ -92,16 +92,16 @@ def test_folders_of_pictures_stay_in_themselves_whatever_is_in_them(tmp_path: pa
 
 def test_links_of_the_hubs_cache_are_followed_and_others_are_not(tmp_path: pathlib.Path) -> None:
     cache = tmp_path / "datasets--a--b"
-    folder = cache / "snapshots" / "0123abcd" / "train"
-    for made in (folder, cache / "blobs"):
+    directory = cache / "snapshots" / "0123abcd" / "train"
+    for made in (directory, cache / "blobs"):
         made.mkdir(parents=True)
-    (cache / "blobs" / "feed").write_bytes(b"a picture")
+    (cache / "blobs" / "feed").write_bytes(b"an image")
     (cache / "secret").write_bytes(b"a secret")
-    (folder / "a.jpg").symlink_to("../../../blobs/feed")
-    (folder / "b.jpg").symlink_to("../../../secret")
-    assert read_below([folder], "a.jpg") == b"a picture"
-    assert read_below([folder.parent], "train/a.jpg") == b"a picture"
-    assert read_below([folder], "b.jpg") is Reason.UNSAFE
+    (directory / "a.jpg").symlink_to("../../../blobs/feed")
+    (directory / "b.jpg").symlink_to("../../../secret")
+    assert read_below([directory], "a.jpg") == b"an image"
+    assert read_below([directory.parent], "train/a.jpg") == b"an image"
+    assert read_below([directory], "b.jpg") is Reason.UNSAFE
 
 
 def test_json_that_is_nested_without_end_is_damaged(tmp_path: pathlib.Path) -> None:
@@ -126,8 +126,8 @@ def test_an_archive_whose_sizes_lead_back_ends(tmp_path: pathlib.Path) -> None:
 def test_text_of_a_table_that_is_not_utf_8_costs_its_row(tmp_path: pathlib.Path) -> None:
     offsets = pa.py_buffer(np.array([0, 1, 2, 3], np.int32).tobytes())
     texts = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"a\xffb")])
-    pictures = pa.array([b"1", b"2", b"3"])
-    table = pa.table({"original_image": pictures, "edit_prompt": texts, "edited_image": pictures})
+    images = pa.array([b"1", b"2", b"3"])
+    table = pa.table({"original_image": images, "edit_prompt": texts, "edited_image": images})
     pq.write_table(table, tmp_path / "a.parquet")
     found = list(read("instruct_pix2pix", [tmp_path]))
     assert [entry.id for entry in found] == ["a/0", "a.parquet row 1", "a/2"]
@@ -135,9 +135,9 @@ def test_text_of_a_table_that_is_not_utf_8_costs_its_row(tmp_path: pathlib.Path)
 
 
 def test_turns_that_a_table_has_as_fractions_are_whole(tmp_path: pathlib.Path) -> None:
-    pictures = pa.array([b"1", b"2", b"3"])
+    images = pa.array([b"1", b"2", b"3"])
     turns = pa.array([1.0, 2.0, None])  # what becomes of whole numbers beside one that is not there
-    table = {"img_id": ["a", "a", "b"], "turn_index": turns, "source_img": pictures, "target_img": pictures}
+    table = {"img_id": ["a", "a", "b"], "turn_index": turns, "source_img": images, "target_img": images}
     pq.write_table(pa.table(table | {"instruction": ["make it foggy"] * 3}), tmp_path / "a.parquet")
     found = [decode(encode(entry)).turn for entry in read("magicbrush", [tmp_path]) if isinstance(entry, Record)]
     assert found == [0, 1, 0]

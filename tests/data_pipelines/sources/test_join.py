@@ -14,24 +14,27 @@ from data_pipelines.sources.join import Found, Lost, Stream, Wanted, join
 from tests.data_pipelines.sources.layouts import tar
 from varedit_jax.errors import UserError
 
-SIZE = 1000  # bytes of a picture
+SIZE = 1000  # bytes of an image
 
 
-def _picture(name: str) -> bytes:
+def _image(name: str) -> bytes:
     return (name.encode() * SIZE)[:SIZE]
 
 
 def _archive(path: pathlib.Path, names: list[str]) -> Stream:
-    path.write_bytes(tar([(name, _picture(name)) for name in names], "w:gz"))
+    path.write_bytes(tar([(name, _image(name)) for name in names], "w:gz"))
     return Stream([[str(path)]], lambda name: name)
 
 
-def _streams(folder: pathlib.Path, count: int, shuffled: bool) -> list[Stream]:
+def _streams(directory: pathlib.Path, count: int, shuffled: bool) -> list[Stream]:
     """Sources in order; targets in the same, or in disorder."""
     targets = [f"t{i}" for i in range(count)]
     if shuffled:
         random.Random(0).shuffle(targets)
-    return [_archive(folder / "s.tar.gz", [f"s{i}" for i in range(count)]), _archive(folder / "t.tar.gz", targets)]
+    return [
+        _archive(directory / "s.tar.gz", [f"s{i}" for i in range(count)]),
+        _archive(directory / "t.tar.gz", targets),
+    ]
 
 
 def _pairs(count: int) -> list[Wanted]:
@@ -48,10 +51,10 @@ def test_every_pair_comes_once_whatever_the_order_and_the_bounds(
     pairs = _pairs(20)
     found = list(join(_streams(tmp_path, 20, shuffled), pairs, memory, disk))
     assert sorted(event.key for event in found if isinstance(event, Found)) == sorted(pair.key for pair in pairs)
-    names = {pair.key: tuple(name for _, name in pair.pictures) for pair in pairs}
+    names = {pair.key: tuple(name for _, name in pair.images) for pair in pairs}
     assert all(isinstance(event, Found) for event in found)
     for event in found:
-        assert isinstance(event, Found) and event.pictures == tuple(map(_picture, names[event.key]))
+        assert isinstance(event, Found) and event.images == tuple(map(_image, names[event.key]))
 
 
 @pytest.fixture
@@ -102,7 +105,7 @@ def test_what_is_in_no_archive_is_lost_by_name_and_holds_up_nothing(tmp_path: pa
 def test_a_damaged_archive_ends_with_its_pairs_lost(memory: int, tmp_path: pathlib.Path) -> None:
     streams = _streams(tmp_path, 12, shuffled=False)
     path = pathlib.Path(streams[1].archives[0][0])
-    path.write_bytes(tar([(f"t{i}", _picture(f"t{i}")) for i in range(12)])[: 8 * 1536 + 600])  # inside of t8
+    path.write_bytes(tar([(f"t{i}", _image(f"t{i}")) for i in range(12)])[: 8 * 1536 + 600])  # inside of t8
     pairs = [Wanted(f"{i}", ((0, f"s{i}"), (1, f"t{i}"))) for i in range(12)]
     found = list(join(streams, pairs, memory, 0))
     assert [event.name for event in found if isinstance(event, Damage)] == ["t.tar.gz"]
@@ -110,7 +113,7 @@ def test_a_damaged_archive_ends_with_its_pairs_lost(memory: int, tmp_path: pathl
     assert sorted(event.key for event in found if isinstance(event, Lost)) == ["10", "11", "8", "9"]
 
 
-def test_pictures_that_several_pairs_share_are_let_go_after_the_last(tmp_path: pathlib.Path) -> None:
+def test_images_that_several_pairs_share_are_let_go_after_the_last(tmp_path: pathlib.Path) -> None:
     stream = _archive(tmp_path / "a.tar.gz", ["p0", "p1", "p2", "p3"])
     turns = [Wanted(f"{i}", ((0, f"p{i}"), (0, f"p{i + 1}"))) for i in range(3)]
     found = list(join([stream], turns, SIZE, 0))  # room for one
@@ -128,7 +131,7 @@ def test_names_in_another_encoding_are_no_obstacle(tmp_path: pathlib.Path) -> No
     assert list(join([stream], pairs)) == [Found("1", (b"abc", b"abc"))]  # both are ?.jpg
 
 
-def test_nothing_is_left_in_the_temporary_folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_left_in_the_temporary_directory(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     streams = _streams(tmp_path, 8, shuffled=True)
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
@@ -141,7 +144,7 @@ def test_nothing_is_left_in_the_temporary_folder(tmp_path: pathlib.Path, monkeyp
 
 def test_a_full_disk_is_told_to_the_user(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data_pipelines.sources.join._Held._file", lambda *_: pathlib.Path("/dev/full"))
-    with pytest.raises(UserError, match="No space left on device; set TMPDIR to a folder with 2 GiB of room"):
+    with pytest.raises(UserError, match="No space left on device; set TMPDIR to a directory with 2 GiB of room"):
         list(join(_streams(tmp_path, 3, shuffled=True), _pairs(3), 0, 2 * 2**30))
 
 

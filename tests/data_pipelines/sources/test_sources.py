@@ -22,7 +22,7 @@ LAYOUTS: list[tuple[str, Callable[[pathlib.Path], Layout]]] = [
     ("ultraedit", layouts.ultraedit),
     ("magicbrush", layouts.magicbrush),
     ("instruct_pix2pix", layouts.instruct_pix2pix_tables),
-    ("instruct_pix2pix", layouts.instruct_pix2pix_folders),
+    ("instruct_pix2pix", layouts.instruct_pix2pix_directories),
     ("instruct_pix2pix", layouts.instruct_pix2pix_zips),
     ("omniedit", layouts.omniedit),
     ("gpt_image_edit", archive_layouts.gpt_image_edit_training),
@@ -37,7 +37,7 @@ LAYOUTS: list[tuple[str, Callable[[pathlib.Path], Layout]]] = [
 
 
 def _found(record: Record, expected: Expected) -> Expected:
-    """What a record is, in the words of what it should be: names of the pictures if these are the right ones."""
+    """What a record is, in the words of what it should be: names of the images if these are the right ones."""
 
     def named(data: bytes | None, name: str) -> str:
         return "" if data is None else name if data == draw(name) else f"not {name}"
@@ -49,7 +49,7 @@ def _found(record: Record, expected: Expected) -> Expected:
         kind=record.kind,
         turn=record.turn,
         scores=record.scores,
-        picture=record.picture,
+        original=record.original,
         mask=named(record.mask, expected.mask),
     )
 
@@ -84,7 +84,7 @@ def test_every_source_has_a_layout_and_a_name_for_its_data_set() -> None:
     assert {source for source, _ in LAYOUTS} | {"tfds"} == SOURCES.keys()
 
 
-def test_any_tfds_data_set_by_names_of_features_with_pictures_as_they_are_stored(tmp_path: pathlib.Path) -> None:
+def test_any_tfds_data_set_by_names_of_features_with_images_as_they_are_stored(tmp_path: pathlib.Path) -> None:
     builder = Shapes(data_dir=tmp_path, train_examples=5, test_examples=3)
     builder.download_and_prepare()
     examples = list(builder.as_data_source("test"))
@@ -103,7 +103,7 @@ def test_any_tfds_data_set_by_names_of_features_with_pictures_as_they_are_stored
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_an_empty_folder_is_told_to_the_user(source: str, tmp_path: pathlib.Path) -> None:
+def test_an_empty_directory_is_told_to_the_user(source: str, tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match="there is n.* under .*; (give|download)"):
         find_parts(source, [tmp_path])
 

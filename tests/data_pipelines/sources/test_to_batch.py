@@ -14,20 +14,20 @@ from data_pipelines.preparation.settings import Settings
 from data_pipelines.shapes.builder import Shapes
 from data_pipelines.shards import Records
 from data_pipelines.sources import SOURCES
-from data_pipelines.transforms import read_picture
+from data_pipelines.transforms import read_fitted
 from tests.data_pipelines.sources import archive_layouts, layouts
 from tests.data_pipelines.sources.layouts import Expected, Layout, draw
 from varedit_jax.config import DataConfig, EditorConfig
 
 
-def shapes(folder: pathlib.Path) -> Layout:
-    builder = Shapes(data_dir=folder, train_examples=3, test_examples=1)
+def shapes(directory: pathlib.Path) -> Layout:
+    builder = Shapes(data_dir=directory, train_examples=3, test_examples=1)
     builder.download_and_prepare()
     records = {
         f"train/{i}": Expected(source="", target="", instructions=(example["instruction"].decode(),))
         for i, example in enumerate(builder.as_data_source("train"))
     }
-    return Layout(inputs=[folder], records=records)
+    return Layout(inputs=[directory], records=records)
 
 
 WRITERS: dict[str, Callable[[pathlib.Path], Layout]] = {
@@ -82,4 +82,4 @@ def test_each_layout_becomes_a_batch_with_exactly_its_records(source: str, tmp_p
         for side, name in (("source", expected.source), ("target", expected.target)):
             size = batch[side].shape[1:3]
             published = draw(name) if name else getattr(record, side)
-            np.testing.assert_array_equal(batch[side][row], read_picture(published, size, "crop", flip=False))
+            np.testing.assert_array_equal(batch[side][row], read_fitted(published, size, "crop", flip=False))

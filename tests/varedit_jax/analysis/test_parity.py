@@ -42,7 +42,7 @@ def test_every_tensor_is_inside_tolerance(computed: Computed, monkeypatch: pytes
 
 
 def test_golden_models_differ_in_kind(computed: Computed) -> None:
-    """Stride 16 of square pictures, and stride 8 in 2x2 patches of oblong ones: both ways through the code."""
+    """Stride 16 of square images, and stride 8 in 2x2 patches of oblong ones: both ways through the code."""
     config, (rows, columns) = computed.golden.config, computed.golden.pyramid.last
     assert config.token_stride == 16
     assert config.patchify == (rows != columns)

@@ -19,7 +19,7 @@ from varedit_jax.errors import UserError
 from varedit_jax.parameters import abstract_params, init_text
 from varedit_jax.sampling.editor import Editor
 from varedit_jax.weights import manifest, names, native
-from varedit_jax.weights.directory import load_folder, read_config
+from varedit_jax.weights.directory import load_directory, read_config
 from varedit_jax.weights.export_source import open_source
 from varedit_jax.weights.reader import StateDict, read_state_dict
 
@@ -31,13 +31,13 @@ def _as(tensor: np.ndarray, dtype: type) -> np.ndarray:
     return tensor if tensor.dtype.kind == "i" else np.asarray(tensor, np.float32).astype(dtype)
 
 
-def write_shards(folder: pathlib.Path, state: StateDict, shard_bytes: int) -> pathlib.Path:
-    files = safetensors_shards(folder, [Planned(name, x.shape, x.dtype) for name, x in state.items()], shard_bytes)
+def write_shards(directory: pathlib.Path, state: StateDict, shard_bytes: int) -> pathlib.Path:
+    files = safetensors_shards(directory, [Planned(name, x.shape, x.dtype) for name, x in state.items()], shard_bytes)
     for file in files:
         file.begin()
         file.finish({tensor.name: file.write(tensor.name, state[tensor.name]) for tensor in file.tensors})
-    (folder / "model.safetensors.index.json").write_text(json.dumps(shard_index(files)))
-    return folder
+    (directory / "model.safetensors.index.json").write_text(json.dumps(shard_index(files)))
+    return directory
 
 
 def same(one: StateDict, other: StateDict) -> bool:
@@ -125,7 +125,7 @@ def test_files_that_hold_more(
         convert.to_jax(published("transformer", file, weights=weights), tmp_path / weights, quiet=True)
         config, _ = read_config(tmp_path / weights)
         wanted = names.to_tree("transformer", state, abstract_params(config, "transformer"))
-        found = load_folder(tmp_path / weights, "transformer", abstract_params(config, "transformer"))
+        found = load_directory(tmp_path / weights, "transformer", abstract_params(config, "transformer"))
         for path, tensor in names.flat(wanted).items():
             np.testing.assert_array_equal(names.flat(found)[path], tensor)
     alone = write_pth(tmp_path / "in.pth", plain)
@@ -133,14 +133,14 @@ def test_files_that_hold_more(
         convert.mapping_in(published("transformer", alone, weights="ema"))
 
     whole = states["text"] | {"decoder.block.0.x": np.zeros(2, np.float32), "lm_head.weight": np.zeros(2, np.float32)}
-    folder = tmp_path / "flan-t5"
-    folder.mkdir()
-    convert.to_jax(published("text", write_shards(folder, whole, 4000)), tmp_path / "t5", quiet=True)
+    directory = tmp_path / "flan-t5"
+    directory.mkdir()
+    convert.to_jax(published("text", write_shards(directory, whole, 4000)), tmp_path / "t5", quiet=True)
     assert read_config(tmp_path / "t5")[0].text.heads == 5
-    lost = sorted(folder.glob("*.safetensors"))[1]
+    lost = sorted(directory.glob("*.safetensors"))[1]
     lost.unlink()
     with pytest.raises(UserError, match=rf"{lost.name} does not exist"):
-        convert.to_jax(published("text", folder), tmp_path / "lost", quiet=True)
+        convert.to_jax(published("text", directory), tmp_path / "lost", quiet=True)
 
 
 def test_each_part_has_its_own_averaged_weights(
@@ -199,7 +199,7 @@ def test_what_is_converted_chooses_the_positions(
 # --- ended and gone on with
 
 
-@pytest.mark.parametrize("direction", ["jax", "torch", "folder"])
+@pytest.mark.parametrize("direction", ["jax", "torch", "directory"])
 def test_an_ended_conversion_goes_on(
     states: dict[str, StateDict],
     tmp_path: pathlib.Path,
@@ -215,7 +215,7 @@ def test_an_ended_conversion_goes_on(
     start = {
         "jax": lambda output: convert.to_jax(published("transformer", path), output),
         "torch": lambda output: convert.to_torch(open_source(tmp_path / "ours"), output),
-        "folder": lambda output: convert.to_folder(open_source(tmp_path / "ours"), output),
+        "directory": lambda output: convert.to_directory(open_source(tmp_path / "ours"), output),
     }[direction]
     start(tmp_path / "whole")
 
@@ -248,11 +248,11 @@ def test_an_ended_conversion_goes_on(
     assert not (tmp_path / ".out.partial").exists()
 
 
-def files_of(folder: pathlib.Path) -> Iterator[tuple[str, bytes]]:
+def files_of(directory: pathlib.Path) -> Iterator[tuple[str, bytes]]:
     """Files by relative path; times that Orbax notes aside."""
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(directory.rglob("*")):
         if path.is_file() and path.name not in ("_CHECKPOINT_METADATA", "commit_success.txt"):
-            yield str(path.relative_to(folder)), path.read_bytes()
+            yield str(path.relative_to(directory)), path.read_bytes()
 
 
 def test_another_input_is_not_gone_on_with(
@@ -292,16 +292,18 @@ def test_an_editor_of_converted_parts(
     convert.to_jax(convert.Published(files=files, family="varedit", pixel_budget="0.06M"), tmp_path / "o", quiet=True)
     config, _ = read_config(tmp_path / "o")
     assert (tmp_path / "o" / "t5_tokenizer.json").is_file()
-    convert.to_folder(open_source(tmp_path / "o"), tmp_path / "s", "float32", "apache-2.0", quiet=True)
+    convert.to_directory(open_source(tmp_path / "o"), tmp_path / "s", "float32", "apache-2.0", quiet=True)
     card = (tmp_path / "s" / "README.md").read_text()
     assert (
-        "license: apache-2.0" in card and "2 blocks, width 128" in card and "THIS_FOLDER --text=FOLDER --image" in card
+        "license: apache-2.0" in card
+        and "2 blocks, width 128" in card
+        and "THIS_DIRECTORY --text=DIRECTORY --image" in card
     )
     assert convert.verify(tmp_path / "s")
     for part in ("transformer", "tokenizer"):
         wanted = names.flat(names.to_tree(part, states[part], abstract_params(config, part)))
-        for folder in ("o", "s"):
-            found = names.flat(load_folder(tmp_path / folder, part, abstract_params(config, part)))
+        for directory in ("o", "s"):
+            found = names.flat(load_directory(tmp_path / directory, part, abstract_params(config, part)))
             for path, tensor in wanted.items():
                 np.testing.assert_array_equal(found[path], tensor)
     with pytest.raises(UserError, match="holds no text weights"):

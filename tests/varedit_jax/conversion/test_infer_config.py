@@ -55,5 +55,5 @@ def test_other_sizes_convert_by_shape(size: str) -> None:
         ("run1024/step.512000/256_to_512.pth", ""),
     ],
 )
-def test_names_of_files_tell_the_size_of_pictures(path: str, budget: str) -> None:
+def test_names_of_files_tell_the_size_of_images(path: str, budget: str) -> None:
     assert infer_config.pixel_budget_of(path) == budget

@@ -16,7 +16,7 @@ import safetensors.numpy
 from varedit_jax.conversion import convert, stream
 from varedit_jax.errors import UserError
 from varedit_jax.parameters import abstract_params
-from varedit_jax.weights.directory import load_folder, read_config
+from varedit_jax.weights.directory import load_directory, read_config
 from varedit_jax.weights.export_source import open_source
 from varedit_jax.weights.reader import StateDict, open_weights, read_state_dict
 
@@ -25,19 +25,19 @@ Spoil = Callable[[Write, pathlib.Path, StateDict], pathlib.Path]
 
 
 def spoilt(change: Callable[[StateDict], StateDict]) -> Spoil:
-    return lambda write, folder, state: write(folder / "in.pth", change(state))
+    return lambda write, directory, state: write(directory / "in.pth", change(state))
 
 
-def truncated(write: Write, folder: pathlib.Path, state: StateDict) -> pathlib.Path:
-    path = write(folder / "in.pth", state)
+def truncated(write: Write, directory: pathlib.Path, state: StateDict) -> pathlib.Path:
+    path = write(directory / "in.pth", state)
     path.write_bytes(path.read_bytes()[:-5000])
     return path
 
 
-def running_code(write: Write, folder: pathlib.Path, state: StateDict) -> pathlib.Path:
-    with zipfile.ZipFile(folder / "in.pth", "w") as archive:
-        archive.writestr("x/data.pkl", f"cos\nsystem\n(S'touch {folder / 'ran'}'\ntR.".encode())
-    return folder / "in.pth"
+def running_code(write: Write, directory: pathlib.Path, state: StateDict) -> pathlib.Path:
+    with zipfile.ZipFile(directory / "in.pth", "w") as archive:
+        archive.writestr("x/data.pkl", f"cos\nsystem\n(S'touch {directory / 'ran'}'\ntR.".encode())
+    return directory / "in.pth"
 
 
 def with_nan(state: StateDict) -> StateDict:
@@ -88,7 +88,7 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
         spoilt(lambda state: {"conv1.weight": np.zeros(1, np.float32)}),
         r"no tensor word_embed\.weight, which every published transformer has",
     ),
-    "no weights": (lambda write, folder, state: folder / "in.pth", r"in\.pth does not exist"),
+    "no weights": (lambda write, directory, state: directory / "in.pth", r"in\.pth does not exist"),
 }
 
 
@@ -117,7 +117,7 @@ def test_refused_outputs(
 ) -> None:
     path = write_pth(tmp_path / "in.pth", states["transformer"])
     (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match="out exists; give a new folder, or remove it first"):
+    with pytest.raises(UserError, match="out exists; give a new directory, or remove it first"):
         convert.to_jax(published("transformer", path), tmp_path / "out", quiet=True)
     free = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
@@ -156,7 +156,7 @@ def test_a_disk_that_runs_full(
     jax.tree.map(np.testing.assert_array_equal, back, states["transformer"])
 
 
-def test_two_conversions_into_one_folder(
+def test_two_conversions_into_one_directory(
     states: dict[str, StateDict], tmp_path: pathlib.Path, write_pth: Write, published: Callable[..., convert.Published]
 ) -> None:
     path = write_pth(tmp_path / "in.pth", states["transformer"])
@@ -228,7 +228,7 @@ def test_a_flipped_bit_is_found(
         convert.verify(tmp_path / "ours")
     config, _ = read_config(tmp_path / "ours")
     with pytest.raises(UserError, match="damaged"):
-        load_folder(tmp_path / "ours", "transformer", abstract_params(config, "transformer"))
+        load_directory(tmp_path / "ours", "transformer", abstract_params(config, "transformer"))
 
 
 def test_damage_of_published_files_is_found(

@@ -15,8 +15,8 @@ BLUE, ORANGE = (0, 114, 178), (213, 94, 0)
 
 def random_row(seed: int, *, height: int = 12, width: int = 16, **fields) -> Row:
     rng = np.random.default_rng(seed)
-    pictures = [rng.integers(0, 256, (height, width, 3), dtype=np.uint8) for _ in TITLES]
-    return Row(pictures=pictures, instruction="make the red circle green", **fields)
+    images = [rng.integers(0, 256, (height, width, 3), dtype=np.uint8) for _ in TITLES]
+    return Row(images=images, instruction="make the red circle green", **fields)
 
 
 def corners_of(block: np.ndarray, sheet: Image.Image) -> list[tuple[int, int]]:
@@ -27,18 +27,18 @@ def corners_of(block: np.ndarray, sheet: Image.Image) -> list[tuple[int, int]]:
     return [(x, y) for y, x in candidates.tolist() if np.array_equal(pixels[y : y + height, x : x + width], block)]
 
 
-def pixels_of(colour: tuple[int, int, int], sheet: Image.Image) -> np.ndarray:
-    """(x, y) of every pixel of this very colour."""
-    return np.argwhere(np.all(np.asarray(sheet) == np.array(colour, np.uint8), axis=-1))[:, ::-1]
+def pixels_of(color: tuple[int, int, int], sheet: Image.Image) -> np.ndarray:
+    """(x, y) of every pixel of this very color."""
+    return np.argwhere(np.all(np.asarray(sheet) == np.array(color, np.uint8), axis=-1))[:, ::-1]
 
 
-def test_pictures_appear_unaltered_in_columns_and_rows():
+def test_images_appear_unaltered_in_columns_and_rows():
     rows = [random_row(seed) for seed in range(3)]
     sheet = contact_sheet(rows, TITLES, scale=3)
     assert sheet.mode == "RGB"
     places = []
     for row in rows:
-        found = [corners_of(picture.repeat(3, axis=0).repeat(3, axis=1), sheet) for picture in row.pictures]
+        found = [corners_of(image.repeat(3, axis=0).repeat(3, axis=1), sheet) for image in row.images]
         assert [len(corners) for corners in found] == [1] * len(TITLES)
         places.append([corners[0] for corners in found])
     places = np.array(places)
@@ -48,32 +48,32 @@ def test_pictures_appear_unaltered_in_columns_and_rows():
     assert (np.diff(places[:, 0, 1]) > 3 * 12).all()
 
 
-def test_small_pictures_are_enlarged_to_96_pixels_by_default():
+def test_small_images_are_enlarged_to_96_pixels_by_default():
     sheet = contact_sheet([random_row(0, height=20, width=40)], TITLES)
-    picture = random_row(0, height=20, width=40).pictures[1]
-    assert len(corners_of(picture.repeat(5, axis=0).repeat(5, axis=1), sheet)) == 1
+    image = random_row(0, height=20, width=40).images[1]
+    assert len(corners_of(image.repeat(5, axis=0).repeat(5, axis=1), sheet)) == 1
 
 
-def test_a_large_picture_keeps_its_size():
+def test_a_large_image_keeps_its_size():
     row = random_row(0, height=100, width=120)
     sheet = contact_sheet([row], TITLES)
-    assert len(corners_of(row.pictures[3], sheet)) == 1
+    assert len(corners_of(row.images[3], sheet)) == 1
 
 
 def test_sheet_grows_with_rows_columns_and_text():
     row = random_row(0)
     one = contact_sheet([row], TITLES)
     assert contact_sheet([row, row], TITLES).height > one.height + 96
-    assert contact_sheet([dataclasses.replace(row, pictures=row.pictures[:2])], TITLES[:2]).width < one.width - 2 * 96
+    assert contact_sheet([dataclasses.replace(row, images=row.images[:2])], TITLES[:2]).width < one.width - 2 * 96
     wordy = dataclasses.replace(row, instruction="make the red circle green " * 20)
     assert contact_sheet([wordy], TITLES).height > one.height + 96
     assert contact_sheet([row], TITLES, heading="what it is").height > one.height
     assert contact_sheet([row], TITLES, heading="W" * 200).width > one.width
 
 
-def test_instruction_is_wrapped_left_of_the_pictures():
+def test_instruction_is_wrapped_left_of_the_images():
     magenta = np.full((40, 40, 3), (255, 0, 255), np.uint8)
-    sheet = contact_sheet([Row(pictures=[magenta], instruction="unbroken" * 20)], ["source"])
+    sheet = contact_sheet([Row(images=[magenta], instruction="unbroken" * 20)], ["source"])
     left = pixels_of((255, 0, 255), sheet)[:, 0].min()
     ink = pixels_of((32, 36, 44), sheet)
     assert len(ink) > 50
@@ -82,15 +82,15 @@ def test_instruction_is_wrapped_left_of_the_pictures():
 
 
 @pytest.mark.parametrize(("verdict", "shown", "absent"), [(True, GREEN, RED), (False, RED, GREEN)])
-def test_verdict_is_a_coloured_mark(verdict, shown, absent):
-    grey = np.full((8, 8, 3), 128, np.uint8)
-    sheet = contact_sheet([Row(pictures=[grey], instruction="remove it", verdict=verdict)], ["source"])
+def test_verdict_is_a_colored_mark(verdict, shown, absent):
+    gray = np.full((8, 8, 3), 128, np.uint8)
+    sheet = contact_sheet([Row(images=[gray], instruction="remove it", verdict=verdict)], ["source"])
     assert len(pixels_of(shown, sheet)) > 100  # most of a disc 18 pixels wide
     assert len(pixels_of(absent, sheet)) == 0
 
 
 def test_without_a_verdict_there_is_no_mark():
-    sheet = contact_sheet([Row(pictures=[np.full((8, 8, 3), 128, np.uint8)], instruction="remove it")], ["source"])
+    sheet = contact_sheet([Row(images=[np.full((8, 8, 3), 128, np.uint8)], instruction="remove it")], ["source"])
     assert len(pixels_of(GREEN, sheet)) == len(pixels_of(RED, sheet)) == 0
 
 
@@ -98,16 +98,16 @@ def test_without_a_verdict_there_is_no_mark():
     ("rows", "titles", "message"),
     [
         ([], TITLES, "rows is empty"),
-        ([Row(pictures=[], instruction="")], [], "titles is empty"),
-        ([random_row(0)], TITLES[:3], "row 0 has 4 pictures for 3 titles: ['source', 'scale 1', 'result']"),
-        ([random_row(0), random_row(1, height=9)], TITLES, "picture 'source' of row 1 is 9 x 16 pixels and the first"),
+        ([Row(images=[], instruction="")], [], "titles is empty"),
+        ([random_row(0)], TITLES[:3], "row 0 has 4 images for 3 titles: ['source', 'scale 1', 'result']"),
+        ([random_row(0), random_row(1, height=9)], TITLES, "image 'source' of row 1 is 9 x 16 pixels and the first"),
         (
-            [Row(pictures=[np.zeros((4, 4, 3), np.float32)], instruction="")],
+            [Row(images=[np.zeros((4, 4, 3), np.float32)], instruction="")],
             ["source"],
-            "picture 'source' of row 0 is float32 [4, 4, 3]; it must be uint8 [h, w, 3]",
+            "image 'source' of row 0 is float32 [4, 4, 3]; it must be uint8 [h, w, 3]",
         ),
-        ([Row(pictures=[np.zeros((4, 4), np.uint8)], instruction="")], ["a"], "picture 'a' of row 0 is uint8 [4, 4];"),
-        ([Row(pictures=[np.zeros((0, 4, 3), np.uint8)], instruction="")], ["a"], "is uint8 [0, 4, 3];"),
+        ([Row(images=[np.zeros((4, 4), np.uint8)], instruction="")], ["a"], "image 'a' of row 0 is uint8 [4, 4];"),
+        ([Row(images=[np.zeros((0, 4, 3), np.uint8)], instruction="")], ["a"], "is uint8 [0, 4, 3];"),
     ],
 )
 def test_bad_rows_are_named(rows, titles, message):
@@ -123,8 +123,8 @@ def test_bad_scale_is_named():
 def test_falling_line_falls_and_rising_line_rises():
     falling, rising = [(x, 9.0 - x) for x in range(10)], [(x, 1.0 * x) for x in range(10)]
     sheet = curve_sheet([Panel(title="two lines", lines={"falling": falling, "rising": rising})])
-    for colour, sign in ((BLUE, 1), (ORANGE, -1)):  # y grows downwards in a picture
-        line = pixels_of(colour, sheet)
+    for color, sign in ((BLUE, 1), (ORANGE, -1)):  # y grows downwards in an image
+        line = pixels_of(color, sheet)
         line = line[line[:, 1] > 24 + 54]  # below the legend
         line = line[line[:, 0] < 24 + 62 + 330]  # left of the last value
         assert np.corrcoef(line.T)[0, 1] * sign > 0.99
@@ -164,7 +164,7 @@ def test_odd_series_have_marks_on_their_axis(lines, log):
     sheet = curve_sheet([Panel(title="odd", lines=lines, log_y=log)])
     marks = np.unique(pixels_of((234, 236, 240), sheet)[:, 1])
     assert 3 <= len(marks) <= 9
-    assert np.diff(marks).min() >= 12  # labels of neighbours do not touch
+    assert np.diff(marks).min() >= 12  # labels of neighbors do not touch
 
 
 def test_nothing_to_draw_is_said():

@@ -89,7 +89,7 @@ def test_a_process_alone_waits_for_nobody() -> None:
             pass
 
 
-def two_processes(what: str, folder: pathlib.Path, devices: int) -> tuple[list[int], list[str]]:
+def two_processes(what: str, directory: pathlib.Path, devices: int) -> tuple[list[int], list[str]]:
     """Exit codes and output of two processes with so many devices each, which do what the end of this file says."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -97,7 +97,7 @@ def two_processes(what: str, folder: pathlib.Path, devices: int) -> tuple[list[i
     environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": ""}
     both = [
         subprocess.Popen(
-            [sys.executable, __file__, what, str(folder), address, str(index)],
+            [sys.executable, __file__, what, str(directory), address, str(index)],
             env=os.environ | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -124,7 +124,7 @@ def test_devices_of_a_process_need_not_follow_each_other(tmp_path: pathlib.Path)
     assert two_processes("crossed", tmp_path, devices=2)[0] == [0, 0]
 
 
-def one_of_two(folder: pathlib.Path, address: str, index: int) -> None:
+def one_of_two(directory: pathlib.Path, address: str, index: int) -> None:
     """For `test_two_processes`."""
     with processes.joined(address, 2, index):
         mesh = make_mesh(MeshConfig(data=1, fsdp=2))
@@ -133,19 +133,19 @@ def one_of_two(folder: pathlib.Path, address: str, index: int) -> None:
         with processes.first_process_first("it"):
             if index == 0:
                 time.sleep(0.5)
-                (folder / "left").write_text("it")
+                (directory / "left").write_text("it")
                 print(f"process {jax.process_index()} of {jax.process_count()} has left it")
             else:
-                text = (folder / "left").read_text()
+                text = (directory / "left").read_text()
                 print(f"process {jax.process_index()} of {jax.process_count()} found: {text}")
         if index == 1:
             raise UserError("a mistake")
         jax.block_until_ready(jax.jit(jnp.sum, out_shardings=replicated(mesh))(halves))  # without the other
 
 
-def crossed(folder: pathlib.Path, address: str, index: int) -> None:
+def crossed(directory: pathlib.Path, address: str, index: int) -> None:
     """For `test_devices_of_a_process_need_not_follow_each_other`."""
-    del folder
+    del directory
     with processes.joined(address, 2, index):
         mesh = make_mesh(MeshConfig(data=1, fsdp=4))
         mesh = jax.sharding.Mesh(mesh.devices[:, [0, 2, 1, 3]], mesh.axis_names)

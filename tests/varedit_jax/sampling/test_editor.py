@@ -1,4 +1,4 @@
-"""`Editor`: pictures of any size in one call, loading from folders and runs, and what it says to a mistake."""
+"""`Editor`: images of any size in one call, loading from directories and runs, and what it says to a mistake."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from varedit_jax.sampling.editor import Editor
 from varedit_jax.training.checkpoint import Checkpoints
 from varedit_jax.training.run_config import write_config
 from varedit_jax.training.state import TrainState
-from varedit_jax.weights.directory import PARTS, save_folder
+from varedit_jax.weights.directory import PARTS, save_directory
 
 TINY = preset("tiny")
 GREEDY = SamplingConfig(guidance=1.0, greedy=True)
@@ -47,45 +47,45 @@ def tiny(params) -> Editor:
 
 def test_greedy_edits_are_equal_alone_and_batched_and_have_their_own_sizes(monkeypatch, quick_jit, tiny):
     monkeypatch.setattr(jax, "jit", quick_jit)
-    pictures = [noise(16, 16), noise(40, 17, seed=1)]
-    batched = tiny.edit(pictures, [ADD, REMOVE])
-    assert [picture.shape for picture in batched] == [(16, 16, 3), (40, 17, 3)]
-    assert all(picture.dtype == np.uint8 for picture in batched)
-    for picture, instruction, wanted in zip(pictures, [ADD, REMOVE], batched, strict=True):
-        np.testing.assert_array_equal(tiny.edit([picture], [instruction])[0], wanted)
+    images = [noise(16, 16), noise(40, 17, seed=1)]
+    batched = tiny.edit(images, [ADD, REMOVE])
+    assert [image.shape for image in batched] == [(16, 16, 3), (40, 17, 3)]
+    assert all(image.dtype == np.uint8 for image in batched)
+    for image, instruction, wanted in zip(images, [ADD, REMOVE], batched, strict=True):
+        np.testing.assert_array_equal(tiny.edit([image], [instruction])[0], wanted)
     assert batched[0].std() > 5
-    assert (tiny.edit([pictures[0]], [REMOVE])[0] != batched[0]).any()  # the instruction matters
-    assert (tiny.edit([pictures[0] // 2], [ADD])[0] != batched[0]).any()  # and so does the picture
+    assert (tiny.edit([images[0]], [REMOVE])[0] != batched[0]).any()  # the instruction matters
+    assert (tiny.edit([images[0] // 2], [ADD])[0] != batched[0]).any()  # and so does the image
 
 
 class Call:
-    """Stands for the compiled program: remembers what it was given, and gives the pictures back."""
+    """Stands for the compiled program: remembers what it was given, and gives the images back."""
 
     def __init__(self) -> None:
         self.batches: list[tuple[tuple[int, ...], list[tuple[float, list[int], int]]]] = []
 
-    def __call__(self, params: Any, pictures: Any, ids: Any, lengths: Any, keys: jax.Array) -> np.ndarray:
+    def __call__(self, params: Any, images: Any, ids: Any, lengths: Any, keys: jax.Array) -> np.ndarray:
         seeds = np.asarray(jax.random.key_data(keys))[:, 1]
         rows = [
-            (float(picture.min()), row[:length].tolist(), int(seed))
-            for picture, row, length, seed in zip(pictures, ids, lengths, seeds, strict=True)
+            (float(image.min()), row[:length].tolist(), int(seed))
+            for image, row, length, seed in zip(images, ids, lengths, seeds, strict=True)
         ]
-        self.batches.append((pictures.shape, rows))
-        return np.stack([np.zeros_like(pictures), pictures])
+        self.batches.append((images.shape, rows))
+        return np.stack([np.zeros_like(images), images])
 
 
 def test_sizes_and_aspects_mix_in_one_call(monkeypatch, params):
-    """One batch for each aspect; every picture keeps its instruction, its seed and its place."""
+    """One batch for each aspect; every image keeps its instruction, its seed and its place."""
     config = dataclasses.replace(TINY, grids=(), pixel_budget="0.06M")  # 16 x 16 tokens of 4 px, and other aspects
     editor, call = Editor(config, params), Call()
     monkeypatch.setattr(editor_module, "_compiled", lambda *_: call)
     shapes = [(40, 40), (120, 60), (64, 64), (30, 60), (60, 30), (500, 500)]
-    pictures = [np.full((*shape, 3), 10 * (index + 1), np.uint8) for index, shape in enumerate(shapes)]
+    images = [np.full((*shape, 3), 10 * (index + 1), np.uint8) for index, shape in enumerate(shapes)]
     instructions = [f"make it {word}" for word in ("red", "blue", "green", "dark", "round", "small")]
-    results = editor.edit(pictures, instructions, seeds=[7, 8, 9, 10, 11, 12])
+    results = editor.edit(images, instructions, seeds=[7, 8, 9, 10, 11, 12])
     assert [result.shape[:2] for result in results] == shapes
-    for result, picture in zip(results, pictures, strict=True):
-        np.testing.assert_array_equal(result, picture)
+    for result, image in zip(results, images, strict=True):
+        np.testing.assert_array_equal(result, image)
 
     sizes = {shape[1:3]: {row[0] for row in rows} for shape, rows in call.batches}
     assert sizes == {(64, 64): {10.0, 30.0, 60.0}, (88, 44): {20.0, 50.0}, (44, 88): {40.0}}
@@ -102,9 +102,9 @@ def test_default_seeds_and_text_room(monkeypatch, params):
     editor, rooms = Editor(wide, params), []
 
     def compiled(*_):
-        def run(params, pictures, ids, lengths, keys):
+        def run(params, images, ids, lengths, keys):
             rooms.append((ids.shape[1], int(lengths.max()), np.asarray(jax.random.key_data(keys))[:, 1].tolist()))
-            return pictures[None]
+            return images[None]
 
         return run
 
@@ -114,7 +114,7 @@ def test_default_seeds_and_text_room(monkeypatch, params):
     assert rooms == [(16, 2, [0, 1]), (16, 16, [0, 1]), (32, 17, [0, 1]), (64, 41, [0, 1]), (100, 100, [0, 1])]
 
 
-def test_no_pictures_give_no_pictures(tiny):
+def test_no_images_give_no_images(tiny):
     assert tiny.edit([], []) == []
 
 
@@ -122,24 +122,24 @@ def test_no_pictures_give_no_pictures(tiny):
 
 
 @pytest.mark.parametrize("instruction, sentence", [
-    ("", "the instruction '' is empty; say what to change in the picture"),
+    ("", "the instruction '' is empty; say what to change in the image"),
     ("  \n", "is empty"),
     ("改变颜色", "only characters that the text encoder does not know; write it in English"),
     ("red " * 15 + "red", "17 tokens long, but at most 16 fit; shorten it"),
 ])  # fmt: skip
 def test_instructions_that_cannot_be_used(monkeypatch, tiny, instruction, sentence):
-    """They are refused before the first picture is edited, wherever they stand."""
+    """They are refused before the first image is edited, wherever they stand."""
     monkeypatch.setattr(editor_module, "_compiled", lambda *_: pytest.fail("edited"))
     with pytest.raises(UserError, match=sentence):
         tiny.edit([noise(16, 16), noise(40, 16)], [ADD, instruction])
 
 
-@pytest.mark.parametrize("pictures, instructions, seeds", [(1, 2, None), (2, 1, None), (2, 2, 1)])
-def test_lists_of_different_lengths(tiny, pictures, instructions, seeds):
+@pytest.mark.parametrize("images, instructions, seeds", [(1, 2, None), (2, 1, None), (2, 2, 1)])
+def test_lists_of_different_lengths(tiny, images, instructions, seeds):
     seeds = None if seeds is None else [0] * seeds
-    sentence = f"{pictures} pictures, {instructions} instructions and .* seeds: give one of each"
+    sentence = f"{images} images, {instructions} instructions and .* seeds: give one of each"
     with pytest.raises(UserError, match=sentence):
-        tiny.edit([noise(16, 16)] * pictures, [ADD] * instructions, seeds)
+        tiny.edit([noise(16, 16)] * images, [ADD] * instructions, seeds)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
@@ -153,8 +153,8 @@ def test_guidance_of_more_scales_than_there_are(tiny):
         tiny.edit([noise(16, 16)], [ADD], sampling=SamplingConfig(guidance=(4.0, 3.0, 2.0, 1.0)))
 
 
-def test_pictures_that_cannot_be_read(tiny, tmp_path):
-    with pytest.raises(UserError, match="there is no picture .*none.png"):
+def test_images_that_cannot_be_read(tiny, tmp_path):
+    with pytest.raises(UserError, match="there is no image .*none.png"):
         tiny.edit([noise(16, 16), tmp_path / "none.png"], [ADD, ADD])
 
 
@@ -167,26 +167,26 @@ def assert_same(editor: Editor, config: EditorConfig, params: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(params, tmp_path_factory) -> pathlib.Path:
+def directory(params, tmp_path_factory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("weights") / "tiny"
-    save_folder(path, TINY, params, sampling=GREEDY)
+    save_directory(path, TINY, params, sampling=GREEDY)
     return path
 
 
-def test_folder_of_weights(folder, params):
-    for name in (folder, str(folder)):
+def test_directory_of_weights(directory, params):
+    for name in (directory, str(directory)):
         editor = Editor.load(name)
         assert_same(editor, TINY, params)
         assert editor.sampling == GREEDY
 
 
-def run_of(folder: pathlib.Path, **changes: Any) -> RunConfig:
+def run_of(directory: pathlib.Path, **changes: Any) -> RunConfig:
     data = DataConfig(text_tokens=16)
-    return RunConfig(name="r", model=TINY, data=data, sampling=GREEDY, tokenizer_weights=str(folder), **changes)
+    return RunConfig(name="r", model=TINY, data=data, sampling=GREEDY, tokenizer_weights=str(directory), **changes)
 
 
 def save_run(workdir: pathlib.Path, run: Any, params: Any) -> pathlib.Path:
-    """The working folder of a run that has saved one checkpoint."""
+    """The working directory of a run that has saved one checkpoint."""
     state = TrainState(
         step=jnp.int32(3), params=jax.tree.map(jnp.asarray, params), opt_state=optax.sgd(1e-3).init(params)
     )
@@ -197,9 +197,9 @@ def save_run(workdir: pathlib.Path, run: Any, params: Any) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def run(folder, params, tmp_path_factory) -> pathlib.Path:
+def run(directory, params, tmp_path_factory) -> pathlib.Path:
     trained = {part: params[part] for part in ("transformer", "text")}
-    return save_run(tmp_path_factory.mktemp("run"), run_of(folder, train_text=True), trained)
+    return save_run(tmp_path_factory.mktemp("run"), run_of(directory, train_text=True), trained)
 
 
 def test_run_that_trained_its_text_encoder(run, params):
@@ -208,23 +208,23 @@ def test_run_that_trained_its_text_encoder(run, params):
     assert editor.sampling == GREEDY
 
 
-def test_run_whose_frozen_parts_have_moved(folder, params, tmp_path):
+def test_run_whose_frozen_parts_have_moved(directory, params, tmp_path):
     """Their new places can be given; otherwise the sentence names the old one."""
     config = dataclasses.replace(run_of(tmp_path / "old"), text_weights=str(tmp_path / "older"))
     workdir = save_run(tmp_path / "run", config, {"transformer": params["transformer"]})
-    assert_same(Editor.load(workdir, tokenizer=str(folder), text=str(folder)), TINY, params)
+    assert_same(Editor.load(workdir, tokenizer=str(directory), text=str(directory)), TINY, params)
     with pytest.raises(UserError, match=r"/old holds no tokenizer weights \(tokenizer.safetensors is missing\)"):
         Editor.load(workdir)
     with pytest.raises(UserError, match="/older holds no text weights"):
-        Editor.load(workdir, tokenizer=str(folder))
+        Editor.load(workdir, tokenizer=str(directory))
 
 
-def test_missing_folder(tmp_path):
+def test_missing_directory(tmp_path):
     with pytest.raises(UserError, match="none is not .*has no config.json"):
         Editor.load(tmp_path / "none")
 
 
-def test_foreign_folders(tmp_path):
+def test_foreign_directories(tmp_path):
     (tmp_path / "a.txt").write_text("hello")
     with pytest.raises(UserError, match="it has no config.json"):
         Editor.load(tmp_path)
@@ -243,8 +243,8 @@ def test_run_of_a_tokenizer(tmp_path, params):
         Editor.load(workdir)
 
 
-def test_folder_of_a_tokenizer_alone(tmp_path, params):
-    save_folder(tmp_path / "tokenizer", TINY, {"tokenizer": params["tokenizer"]})
+def test_directory_of_a_tokenizer_alone(tmp_path, params):
+    save_directory(tmp_path / "tokenizer", TINY, {"tokenizer": params["tokenizer"]})
     with pytest.raises(UserError, match=r"holds no text weights \(text.safetensors is missing\)"):
         Editor.load(tmp_path / "tokenizer")
 
@@ -252,19 +252,19 @@ def test_folder_of_a_tokenizer_alone(tmp_path, params):
 def test_weights_of_another_preset(tmp_path, params):
     """The first tensor that differs, with both shapes."""
     other = dataclasses.replace(TINY, transformer=dataclasses.replace(TINY.transformer, width=64))
-    save_folder(tmp_path / "mixed", other, params)
+    save_directory(tmp_path / "mixed", other, params)
     with pytest.raises(UserError, match=r"transformer.safetensors is of another model: .* shape .*32.*expected .*64"):
         Editor.load(tmp_path / "mixed")
 
 
-def test_run_of_another_version(tmp_path, folder):
-    values = to_dict(run_of(folder)) | {"magic": 1}
+def test_run_of_another_version(tmp_path, directory):
+    values = to_dict(run_of(directory)) | {"magic": 1}
     write_config(tmp_path, values)
     with pytest.raises(UserError, match="does not describe a run of this version: RunConfig has no field 'magic'"):
         Editor.load(tmp_path)
 
 
-def test_run_without_a_checkpoint(tmp_path, folder):
-    write_config(tmp_path, to_dict(run_of(folder, train_text=True)))
-    with pytest.raises(UserError, match="is not the folder of a run with a checkpoint"):
+def test_run_without_a_checkpoint(tmp_path, directory):
+    write_config(tmp_path, to_dict(run_of(directory, train_text=True)))
+    with pytest.raises(UserError, match="is not the directory of a run with a checkpoint"):
         Editor.load(tmp_path)

@@ -51,7 +51,7 @@ def test_bits_are_one_with_their_probability(probability):
     found = np.asarray(choose_bits(log_odds(probability), SamplingConfig(), keys(0)))
     deviation = (probability * (1 - probability) / 10_000) ** 0.5
     assert abs(found.mean() - probability) < 4 * deviation
-    both = (found[:, :, 1:] & found[:, :, :-1]).mean()  # neighbours are independent
+    both = (found[:, :, 1:] & found[:, :, :-1]).mean()  # neighbors are independent
     assert abs(both - probability**2) < 0.02
 
 

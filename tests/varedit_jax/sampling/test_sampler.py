@@ -112,8 +112,8 @@ def test_greedy_bits_follow_from_the_teacher_forced_pass(run: Run) -> None:
         np.testing.assert_array_equal(bits[clear], (margin > 0)[clear])
 
 
-def test_a_seed_belongs_to_a_picture_not_to_its_place(lively: Callable, quick_jit: Callable) -> None:
-    """The same bits in another order and beside another picture; other bits from another seed."""
+def test_a_seed_belongs_to_a_image_not_to_its_place(lively: Callable, quick_jit: Callable) -> None:
+    """The same bits in another order and beside another image; other bits from another seed."""
     config = editor("sar", False)
     params = lively(abstract_params(config, "transformer", PYRAMID))
     sampling = SamplingConfig(guidance=1.0, temperature=1.0)

@@ -41,7 +41,7 @@ def slow_area(x: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 
 def slow_linear(x: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Bilinear interpolation at the centre of every output cell."""
+    """Bilinear interpolation at the center of every output cell."""
     (h, w), (rows, columns) = x.shape[1:3], grid
     out = np.zeros((len(x), rows, columns, x.shape[-1]))
     for i, j in itertools.product(range(rows), range(columns)):

@@ -135,7 +135,7 @@ def test_encoder_takes_pixels_in_the_models_range(autoencoder, quick_jit):
     np.testing.assert_allclose(found, encode(params, PIXELS.astype(np.float32) / 255 * 2 - 1), rtol=0, atol=1e-5)
 
 
-def test_bits_of_the_first_scales_decode_to_the_picture_so_far(autoencoder, quick_jit):
+def test_bits_of_the_first_scales_decode_to_the_image_so_far(autoencoder, quick_jit):
     params, _, decode = autoencoder
     config = editor()
     pyramid = editor_pyramid(config)

@@ -1,4 +1,4 @@
-"""A small run of the training loop, again and again in one folder, and what it leaves: for tests of the loop."""
+"""A small run of the training loop, again and again in one directory, and what it leaves: for tests of the loop."""
 
 import dataclasses
 import pathlib
@@ -61,7 +61,7 @@ def batches() -> grain.DatasetIterator:
 
 @dataclasses.dataclass
 class Run:
-    """A run that can be started again and again in one folder."""
+    """A run that can be started again and again in one directory."""
 
     workdir: pathlib.Path
     steps: int = 12

@@ -206,13 +206,13 @@ def test_restore_params(tmp_path: pathlib.Path) -> None:
 
 def test_restore_params_says_what_is_wrong(tmp_path: pathlib.Path) -> None:
     abstract = jax.eval_shape(make_state).params
-    with pytest.raises(UserError, match=r"there is no folder .*/nowhere"):
+    with pytest.raises(UserError, match=r"there is no directory .*/nowhere"):
         restore_params(tmp_path / "nowhere", abstract)
     foreign = tmp_path / "foreign"
     for name in ("model.safetensors", "vocab.json"):
         foreign.mkdir(exist_ok=True)
         (foreign / name).touch()
-    with pytest.raises(UserError, match=r"is not the folder of a run .* it holds model.safetensors, vocab.json"):
+    with pytest.raises(UserError, match=r"is not the directory of a run .* it holds model.safetensors, vocab.json"):
         restore_params(foreign, abstract)
     save(tmp_path / "run", 1, 2)
     with pytest.raises(UserError, match=r"has no checkpoint of step 5; it has 1, 2"):
@@ -247,7 +247,7 @@ def test_damaged_checkpoint(tmp_path: pathlib.Path) -> None:
     for path in (tmp_path / "checkpoints" / "2" / "state").rglob("*"):
         if path.is_file() and path.stat().st_size > 1_000_000:
             path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(UserError, match=r"checkpoints/2 cannot be read .* delete that folder to go on from"):
+    with pytest.raises(UserError, match=r"checkpoints/2 cannot be read .* delete that directory to go on from"):
         restore_params(tmp_path, jax.eval_shape(lambda: LONELY))
     shutil.rmtree(tmp_path / "checkpoints" / "2")
     assert_same(restore_params(tmp_path, jax.eval_shape(lambda: LONELY)), LONELY)
@@ -258,7 +258,7 @@ def test_checkpoint_without_its_index(tmp_path: pathlib.Path) -> None:
     (tmp_path / "checkpoints" / "1" / "state" / "_METADATA").write_text("{")
     with (
         Checkpoints(tmp_path) as checkpoints,
-        pytest.raises(UserError, match=r"checkpoints/1 cannot be read .* delete that folder to go on from"),
+        pytest.raises(UserError, match=r"checkpoints/1 cannot be read .* delete that directory to go on from"),
     ):
         checkpoints.restore(jax.eval_shape(make_state), make_iterator())
 
@@ -282,22 +282,22 @@ def test_other_number_of_processes(tmp_path: pathlib.Path) -> None:
             checkpoints.restore(jax.eval_shape(make_state), make_iterator())
 
 
-def test_folder_that_is_a_file(tmp_path: pathlib.Path) -> None:
+def test_directory_that_is_a_file(tmp_path: pathlib.Path) -> None:
     (tmp_path / "run").touch()
-    with pytest.raises(UserError, match=r"/run.* is a file, where the folder of a run should be"):
+    with pytest.raises(UserError, match=r"/run.* is a file, where the directory of a run should be"):
         Checkpoints(tmp_path / "run")
 
 
-def test_foreign_folder(tmp_path: pathlib.Path) -> None:
-    """Somebody else's folder is left alone."""
-    folder = tmp_path / "checkpoints"
-    (folder / "7" / "weights").mkdir(parents=True)
+def test_foreign_directory(tmp_path: pathlib.Path) -> None:
+    """Somebody else's directory is left alone."""
+    directory = tmp_path / "checkpoints"
+    (directory / "7" / "weights").mkdir(parents=True)
     with (
         Checkpoints(tmp_path) as checkpoints,
         pytest.raises(UserError, match=r"checkpoints/7 is no checkpoint of a run: it holds weights instead of state"),
     ):
         checkpoints.restore(jax.eval_shape(make_state), make_iterator())
-    (folder / "model.safetensors").touch()
+    (directory / "model.safetensors").touch()
     with pytest.raises(UserError, match=r"checkpoints/model.safetensors is no checkpoint; use another --workdir"):
         Checkpoints(tmp_path)
 
@@ -305,7 +305,7 @@ def test_foreign_folder(tmp_path: pathlib.Path) -> None:
 def test_a_nearly_full_disk_is_noticed_before_saving(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1)
     usage = collections.namedtuple("usage", "total used free")
-    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage(1000, 900, 100))
+    monkeypatch.setattr("shutil.disk_usage", lambda directory: usage(1000, 900, 100))
     with Checkpoints(tmp_path) as checkpoints:
         with pytest.raises(UserError, match=r"a checkpoint takes up to 0.0 MB, but only 0.0 MB are free in .* step 1"):
             checkpoints.save(2, make_state(seed=2), make_iterator())
@@ -334,7 +334,7 @@ def test_a_disk_that_fills_up_while_saving(tmp_path: pathlib.Path) -> None:
 
 def test_config_that_may_change_and_that_may_not(tmp_path: pathlib.Path) -> None:
     record = {"name": "a", "model": to_dict(preset("tiny")), "steps": 10, "data": {"seed": 0, "directory": ""}}
-    check_config(tmp_path, record)  # a new folder
+    check_config(tmp_path, record)  # a new directory
     write_config(tmp_path, record)
     assert read_config(tmp_path)["model"]["transformer"]["width"] == 32
     check_config(tmp_path, record)  # tuples of grids included
@@ -349,7 +349,7 @@ def test_config_that_may_change_and_that_may_not(tmp_path: pathlib.Path) -> None
 
 
 def test_config_that_cannot_be_read(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(UserError, match="is not the folder of a run: it has no config.json"):
+    with pytest.raises(UserError, match="is not the directory of a run: it has no config.json"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json cannot be read as JSON: Expecting property name"):

@@ -93,13 +93,13 @@ def run(sizes: dict[str, int]) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, np.ndarray]]:
     """Of every mesh, from a process that has eight devices."""
-    folder = tmp_path_factory.mktemp("sharded")
+    directory = tmp_path_factory.mktemp("sharded")
     environment = {**os.environ, "XLA_FLAGS": FLAGS}
     done = subprocess.run(
-        [sys.executable, __file__, str(folder)], env=environment, capture_output=True, text=True, timeout=600
+        [sys.executable, __file__, str(directory)], env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
-    return {name: dict(np.load(folder / f"{name}.npz")) for name in MESHES}
+    return {name: dict(np.load(directory / f"{name}.npz")) for name in MESHES}
 
 
 @pytest.mark.parametrize("name", [name for name in MESHES if name != "one"])

@@ -77,9 +77,9 @@ def test_encoders():
     """To the last operation; the published tokenizer and text encoder as well as the tiny ones."""
     for model in (TINY, dataclasses.replace(preset("125m"), pixel_budget="0.06M")):
         size = image_size(model, editor_pyramid(model))
-        encode = lambda params, pictures, model=model: encode_images(params, pictures, model)  # noqa: E731
-        pictures = jax.ShapeDtypeStruct((BATCH, *size, 3), jnp.uint8)
-        counted = count(encode, abstract_params(model, "tokenizer"), pictures)
+        encode = lambda params, images, model=model: encode_images(params, images, model)  # noqa: E731
+        images = jax.ShapeDtypeStruct((BATCH, *size, 3), jnp.uint8)
+        counted = count(encode, abstract_params(model, "tokenizer"), images)
         assert counted == BATCH * encoder_flops(model.tokenizer, size)
         encode_text = lambda params, *text, model=model: T5Encoder(model.text).apply({"params": params}, *text)  # noqa: E731
         ids = jax.ShapeDtypeStruct((BATCH, TEXT), jnp.int32), jax.ShapeDtypeStruct((BATCH,), jnp.int32)
@@ -174,7 +174,7 @@ def test_what_is_trained_counts_three_times():
     )
     assert ahead.tokenizer == 0 and ahead.training == frozen.training
     stage = run_flops(run_of(model), pyramid.first(2), pyramid)
-    assert stage.tokens == 4 + 5 and stage.tokenizer == frozen.tokenizer  # pictures are those of the whole pyramid
+    assert stage.tokens == 4 + 5 and stage.tokenizer == frozen.tokenizer  # images are those of the whole pyramid
 
 
 def test_counting():
@@ -190,14 +190,14 @@ def test_counting():
     mesh = jax.make_mesh((1,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
     split = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=jax.P("a"), out_specs=jax.P("a"))
     assert count(split, x) == product
-    pictures, kernel = floats(1, 8, 8, 3), floats(3, 3, 3, 5)
+    images, kernel = floats(1, 8, 8, 3), floats(3, 3, 3, 5)
     strided = lambda x, k: jnp.sum(  # noqa: E731
         jax.lax.conv_general_dilated(x, k, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
     )
     forward = 2 * 4 * 4 * 5 * 9 * 3
-    assert count(strided, pictures, kernel) == forward
-    assert count(jax.grad(strided, argnums=1), pictures, kernel) == forward
-    assert count(jax.grad(strided, argnums=0), pictures, kernel) == forward
+    assert count(strided, images, kernel) == forward
+    assert count(jax.grad(strided, argnums=1), images, kernel) == forward
+    assert count(jax.grad(strided, argnums=0), images, kernel) == forward
 
 
 def test_sharded_body_counts_every_shard():

@@ -110,10 +110,10 @@ PROGRAM = [sys.executable, "-m", "tests.varedit_jax.training.test_kills"]
 ROOT = pathlib.Path(__file__).parents[3]
 
 
-def run_here(folder: pathlib.Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_here(directory: pathlib.Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """The program, to its end."""
     return subprocess.run(
-        [*PROGRAM, str(folder), *arguments],
+        [*PROGRAM, str(directory), *arguments],
         cwd=ROOT,
         env=os.environ | environment,
         capture_output=True,
@@ -154,7 +154,7 @@ def test_killed_again_and_again(tmp_path: pathlib.Path) -> None:
     assert data_place(run.workdir, STEPS) == data_place(whole.workdir, STEPS)
 
 
-def be_killed(folder: pathlib.Path, phase: str, call: int, delay: float) -> None:
+def be_killed(directory: pathlib.Path, phase: str, call: int, delay: float) -> None:
     """For `test_killed_again_and_again`: a run that dies without farewell."""
     calls = 0
 
@@ -168,7 +168,7 @@ def be_killed(folder: pathlib.Path, phase: str, call: int, delay: float) -> None
 
         return wrapped
 
-    run = Run(folder)
+    run = Run(directory)
     if phase == "step":
         step = kill_in(run.arguments["step_fn"](0))
         run.arguments["step_fn"] = lambda number: step
@@ -205,7 +205,7 @@ def test_several_processes(tmp_path: pathlib.Path) -> None:
     assert "going on from the checkpoint of step 8" in done.stderr
 
 
-def one_of_two_processes(folder: pathlib.Path, port: str, index: int) -> None:
+def one_of_two_processes(directory: pathlib.Path, port: str, index: int) -> None:
     """For `test_several_processes`: gets a SIGTERM in an evaluation, if it is the second one."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=index)
@@ -222,19 +222,19 @@ def one_of_two_processes(folder: pathlib.Path, port: str, index: int) -> None:
 
     # Clocks of processes are not the same: only that of the first one counts.
     minutes = 1e-9 if index == 0 else 1e9
-    Run(folder, eval_every=4, save_every=5, save_minutes=minutes, keep=20)(evaluate=evaluate)
+    Run(directory, eval_every=4, save_every=5, save_minutes=minutes, keep=20)(evaluate=evaluate)
 
 
-def alone(folder: pathlib.Path) -> None:
+def alone(directory: pathlib.Path) -> None:
     """For `test_several_processes`: ends their run, and does it all alone."""
-    assert_same(Run(folder / "run")(), Run(folder / "whole")())
+    assert_same(Run(directory / "run")(), Run(directory / "whole")())
 
 
 if __name__ == "__main__":
-    _folder, _what, *_rest = sys.argv[1:]
+    _directory, _what, *_rest = sys.argv[1:]
     if _what == "process":
-        one_of_two_processes(pathlib.Path(_folder), _rest[0], int(_rest[1]))
+        one_of_two_processes(pathlib.Path(_directory), _rest[0], int(_rest[1]))
     elif _what == "alone":
-        alone(pathlib.Path(_folder))
+        alone(pathlib.Path(_directory))
     else:
-        be_killed(pathlib.Path(_folder), _rest[0], int(_rest[1]), float(_rest[2]))
+        be_killed(pathlib.Path(_directory), _rest[0], int(_rest[1]), float(_rest[2]))

@@ -78,17 +78,17 @@ def test_resuming_drops_what_comes_again(tmp_path: pathlib.Path) -> None:
     assert starts == [4]
 
 
-def test_pictures(tmp_path: pathlib.Path) -> None:
-    """A picture is a PNG file of its pixels, and an image in TensorBoard."""
-    picture = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+def test_images(tmp_path: pathlib.Path) -> None:
+    """An image is a PNG file of its pixels, and an image in TensorBoard."""
+    image = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
     ledger = Ledger(tmp_path, first_step=0, steps=10)
-    ledger.pictures(30, {"sheet": picture})
-    with pytest.raises(ValueError, match=r"picture 'flat' is uint8\[4, 6\], not uint8\[y, x, 3\]"):
-        ledger.pictures(30, {"flat": picture[..., 0]})
+    ledger.images(30, {"sheet": image})
+    with pytest.raises(ValueError, match=r"image 'flat' is uint8\[4, 6\], not uint8\[y, x, 3\]"):
+        ledger.images(30, {"flat": image[..., 0]})
     ledger.close()
-    np.testing.assert_array_equal(np.asarray(PIL.Image.open(tmp_path / "samples" / "sheet_0000030.png")), picture)
-    images = [value for event in board(tmp_path) for value in event.summary.value if value.HasField("image")]
-    assert [(image.tag, image.image.height, image.image.width) for image in images] == [("sheet", 4, 6)]
+    np.testing.assert_array_equal(np.asarray(PIL.Image.open(tmp_path / "samples" / "sheet_0000030.png")), image)
+    found = [value for event in board(tmp_path) for value in event.summary.value if value.HasField("image")]
+    assert [(value.tag, value.image.height, value.image.width) for value in found] == [("sheet", 4, 6)]
 
 
 def test_progress_off_a_terminal_is_a_line(tmp_path: pathlib.Path) -> None:
@@ -136,7 +136,7 @@ def test_a_full_disk_is_one_sentence(tmp_path: pathlib.Path, file: str) -> None:
         full.close()
 
 
-def test_a_folder_that_is_a_file(tmp_path: pathlib.Path) -> None:
+def test_a_directory_that_is_a_file(tmp_path: pathlib.Path) -> None:
     (tmp_path / "run").touch()
     with pytest.raises(UserError, match=r"writing in .*/run failed: File exists"):
         Ledger(tmp_path / "run", first_step=0, steps=10)

@@ -1,4 +1,4 @@
-"""A run's folder is for one run at a time."""
+"""A run's directory is for one run at a time."""
 
 import errno
 import os
@@ -59,10 +59,10 @@ def test_only_the_first_process_takes_it(tmp_path: pathlib.Path, monkeypatch: py
             pass
 
 
-def test_a_folder_that_cannot_be_made(tmp_path: pathlib.Path) -> None:
+def test_a_directory_that_cannot_be_made(tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").touch()
     with (
-        pytest.raises(UserError, match=r"/file is a file, where the folder of a run should be"),
+        pytest.raises(UserError, match=r"/file is a file, where the directory of a run should be"),
         Lock(tmp_path / "file"),
     ):
         pass

@@ -26,14 +26,14 @@ def traces(workdir: pathlib.Path) -> list[bytes]:
 def test_a_trace_has_the_named_regions(tmp_path):
     """One trace, of the steps asked for; the second half of the range is all that a resumed run traces."""
     x = function(jnp.ones((64, 64)))
-    for start, folder in ((0, "new"), (3, "resumed")):
-        profiler = Profiler(tmp_path / folder, 2, 4)
+    for start, directory in ((0, "new"), (3, "resumed")):
+        profiler = Profiler(tmp_path / directory, 2, 4)
         for step in range(start, 7):
             profiler.step(step, x)
-            assert bool(traces(tmp_path / folder)) == (step >= 4), "the trace is written when step 4 begins"
+            assert bool(traces(tmp_path / directory)) == (step >= 4), "the trace is written when step 4 begins"
             x = function(x)
         profiler.close(x)
-        (trace,) = traces(tmp_path / folder)
+        (trace,) = traces(tmp_path / directory)
         for region in (b"encode", b"optimizer"):
             assert b"jit(function)/" + region in trace
 
@@ -67,7 +67,7 @@ def test_steps_as_users_write_them():
             parse_steps(text)
 
 
-def test_a_folder_that_cannot_be_written(tmp_path):
+def test_a_directory_that_cannot_be_written(tmp_path):
     (tmp_path / PROFILE).touch()
     with pytest.raises(UserError, match=r"no profile can be written in .*/profile: File exists"):
         Profiler(tmp_path, 0, 1).step(0)

@@ -62,9 +62,9 @@ ARGUMENTS: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A run of 6 steps: state and inputs of step 4 are dumped, and those of 5, whose loss is NaN."""
-    folder = tmp_path_factory.mktemp("run")
+    directory = tmp_path_factory.mktemp("run")
     train(
-        workdir=folder,
+        workdir=directory,
         steps=6,
         init_state=init_state,
         batches=batches(),
@@ -73,7 +73,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         dump_step=4,
         **ARGUMENTS,
     )
-    return folder
+    return directory
 
 
 def test_a_replayed_step_is_the_one_of_the_run(workdir: pathlib.Path) -> None:
@@ -115,22 +115,22 @@ def test_not_every_bad_step_is_dumped(tmp_path: pathlib.Path) -> None:
     assert len(list((tmp_path / "replay").iterdir())) == MOST == 10
 
 
-def test_a_folder_that_cannot_be_replayed(workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    with pytest.raises(UserError, match=r"holds no inputs of a step; give a folder as RUN/replay/step_12"):
+def test_a_directory_that_cannot_be_replayed(workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match=r"holds no inputs of a step; give a directory as RUN/replay/step_12"):
         replay(workdir, **ARGUMENTS)
     inputs = Inputs(tmp_path)
     inputs.keep(3, {"x": np.zeros(2)})
     inputs.dump(3, "not finite")
-    folder = tmp_path / "replay" / "step_3"
+    directory = tmp_path / "replay" / "step_3"
     with pytest.raises(UserError, match="has no checkpoint of step 3 or before; make .* with --dump_step=3"):
-        replay(folder, **ARGUMENTS)
-    file = folder / "inputs_process_0-of-1.npz"
+        replay(directory, **ARGUMENTS)
+    file = directory / "inputs_process_0-of-1.npz"
     file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(UserError, match=r"inputs_process_0-of-1.npz cannot be read"):
-        read_inputs(folder)
-    file.rename(folder / "inputs_process_0-of-4.npz")
+        read_inputs(directory)
+    file.rename(directory / "inputs_process_0-of-4.npz")
     with pytest.raises(UserError, match=r"holds inputs_process_0-of-4.npz, but inputs_process_0-of-1.npz is needed"):
-        read_inputs(folder)
+        read_inputs(directory)
 
 
 def test_features_in_bfloat16_come_back(tmp_path: pathlib.Path) -> None:

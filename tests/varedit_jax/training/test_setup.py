@@ -19,7 +19,7 @@ from varedit_jax.training.setup import load_frozen, make_evaluate, start
 from varedit_jax.training.state import make_init
 from varedit_jax.training.step import make_loss
 from varedit_jax.weights import names
-from varedit_jax.weights.directory import save_folder
+from varedit_jax.weights.directory import save_directory
 
 TINY = preset("tiny")
 MODEL = dataclasses.replace(
@@ -34,11 +34,11 @@ OPTIMIZER = make_optimizer(RUN.optimizer, RUN.steps)
 
 @pytest.fixture(scope="module")
 def shipped(lively, tmp_path_factory):
-    """Weights of all parts, and their folder."""
+    """Weights of all parts, and their directory."""
     params = {part: lively(abstract_params(MODEL, part)) for part in ("tokenizer", "text", "transformer")}
-    folder = tmp_path_factory.mktemp("weights") / "editor"
-    save_folder(folder, MODEL, params)
-    return params, str(folder)
+    directory = tmp_path_factory.mktemp("weights") / "editor"
+    save_directory(directory, MODEL, params)
+    return params, str(directory)
 
 
 def load(run):
@@ -48,30 +48,30 @@ def load(run):
 
 def test_frozen_weights(shipped):
     """A run loads what it does not train, and nothing else."""
-    params, folder = shipped
-    frozen = load(dataclasses.replace(RUN, tokenizer_weights=folder))
+    params, directory = shipped
+    frozen = load(dataclasses.replace(RUN, tokenizer_weights=directory))
     jax.tree.map(np.testing.assert_array_equal, frozen, {"tokenizer": params["tokenizer"]})
-    frozen = load(dataclasses.replace(RUN, train_text=False, tokenizer_weights=folder, text_weights=folder))
+    frozen = load(dataclasses.replace(RUN, train_text=False, tokenizer_weights=directory, text_weights=directory))
     jax.tree.map(np.testing.assert_array_equal, frozen, {part: params[part] for part in ("tokenizer", "text")})
 
 
 def test_a_frozen_text_encoder_has_the_type_it_computes_in(shipped):
-    params, folder = shipped
-    run = dataclasses.replace(RUN, train_text=False, tokenizer_weights=folder, text_weights=folder)
+    params, directory = shipped
+    run = dataclasses.replace(RUN, train_text=False, tokenizer_weights=directory, text_weights=directory)
     frozen = load(dataclasses.replace(run, text_dtype="bfloat16"))
     assert {leaf.dtype for leaf in jax.tree.leaves(frozen["text"])} == {jnp.dtype("bfloat16")}
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y.astype(jnp.bfloat16)), frozen["text"], params["text"])
 
 
 def test_frozen_weights_that_do_not_fit(shipped):
-    _, folder = shipped
-    with pytest.raises(UserError, match="no tokenizer_weights; give --config.tokenizer_weights=FOLDER"):
+    _, directory = shipped
+    with pytest.raises(UserError, match="no tokenizer_weights; give --config.tokenizer_weights=DIRECTORY"):
         load(RUN)
-    with pytest.raises(UserError, match="no text_weights; give --config.text_weights=FOLDER"):
-        load(dataclasses.replace(RUN, train_text=False, tokenizer_weights=folder))
+    with pytest.raises(UserError, match="no text_weights; give --config.text_weights=DIRECTORY"):
+        load(dataclasses.replace(RUN, train_text=False, tokenizer_weights=directory))
     wide = dataclasses.replace(MODEL, tokenizer=dataclasses.replace(MODEL.tokenizer, base_channels=16))
     with pytest.raises(UserError, match="is of another model: .* has shape .* expected is"):
-        load(dataclasses.replace(RUN, model=wide, tokenizer_weights=folder))
+        load(dataclasses.replace(RUN, model=wide, tokenizer_weights=directory))
 
 
 @pytest.mark.parametrize("train_text", [True, False])
@@ -96,7 +96,7 @@ def test_seed_decides():
 
 def test_start(shipped):
     """What is trained comes from `init_from`; the rest is what `init` makes."""
-    params, folder = shipped
+    params, directory = shipped
     abstract = jax.eval_shape(make_init(RUN, OPTIMIZER))
 
     def ones():
@@ -104,17 +104,17 @@ def test_start(shipped):
 
     state = start(RUN, abstract, ones)
     jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf, np.ones_like(leaf)), state)
-    loaded = start(dataclasses.replace(RUN, init_from=folder), abstract, ones)
+    loaded = start(dataclasses.replace(RUN, init_from=directory), abstract, ones)
     trained = {part: params[part] for part in ("transformer", "text")}
     jax.tree.map(np.testing.assert_array_equal, loaded.params, trained)
     jax.tree.map(np.testing.assert_array_equal, loaded.replace(params=None), state.replace(params=None))
-    averaged = dataclasses.replace(RUN, init_from=folder, optimizer=OptimizerConfig(ema_decay=0.9))
+    averaged = dataclasses.replace(RUN, init_from=directory, optimizer=OptimizerConfig(ema_decay=0.9))
     abstract = abstract.replace(ema=abstract.params)
     averages = start(averaged, abstract, lambda: ones().replace(ema=ones().params)).ema
     jax.tree.map(np.testing.assert_array_equal, averages, trained)
     deeper = dataclasses.replace(MODEL, transformer=dataclasses.replace(MODEL.transformer, depth=3))
     with pytest.raises(UserError, match=r"cannot start from .*: transformer blocks/ada_gss \(there \[1, .* here \[2, "):
-        run = dataclasses.replace(RUN, model=deeper, init_from=folder)
+        run = dataclasses.replace(RUN, model=deeper, init_from=directory)
         start(run, jax.eval_shape(make_init(run, OPTIMIZER)), ones)
 
 
@@ -129,14 +129,14 @@ def test_start(shipped):
 )
 def test_start_from_a_model_that_differs_where_it_may(shipped, tokenizer, transformer, text, anew):
     """As a run starts from Infinity: what does not fit stays as initialized, the rest is loaded, the log lists both."""
-    params, folder = shipped
+    params, directory = shipped
     model = dataclasses.replace(
         MODEL,
         tokenizer=dataclasses.replace(MODEL.tokenizer, **tokenizer),
         text=dataclasses.replace(MODEL.text, **text),
         transformer=dataclasses.replace(MODEL.transformer, **transformer),
     )
-    run = dataclasses.replace(RUN, model=model, init_from=folder, train_text=False)
+    run = dataclasses.replace(RUN, model=model, init_from=directory, train_text=False)
     abstract = jax.eval_shape(make_init(run, OPTIMIZER))
     log: list[str] = []
     state = start(

@@ -151,16 +151,16 @@ def test_quiet_training_equals_evaluation(step, state, params, evaluate):
 
 
 def test_online_features_equal_precomputed(params, evaluate, quick_jit):
-    """Pictures encoded in the step, source and target each in its place, give the loss of features made ahead."""
+    """Images encoded in the step, source and target each in its place, give the loss of features made ahead."""
     draw = np.random.default_rng(1)
     side = PYRAMID.last[0] * MODEL.token_stride
-    pictures = {name: draw.integers(0, 256, (4, side, side, 3), np.uint8) for name in ("source", "target")}
+    images = {name: draw.integers(0, 256, (4, side, side, 3), np.uint8) for name in ("source", "target")}
     text = {name: value for name, value in batch_of().items() if name.startswith("text")}
     encode = quick_jit(lambda weights, images: encode_images(weights, images, MODEL))
-    ahead = {f"{name}_features": np.asarray(encode(params["tokenizer"], x)) for name, x in pictures.items()}
+    ahead = {f"{name}_features": np.asarray(encode(params["tokenizer"], x)) for name, x in images.items()}
     results = [
-        float(evaluate({"transformer": params["transformer"]}, params, text | images, KEY)[0])
-        for images in (pictures, ahead)
+        float(evaluate({"transformer": params["transformer"]}, params, text | sides, KEY)[0])
+        for sides in (images, ahead)
     ]
     assert results[0] == pytest.approx(results[1], rel=1e-5)
 

@@ -19,7 +19,7 @@ from varedit_jax.training import tokenizer_step
 from varedit_jax.training.optimizer import make_optimizer
 from varedit_jax.training.self_correction import draw_flips
 from varedit_jax.training.state import TrainState
-from varedit_jax.weights.directory import save_folder
+from varedit_jax.weights.directory import save_directory
 
 MODEL = dataclasses.replace(
     preset("tiny"),
@@ -60,11 +60,11 @@ def step(quick_jit):
 
 @pytest.fixture(scope="module")
 def forward(quick_jit):
-    """Features, residuals, unclipped and clipped output of pictures, put together by hand."""
+    """Features, residuals, unclipped and clipped output of images, put together by hand."""
 
-    def run(params, pictures):
+    def run(params, images):
         model = Autoencoder(MODEL.tokenizer)
-        features = model.apply({"params": params}, to_model_range(pictures), method=model.encode)
+        features = model.apply({"params": params}, to_model_range(images), method=model.encode)
         residuals = quantizer.quantize(features, CELLS)
         outputs = [model.apply({"params": params}, residuals.quantized, clip, method=model.decode) for clip in (0, 1)]
         return features, residuals, *outputs
@@ -73,15 +73,15 @@ def forward(quick_jit):
 
 
 def test_terms_and_their_weights(step, forward, params, batch):
-    """Both pictures of a pair are reconstructed; the loss is the weighted sum of the terms."""
-    pictures = np.concatenate([batch["source"], batch["target"]])
-    features, residuals, output, _ = (jax.device_get(x) for x in forward(params, pictures))
-    images = pictures.astype(np.float32) / 127.5 - 1
+    """Both images of a pair are reconstructed; the loss is the weighted sum of the terms."""
+    images = np.concatenate([batch["source"], batch["target"]])
+    features, residuals, output, _ = (jax.device_get(x) for x in forward(params, images))
+    scaled = images.astype(np.float32) / 127.5 - 1
     state, metrics = step(TrainState(step=np.int32(4), params=params, opt_state=SGD.init(params)), batch, KEY)
     assert int(state.step) == 5
     expected = {
-        "l1": np.abs(output - images).mean(),
-        "perceptual": ((output - images) ** 2).mean(),
+        "l1": np.abs(output - scaled).mean(),
+        "perceptual": ((output - scaled) ** 2).mean(),
         "commitment": ((features - residuals.quantized) ** 2).mean(),
         "bit_balance": [bits.mean() for bits in residuals.bits],
     }
@@ -121,12 +121,12 @@ def test_noise(params, batch, quick_jit):
     model = Autoencoder(MODEL.tokenizer)
     loss_fn = quick_jit(tokenizer_step.make_loss(dataclasses.replace(RUN, noise_max=0.3)))
 
-    def by_hand(params, images, key):
-        features = model.apply({"params": params}, images, method=model.encode)
+    def by_hand(params, scaled, key):
+        features = model.apply({"params": params}, scaled, method=model.encode)
         flips = draw_flips(jax.random.split(key)[0], 2, 4, CELLS, noise_scales=3, noise_max=0.3)
         quantized = quantizer.quantize(features, CELLS, flips).quantized
         output = model.apply({"params": params}, quantized, False, method=model.decode)
-        return jnp.mean(jnp.abs(output - images)), sum(jnp.sum(flip) for flip in flips)
+        return jnp.mean(jnp.abs(output - scaled)), sum(jnp.sum(flip) for flip in flips)
 
     by_hand = quick_jit(by_hand)
     found = []
@@ -144,23 +144,23 @@ def test_partial_share(params, batch, quick_jit):
     model = Autoencoder(MODEL.tokenizer)
     loss_fn = quick_jit(tokenizer_step.make_loss(dataclasses.replace(RUN, partial_share=0.5)))
 
-    def by_hand(params, images):
-        residuals = quantizer.quantize(model.apply({"params": params}, images, method=model.encode), CELLS)
+    def by_hand(params, scaled):
+        residuals = quantizer.quantize(model.apply({"params": params}, scaled, method=model.encode), CELLS)
         outputs = [model.apply({"params": params}, x, False, method=model.decode) for x in residuals.accumulated]
-        return jnp.stack([jnp.mean(jnp.abs(output - images), axis=(1, 2, 3)) for output in outputs])
+        return jnp.stack([jnp.mean(jnp.abs(output - scaled), axis=(1, 2, 3)) for output in outputs])
 
-    images = to_model_range(batch["source"])
-    errors_K2 = quick_jit(by_hand)(params, images)
+    scaled = to_model_range(batch["source"])
+    errors_K2 = quick_jit(by_hand)(params, scaled)
     pairs = {(a, b): (errors_K2[a, 0] + errors_K2[b, 1]) / 2 for a in range(3) for b in range(3)}
     found = set()
     for seed in range(12):
-        l1 = loss_fn(params, images, jax.random.key(seed))[1]["l1"]
+        l1 = loss_fn(params, scaled, jax.random.key(seed))[1]["l1"]
         found |= {pair for pair, value in pairs.items() if abs(float(value) - float(l1)) < 1e-5}
     assert found == {(1, 1), (1, 2), (2, 1), (2, 2)}
 
 
 def test_start(params, tmp_path):
-    """From `init` or from a folder, with a fresh optimizer state."""
+    """From `init` or from a directory, with a fresh optimizer state."""
     optimizer = make_optimizer(RUN.optimizer, 10)
     abstract = jax.eval_shape(tokenizer_step.make_init(RUN, optimizer))
     assert abstract.params == abstract_params(MODEL, "tokenizer")
@@ -169,7 +169,7 @@ def test_start(params, tmp_path):
         return jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), abstract)
 
     jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf, np.ones_like(leaf)), tokenizer_step.start(RUN, ones))
-    save_folder(tmp_path / "shipped", MODEL, {"tokenizer": params})
+    save_directory(tmp_path / "shipped", MODEL, {"tokenizer": params})
     config = dataclasses.replace(RUN, init_from=str(tmp_path / "shipped"))
     jax.tree.map(np.testing.assert_array_equal, tokenizer_step.start(config, ones).params, params)
     with pytest.raises(UserError, match="nowhere holds no tokenizer weights"):

@@ -158,7 +158,7 @@ def test_what_a_logged_line_has(tmp_path: pathlib.Path) -> None:
 
 
 def test_another_configuration_is_refused(tmp_path: pathlib.Path) -> None:
-    """A run's folder is for that run."""
+    """A run's directory is for that run."""
     Run(tmp_path)(stop_after=1)
     with pytest.raises(UserError, match="with model.width = 300, but this one has 400; use another --workdir"):
         Run(tmp_path, record={"model": {"width": 400}, "steps": 12})()
@@ -232,7 +232,7 @@ def test_a_new_shape_is_compiled_and_not_a_slow_step(tmp_path: pathlib.Path, mon
     assert kinds == ["compile", "step", "compile", "step", "step"]
 
 
-def test_a_folder_in_use(tmp_path: pathlib.Path) -> None:
+def test_a_directory_in_use(tmp_path: pathlib.Path) -> None:
     """A second run in it is refused while the first one lasts."""
 
     def evaluate(state: TrainState) -> dict[str, Any]:

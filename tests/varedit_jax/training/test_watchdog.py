@@ -23,10 +23,10 @@ with Watchdog(1 / 60, sys.argv[1]) as watchdog:
 """
 
 
-def hang(folder: pathlib.Path, how: str, in_thread: bool = False) -> subprocess.CompletedProcess[str]:
+def hang(directory: pathlib.Path, how: str, in_thread: bool = False) -> subprocess.CompletedProcess[str]:
     """A process that hangs."""
     return subprocess.run(
-        [sys.executable, "-c", HANGING.format(hang=how, in_thread=in_thread), str(folder)],
+        [sys.executable, "-c", HANGING.format(hang=how, in_thread=in_thread), str(directory)],
         capture_output=True,
         text=True,
         timeout=60,

@@ -16,7 +16,7 @@ import pytest
 from varedit_jax.config import preset
 from varedit_jax.parameters import abstract_params, init_transformer
 from varedit_jax.scales import Pyramid
-from varedit_jax.transformer.model import Transformer, centre_features
+from varedit_jax.transformer.model import Transformer, center_features
 
 # Oblong, and below its full schedule, so that positions follow the released layout.
 PYRAMID = Pyramid(((1, 1), (2, 3), (4, 5)), ((1, 1), (2, 3), (4, 5), (8, 10)))
@@ -272,15 +272,15 @@ def test_absolute_positions_add_a_map_of_where_a_token_lies(params):
     places, of_source = model.apply(variables, method=lambda m: (m._places(range(3)), m._places(range(2, 3))))
     levels = np.asarray(params["level_embed"])
     for scale, tokens in enumerate(TARGETS):
-        wanted = levels[scale][None] + centre_features(PYRAMID.grids[scale]) @ kernel
+        wanted = levels[scale][None] + center_features(PYRAMID.grids[scale]) @ kernel
         np.testing.assert_allclose(places[0, tokens], wanted, rtol=0, atol=1e-5)
     np.testing.assert_array_equal(of_source[0], places[0, TARGETS[2]])
 
 
-def test_features_of_centres():
+def test_features_of_centers():
     """Of one token, of the place and not the grid, and different for any two tokens of a published grid."""
-    np.testing.assert_allclose(centre_features((1, 1)), [[0] * 8 + [1] * 8])
-    fine, coarse = centre_features((6, 9)).reshape(6, 9, 16), centre_features((2, 3)).reshape(2, 3, 16)
+    np.testing.assert_allclose(center_features((1, 1)), [[0] * 8 + [1] * 8])
+    fine, coarse = center_features((6, 9)).reshape(6, 9, 16), center_features((2, 3)).reshape(2, 3, 16)
     np.testing.assert_allclose(fine[1::3, 1::3], coarse, atol=1e-6)
-    features = centre_features((64, 64))
+    features = center_features((64, 64))
     assert len(np.unique(features.round(4), axis=0)) == 64 * 64

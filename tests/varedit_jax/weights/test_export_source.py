@@ -26,22 +26,22 @@ RUN = RunConfig(
 )
 
 
-def saved(folder: pathlib.Path, run: RunConfig, params: Any, ema: Any) -> pathlib.Path:
-    """The folder of a run with one checkpoint."""
-    write_config(folder, to_dict(run))
+def saved(directory: pathlib.Path, run: RunConfig, params: Any, ema: Any) -> pathlib.Path:
+    """The directory of a run with one checkpoint."""
+    write_config(directory, to_dict(run))
     iterator = iter(grain.MapDataset.range(8).to_iter_dataset())
-    with Checkpoints(folder) as checkpoints:
+    with Checkpoints(directory) as checkpoints:
         state = TrainState(step=jnp.int32(3), params=params, opt_state={"count": jnp.int32(3)}, ema=ema)
         checkpoints.save(3, state, iterator)
-    return folder
+    return directory
 
 
 def test_a_run_gives_its_parameters_or_their_average(tmp_path: pathlib.Path, lively: Any) -> None:
     params = {"transformer": jax.device_put(lively(abstract_params(RUN.model, "transformer")))}
     average = jax.tree.map(lambda x: x + 1, params)
-    folder = saved(tmp_path / "run", RUN, params, average)
+    directory = saved(tmp_path / "run", RUN, params, average)
     for weights, wanted in (("model", params), ("ema", average)):
-        convert.to_folder(open_source(folder, weights=weights), tmp_path / weights, "float32", quiet=True)
+        convert.to_directory(open_source(directory, weights=weights), tmp_path / weights, "float32", quiet=True)
         found = safetensors.numpy.load_file(tmp_path / weights / "transformer.safetensors")
         assert found.keys() == names.flat(wanted["transformer"]).keys()
         for path, value in names.flat(wanted["transformer"]).items():
@@ -49,7 +49,7 @@ def test_a_run_gives_its_parameters_or_their_average(tmp_path: pathlib.Path, liv
 
 
 def test_an_average_that_nobody_kept_is_one_sentence(tmp_path: pathlib.Path, lively: Any) -> None:
-    """By the run's configuration, or because the checkpoint is of before it was switched on; a folder never has one."""
+    """By the run's configuration, or because the checkpoint is older than the switch; a directory never has one."""
     params = {"transformer": jax.device_put(lively(abstract_params(RUN.model, "transformer")))}
     without = dataclasses.replace(RUN, optimizer=OptimizerConfig())
     with pytest.raises(UserError, match="holds no average of its parameters; only a run with optimizer.ema_decay"):
@@ -57,6 +57,6 @@ def test_an_average_that_nobody_kept_is_one_sentence(tmp_path: pathlib.Path, liv
     source = open_source(saved(tmp_path / "before", RUN, params, None), weights="ema")
     with pytest.raises(UserError, match="holds no average of its transformer"):
         source.open("transformer")
-    convert.to_folder(open_source(tmp_path / "without"), tmp_path / "folder", "float32", quiet=True)
+    convert.to_directory(open_source(tmp_path / "without"), tmp_path / "directory", "float32", quiet=True)
     with pytest.raises(UserError, match="holds no average of its parameters"):
-        open_source(tmp_path / "folder", weights="ema")
+        open_source(tmp_path / "directory", weights="ema")

@@ -37,9 +37,9 @@ def archive(pickle_bytes: bytes, storage: bytes, names: tuple[str, str] = ("data
     return file.getvalue()
 
 
-def read(folder: pathlib.Path, content: bytes, name: str = "weights.pth") -> dict[str, np.ndarray]:
-    (folder / name).write_bytes(content)
-    return read_state_dict(folder / name)
+def read(directory: pathlib.Path, content: bytes, name: str = "weights.pth") -> dict[str, np.ndarray]:
+    (directory / name).write_bytes(content)
+    return read_state_dict(directory / name)
 
 
 VALUES = np.arange(6, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Made pictures, good ones and ones that are damaged in every way."""
+"""Made images, good ones and ones that are damaged in every way."""
 
 import io
 import struct
@@ -20,8 +20,8 @@ def encoded(size: tuple[int, int] = (40, 30), kind: str = "JPEG", seed: int = 0,
 
 def frames() -> bytes:
     file = io.BytesIO()
-    pictures = [Image.new("L", (40, 30), level) for level in (0, 200)]
-    pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:])
+    images = [Image.new("L", (40, 30), level) for level in (0, 200)]
+    images[0].save(file, "GIF", save_all=True, append_images=images[1:])
     return file.getvalue()
 
 
@@ -44,8 +44,8 @@ def damaged_png() -> bytes:
 
 DAMAGE = {
     "empty": (b"", Fault.EMPTY),
-    "page instead of a picture": (b"<html>404 Not Found</html>", Fault.NOT_A_PICTURE),
-    "script that PIL could run": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n", Fault.NOT_A_PICTURE),
+    "page instead of an image": (b"<html>404 Not Found</html>", Fault.NOT_A_IMAGE),
+    "script that PIL could run": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n", Fault.NOT_A_IMAGE),
     "JPEG cut short": (encoded()[:700], Fault.TRUNCATED),
     "PNG cut short": (encoded(kind="PNG")[:900], Fault.TRUNCATED),
     "bytes lost in a PNG": (damaged_png(), Fault.DECODING),
