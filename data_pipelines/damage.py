@@ -32,7 +32,7 @@ class Fault(enum.StrEnum):
     """Why a record cannot be used."""
 
     EMPTY = "empty file"
-    NOT_A_IMAGE = "not an image"
+    NOT_AN_IMAGE = "not an image"
     TRUNCATED = "cut short"
     DECODING = "damaged image"
     BOMB = "too many pixels"
@@ -64,7 +64,7 @@ def open_image(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=[kind for kind in READABLE if kind in Image.OPEN])
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     except UnidentifiedImageError:
-        raise Damaged(Fault.NOT_A_IMAGE, f"{len(data)} bytes that begin with {data[:12]!r}") from None
+        raise Damaged(Fault.NOT_AN_IMAGE, f"{len(data)} bytes that begin with {data[:12]!r}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # the latter where warnings are errors
         raise Damaged(Fault.BOMB, "hundreds of millions") from None
     except Exception as error:  # decoders meet damaged headers with every kind of exception

@@ -44,8 +44,8 @@ def damaged_png() -> bytes:
 
 DAMAGE = {
     "empty": (b"", Fault.EMPTY),
-    "page instead of an image": (b"<html>404 Not Found</html>", Fault.NOT_A_IMAGE),
-    "script that PIL could run": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n", Fault.NOT_A_IMAGE),
+    "page instead of an image": (b"<html>404 Not Found</html>", Fault.NOT_AN_IMAGE),
+    "script that PIL could run": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n", Fault.NOT_AN_IMAGE),
     "JPEG cut short": (encoded()[:700], Fault.TRUNCATED),
     "PNG cut short": (encoded(kind="PNG")[:900], Fault.TRUNCATED),
     "bytes lost in a PNG": (damaged_png(), Fault.DECODING),

@@ -44,7 +44,7 @@ def test_files_of_version_1_are_read() -> None:
 
 def test_fields_that_an_older_writer_lacks_get_their_defaults_and_those_a_newer_one_added_are_passed_over() -> None:
     values = msgpack.unpackb(VERSION_1)
-    for name in ("kind", "turn", "scores", "mask", "license", "original"):
+    for name in ("kind", "turn", "scores", "mask", "licence", "picture"):
         del values[name]
     older = decode(msgpack.packb(values | {"camera": "added later"}))
     assert older == Record(
