@@ -102,6 +102,14 @@ def test_links_lead_to_files_and_headings(page: pathlib.Path) -> None:
     assert not broken
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_named_files_of_code_are_there(page: pathlib.Path) -> None:
+    """`training/optimizer.py`, by any ending of its path."""
+    files = [f"/{name_of(path)}" for package in (*PACKAGES, "tests") for path in (ROOT / package).rglob("*.py")]
+    named = re.findall(r"`((?:\w+/)*\w+\.py)`", page.read_text())
+    assert not [name for name in named if not any(file.endswith(f"/{name}") for file in files)]
+
+
 @functools.cache
 def module_file(module: str) -> pathlib.Path | None:
     path = ROOT.joinpath(*module.split("."))
@@ -195,3 +203,32 @@ def test_broken_commands_are_seen() -> None:
     assert unknown_flags(arguments, flags_of(module)) == ["colour"]
     assert unknown_flags("--config.data.flop=1 --config.mesh.fsdp=2", frozenset()) == ["config.data.flop"]
     assert module_file("experiments.nothing") is None
+
+
+@functools.cache
+def sentences() -> frozenset[str]:
+    """All strings of the packages, with `…` where a value is put in; the Makefile as one."""
+    found = {(ROOT / "Makefile").read_text()}
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.JoinedStr):
+                    pieces = [piece.value if isinstance(piece, ast.Constant) else "…" for piece in node.values]
+                    found.add("".join(map(str, pieces)))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found.add(node.value)
+    return frozenset(found)
+
+
+def is_said(quoted: str) -> bool:
+    """Whether a program says this; `…` is anything."""
+    pattern = re.compile(".*".join(re.escape(piece.strip()) for piece in quoted.split("…")), re.S)
+    return any(pattern.search(sentence) for sentence in sentences())
+
+
+def test_errors_quoted_by_symptom_are_said() -> None:
+    rows = re.findall(r"^\| ([^|]*`[^|]*) \|", (ROOT / "docs" / "errors.md").read_text(), re.M)
+    quoted = [text for row in rows for text in re.findall(r"`([^`]+)`", row)]
+    assert len(quoted) > 50
+    assert not [text for text in quoted if not is_said(text)]
+    assert not is_said("… is broken in a way that nobody says")
