@@ -57,7 +57,9 @@ def _result(conditioning: str, seed: int) -> dict[str, float]:
         )
     lines = read_metrics(workdir)
     held_out = next(line for line in reversed(lines) if "eval/loss" in line)
-    whole = sum(steps for steps, _ in _RUN.stages) + _RUN.log_every  # the first report after the stages compiles
+    whole = (
+        sum(steps for steps, _ in _RUN.stages) + _RUN.cadence.log_every
+    )  # the first report after the stages compiles
     seconds = [line["time/step_seconds"] for line in lines if "time/step_seconds" in line and line["step"] > whole]
     return {
         "loss": held_out["eval/loss"],

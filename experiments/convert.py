@@ -15,6 +15,7 @@ output appears complete or not at all, with a manifest of the SHA-256 of every t
 
 import resource
 import time
+from typing import Any
 
 from absl import flags
 
@@ -40,7 +41,7 @@ _WEIGHTS = flags.DEFINE_enum(
 _TOKENIZER_WEIGHTS = flags.DEFINE_enum("tokenizer_weights", "model", ["model", "ema"], "which weights of its file")
 _FAMILY = flags.DEFINE_enum("family", None, list(FAMILIES), "whose transformer; by the file's name if it says so")
 _ROPE = flags.DEFINE_enum("rope_layout", None, ["released", "paper"], "positions; by the family if not given")
-_BUDGET = flags.DEFINE_enum(
+_BUDGET: flags.FlagHolder[Any] = flags.DEFINE_enum(
     "pixel_budget",
     None,
     list(PIXEL_BUDGETS),

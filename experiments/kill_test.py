@@ -99,8 +99,8 @@ def start(workdir: pathlib.Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "experiments.train", f"--config={CARD}", f"--workdir={workdir}"]
     values = {
         "steps": _STEPS.value,
-        "save_every": SAVE_EVERY,
-        "keep_checkpoints": 2,
+        "cadence.save_every": SAVE_EVERY,
+        "cadence.keep_checkpoints": 2,
         "data.directory": workdir.parent / "data",
     }
     command += [f"--config.{name}={value}" for name, value in values.items()]

@@ -53,11 +53,11 @@ def settings(directory: pathlib.Path, steps: int) -> dict[str, object]:
         "optimizer.learning_rate": 1e-4,
         "data.batch_size": 16,
         "data.directory": directory / "data",
-        "eval_every": 0,
-        "sample_every": 0,
+        "cadence.eval_every": 0,
+        "cadence.sample_every": 0,
         "steps": steps,
-        "save_every": SAVE_EVERY,
-        "keep_checkpoints": 2,
+        "cadence.save_every": SAVE_EVERY,
+        "cadence.keep_checkpoints": 2,
         "guard.hang_minutes": 20.0,
     }
 

@@ -114,7 +114,7 @@ def _train(config: RunConfig) -> None:
             data_metrics=batches.metrics,
             put=run.put,
             run_record=to_dict(config),
-            cadence=trainer.Cadence.of(config),
+            cadence=config.cadence,
             evaluate=evaluate,
             sample=sample,
             learning_rate=learning_rate(config.optimizer, config.steps),

@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
         batches=loader.training_batches(config.data, Vocabulary.load(), loader.open_split(config.data, "train")),
         put=jax.device_put,
         run_record=to_dict(config),
-        cadence=trainer.Cadence.of(config),
+        cadence=config.cadence,
         sample=sample,
         learning_rate=learning_rate(config.optimizer, config.steps),
         guard=config.guard,

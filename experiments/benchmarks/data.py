@@ -30,7 +30,7 @@ from data_pipelines.record import Record
 from data_pipelines.shards import Records, ShardWriter, shard_path, write_index
 from experiments import program
 from experiments.benchmarks import data_peer as peer
-from varedit_jax.config import DataConfig, EditorConfig
+from varedit_jax.config import DataConfig, EditorConfig, PixelBudget
 from varedit_jax.errors import UserError
 from varedit_jax.scales import aspect_templates
 from varedit_jax.text.vocabulary import Vocabulary
@@ -85,7 +85,7 @@ def _make_pairs(directory: pathlib.Path, shards: int = 4) -> None:
     write_index(directory / "records")
 
 
-def _open(directory: pathlib.Path, budget: str, **fields: Any) -> loader.Batches:
+def _open(directory: pathlib.Path, budget: PixelBudget, **fields: Any) -> loader.Batches:
     mixture = ((str(directory), 1.0),)
     data = DataConfig(
         name="records", mixture=mixture, batch_size=BATCH, text_tokens=64, prefetch_batches=AHEAD, **fields
@@ -94,7 +94,7 @@ def _open(directory: pathlib.Path, budget: str, **fields: Any) -> loader.Batches
     return loader.training_batches(data, Vocabulary.load(), source)
 
 
-def _turn(kind: str, budget: str) -> dict[str, float]:
+def _turn(kind: str, budget: Any) -> dict[str, float]:
     """One contestant's turn, of ours."""
     fields = {"read_threads": CORES} if kind == "threads" else {"read_threads": 1, "workers": CORES}
     batches = _open(pathlib.Path(_DIRECTORY.value) / "records", budget, **fields)

@@ -31,7 +31,7 @@ from varedit_jax.scales import editor_pyramid, image_size
 from varedit_jax.training.flops import CONVENTION, run_flops
 
 WHAT = ("train", "edit", "attention", "remat")
-BUDGETS = {256: "0.06M", 512: "0.25M", 768: "0.60M", 1024: "1M"}
+BUDGETS: dict[int, config_lib.PixelBudget] = {256: "0.06M", 512: "0.25M", 768: "0.60M", 1024: "1M"}
 
 _PRESET = flags.DEFINE_enum("preset", "tiny", config_lib.PRESETS, "size of the editor")
 _DEPTH = flags.DEFINE_integer("depth", None, "blocks, instead of the preset's", lower_bound=1)

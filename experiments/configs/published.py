@@ -16,6 +16,8 @@ from varedit_jax.config import (
     LossConfig,
     MeshConfig,
     OptimizerConfig,
+    PixelBudget,
+    RematName,
     RunConfig,
     TransformerConfig,
     preset,
@@ -47,7 +49,7 @@ class Layout:
     accumulation: int  # microbatches a step
     tensor: int = 1
     data: int = 1  # copies of the parameters
-    saved: tuple[str, ...] = TransformerConfig.remat_saved  # of a block's activations; the others are made again
+    saved: tuple[RematName, ...] = TransformerConfig.remat_saved  # of a block's activations; the others are made again
 
 
 # By card and machine. What memory there is keeps activations: on v5p and H100, and of 2B on v6e, all that have a name,
@@ -92,7 +94,7 @@ MIXTURE = (("seed_data_edit", 1.0), ("imgedit", 1.0))
 def card(
     name: str,
     size: str,
-    pixel_budget: str,
+    pixel_budget: PixelBudget,
     *,
     steps: int,
     batch_size: int,

@@ -10,6 +10,7 @@ its second stage `coarse`, and `tokenizer_tiny`. results/shapes.md has the figur
 import dataclasses
 
 from varedit_jax.config import (
+    Cadence,
     DataConfig,
     EditorConfig,
     LossConfig,
@@ -109,11 +110,8 @@ def _editor(name: str, coarse: int, middle: int, fine: int, train_examples: int)
         stages=((coarse, 2), (middle, 3)),
         train_text=True,
         tokenizer_weights=SHIPPED,
-        sample_every=5000,
-        eval_every=1000,
         eval_batches=20,
-        save_every=2000,
-        log_every=50,
+        cadence=Cadence(log_every=50, sample_every=5000, eval_every=1000, save_every=2000),
     )
 
 
@@ -121,14 +119,16 @@ def get_config(variant: str = "demo") -> RunConfig | TokenizerRunConfig:
     """The card; see the module's docstring for the variants."""
     if variant == "demo":
         run = _editor("shapes_demo", coarse=1300, middle=420, fine=320, train_examples=16000)
-        return dataclasses.replace(run, sample_every=1000, eval_every=800, eval_batches=5)
+        cadence = dataclasses.replace(run.cadence, sample_every=1000, eval_every=800)
+        return dataclasses.replace(run, cadence=cadence, eval_batches=5)
     if variant == "full":
         return _editor("shapes", coarse=3000, middle=800, fine=1000, train_examples=32000)
     if variant == "compare":
         run = _editor("shapes_compare", coarse=600, middle=150, fine=200, train_examples=16000)
         transformer = dataclasses.replace(MODEL.transformer, depth=3, width=64, heads=2)
         model = dataclasses.replace(MODEL, transformer=transformer)
-        return dataclasses.replace(run, model=model, sample_every=0, eval_every=run.steps)
+        cadence = dataclasses.replace(run.cadence, sample_every=0, eval_every=run.steps)
+        return dataclasses.replace(run, model=model, cadence=cadence)
     short = OptimizerConfig(learning_rate=1e-3)
     tiny_data = dataclasses.replace(DATA, train_examples=128, eval_examples=64, batch_size=8)
     if variant == "tiny":
@@ -139,16 +139,15 @@ def get_config(variant: str = "demo") -> RunConfig | TokenizerRunConfig:
             optimizer=short,
             data=tiny_data,
             eval_batches=1,
-            eval_every=0,
-            sample_every=0,
-            save_every=3,
-            log_every=1,
+            cadence=Cadence(log_every=1, sample_every=0, eval_every=0, save_every=3),
         )
     if variant == "tokenizer":
         return _tokenizer()
     if variant == "coarse":
         return _coarse()
+    first = _tokenizer()
     data = dataclasses.replace(tiny_data, features="online")
+    cadence = dataclasses.replace(first.cadence, sample_every=0)
     return dataclasses.replace(
-        _tokenizer(), name="shapes_tokenizer_tiny", optimizer=short, data=data, steps=4, sample_every=0
+        first, name="shapes_tokenizer_tiny", optimizer=short, data=data, cadence=cadence, steps=4
     )

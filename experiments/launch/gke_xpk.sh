@@ -24,4 +24,4 @@ exec xpk workload create --workload="$RUN" --cluster="$CLUSTER" --project="$PROJ
     --config.mesh.data=$((COPIES * SLICES)) --config.mesh.fsdp=-1 \
     --config.tokenizer_weights=$DISK/weights/bsq_14bit --config.text_weights=$DISK/weights/flan_t5_xl \
     --config.init_from=$DISK/weights/infinity_8b --config.data.directory=$DISK/data \
-    --config.save_minutes=15 --config.guard.hang_minutes=30"
+    --config.cadence.save_minutes=15 --config.guard.hang_minutes=30"

@@ -45,7 +45,7 @@ train() {
     --config=$CARD --workdir=/disk/runs/$RUN \
     --config.tokenizer_weights=/disk/weights/bsq_14bit --config.text_weights=/disk/weights/flan_t5_xl \
     --config.init_from=/disk/weights/infinity_8b --config.data.directory=/disk/data \
-    --config.save_minutes=15 --config.guard.hang_minutes=30"
+    --config.cadence.save_minutes=15 --config.guard.hang_minutes=30"
 }
 
 # A machine that is gone is made again. One that is there and fails three times in a row, within ten minutes each, has

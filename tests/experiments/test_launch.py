@@ -31,7 +31,7 @@ def test_cards_variants_and_fields_exist(name: str) -> None:
         card = f"{ROOT / path}:{variant}" if variant else str(ROOT / path)
         assert isinstance(program._load_card(card, RunConfig), RunConfig)
     fields = set(re.findall(r"--config\.([\w.]*\w)=", text))
-    assert {"init_from", "save_minutes", "guard.hang_minutes"} <= fields
+    assert {"init_from", "cadence.save_minutes", "guard.hang_minutes"} <= fields
     for field in fields:
         program._check_name(field, RunConfig)
 

@@ -16,7 +16,7 @@ from varedit_jax.weights.run_directory import checkpoint_steps
 
 ROOT = pathlib.Path(__file__).parents[2]
 # Two scales alone, which compile quickly.
-COMMON = ("--config=experiments/configs/shapes.py:tiny", "--config.stages=((5, 2),)", "--config.save_every=2")
+COMMON = ("--config=experiments/configs/shapes.py:tiny", "--config.stages=((5, 2),)", "--config.cadence.save_every=2")
 MESH = ("--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
 FOUR = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
 

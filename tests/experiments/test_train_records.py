@@ -78,7 +78,12 @@ def test_records_train_an_editor_of_several_aspects(prepared: pathlib.Path, tmp_
         "--config.data.batch_size=4",
         "--config.data.bad_share=0.1",
         *("--config.model.grids=()", "--config.model.position_scale=1", "--config.model.pixel_budget=0.06M"),
-        *("--config.steps=6", "--config.log_every=1", "--config.eval_every=0", "--config.sample_every=0"),
+        *(
+            "--config.steps=6",
+            "--config.cadence.log_every=1",
+            "--config.cadence.eval_every=0",
+            "--config.cadence.sample_every=0",
+        ),
     )
     lines = [line for line in read_metrics(workdir) if "loss" in line]
     assert [line["step"] for line in lines] == list(range(6))

@@ -14,13 +14,13 @@ import os
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import ml_dtypes
 import numpy as np
 
 import varedit_jax
-from varedit_jax.config import EditorConfig, RopeLayout, SamplingConfig, to_dict
+from varedit_jax.config import EditorConfig, PixelBudget, RopeLayout, SamplingConfig, to_dict
 from varedit_jax.conversion import infer_config, stream
 from varedit_jax.conversion.model_card import model_card
 from varedit_jax.conversion.writer import Planned, PthFile, SafetensorsFile, TensorFile, safetensors_shards, shard_index
@@ -54,7 +54,8 @@ class Published:
     tokenizer_weights: str = "model"  # likewise, of a tokenizer's file
     family: str = ""  # varedit or infinity; "": as the name of the transformer's file or directory says
     rope_layout: str = ""  # released or paper; "": what the family needs
-    pixel_budget: str = ""  # "": as the name of the transformer's file or directory says, 0.25M if it does not
+    # "": as the name of the transformer's file or directory says, 0.25M if it does not
+    pixel_budget: PixelBudget | Literal[""] = ""
 
 
 class _Opened(NamedTuple):

@@ -4,12 +4,13 @@ import collections
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from varedit_jax.config import (
     TOKENIZER_14BIT,
     TOKENIZER_32BIT,
     EditorConfig,
+    PixelBudget,
     RopeLayout,
     TextConfig,
     TokenizerConfig,
@@ -21,7 +22,7 @@ from varedit_jax.weights import names
 Shapes = Mapping[str, tuple[int, ...]]  # published name -> shape
 
 FAMILIES: dict[str, RopeLayout] = {"varedit": "released", "infinity": "paper"}
-_PIXEL_BUDGETS = {"256": "0.06M", "512": "0.25M", "1024": "1M"}  # by the side of a square image
+_PIXEL_BUDGETS: dict[str, PixelBudget] = {"256": "0.06M", "512": "0.25M", "1024": "1M"}  # by the side of a square image
 
 
 def family_of(path: str) -> str:
@@ -33,7 +34,7 @@ def family_of(path: str) -> str:
     return ""
 
 
-def pixel_budget_of(path: str) -> str:
+def pixel_budget_of(path: str) -> PixelBudget | Literal[""]:
     """Which images a file is named after, itself or its directory, as in 8B-512; "" if neither says."""
     for name in reversed(pathlib.Path(path).parts[-2:]):
         found = set(re.findall(r"(?<![A-Za-z0-9.])(256|512|1024)(?=x\d|px|[^A-Za-z0-9]|$)", name))
@@ -175,7 +176,7 @@ def hugging_face_config(text: TextConfig) -> dict[str, Any]:
     }
 
 
-def editor_config(found: Mapping[str, Shapes], pixel_budget: str, rope_layout: RopeLayout) -> EditorConfig:
+def editor_config(found: Mapping[str, Shapes], pixel_budget: PixelBudget, rope_layout: RopeLayout) -> EditorConfig:
     """Configuration of an editor with these parts; what is not among them is taken as published with the others.
 
     Raises UserError for a part that is no published one, and for parts that do not go together.
@@ -188,7 +189,7 @@ def editor_config(found: Mapping[str, Shapes], pixel_budget: str, rope_layout: R
         raise UserError(f"these parts do not make an editor: {error}") from error
 
 
-def _editor_config(found: Mapping[str, Shapes], pixel_budget: str, rope_layout: RopeLayout) -> EditorConfig:
+def _editor_config(found: Mapping[str, Shapes], pixel_budget: PixelBudget, rope_layout: RopeLayout) -> EditorConfig:
     transformer = transformer_config(found["transformer"], rope_layout) if "transformer" in found else None
     if "tokenizer" in found:
         tokenizer = tokenizer_config(found["tokenizer"])

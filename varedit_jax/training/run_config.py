@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from varedit_jax.config import RunConfig, TokenizerRunConfig
+from varedit_jax.config import RunConfig, TokenizerRunConfig, with_current_names
 from varedit_jax.errors import UserError
 from varedit_jax.weights.run_directory import CONFIG_FILE, FORMAT_VERSION, read_config
 
@@ -23,10 +23,8 @@ FREE_FIELDS = (
     r"optimizer\.decay_steps",
     r"optimizer\.accumulation",  # another machine has room for other microbatches; noise is drawn for each anew
     r"optimizer\.ema_decay",  # `Checkpoints.restore` starts or drops the average
-    r"(log|sample|eval|save|keep)_every",
-    r"save_minutes",
+    r"cadence\..*",
     r"eval_batches",
-    r"keep_checkpoints",
     r"mesh\..*",
     r"guard\..*",
     r"sampling\..*",
@@ -57,7 +55,7 @@ def check_config(workdir: str | os.PathLike[str], values: Mapping[str, Any]) -> 
     if not (pathlib.Path(workdir) / CONFIG_FILE).exists():
         return
     # What JSON does to tuples has to be done to both.
-    recorded, asked = _flat(read_config(workdir)), _flat(json.loads(json.dumps(values)))
+    recorded, asked = _flat(with_current_names(read_config(workdir))), _flat(json.loads(json.dumps(values)))
     recorded = _defaults(values) | recorded
     for field in dict.fromkeys([*asked, *recorded]):
         if any(re.fullmatch(pattern, field) for pattern in FREE_FIELDS):

@@ -5,14 +5,14 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Self
+from typing import Any
 
 import grain
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from varedit_jax.config import GuardConfig, RunConfig, TokenizerRunConfig
+from varedit_jax.config import Cadence, GuardConfig
 from varedit_jax.errors import UserError
 from varedit_jax.parallel.processes import say
 from varedit_jax.training import checkpoint, run_config
@@ -27,35 +27,9 @@ from varedit_jax.training.stop import Stopped, StopSignal, poll
 from varedit_jax.training.watchdog import Watchdog
 from varedit_jax.types import Metrics
 
-__all__ = ["Cadence", "Metrics", "StepFn", "train"]
+__all__ = ["Metrics", "StepFn", "train"]
 
 StepFn = Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Cadence:
-    """How often things happen, in steps; 0 is never."""
-
-    log_every: int = 10
-    eval_every: int = 0
-    sample_every: int = 0
-    save_every: int = 500
-    save_minutes: float = 0.0  # at least so often, too; 0 = by steps alone
-    keep: int = 3  # newest checkpoints that are kept
-    keep_every: int = 0  # checkpoints of multiples of it are kept for good
-
-    @classmethod
-    def of(cls, config: RunConfig | TokenizerRunConfig) -> Self:
-        """That of a run. One of a tokenizer evaluates nothing."""
-        return cls(
-            log_every=config.log_every,
-            eval_every=getattr(config, "eval_every", 0),
-            sample_every=config.sample_every,
-            save_every=config.save_every,
-            save_minutes=config.save_minutes,
-            keep=config.keep_checkpoints,
-            keep_every=config.keep_every,
-        )
 
 
 def train(
@@ -148,7 +122,7 @@ def train(
         watchdog = stack.enter_context(Watchdog(guard.hang_minutes, workdir))
         stop = stack.enter_context(StopSignal(watchdog.beat))
         checkpoints = stack.enter_context(
-            checkpoint.Checkpoints(workdir, keep=cadence.keep, keep_every=cadence.keep_every)
+            checkpoint.Checkpoints(workdir, keep=cadence.keep_checkpoints, keep_every=cadence.keep_every)
         )
 
         @contextlib.contextmanager

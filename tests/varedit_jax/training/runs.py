@@ -67,7 +67,7 @@ class Run:
     steps: int = 12
     step_fn: Callable = step_fn
     record: dict = dataclasses.field(default_factory=lambda: {"model": {"width": WIDTH}, "steps": 12})
-    cadence: Cadence = Cadence(log_every=1, eval_every=4, save_every=5, keep=2)
+    cadence: Cadence = Cadence(log_every=1, eval_every=4, save_every=5, keep_checkpoints=2)
 
     def __call__(self, **arguments: Any) -> tuple[TrainState, grain.DatasetIterator]:
         """Starts it; returns the state and the iterator it read."""

@@ -17,13 +17,15 @@ import numpy as np
 import optax
 import pytest
 
-from varedit_jax.config import DataConfig, GuardConfig, MeshConfig, OptimizerConfig, RunConfig, preset, to_dict
+from experiments.configs import shapes
+from varedit_jax.config import Cadence, DataConfig, GuardConfig, MeshConfig, OptimizerConfig, RunConfig, preset, to_dict
 from varedit_jax.errors import UserError
 from varedit_jax.training.checkpoint import Checkpoints, check_resume
 from varedit_jax.training.run_config import check_config, write_config
 from varedit_jax.training.state import TrainState
 from varedit_jax.weights.run_directory import checkpoint_steps, read_config, restore_params
 
+RUNS = pathlib.Path(__file__).parents[2] / "data" / "runs"
 OPTIMIZER = optax.adam(1e-3)
 
 # When one of several reads or writes fails, Orbax closes the event loop that the others then report to, and they
@@ -383,8 +385,10 @@ def test_a_field_that_is_newer_than_the_run_has_its_default(tmp_path: pathlib.Pa
     del old["model"]["transformer"]["remat_saved"], old["optimizer"]["moment_dtype"]
     write_config(tmp_path, old)
     check_config(tmp_path, to_dict(run))
-    free = dataclasses.replace(run, mesh=MeshConfig(fsdp=4), guard=GuardConfig(spike_factor=3.0), save_minutes=5.0)
-    free = dataclasses.replace(free, keep_every=10, optimizer=OptimizerConfig(ema_decay=0.9, accumulation=2))
+    free = dataclasses.replace(run, mesh=MeshConfig(fsdp=4), guard=GuardConfig(spike_factor=3.0))
+    free = dataclasses.replace(
+        free, cadence=Cadence(save_minutes=5.0, keep_every=10), optimizer=OptimizerConfig(ema_decay=0.9, accumulation=2)
+    )
     check_config(tmp_path, to_dict(free))
     precise = dataclasses.replace(run, tokenizer_precision="high")
     with pytest.raises(UserError, match="tokenizer_precision = 'highest', but this one has 'high'"):
@@ -392,6 +396,17 @@ def test_a_field_that_is_newer_than_the_run_has_its_default(tmp_path: pathlib.Pa
     moments = dataclasses.replace(run, optimizer=OptimizerConfig(moment_dtype="bfloat16"))
     with pytest.raises(UserError, match="optimizer.moment_dtype = 'float32', but this one has 'bfloat16'"):
         check_config(tmp_path, to_dict(moments))
+
+
+@pytest.mark.parametrize("variant", ["tiny", "tokenizer_tiny"])
+def test_a_run_recorded_before_cadence_is_resumed(tmp_path: pathlib.Path, variant: str) -> None:
+    """Its own experiment config still fits its record, at any cadence; another seed does not."""
+    shutil.copy(RUNS / f"shapes_{variant}.json", tmp_path / "config.json")
+    run = shapes.get_config(variant)
+    check_config(tmp_path, to_dict(run))
+    check_config(tmp_path, to_dict(dataclasses.replace(run, cadence=Cadence(save_every=7))))
+    with pytest.raises(UserError, match="seed = 0, but this one has 1"):
+        check_config(tmp_path, to_dict(dataclasses.replace(run, seed=1)))
 
 
 def test_a_run_that_lost_its_checkpoints_does_not_start_anew(tmp_path: pathlib.Path) -> None:

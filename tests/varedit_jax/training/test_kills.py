@@ -50,7 +50,7 @@ class Run:
         """Nothing is computed."""
         self.workdir = workdir
         self.mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
-        self.cadence = Cadence(**{"log_every": 1, "save_every": 2, "keep": 2, **cadence})
+        self.cadence = Cadence(**{"log_every": 1, "save_every": 2, "keep_checkpoints": 2, **cadence})
         abstract = jax.tree.map(self._place, jax.eval_shape(self.init))
         self.shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         everywhere = jax.NamedSharding(self.mesh, jax.P())
@@ -222,7 +222,7 @@ def one_of_two_processes(directory: pathlib.Path, port: str, index: int) -> None
 
     # Clocks of processes are not the same: only that of the first one counts.
     minutes = 1e-9 if index == 0 else 1e9
-    Run(directory, eval_every=4, save_every=5, save_minutes=minutes, keep=20)(evaluate=evaluate)
+    Run(directory, eval_every=4, save_every=5, save_minutes=minutes, keep_checkpoints=20)(evaluate=evaluate)
 
 
 def alone(directory: pathlib.Path) -> None:

@@ -131,7 +131,7 @@ def test_a_second_sigterm_does_not_wait(tmp_path: pathlib.Path) -> None:
 
 def test_saves_by_the_clock(whole: Outcome, tmp_path: pathlib.Path) -> None:
     """However often they come, the run is the same."""
-    cadence = Cadence(log_every=1, eval_every=4, save_every=0, save_minutes=1e-9, keep=1, keep_every=4)
+    cadence = Cadence(log_every=1, eval_every=4, save_every=0, save_minutes=1e-9, keep_checkpoints=1, keep_every=4)
     run = Run(tmp_path / "often", cadence=cadence)
     run(stop_after=6)
     assert checkpoint_steps(run.workdir) == [4, 6]
@@ -143,7 +143,7 @@ def test_saves_when_minutes_have_passed(tmp_path: pathlib.Path, monkeypatch: pyt
     """Minutes since the last save, whatever made it: here a second goes by whenever the time is asked for."""
     seconds = itertools.count()
     monkeypatch.setattr(loop_lib, "time", types.SimpleNamespace(monotonic=lambda: float(next(seconds))))
-    Run(tmp_path, cadence=Cadence(save_every=6, save_minutes=3.5 / 60, keep=20))()
+    Run(tmp_path, cadence=Cadence(save_every=6, save_minutes=3.5 / 60, keep_checkpoints=20))()
     assert checkpoint_steps(tmp_path) == [4, 6, 10, 12]
 
 

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import pathlib
 
 import pytest
 
 from varedit_jax import config as config_lib
 from varedit_jax.config import (
+    Cadence,
     DataConfig,
     EditorConfig,
     LossConfig,
@@ -19,6 +21,8 @@ from varedit_jax.config import (
     TransformerConfig,
     preset,
 )
+
+RUNS = pathlib.Path(__file__).parents[2] / "data" / "runs"
 
 # A wrong combination, and what its sentence has to name: both values.
 MISTAKES = {
@@ -38,7 +42,7 @@ MISTAKES = {
     "text width": (lambda: EditorConfig(text=TextConfig(width=1024)), "text_width is 2048.*text.width is 1024"),
     "both pyramids": (lambda: EditorConfig(grids=((1, 1),)), r"pixel_budget='0.25M', grids=\(\(1, 1\),\)"),
     "no pyramid": (lambda: EditorConfig(pixel_budget=""), r"pixel_budget='', grids=\(\)"),
-    "budget": (lambda: EditorConfig(pixel_budget="2M"), "pixel_budget is '2M'.*0.06M, 0.25M, 0.60M, 1M"),
+    "budget": (lambda: EditorConfig(pixel_budget="2M"), "pixel_budget is '2M'.*0.06M, 0.25M, 0.60M, 1M, ''$"),
     "levels": (
         lambda: EditorConfig(pixel_budget="", grids=tuple((n, n) for n in range(1, 17))),
         "16 scales, but only 15",
@@ -52,14 +56,19 @@ MISTAKES = {
         r"stages=\(\(5, 2\), \(3, 3\)\) leave none of the 8 steps",
     ),
     "no steps": (lambda: RunConfig(name="r", model=preset("2b"), steps=0), "steps is 0; it must be at least 1"),
-    "cadence": (
-        lambda: RunConfig(name="r", model=preset("2b"), log_every=-1),
-        "log_every is -1; it must be at least 0",
+    "no steps of a tokenizer": (
+        lambda: TokenizerRunConfig(name="r", model=preset("2b"), steps=0),
+        "steps is 0; it must be at least 1",
     ),
-    "tokenizer's cadence": (
-        lambda: TokenizerRunConfig(name="r", model=preset("2b"), keep_checkpoints=0),
-        "keep_checkpoints is 0; it must be at least 1",
+    "cadence": (lambda: Cadence(log_every=-1), "cadence.log_every is -1; it must be at least 0"),
+    "checkpoints": (lambda: Cadence(keep_checkpoints=0), "cadence.keep_checkpoints is 0; it must be at least 1"),
+    "type": (lambda: Cadence(save_every=2.5), "Cadence.save_every is 2.5; it must be a whole number"),
+    "truth value": (lambda: RunConfig(name="r", model=preset("2b"), seed=True), "seed is True; it must be a whole"),
+    "remat_saved": (
+        lambda: TransformerConfig(remat_saved=("qkv", "scores")),
+        r"remat_saved is \('qkv', 'scores'\); it must be a tuple with one of qkv, attention, .*fc2 in each place",
     ),
+    "nested": (lambda: RunConfig(name="r", model=preset("2b").text), r"model is TextConfig.*must be a EditorConfig"),
     "reduction": (lambda: LossConfig(reduction="max"), "reduction is 'max'.*mean, sum"),
     "features": (lambda: DataConfig(features="cached"), "features is 'cached'.*online, precomputed"),
     "microbatches": (
@@ -134,6 +143,20 @@ def test_there_and_back_through_json(value):
     assert config_lib.from_dict(type(value), json.loads(json.dumps(config_lib.to_dict(value)))) == value
 
 
+@pytest.mark.parametrize(("name", "cls"), [("shapes_tiny", RunConfig), ("shapes_tokenizer_tiny", TokenizerRunConfig)])
+def test_records_from_before_cadence_are_read(name, cls):
+    """tests/data/runs has records as they were written when the fields of `cadence` lay beside it."""
+    values = json.loads((RUNS / f"{name}.json").read_text())
+    del values["format_version"]
+    run = config_lib.from_dict(cls, values)
+    assert "cadence" not in values
+    editor = cls is RunConfig
+    assert (run.cadence.save_every, run.cadence.keep_checkpoints) == ((3, 3) if editor else (500, 2))
+    for field in dataclasses.fields(Cadence):
+        assert getattr(run.cadence, field.name) == values.get(field.name, 500)  # eval_every of an editor alone
+    assert config_lib.from_dict(cls, json.loads(json.dumps(config_lib.to_dict(run)))) == run
+
+
 def test_unknown_field_is_named():
     values = config_lib.to_dict(RUN)
     values["model"]["transformer"]["depht"] = 3
@@ -166,5 +189,5 @@ def test_per_scale(value, scales, wanted):
 
 @pytest.mark.parametrize("value", [(), (1.0,) * 4, float("nan"), (1.0, float("inf"))])
 def test_per_scale_refuses(value):
-    with pytest.raises(ValueError, match="is not a list of 1 to 3 finite numbers, one a scale"):
+    with pytest.raises(ValueError, match="is not a list of 1 to 3 finite numbers, one per scale"):
         config_lib.per_scale(value, 3)

@@ -1,0 +1,66 @@
+"""Annotations of a configuration's fields: the one list of types and choices that its values are checked against."""
+
+import dataclasses
+import functools
+import types
+import typing
+from typing import Any, Literal
+
+
+class Checked:
+    """Base of configurations: ValueError at construction for a field whose annotation does not allow its value."""
+
+    def __post_init__(self) -> None:
+        cls: Any = type(self)
+        for name, hint in _hints(cls).items():
+            value = getattr(self, name)
+            if not allows(hint, value):
+                raise ValueError(f"{cls.__name__}.{name} is {value!r}; it must be {in_words(hint)}")
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def field_types(cls: type, prefix: str = "") -> dict[str, Any]:
+    """Type of each field of a configuration class by dotted name, those of nested configurations included."""
+    found: dict[str, Any] = {}
+    for name, hint in _hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            found |= field_types(typing.cast(type, hint), f"{prefix}{name}.")
+        else:
+            found[prefix + name] = hint
+    return found
+
+
+def allows(hint: Any, value: Any) -> bool:
+    """Returns True if a value is of an annotated type, of those that configurations use."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        return any(allows(choice, value) for choice in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        wanted = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        return len(value) == len(wanted) and all(map(allows, wanted, value))
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def in_words(hint: Any) -> str:
+    """Returns an annotation as a user would say it."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        return " or ".join(map(in_words, arguments))
+    if origin is Literal:
+        return f"one of {', '.join(choice or repr(choice) for choice in arguments)}"
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return f"a tuple with {in_words(arguments[0])} in each place"
+    if origin is tuple:
+        return f"({', '.join(map(in_words, arguments))})"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return words.get(hint) or f"a {hint.__name__}"

@@ -1,0 +1,254 @@
+"""Configurations of runs: optimizer, loss, data, sampling, mesh, guard and cadence, together and alone."""
+
+import dataclasses
+import math
+from typing import Literal
+
+from varedit_jax.config.annotations import Checked
+from varedit_jax.config.model import ComputeType, EditorConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(Checked):
+    """AdamW as in the recipe (model.md, section 7), or Muon for the matrices and AdamW for the rest."""
+
+    algorithm: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 6e-5
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = 0  # linear from 0
+    decay_steps: int = 0  # last steps, over which the cosine falls from a constant rate; 0 = all of them
+    final_fraction: float = 0.0  # of learning_rate, where a cosine schedule ends
+    beta1: float = 0.9
+    beta2: float = 0.97
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 5.0  # global gradient norm; 0 switches clipping off
+    moment_dtype: ComputeType = "float32"  # of AdamW's first moment; the second is float32
+    ema_decay: float = 0.0  # of the EMA of the parameters; 0 = none
+    accumulation: int = 1  # microbatches summed into one update
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"optimizer.ema_decay is {self.ema_decay}; it must be at least 0 and below 1")
+        if self.accumulation < 1:
+            raise ValueError(f"optimizer.accumulation is {self.accumulation}; it must be at least 1")
+        if self.decay_steps < 0 or (self.decay_steps and self.schedule != "cosine"):
+            raise ValueError(
+                f"optimizer.decay_steps is {self.decay_steps} with schedule {self.schedule!r}; "
+                f"it is a number of steps, and only a cosine schedule decays"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig(Checked):
+    """Bitwise cross-entropy and the noise on its inputs (model.md, sections 3 and 7)."""
+
+    reduction: Literal["mean", "sum"] = "mean"  # over the bits of a token
+    scale_power: float = 0.5  # weight of a token ~ (tokens of its scale)^-scale_power; 0.5 as published, 0 = uniform
+    noise_scales: int = 13  # scales whose bits are flipped by self-correction
+    noise_max: float = 0.3  # largest flip probability; strengths are 0, 0.01, ..., noise_max
+    text_drop: float = 0.1  # share of samples that see the unconditional text
+    label_temperature: float = 0.0  # 0: bits as published; > 0: soft labels sigmoid(residual / label_temperature)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.label_temperature >= 0:
+            raise ValueError(f"loss.label_temperature is {self.label_temperature}; it is 0 for bits, else above 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig(Checked):
+    """Source of the examples, and how they are read."""
+
+    name: Literal["shapes", "records"] = "shapes"  # generated, or prepared by data_pipelines.prepare
+    # Parent of the directories of `mixture`; of `shapes`, where it is prepared and read ("": data/ in the working
+    # directory).
+    directory: str = ""
+    train_examples: int = 0  # size of the training split, for data sets that are generated
+    eval_examples: int = 0  # size of the held-out split, likewise
+    # Of `records`: directories of prepared data sets, and how many times an epoch shows each of their examples. A data
+    # set is shown in proportion to its weight times its size.
+    mixture: tuple[tuple[str, float], ...] = ()
+    aspects: tuple[str, ...] = ("1.0",)  # templates (scales.py); each image is resized to the nearest
+    resize: Literal["crop", "pad"] = "crop"  # center crop, or the whole image padded with white, as in editing
+    flip: bool = False  # mirror every second image whose instruction allows it
+    features: Literal["online", "precomputed"] = "online"  # encode in the step, or ahead of time
+    batch_size: int = 32  # examples per step, over all processes
+    text_tokens: int = 512  # T: prompts are padded to this length in a batch
+    seed: int = 0  # of shuffling
+    read_threads: int = 2  # per process, or per worker
+    workers: int = 0  # reader processes per process of the run; 0 reads in its own threads
+    prefetch_batches: int = 8
+    bad_share: float = 0.01  # largest tolerated share of unusable examples; above it the run ends
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.name == "records") != bool(self.mixture):
+            raise ValueError(f"data.mixture is {self.mixture!r}, and data.name {self.name!r}; `records` alone has one")
+        if self.flip and self.features == "precomputed":
+            raise ValueError("data.flip is True, and data.features 'precomputed'; features cannot be mirrored")
+        if any(not 0 <= weight < float("inf") for _, weight in self.mixture):
+            raise ValueError(f"data.mixture is {self.mixture!r}; weights are numbers from 0")
+        if not self.aspects or len(set(self.aspects)) < len(self.aspects):
+            raise ValueError(f"data.aspects is {self.aspects!r}; it needs at least one template, and each once")
+        if not 0 <= self.bad_share <= 1:
+            raise ValueError(f"data.bad_share is {self.bad_share}; it must be between 0 and 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig(Checked):
+    """Sampling of bits (model.md, section 8). A tuple holds one value per scale; a number serves all scales."""
+
+    guidance: float | tuple[float, ...] = 4.0  # cfg: 1 = off
+    temperature: float | tuple[float, ...] = 0.5  # tau
+    top_p: float = 0.0  # 0.97 removes a bit value of probability <= 0.03; 0 = off
+    greedy: bool = False  # most likely bit, instead of sampling
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        temperatures = self.temperature if isinstance(self.temperature, tuple) else (self.temperature,)
+        if not all(value > 0 for value in temperatures):
+            raise ValueError(f"sampling.temperature is {self.temperature}; it must be above 0")
+        if not 0 <= self.top_p <= 1:
+            raise ValueError(f"sampling.top_p is {self.top_p}; it must be between 0 and 1")
+
+
+def per_scale(value: float | tuple[float, ...], scales: int) -> tuple[float, ...]:
+    """Returns `value` as one number per scale; a shorter tuple is continued with its last number."""
+    values = value if isinstance(value, tuple) else (value,)
+    if not values or len(values) > scales or not all(math.isfinite(v) for v in values):
+        raise ValueError(f"{value!r} is not a list of 1 to {scales} finite numbers, one per scale")
+    return tuple(float(v) for v in values) + (float(values[-1]),) * (scales - len(values))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig(Checked):
+    """Sizes of the axes of the device mesh; at most one is -1, which takes the remaining devices."""
+
+    data: int = -1  # replicas of the parameters; slices joined by DCN lie along it
+    fsdp: int = 1  # shards parameters, optimizer state and the batch
+    tensor: int = 1  # shards attention heads, feed-forward width and, between blocks, tokens
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sizes = dataclasses.asdict(self)
+        if any(size < 1 and size != -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
+            raise ValueError(
+                f"mesh {', '.join(f'{axis}={size}' for axis, size in sizes.items())}: sizes are at least 1, "
+                f"and one of them may be -1 for the remaining devices"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GuardConfig(Checked):
+    """Limits of what a run of an editor or a tokenizer tolerates."""
+
+    nonfinite_limit: int = 10  # consecutive skipped steps (loss or gradients not finite) that end the run
+    spike_factor: float = 2.0  # a loss this many times the median of the last steps is reported; 0 = never
+    spike_window: int = 100  # steps of that median
+    hang_minutes: float = 0.0  # without a finished step until the process dumps its stacks and exits; 0 = never
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cadence(Checked):
+    """Steps between events of a run; 0 = never."""
+
+    log_every: int = 10
+    sample_every: int = 500  # sheets of sampled images
+    eval_every: int = 500  # evaluation on the held-out split, which a tokenizer's run does not have
+    save_every: int = 500
+    save_minutes: float = 0.0  # longest time between two saves, whatever their steps; 0 = by steps alone
+    keep_checkpoints: int = 3  # newest ones
+    keep_every: int = 0  # checkpoints of its multiples are kept for good; 0 = none
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), 1 if field.name == "keep_checkpoints" else 0
+            if not value >= least:
+                raise ValueError(f"cadence.{field.name} is {value}; it must be at least {least}")
+
+
+def _check_steps(steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig(Checked):
+    """One training run of an editor, as an experiment config returns it."""
+
+    name: str
+    model: EditorConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loss: LossConfig = LossConfig()
+    data: DataConfig = DataConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    mesh: MeshConfig = MeshConfig()
+    guard: GuardConfig = GuardConfig()
+    cadence: Cadence = Cadence()
+    steps: int = 8000
+    # (steps, scales): stages before the whole pyramid, each of which trains the first scales alone, many times cheaper,
+    # on features area-resized to the last of them. It is the recipe's way from 256 px to 512 px within one run: the
+    # same parameters serve every pyramid.
+    stages: tuple[tuple[int, int], ...] = ()
+    seed: int = 0
+    train_text: bool = False  # train the text encoder too, instead of keeping it frozen
+    text_dtype: ComputeType = "float32"  # of a frozen text encoder: weights and matmuls
+    # Of the frozen tokenizer's convolutions. A bit is the sign of a small difference: one bfloat16 pass (a TPU's
+    # default) or TF32 (on a GPU) flips some of them.
+    tokenizer_precision: Literal["default", "high", "highest"] = "highest"
+    tokenizer_weights: str = ""  # directory of the frozen tokenizer
+    text_weights: str = ""  # directory of the frozen text encoder; unused with train_text
+    init_from: str = ""  # directory of an editor whose trained parts the run starts from
+    eval_batches: int = 4  # of an evaluation
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_steps(self.steps)
+        if self.data.batch_size % self.optimizer.accumulation:
+            raise ValueError(
+                f"data.batch_size {self.data.batch_size} does not divide into "
+                f"optimizer.accumulation={self.optimizer.accumulation} microbatches"
+            )
+        if any(len(stage) != 2 or stage[0] < 1 or stage[1] < 2 for stage in self.stages):
+            raise ValueError(f"stages={self.stages!r}: each is a pair of at least 1 step and at least 2 scales")
+        if self.stages and sum(steps for steps, _ in self.stages) >= self.steps:
+            raise ValueError(
+                f"stages={self.stages!r} leave none of the {self.steps} steps for the whole pyramid; "
+                f"lower theirs or raise steps"
+            )
+        if self.data.text_tokens > self.model.transformer.unconditional_rows:
+            raise ValueError(
+                f"data.text_tokens is {self.data.text_tokens}, but there are only "
+                f"{self.model.transformer.unconditional_rows} rows of unconditional text"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerRunConfig(Checked):
+    """One training run of a tokenizer."""
+
+    name: str
+    model: EditorConfig  # its tokenizer and its pyramid are used
+    optimizer: OptimizerConfig = OptimizerConfig()
+    data: DataConfig = DataConfig()
+    guard: GuardConfig = GuardConfig()
+    cadence: Cadence = Cadence(eval_every=0, keep_checkpoints=2)
+    steps: int = 2000
+    seed: int = 0
+    init_from: str = ""  # directory of a tokenizer that the run starts from
+    noise_max: float = 0.0  # largest share of bits flipped before decoding; >0 makes the decoder robust to wrong bits
+    partial_share: float = 0.0  # of images decoded from their first scales alone: moves detail to coarse bits
+    train_encoder: bool = True  # False: the decoder alone learns; features and bits stay as they are
+    l1_weight: float = 1.0
+    perceptual_weight: float = 0.0  # of the VGG feature distance; needs perceptual_weights
+    perceptual_weights: str = ""  # file of VGG-16 weights (torchvision names)
+    commitment_weight: float = 0.25
+    entropy_weight: float = 0.02
+    entropy_temperature: float = 1.0  # of the soft bits in the entropy term
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_steps(self.steps)

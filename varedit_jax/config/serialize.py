@@ -1,0 +1,46 @@
+"""Configurations as nested plain dicts, for JSON, and back."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from varedit_jax.config.run import Cadence
+
+Config = TypeVar("Config")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Returns a configuration as nested plain dicts."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
+    """Inverse of `to_dict`: builds config class `cls`; lists become tuples. Runs of earlier versions are read, too.
+
+    Raises ValueError naming a field that `cls` does not have, or a value that a field cannot have.
+    """
+    fields = {field.name: field.type for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if "cadence" in fields:
+        values = with_current_names(values)
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no field {unknown[0]!r}; it has {', '.join(fields)}")
+    arguments = {}
+    for name, value in values.items():
+        field_type: Any = fields[name]
+        nested = isinstance(field_type, type) and dataclasses.is_dataclass(field_type)
+        arguments[name] = from_dict(field_type, value) if nested else _tuples(value)
+    return cls(**arguments)
+
+
+def with_current_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the dict of a run with the fields of `cadence` inside of it; earlier versions had them beside it."""
+    earlier = {field.name for field in dataclasses.fields(Cadence)} & set(values)
+    if not earlier:
+        return dict(values)
+    current = {name: value for name, value in values.items() if name not in earlier}
+    return current | {"cadence": {name: values[name] for name in sorted(earlier)} | values.get("cadence", {})}
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
