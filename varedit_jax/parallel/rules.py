@@ -1,8 +1,9 @@
 """Which array lies where: the one table from the paths of parameters to the axes of the mesh.
 
 A rule is a regular expression of a whole path, and the dimensions of the array as "LETTER@axis": the letters are those
-of config.py, and a dimension without an axis is whole on every device. "?" behind an axis lets it go where it does not
-divide. Stacks of layers (`transformer/blocks`, `text/layers`) have a leading dimension of layers that is never split.
+of varedit_jax.config, and a dimension without an axis is whole on every device. "?" behind an axis lets it go where it
+does not divide. Stacks of layers (`transformer/blocks`, `text/layers`) have a leading dimension of layers that is never
+split.
 
 The table is strict: a parameter that no rule matches, or several, and a rule that no parameter matches, is an error.
 """

@@ -198,5 +198,5 @@ class MeshRun:
         if not metrics:
             why = f"no aspect has data.batch_size = {self.config.data.batch_size} held-out examples"
             why = why if self.config.eval_batches > 0 else f"eval_batches is {self.config.eval_batches}"
-            raise UserError(f"there is nothing to evaluate on: {why}; set eval_every to 0 to do without")
+            raise UserError(f"there is nothing to evaluate on: {why}; set cadence.eval_every to 0 to do without")
         return jax.tree.map(lambda *values: np.mean(values, axis=0), *metrics)
