@@ -15,7 +15,8 @@ import numpy as np
 import tqdm
 from numpy.typing import NDArray
 
-from data_pipelines.damage import Damaged, Fault, check_record
+from data_pipelines.damage import Damaged, check_record
+from data_pipelines.reasons import Reason
 from data_pipelines.record import BrokenRecord
 from data_pipelines.shards import INDEX, Records
 from varedit_jax.errors import UserError
@@ -44,9 +45,9 @@ def _check_chunk(chunk: _Chunk) -> tuple[int, list[tuple[int, str, str]]]:
         try:
             check_record(records[row])
         except BrokenRecord as error:
-            found.append((row, str(Fault.RECORD), str(error)))
+            found.append((row, str(Reason.RECORD), str(error)))
         except Damaged as error:
-            found.append((row, str(error.fault), error.detail))
+            found.append((row, str(error.reason), error.detail))
     return chunk.number, found
 
 

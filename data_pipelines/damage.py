@@ -6,7 +6,6 @@ decoded, and whatever a decoder throws becomes a reason.
 
 import collections
 import contextlib
-import enum
 import io
 import json
 import os
@@ -16,6 +15,7 @@ from typing import BinaryIO, Self
 
 from PIL import Image, UnidentifiedImageError
 
+from data_pipelines.reasons import LeftOut, Reason
 from data_pipelines.record import Record
 from varedit_jax.errors import UserError
 from varedit_jax.images import MAX_PIXELS, READABLE, orientation
@@ -28,28 +28,8 @@ MAX_RATIO = 8.0  # long side over short side; templates end at 3
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
-class Fault(enum.StrEnum):
-    """Why a record cannot be used."""
-
-    EMPTY = "empty file"
-    NOT_AN_IMAGE = "not an image"
-    TRUNCATED = "cut short"
-    DECODING = "damaged image"
-    BOMB = "too many pixels"
-    SIZE = "absurd size"
-    ANIMATED = "several frames"
-    COLORS = "unknown colors"
-    INSTRUCTION = "empty instruction"
-    RECORD = "unreadable record"  # a shard that is missing, short or damaged, or bytes that are no record
-
-
-class Damaged(Exception):
+class Damaged(LeftOut):
     """A record that cannot be used."""
-
-    def __init__(self, fault: Fault, detail: str = "") -> None:
-        """`detail` is for people: which image, and what a decoder said."""
-        super().__init__(f"{fault}: {detail}" if detail else str(fault))
-        self.fault, self.detail = fault, detail
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -58,26 +38,26 @@ def open_image(data: bytes) -> Image.Image:
     Raises Damaged.
     """
     if not data:
-        raise Damaged(Fault.EMPTY)
+        raise Damaged(Reason.EMPTY)
     Image.init()  # at once where it has been done; what imports one kind of image registers that alone
     try:
         image = Image.open(io.BytesIO(data), formats=[kind for kind in READABLE if kind in Image.OPEN])
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     except UnidentifiedImageError:
-        raise Damaged(Fault.NOT_AN_IMAGE, f"{len(data)} bytes that begin with {data[:12]!r}") from None
+        raise Damaged(Reason.NOT_AN_IMAGE, f"{len(data)} bytes that begin with {data[:12]!r}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # the latter where warnings are errors
-        raise Damaged(Fault.BOMB, "hundreds of millions") from None
+        raise Damaged(Reason.BOMB, "hundreds of millions") from None
     except Exception as error:  # decoders meet damaged headers with every kind of exception
         raise _from_decoder(error) from error
     width, height = image.size
     size = f"{width} x {height} pixels"
     if width * height > MAX_PIXELS:
-        raise Damaged(Fault.BOMB, size)
+        raise Damaged(Reason.BOMB, size)
     short, long = sorted(image.size)
     if short < MIN_SIDE or long > MAX_SIDE or long > MAX_RATIO * short:
-        raise Damaged(Fault.SIZE, size)
+        raise Damaged(Reason.SIZE, size)
     if frames > 1:
-        raise Damaged(Fault.ANIMATED, f"{frames} frames")
+        raise Damaged(Reason.ANIMATED, f"{frames} frames")
     return image
 
 
@@ -89,14 +69,14 @@ def decoding() -> Iterator[None]:
     except Damaged:
         raise
     except UserError as error:  # of the conversion to RGB
-        raise Damaged(Fault.COLORS, str(error)) from error
+        raise Damaged(Reason.COLORS, str(error)) from error
     except Exception as error:
         raise _from_decoder(error) from error
 
 
 def _from_decoder(error: Exception) -> Damaged:
     text = str(error) or type(error).__name__
-    return Damaged(Fault.TRUNCATED if "truncated" in text.lower() else Fault.DECODING, text)
+    return Damaged(Reason.TRUNCATED if "truncated" in text.lower() else Reason.DECODING, text)
 
 
 def check_image(data: bytes) -> tuple[int, int]:
@@ -116,13 +96,13 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 def check_record(record: Record) -> tuple[int, int]:
     """Width and height of a record's source, if both images can be decoded and it says what to do. Raises Damaged."""
     if not record.instructions or not record.instructions[0].strip():
-        raise Damaged(Fault.INSTRUCTION)
+        raise Damaged(Reason.INSTRUCTION)
     sizes = []
     for side in ("source", "target"):
         try:
             sizes.append(check_image(getattr(record, side)))
         except Damaged as error:
-            raise Damaged(error.fault, f"{side}: {error.detail}" if error.detail else side) from error
+            raise Damaged(error.reason, f"{side}: {error.detail}" if error.detail else side) from error
     return sizes[0]
 
 

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from tensorflow_datasets.proto import tf_example_pb2
 
 from data_pipelines.bad_records import kept_records
-from data_pipelines.damage import Damaged, Fault
+from data_pipelines.damage import Damaged
+from data_pipelines.reasons import Reason
 from data_pipelines.record import BrokenRecord
 from data_pipelines.shapes.builder import SPLITS, TEST_EXAMPLES, TRAIN_EXAMPLES, Shapes
 from data_pipelines.shards import Records, read_index
@@ -137,16 +138,16 @@ class RecordSource:
         try:
             record = records[row]
         except BrokenRecord as error:
-            raise Damaged(Fault.RECORD, str(error)) from error
+            raise Damaged(Reason.RECORD, str(error)) from error
         if not record.instructions or not record.instructions[0].strip():
-            raise Damaged(Fault.INSTRUCTION)
+            raise Damaged(Reason.INSTRUCTION)
         size = self.sizes[self.data.aspects[self.buckets[index]]]
         example: Example = {"instruction": record.instructions[0]}
         for side in ("source", "target"):
             try:
                 example[side] = read_fitted(getattr(record, side), size, self.data.resize, flip)
             except Damaged as error:
-                raise Damaged(error.fault, f"{side}: {error.detail}") from error
+                raise Damaged(error.reason, f"{side}: {error.detail}") from error
         return example
 
 

@@ -155,7 +155,7 @@ class _Read:
         try:
             return self.source.draw(index, number)
         except Damaged as error:
-            return _Bad(*self.source.name(index), str(error.fault), error.detail)
+            return _Bad(*self.source.name(index), str(error.reason), error.detail)
 
     def _text(self, wanted: list[int], instruction: Callable[[int], str]) -> Batch:
         rows = {index: self.tokens[index] for index in wanted if index in self.tokens}

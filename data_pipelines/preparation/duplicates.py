@@ -15,10 +15,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipelines.preparation.filters import Cause
 from data_pipelines.preparation.fingerprints import Facts, PartFiles
 from data_pipelines.preparation.perceptual_hash import alike
 from data_pipelines.preparation.staging import new_file
+from data_pipelines.reasons import Reason
 
 BUCKET = 1 << 17  # records of a bucket, about
 _BLOCK = 256  # records compared with as many others of their band at a time
@@ -31,7 +31,7 @@ Pairs = NDArray[np.int64]  # [n, 2]: number of a record that leaves, and of the 
 class Search:
     """One bucket of one kind of duplicates."""
 
-    cause: Cause  # SAME_ID, EXACT or NEAR
+    reason: Reason  # SAME_ID, EXACT or NEAR
     parts: tuple[pathlib.Path, ...]
     verdicts: pathlib.Path  # uint8 a record; those with 0 are left so far
     near_bits: int
@@ -47,7 +47,7 @@ class Search:
 def search(task: Search) -> None:
     """Finds the duplicates of a bucket."""
     facts = Facts([PartFiles(directory) for directory in task.parts])
-    found = _near(facts, task) if task.cause is Cause.NEAR else _same(facts, task)
+    found = _near(facts, task) if task.reason is Reason.NEAR else _same(facts, task)
     with new_file(task.found) as partial, partial.open("wb") as file:
         np.save(file, found)
 
@@ -61,7 +61,7 @@ def left(facts: Facts, verdicts: NDArray[np.uint8]) -> Iterator[tuple[NDArray[np
 
 def _same(facts: Facts, task: Search) -> Pairs:
     """Records with the same hash: all but the lowest leave."""
-    name = "key" if task.cause is Cause.SAME_ID else "content"
+    name = "key" if task.reason is Reason.SAME_ID else "content"
     pieces = []
     for numbers, rows in left(facts, np.load(task.verdicts, mmap_mode="r")):
         mine = rows[name] % task.buckets == task.bucket

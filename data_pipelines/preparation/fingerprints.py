@@ -23,14 +23,14 @@ PIECE = 1 << 17  # rows in memory at a time
 FACTS = np.dtype(
     [
         ("key", "<u8"),  # hash of Record.key; the lowest of several that are alike stays
-        ("original", "<u8"),  # of Record.image
+        ("original", "<u8"),  # of Record.original
         ("content", "<u8"),  # of both images and the instruction
         ("source", "<u8"),  # of the source image
         ("target", "<u8"),
         ("words", "<u8"),  # of the instruction without case and punctuation
-        ("source_shape", "<u8"),  # looks.Look.shape
+        ("source_shape", "<u8"),  # perceptual_hash.Look.shape
         ("target_shape", "<u8"),
-        ("source_colors", "u1", COLORS),  # looks.Look.colors
+        ("source_colors", "u1", COLORS),  # perceptual_hash.Look.colors
         ("target_colors", "u1", COLORS),
         ("width", "<i4"),  # pixels of the source, upright
         ("height", "<i4"),

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.preparation import duplicates, vision_filter
-from data_pipelines.preparation.filters import Cause
 from data_pipelines.preparation.fingerprints import FACTS, Facts, PartFiles, rows_so_far
 from data_pipelines.preparation.scan import Scan, scan
 from data_pipelines.preparation.settings import Settings
@@ -19,11 +18,12 @@ from data_pipelines.preparation.stages import Waves
 from data_pipelines.preparation.staging import Staging, new_file
 from data_pipelines.preparation.summary import count, write_report
 from data_pipelines.preparation.write import lay_out, shard_tasks, write
+from data_pipelines.reasons import Reason
 from data_pipelines.shards import write_index
 from data_pipelines.sources import Part, find_parts
 from varedit_jax.errors import UserError
 
-VERDICTS = (*Cause,)  # a verdict is 0 for a record that stays, otherwise 1 + index here
+VERDICTS = (*Reason,)  # a verdict is 0 for a record that stays, otherwise 1 + index here
 
 
 def prepare(
@@ -63,8 +63,8 @@ def prepare(
         steps.read()
         say(f"read: {len(steps.facts)} records may stay")
         steps.check_some_are_left()
-        for cause in (Cause.SAME_ID, Cause.EXACT, Cause.NEAR):
-            steps.compare(cause)
+        for reason in (Reason.SAME_ID, Reason.EXACT, Reason.NEAR):
+            steps.compare(reason)
         steps.part_ways()
         if settings.vision:
             steps.ask(pathlib.Path(f"{staging.output}.answers"))
@@ -111,9 +111,9 @@ class _Steps:
         reasons = ", ".join(f"{number} {reason}" for reason, number in total.most_common())
         raise UserError(f"nothing is left of {read} records: {reasons or 'the data set is empty'}; leave out less")
 
-    def _leave(self, cause: Cause, numbers: NDArray[np.int64], twins: NDArray[np.int64] | None = None) -> None:
+    def _leave(self, reason: Reason, numbers: NDArray[np.int64], twins: NDArray[np.int64] | None = None) -> None:
         """Notes that records leave."""
-        verdict = 1 + VERDICTS.index(cause)
+        verdict = 1 + VERDICTS.index(reason)
         numbers, first = np.unique(numbers, return_index=True)
         self.verdicts[numbers] = verdict
         if twins is not None:
@@ -124,34 +124,34 @@ class _Steps:
             np.save(file, self.verdicts)
         return self._verdicts_file
 
-    def compare(self, cause: Cause) -> None:
+    def compare(self, reason: Reason) -> None:
         """Finds duplicates of one kind, unless they may stay. Ids are always compared: the index needs them."""
         settings = self._settings
-        if (cause is Cause.EXACT and not settings.exact) or (cause is Cause.NEAR and settings.near_bits < 0):
+        if (reason is Reason.EXACT and not settings.exact) or (reason is Reason.NEAR and settings.near_bits < 0):
             return
-        rows = len(self.facts) * (settings.near_bits + 1 if cause is Cause.NEAR else 1)
+        rows = len(self.facts) * (settings.near_bits + 1 if reason is Reason.NEAR else 1)
         buckets = max(1, -(-rows // duplicates.BUCKET))
         verdicts = self._save_verdicts()
         tasks = [
             duplicates.Search(
-                cause=cause,
+                reason=reason,
                 parts=self._directories,
                 verdicts=verdicts,
                 near_bits=settings.near_bits,
                 bucket=bucket,
                 buckets=buckets,
-                found=self._directory / "step" / f"{cause.name.lower()}-{bucket:05d}.npy",
+                found=self._directory / "step" / f"{reason.name.lower()}-{bucket:05d}.npy",
             )
             for bucket in range(buckets)
         ]
-        self._waves.run(f"search for {cause}", duplicates.search, tasks)
+        self._waves.run(f"search for {reason}", duplicates.search, tasks)
         pairs = np.concatenate([np.load(task.found) for task in tasks])
-        self._leave(cause, pairs[:, 0], pairs[:, 1])
+        self._leave(reason, pairs[:, 0], pairs[:, 1])
 
     def part_ways(self) -> None:
         """Takes images of validation out of training."""
         pairs = find_leaks(self.facts, self.verdicts, self._settings.validation, self._settings.near_bits)
-        self._leave(Cause.LEAK, pairs[:, 0], pairs[:, 1])
+        self._leave(Reason.LEAK, pairs[:, 0], pairs[:, 1])
 
     def ask(self, answers: pathlib.Path) -> None:
         """Asks a vision-language model about what is left."""
@@ -170,8 +170,8 @@ class _Steps:
         ]
         self._waves.run("questions", vision_filter.ask, tasks)
         found = np.concatenate([np.load(task.found) for task in tasks])
-        for index, cause in enumerate(vision_filter.CAUSES):
-            self._leave(cause, found[found[:, 1] == index, 0])
+        for index, reason in enumerate(vision_filter.REASONS):
+            self._leave(reason, found[found[:, 1] == index, 0])
 
     def write(self, out: pathlib.Path, name: str) -> None:
         """Writes the shards."""

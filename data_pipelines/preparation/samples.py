@@ -1,4 +1,4 @@
-"""A few records of each data set and cause, with small images, for the report's image sheet."""
+"""A few records of each data set and reason, with small images, for the report's image sheet."""
 
 import bisect
 import collections
@@ -18,7 +18,7 @@ from data_pipelines.record import Record
 from varedit_jax.evaluation.sheet import Row
 from varedit_jax.images import upright_rgb
 
-EACH = 3  # of a data set and a cause
+EACH = 3  # of a data set and a reason
 _SIDE = 144  # pixels
 
 
@@ -30,17 +30,17 @@ class Sample:
     dataset: str
     id: str
     instruction: str
-    cause: str
+    reason: str
     images: tuple[bytes, bytes]  # source and target, uint8 [144, 144, 3]
 
     def row(self) -> Row:
         """A row of a contact sheet."""
         images = [np.frombuffer(data, np.uint8).reshape(_SIDE, _SIDE, 3) for data in self.images]
-        return Row(images=images, instruction=self.instruction[:160], kind=self.cause, note=self.id[-48:])
+        return Row(images=images, instruction=self.instruction[:160], kind=self.reason, note=self.id[-48:])
 
 
 class SampleKeeper:
-    """Keeps `EACH` of every data set and cause among the records it is offered; as a context manager, in a file."""
+    """Keeps `EACH` of every data set and reason among the records it is offered; as a context manager, in a file."""
 
     def __init__(self, path: pathlib.Path | None = None) -> None:
         self._path = path
@@ -56,26 +56,26 @@ class SampleKeeper:
             self._path.write_bytes(msgpack.packb([dataclasses.astuple(sample) for sample in self]))
 
     def __iter__(self):  # type: ignore[no-untyped-def]
-        """Samples by data set and cause."""
+        """Samples by data set and reason."""
         for name in sorted(self._kept):
             yield from self._kept[name]
 
-    def offer(self, record: Record, cause: str) -> None:
+    def offer(self, record: Record, reason: str) -> None:
         """Takes a record if it is among the lowest so far; one whose images cannot be decoded is passed over."""
-        order = digest(cause.encode(), record.key.encode())
-        kept = self._kept[record.dataset, cause]
+        order = digest(reason.encode(), record.key.encode())
+        kept = self._kept[record.dataset, reason]
         if len(kept) == EACH and order >= kept[-1].order:
             return
         try:
             images = (_small(record.source), _small(record.target))
         except Damaged:
             return
-        self.add([Sample(order, record.dataset, record.id, record.instructions[0], cause, images)])
+        self.add([Sample(order, record.dataset, record.id, record.instructions[0], reason, images)])
 
     def add(self, samples: Iterable[Sample]) -> None:
         """Takes what another keeper kept."""
         for sample in samples:
-            kept = self._kept[sample.dataset, sample.cause]
+            kept = self._kept[sample.dataset, sample.reason]
             bisect.insort(kept, sample)
             del kept[EACH:]
 

@@ -16,13 +16,14 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from numpy.typing import NDArray
 
-from data_pipelines.damage import Damaged, Fault, decoding, open_image, upright_size
-from data_pipelines.preparation.filters import LeftOut, check_change, check_size, check_text
+from data_pipelines.damage import Damaged, decoding, open_image, upright_size
+from data_pipelines.preparation.filters import check_change, check_size, check_text
 from data_pipelines.preparation.fingerprints import FACTS, FactsWriter, PartFiles, hashes
 from data_pipelines.preparation.perceptual_hash import Look
 from data_pipelines.preparation.samples import SampleKeeper
 from data_pipelines.preparation.settings import Settings
 from data_pipelines.preparation.staging import new_directory
+from data_pipelines.reasons import LeftOut, Reason
 from data_pipelines.record import Record, encode
 from data_pipelines.sources import Part, Refused, read_part
 from varedit_jax.errors import UserError
@@ -68,12 +69,10 @@ def scan(task: Scan) -> None:
                         continue
                     try:
                         row = examine(entry, task.settings)
-                    except Damaged as damage:
-                        leave(entry.id, entry.dataset, str(damage.fault), damage.detail)
-                        continue
-                    except LeftOut as reason:
-                        leave(entry.id, entry.dataset, str(reason.cause), reason.detail)
-                        samples.offer(entry, str(reason.cause))
+                    except LeftOut as left_out:
+                        leave(entry.id, entry.dataset, str(left_out.reason), left_out.detail)
+                        if not isinstance(left_out, Damaged):
+                            samples.offer(entry, str(left_out.reason))
                         continue
                     if not entry.original:
                         entry = dataclasses.replace(entry, original=hashlib.sha256(entry.source).hexdigest())
@@ -102,7 +101,7 @@ def examine(record: Record, settings: Settings) -> NDArray[Any]:
     Raises Damaged for what cannot be used, LeftOut for what is not wanted.
     """
     if not record.instructions or not record.instructions[0].strip():
-        raise Damaged(Fault.INSTRUCTION)
+        raise Damaged(Reason.INSTRUCTION)
     check_text(record, settings)
     row = np.zeros((), FACTS)
     looks: dict[str, Look] = {}
@@ -117,7 +116,7 @@ def examine(record: Record, settings: Settings) -> NDArray[Any]:
                     if settings.looks:
                         looks[side] = Look.of(upright_rgb(image, "the image"))
         except Damaged as damage:
-            raise Damaged(damage.fault, f"{side}: {damage.detail}" if damage.detail else side) from damage
+            raise Damaged(damage.reason, f"{side}: {damage.detail}" if damage.detail else side) from damage
         if side == "source":
             row["width"], row["height"] = size
     if settings.looks:

@@ -17,17 +17,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipelines.damage import Fault
-from data_pipelines.preparation.filters import Cause
 from data_pipelines.preparation.fingerprints import Facts
 from data_pipelines.preparation.samples import EACH, SampleKeeper, read_samples
 from data_pipelines.preparation.split import SPLITS, in_validation
 from data_pipelines.preparation.write import StagedRecords
-from data_pipelines.sources import Reason
+from data_pipelines.reasons import Reason
 from varedit_jax.evaluation.sheet import contact_sheet
 
 _SHEET_ROWS = 40  # of the image sheet; a page is no longer than can be looked at
-_ORDER = [*map(str, Reason), *map(str, Fault), *map(str, Cause)]
+_ORDER = [*map(str, Reason)]
 
 Twins = Mapping[int, tuple[NDArray[np.int64], NDArray[np.int64]]]
 Counts = dict[str, collections.Counter[str]]
@@ -41,7 +39,7 @@ def write_report(
     Args:
       directory: to write to.
       facts: rows of the N records that no filter left out.
-      verdicts: uint8 [N]; 0 where a record stayed, otherwise 1 + index of its Cause.
+      verdicts: uint8 [N]; 0 where a record stayed, otherwise 1 + index of its Reason.
       twins: by verdict, numbers of records in order, and of those that each of them is like.
       validation: share of images.
     """
@@ -64,7 +62,7 @@ def count(facts: Facts, verdicts: NDArray[np.uint8], validation: float) -> Count
         names.append(said["datasets"])
         for dataset, some in said["counts"].items():
             counts[dataset].update(some)
-    labels = [*SPLITS, *map(str, Cause)]
+    labels = [*SPLITS, *map(str, Reason)]
     for first, rows in facts.pieces():
         verdict = verdicts[first : first + len(rows)].astype(np.int64)
         split = in_validation(rows["original"], validation).astype(np.int64)
@@ -120,7 +118,7 @@ def _write_quarantine(path: pathlib.Path, facts: Facts, verdicts: NDArray[np.uin
                     numbers, others = twins[verdict]
                     detail = "of " + "/".join(facts.key(int(others[np.searchsorted(numbers, number)])))
                 dataset, id = facts.key(number)
-                line = {"id": id, "dataset": dataset, "reason": list(Cause)[verdict - 1], "detail": detail}
+                line = {"id": id, "dataset": dataset, "reason": list(Reason)[verdict - 1], "detail": detail}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
@@ -129,18 +127,20 @@ def _draw_samples(path: pathlib.Path, facts: Facts, verdicts: NDArray[np.uint8])
     for part in facts.parts:
         keeper.add(read_samples(part.samples))
     records = StagedRecords(facts)
-    for verdict, name in enumerate(("stayed", *map(str, Cause))):
+    for verdict, name in enumerate(("stayed", *map(str, Reason))):
         # The first of each part are enough to choose from; keys are hashes, so any are as good.
         for start, end in zip(facts.starts[:-1], facts.starts[1:], strict=True):
             for number in (np.flatnonzero(verdicts[start:end] == verdict)[:EACH] + start).tolist():
                 keeper.offer(records[number], name)
-    samples = sorted(keeper, key=lambda sample: ((*_ORDER, "stayed").index(sample.cause), sample.dataset, sample.order))
+    samples = sorted(
+        keeper, key=lambda sample: ((*_ORDER, "stayed").index(sample.reason), sample.dataset, sample.order)
+    )
     # A row of each first, where not all have room.
     turns = collections.Counter[tuple[str, str]]()
     ranked = []
     for place, sample in enumerate(samples):
-        ranked.append((turns[sample.cause, sample.dataset], place))
-        turns[sample.cause, sample.dataset] += 1
+        ranked.append((turns[sample.reason, sample.dataset], place))
+        turns[sample.reason, sample.dataset] += 1
     shown = sorted(place for _, place in sorted(ranked)[:_SHEET_ROWS])
     if shown:
         rows = [samples[place].row() for place in shown]

@@ -24,21 +24,21 @@ from collections.abc import Generator, Iterator
 
 import numpy as np
 
-from data_pipelines.preparation.filters import Cause
 from data_pipelines.preparation.fingerprints import Facts, PartFiles
 from data_pipelines.preparation.settings import Vision
 from data_pipelines.preparation.staging import new_file
 from data_pipelines.preparation.write import StagedRecords
+from data_pipelines.reasons import Reason
 from data_pipelines.record import Record
 from data_pipelines.transforms import preview
 from varedit_jax.errors import UserError
 
 QUESTIONS = {  # in the order in which they are asked, with what a "no" means
-    Cause.NOT_DONE: (
+    Reason.NOT_DONE: (
         "The second image should be the first one after this edit: {instruction}\n"
         "Was the edit made as asked? Answer with one word, yes or no."
     ),
-    Cause.NOT_KEPT: (
+    Reason.NOT_KEPT: (
         "The second image should be the first one after this edit: {instruction}\n"
         "Apart from what the edit asks for, is everything else in the first image kept unchanged in the second? "
         "Answer with one word, yes or no."
@@ -61,14 +61,14 @@ class Ask:
     verdicts: pathlib.Path
     part: int
     answers: pathlib.Path  # file of answers, which outlives the job
-    found: pathlib.Path  # [n, 2] int64: number of a record that leaves, and index of its cause in CAUSES
+    found: pathlib.Path  # [n, 2] int64: number of a record that leaves, and index of its reason in REASONS
 
     def is_done(self) -> bool:
         """Whether all have been asked about."""
         return self.found.exists()
 
 
-CAUSES = (Cause.NOT_DONE, Cause.NOT_KEPT, Cause.UNCLEAR)
+REASONS = (Reason.NOT_DONE, Reason.NOT_KEPT, Reason.UNCLEAR)
 
 
 def ask(task: Ask) -> None:
@@ -81,12 +81,12 @@ def ask(task: Ask) -> None:
     # Closed inside out: no thread may still write down an answer when the file of answers is closed.
     with (
         Model(task.vision, task.answers) as model,
-        contextlib.closing(model.causes((number, records[number]) for number in numbers)) as asked,
+        contextlib.closing(model.reasons((number, records[number]) for number in numbers)) as asked,
     ):
-        for count, (number, cause) in enumerate(asked, 1):
-            clear += cause is not Cause.UNCLEAR
-            if cause is not None:
-                found.append((number, CAUSES.index(cause)))
+        for count, (number, reason) in enumerate(asked, 1):
+            clear += reason is not Reason.UNCLEAR
+            if reason is not None:
+                found.append((number, REASONS.index(reason)))
             if count == _FIRST and clear < _FIRST // 2:
                 raise UserError(
                     f"{task.vision.model} answered {clear} of {_FIRST} questions with yes or no, the last one with "
@@ -120,13 +120,13 @@ class Model:
         with self._lock:
             self._answers.close()
 
-    def causes(self, records: Iterator[tuple[int, Record]]) -> Generator[tuple[int, Cause | None], None, None]:
+    def reasons(self, records: Iterator[tuple[int, Record]]) -> Generator[tuple[int, Reason | None], None, None]:
         """Why each record leaves, None if it does not; in order, a few at a time."""
         with concurrent.futures.ThreadPoolExecutor(self._vision.parallel) as pool:
-            waiting: list[tuple[int, concurrent.futures.Future[Cause | None]]] = []
+            waiting: list[tuple[int, concurrent.futures.Future[Reason | None]]] = []
             try:
                 for number, record in records:
-                    waiting.append((number, pool.submit(self.cause, record)))
+                    waiting.append((number, pool.submit(self.reason, record)))
                     if len(waiting) > self._vision.parallel:
                         number, future = waiting.pop(0)
                         yield number, future.result()
@@ -137,10 +137,10 @@ class Model:
                 for _, future in waiting:
                     future.cancel()
 
-    def cause(self, record: Record) -> Cause | None:
+    def reason(self, record: Record) -> Reason | None:
         """Why a record leaves, if it does. Raises UserError if the endpoint does not answer."""
         images: list[str] = []
-        for cause, question in QUESTIONS.items():
+        for reason, question in QUESTIONS.items():
             text = question.format(instruction=record.instructions[0])
             digest = self._digest(record, text)
             answer = self._known(digest)
@@ -152,9 +152,9 @@ class Model:
             said = re.search(r"\b(yes|no)\b", answer.casefold())
             if said is None:
                 self.last = answer
-                return Cause.UNCLEAR
+                return Reason.UNCLEAR
             if said[1] == "no":
-                return cause
+                return reason
         return None
 
     def _digest(self, record: Record, text: str) -> bytes:

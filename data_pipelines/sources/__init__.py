@@ -35,10 +35,10 @@ from data_pipelines.sources import (
     varedit,
     x2edit,
 )  # fmt: skip
-from data_pipelines.sources.entries import Entry, Part, Reason, Refused, Source
+from data_pipelines.sources.entries import Entry, Part, Refused, Source
 from varedit_jax.errors import UserError
 
-__all__ = ["SOURCES", "Entry", "Part", "Reason", "Refused", "Source", "find_parts", "read", "read_part"]
+__all__ = ["SOURCES", "Entry", "Part", "Refused", "Source", "find_parts", "read", "read_part"]
 
 SOURCES: dict[str, Source] = {
     module.SOURCE.name: module.SOURCE

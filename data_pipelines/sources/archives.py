@@ -12,7 +12,8 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from data_pipelines.sources.entries import MAX_FILE_BYTES, Reason
+from data_pipelines.reasons import Reason
+from data_pipelines.sources.entries import MAX_FILE_BYTES
 from data_pipelines.sources.files import safe_name
 from varedit_jax.errors import UserError
 

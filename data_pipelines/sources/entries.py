@@ -1,30 +1,14 @@
 """What sources give: records, and what they had to leave out with the reason."""
 
 import dataclasses
-import enum
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from data_pipelines.reasons import Reason
 from data_pipelines.record import Record, clean_text
 
 MAX_FILE_BYTES = 256 * 2**20  # of one image file; a 64-megapixel image without compression is smaller
-
-
-class Reason(enum.StrEnum):
-    """Why something that a data set lists is no record."""
-
-    ARCHIVE = "damaged archive"  # or table, or list: what it held from there on is lost
-    ANNOTATION = "damaged annotation"
-    MISSING = "missing image"
-    UNSAFE = "unsafe name"  # an absolute path, one that leaves its directory, a link or a device
-    SIZE = "absurd size"
-    INSTRUCTION = "empty instruction"
-    SEVERAL = "several sources"  # an edit of more than one image
-    NO_IMAGES = "no images"  # a turn that only says something
-    AMBIGUOUS = "ambiguous image"  # the same file stands for two images
-    CORRUPT = "known to be corrupt"
-    FAILED = "failed edit"  # published as an example of what not to do
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

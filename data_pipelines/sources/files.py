@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from data_pipelines.sources.entries import MAX_FILE_BYTES, Reason, Refused
+from data_pipelines.reasons import Reason
+from data_pipelines.sources.entries import MAX_FILE_BYTES, Refused
 from varedit_jax.errors import UserError
 
 _SPACE = " \t\r\n"

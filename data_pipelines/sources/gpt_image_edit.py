@@ -12,8 +12,9 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from data_pipelines.reasons import Reason
 from data_pipelines.sources.archives import Member, group_parts, members
-from data_pipelines.sources.entries import Entry, Part, Reason, Refused, Source
+from data_pipelines.sources.entries import Entry, Part, Refused, Source
 from data_pipelines.sources.files import find, json_items, safe_name
 from data_pipelines.sources.join import Stream, Wanted, joined
 from varedit_jax.errors import UserError

@@ -23,9 +23,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from data_pipelines.reasons import Reason
 from data_pipelines.record import finite_scores
 from data_pipelines.sources.archives import TarIndex, first_name, group_parts, is_compressed
-from data_pipelines.sources.entries import Entry, Part, Reason, Refused, Source, make_entry
+from data_pipelines.sources.entries import Entry, Part, Refused, Source, make_entry
 from data_pipelines.sources.files import distinct, find, json_items, relative_name, safe_name
 from data_pipelines.sources.tables import read_table
 from varedit_jax.errors import UserError
@@ -123,7 +124,7 @@ def _entry(
         kind=re.sub(r"_part\d+$", "", stem),
         turn=turn,
         scores=scores.of(directory, sample),
-        image=sample,  # of LAION, and named alike in all archives
+        original=sample,  # of LAION, and named alike in all archives
     )
 
 

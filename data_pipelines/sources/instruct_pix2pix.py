@@ -12,9 +12,10 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from data_pipelines.reasons import Reason
 from data_pipelines.record import finite_scores
 from data_pipelines.sources.archives import tail
-from data_pipelines.sources.entries import MAX_FILE_BYTES, Entry, Part, Reason, Refused, Source, make_entry
+from data_pipelines.sources.entries import MAX_FILE_BYTES, Entry, Part, Refused, Source, make_entry
 from data_pipelines.sources.files import distinct, find, json_items, read_below, relative_name, safe_name
 from data_pipelines.sources.tables import image_bytes, read_table
 from varedit_jax.errors import UserError

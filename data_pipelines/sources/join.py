@@ -17,9 +17,10 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from data_pipelines.reasons import Reason
 from data_pipelines.record import clean_text
 from data_pipelines.sources.archives import Damage, Member, members
-from data_pipelines.sources.entries import Entry, Reason, Refused, make_entry
+from data_pipelines.sources.entries import Entry, Refused, make_entry
 from varedit_jax.errors import UserError
 
 MEMORY_BYTES = 256 * 2**20

@@ -10,8 +10,9 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from data_pipelines.reasons import Reason
 from data_pipelines.record import finite_scores
-from data_pipelines.sources.entries import Entry, Part, Reason, Refused, Source, make_entry
+from data_pipelines.sources.entries import Entry, Part, Refused, Source, make_entry
 from data_pipelines.sources.files import distinct, find, read_below, read_lines, relative_name
 from varedit_jax.errors import UserError
 

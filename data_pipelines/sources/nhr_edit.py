@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from data_pipelines.sources.entries import Entry, Part, Reason, Refused, Source, make_entry
+from data_pipelines.reasons import Reason
+from data_pipelines.sources.entries import Entry, Part, Refused, Source, make_entry
 from data_pipelines.sources.files import find, read_below, read_lines, relative_name
 from data_pipelines.sources.tables import image_bytes, read_table
 from varedit_jax.errors import UserError
@@ -68,7 +69,7 @@ def _convert(value: Mapping[str, Any], place: str, directories: Sequence[pathlib
         instructions=[value.get("edit_instruction"), *(others if isinstance(others, list) else [])],
         kind=str(value.get("category") or ""),
         license=_LICENSE,
-        image=stem[1] if stem else str(names[0]),  # edits of edits are of the same original
+        original=stem[1] if stem else str(names[0]),  # edits of edits are of the same original
     )
 
 

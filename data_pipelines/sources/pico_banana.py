@@ -14,8 +14,9 @@ import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from data_pipelines.reasons import Reason
 from data_pipelines.sources.archives import group_parts, tail
-from data_pipelines.sources.entries import Entry, Part, Reason, Refused, Source, make_entry
+from data_pipelines.sources.entries import Entry, Part, Refused, Source, make_entry
 from data_pipelines.sources.files import distinct, find, read_below, read_lines, relative_name, safe_name
 from data_pipelines.sources.join import Found, Lost, Stream, Wanted, join
 from varedit_jax.errors import UserError

@@ -17,8 +17,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from data_pipelines.reasons import Reason
 from data_pipelines.sources.archives import group_parts
-from data_pipelines.sources.entries import Entry, Part, Reason, Refused, Source
+from data_pipelines.sources.entries import Entry, Part, Refused, Source
 from data_pipelines.sources.files import distinct, find, read_lines, safe_name
 from data_pipelines.sources.join import Stream, Wanted, joined
 from varedit_jax.errors import UserError

@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipelines.sources.entries import Entry, Part, Reason, Refused, Source
+from data_pipelines.reasons import Reason
+from data_pipelines.sources.entries import Entry, Part, Refused, Source
 from data_pipelines.sources.files import distinct, find, relative_name
 from varedit_jax.errors import UserError
 

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
-from data_pipelines.sources.entries import Entry, Part, Reason, Refused, Source, make_entry
+from data_pipelines.reasons import Reason
+from data_pipelines.sources.entries import Entry, Part, Refused, Source, make_entry
 from data_pipelines.sources.files import find
 from varedit_jax.errors import UserError
 

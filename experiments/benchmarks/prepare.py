@@ -26,8 +26,7 @@ import tqdm
 from absl import flags
 from PIL import Image
 
-from data_pipelines.damage import Fault
-from data_pipelines.preparation.filters import Cause
+from data_pipelines.reasons import Reason
 from data_pipelines.shards import Records, read_index
 from varedit_jax import command
 from varedit_jax.errors import UserError
@@ -40,7 +39,7 @@ _OUTPUT = flags.DEFINE_string("output", "", "Markdown file for the table")
 _TAR = 10_000  # records
 _SIDE = 32  # pixels
 _ROUND = 100  # records, in which each thing that is wrong comes once, the first round aside
-_WRONG = {0: Cause.EXACT, 1: Cause.NEAR, 2: Cause.UNCHANGED, 3: Fault.TRUNCATED}
+_WRONG = {0: Reason.EXACT, 1: Reason.NEAR, 2: Reason.UNCHANGED, 3: Reason.TRUNCATED}
 
 
 class Measured(NamedTuple):
@@ -70,9 +69,9 @@ def _triples(count: int) -> Iterator[tuple[bytes, bytes, bytes]]:
     before = (b"", b"", b"")  # what copies are of
     for number in range(count):
         wrong = _WRONG.get(number % _ROUND) if number >= _ROUND else None
-        if wrong is Cause.EXACT:
+        if wrong is Reason.EXACT:
             yield before
-        elif wrong is Cause.NEAR:
+        elif wrong is Reason.NEAR:
             yield _marked(before[0], number), *before[1:]
         else:
             cells = Image.fromarray(draw.integers(0, 256, (4, 4, 3), np.uint8))
@@ -80,9 +79,9 @@ def _triples(count: int) -> Iterator[tuple[bytes, bytes, bytes]]:
             source = _jpeg(image)
             image[8:20, 8:20] = 255 - image[8:20, 8:20] // 2
             text = b"make it number %d" % (number % 1000)
-            if wrong is Cause.UNCHANGED:
+            if wrong is Reason.UNCHANGED:
                 yield source, source, text
-            elif wrong is Fault.TRUNCATED:
+            elif wrong is Reason.TRUNCATED:
                 yield source[:500], _jpeg(image), text
             else:
                 before = source, _jpeg(image), text

@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from data_pipelines.damage import Fault
+from data_pipelines.reasons import Reason
 
 
 def encoded(size: tuple[int, int] = (40, 30), kind: str = "JPEG", seed: int = 0, **options: object) -> bytes:
@@ -43,15 +43,15 @@ def damaged_png() -> bytes:
 
 
 DAMAGE = {
-    "empty": (b"", Fault.EMPTY),
-    "page instead of an image": (b"<html>404 Not Found</html>", Fault.NOT_AN_IMAGE),
-    "script that PIL could run": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n", Fault.NOT_AN_IMAGE),
-    "JPEG cut short": (encoded()[:700], Fault.TRUNCATED),
-    "PNG cut short": (encoded(kind="PNG")[:900], Fault.TRUNCATED),
-    "bytes lost in a PNG": (damaged_png(), Fault.DECODING),
-    "bomb": (png_of_size(9000, 9000), Fault.BOMB),
-    "bomb of gigapixels": (png_of_size(60_000, 60_000), Fault.BOMB),
-    "tracking pixel": (encoded((1, 1), "PNG"), Fault.SIZE),
-    "strip": (encoded((400, 20), "PNG"), Fault.SIZE),
-    "animation": (frames(), Fault.ANIMATED),
+    "empty": (b"", Reason.EMPTY),
+    "page instead of an image": (b"<html>404 Not Found</html>", Reason.NOT_AN_IMAGE),
+    "script that PIL could run": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n", Reason.NOT_AN_IMAGE),
+    "JPEG cut short": (encoded()[:700], Reason.TRUNCATED),
+    "PNG cut short": (encoded(kind="PNG")[:900], Reason.TRUNCATED),
+    "bytes lost in a PNG": (damaged_png(), Reason.DECODING),
+    "bomb": (png_of_size(9000, 9000), Reason.BOMB),
+    "bomb of gigapixels": (png_of_size(60_000, 60_000), Reason.BOMB),
+    "tracking pixel": (encoded((1, 1), "PNG"), Reason.SIZE),
+    "strip": (encoded((400, 20), "PNG"), Reason.SIZE),
+    "animation": (frames(), Reason.ANIMATED),
 }  # fmt: skip

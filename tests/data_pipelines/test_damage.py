@@ -8,17 +8,18 @@ import sys
 import pytest
 from PIL import Image
 
-from data_pipelines.damage import Damaged, Fault, Quarantine, check_image, check_record, read_quarantine
+from data_pipelines.damage import Damaged, Quarantine, check_image, check_record, read_quarantine
+from data_pipelines.reasons import Reason
 from data_pipelines.record import Record
 from tests.data_pipelines.images import DAMAGE, encoded
 
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damage_is_told_by_its_reason(name: str) -> None:
-    data, fault = DAMAGE[name]
+    data, reason = DAMAGE[name]
     with pytest.raises(Damaged) as caught:
         check_image(data)
-    assert caught.value.fault is fault
+    assert caught.value.reason is reason
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
@@ -45,13 +46,13 @@ def test_a_record_says_which_of_its_images_is_broken() -> None:
 def test_quarantine_keeps_each_record_once_and_goes_on(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "new" / "bad.jsonl"
     with Quarantine(path) as first:
-        first.add(id="1", dataset="d", reason=Fault.BOMB, detail="9000 x 9000")
-        first.add(id="2\u2028\x85", dataset="d", reason=Fault.SIZE)  # what else ends a line
-        first.add(id="1", dataset="d", reason=Fault.BOMB)
+        first.add(id="1", dataset="d", reason=Reason.BOMB, detail="9000 x 9000")
+        first.add(id="2\u2028\x85", dataset="d", reason=Reason.SIZE)  # what else ends a line
+        first.add(id="1", dataset="d", reason=Reason.BOMB)
         assert first.summary() == "2 too many pixels, 1 absurd size"
     path.write_bytes(path.read_bytes() + b'{"id": "cut')
     with Quarantine(path) as second:
-        second.add(id="2\u2028\x85", dataset="d", reason=Fault.SIZE)
+        second.add(id="2\u2028\x85", dataset="d", reason=Reason.SIZE)
         second.add(id="2", dataset="e", reason="of another step")
         assert second.counts == {"absurd size": 1, "of another step": 1}
     assert [(line["dataset"], line["id"], line["reason"]) for line in read_quarantine(path)] == [

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_pipelines.preparation.filters import Cause
 from data_pipelines.preparation.settings import Settings
+from data_pipelines.reasons import Reason
 
 SETTINGS = Settings(
     min_side=32, max_side=100, max_ratio=2, min_scores=(("quality", 5.0),), first_turn=True, min_change=8, near_bits=3,
@@ -42,13 +42,13 @@ def write_corpus(directory: pathlib.Path, lists: int = 3) -> tuple[list[pathlib.
     values: list[dict[str, Any]] = []
     left: dict[str, str] = {}
 
-    def add(id: str, source: bytes, target: bytes, instruction: str, cause: str = "", **fields: Any) -> None:
+    def add(id: str, source: bytes, target: bytes, instruction: str, reason: str = "", **fields: Any) -> None:
         for side, data in (("source", source), ("target", target)):
             (directory / f"{len(values)}-{side}.jpg").write_bytes(data)
         names = {side: f"{len(values)}-{side}.jpg" for side in ("source", "target")}
         values.append({"id": id, "instruction": instruction, **names, **fields})
-        if cause:
-            left[id] = cause
+        if reason:
+            left[id] = reason
 
     for seed in range(20):
         image = photo(seed)
@@ -58,12 +58,12 @@ def write_corpus(directory: pathlib.Path, lists: int = 3) -> tuple[list[pathlib.
     image = photo(100)
     sound = jpeg(image), jpeg(edited(image))
     tiny, huge, long = (photo(seed, size) for seed, size in ((101, (31, 40)), (102, (101, 90)), (103, (80, 38))))
-    add("small", jpeg(tiny), jpeg(tiny), "x", Cause.SMALL)
-    add("large", jpeg(huge), jpeg(huge), "x", Cause.LARGE)
-    add("long", jpeg(long), jpeg(long), "x", Cause.RATIO)
-    add("poor", *sound, "x", Cause.SCORE, scores={"quality": 4.5})
-    add("second", *sound, "x", Cause.TURN, turn=1)
-    add("idle", jpeg(image, 95), jpeg(image, 90), "x", Cause.UNCHANGED)
+    add("small", jpeg(tiny), jpeg(tiny), "x", Reason.SMALL)
+    add("large", jpeg(huge), jpeg(huge), "x", Reason.LARGE)
+    add("long", jpeg(long), jpeg(long), "x", Reason.RATIO)
+    add("poor", *sound, "x", Reason.SCORE, scores={"quality": 4.5})
+    add("second", *sound, "x", Reason.TURN, turn=1)
+    add("idle", jpeg(image, 95), jpeg(image, 90), "x", Reason.UNCHANGED)
     add("broken", sound[0], sound[1][:1000], "x", "cut short")
     add("silent", *sound, " ", "empty instruction")
     add("without-score", jpeg(photo(104)), jpeg(edited(photo(104))), "y")

@@ -8,6 +8,7 @@ from PIL import Image
 from data_pipelines.preparation import duplicates
 from data_pipelines.preparation.fingerprints import FACTS, digest, plain_words
 from data_pipelines.preparation.perceptual_hash import Look, alike, change
+from data_pipelines.reasons import Reason
 from tests.data_pipelines.preparation.corpus import edited, jpeg, photo
 
 
@@ -71,7 +72,7 @@ def _search(rows: np.ndarray, bits: int, buckets: int, tmp_path) -> dict[int, in
     found: dict[int, int] = {}
     for bucket in range(buckets):
         task = duplicates.Search(
-            cause=duplicates.Cause.NEAR,
+            reason=Reason.NEAR,
             parts=(),
             verdicts=tmp_path / "verdicts.npy",
             near_bits=bits,

@@ -14,9 +14,9 @@ from PIL import Image
 
 from data_pipelines.damage import read_quarantine
 from data_pipelines.preparation import pipeline, scan
-from data_pipelines.preparation.filters import Cause
 from data_pipelines.preparation.pipeline import prepare
 from data_pipelines.preparation.settings import Settings
+from data_pipelines.reasons import Reason
 from data_pipelines.record import Record
 from data_pipelines.shards import Records, damaged_shards, read_index
 from tests.data_pipelines.preparation.corpus import SETTINGS, write_corpus
@@ -61,14 +61,14 @@ def test_each_record_stays_or_leaves_for_its_reason(corpus: Corpus) -> None:
     assert left == corpus.left
     # Of each pair of copies one stays: that of the lower key.
     assert set(copies) <= {"good-3", "exact-copy", "good-4", "near-copy"}
-    assert sorted(copies.values()) == sorted([Cause.EXACT, Cause.NEAR])
+    assert sorted(copies.values()) == sorted([Reason.EXACT, Reason.NEAR])
 
 
 def test_a_duplicate_names_the_record_that_it_is_like(corpus: Corpus) -> None:
     lines = {line["reason"]: line for line in read_quarantine(corpus.output / "report" / "quarantine.jsonl")}
-    pair = {lines[Cause.EXACT]["id"], lines[Cause.EXACT]["detail"].removeprefix("of made/")}
+    pair = {lines[Reason.EXACT]["id"], lines[Reason.EXACT]["detail"].removeprefix("of made/")}
     assert pair == {"good-3", "exact-copy"}
-    assert {lines[Cause.NEAR]["id"], lines[Cause.NEAR]["detail"].removeprefix("of made/")} == {"good-4", "near-copy"}
+    assert {lines[Reason.NEAR]["id"], lines[Reason.NEAR]["detail"].removeprefix("of made/")} == {"good-4", "near-copy"}
 
 
 def test_records_are_as_they_were_published_and_know_their_image(corpus: Corpus) -> None:
@@ -96,7 +96,7 @@ def test_the_report_adds_up_and_shows_images(corpus: Corpus) -> None:
     assert report["read"] == len(corpus.stay) + len(corpus.left)
     assert {split: report[split] for split in index} == {split: index[split]["records"] for split in index}
     assert report["read"] == report["train"] + report["validation"] + sum(report["left"].values())
-    assert f"| {Cause.UNCHANGED} | 1 |" in (corpus.output / "report" / "report.md").read_text()
+    assert f"| {Reason.UNCHANGED} | 1 |" in (corpus.output / "report" / "report.md").read_text()
     with Image.open(corpus.output / "report" / "samples.png") as sheet:
         assert sheet.height > 5 * 144 and len(set(sheet.convert("L").get_flattened_data())) > 100
 
@@ -181,7 +181,7 @@ def test_ids_that_come_twice_are_kept_once(tmp_path: pathlib.Path) -> None:
     names = [ids[index] for index in range(len(ids))]
     assert len(names) == len(set(names))
     lines = read_quarantine(tmp_path / "out" / "report" / "quarantine.jsonl")
-    again = {line["id"] for line in lines if line["reason"] == Cause.SAME_ID}
+    again = {line["id"] for line in lines if line["reason"] == Reason.SAME_ID}
     assert again >= set(names) and again >= stay
 
 

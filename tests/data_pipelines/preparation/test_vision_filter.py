@@ -11,10 +11,10 @@ import pytest
 
 from data_pipelines.damage import read_quarantine
 from data_pipelines.preparation import vision_filter
-from data_pipelines.preparation.filters import Cause
 from data_pipelines.preparation.pipeline import prepare
 from data_pipelines.preparation.settings import Settings, Vision
 from data_pipelines.preparation.vision_filter import Model
+from data_pipelines.reasons import Reason
 from data_pipelines.record import Record
 from tests.data_pipelines.preparation.corpus import edited, jpeg, photo
 from varedit_jax.errors import UserError
@@ -93,14 +93,14 @@ def test_two_questions_decide_and_the_second_is_not_asked_where_the_first_is_eno
         "vague": ("It is a nice image, now and then", "yes"),
     }
     with _model(endpoint, tmp_path) as model:
-        for instruction, cause, asked in (
-            ("undone", Cause.NOT_DONE, 1),
-            ("careless", Cause.NOT_KEPT, 2),
-            ("vague", Cause.UNCLEAR, 1),
+        for instruction, reason, asked in (
+            ("undone", Reason.NOT_DONE, 1),
+            ("careless", Reason.NOT_KEPT, 2),
+            ("vague", Reason.UNCLEAR, 1),
             ("sound", None, 2),
         ):
             endpoint.questions.clear()
-            assert model.cause(_record(instruction)) is cause
+            assert model.reason(_record(instruction)) is reason
             assert len(endpoint.questions) == asked
 
 
@@ -109,7 +109,7 @@ def test_a_question_has_the_instruction_and_both_images_in_a_size_that_can_be_pa
 ) -> None:
     monkeypatch.setenv("MY_KEY", "secret")
     with _model(endpoint, tmp_path, key_variable="MY_KEY", side=100) as model:
-        model.cause(_record())
+        model.reason(_record())
     question = endpoint.questions[0]
     text, *images = question["messages"][0]["content"]
     assert question["model"] == "seer" and question["temperature"] == 0 and "make it red" in text["text"]
@@ -121,27 +121,27 @@ def test_a_question_has_the_instruction_and_both_images_in_a_size_that_can_be_pa
 def test_answers_are_kept_and_not_asked_for_again(endpoint: Endpoint, tmp_path: pathlib.Path) -> None:
     for _ in range(2):
         with _model(endpoint, tmp_path) as model:
-            assert model.cause(_record()) is None
+            assert model.reason(_record()) is None
     assert len(endpoint.questions) == 2
     with _model(endpoint, tmp_path) as model:
-        model.cause(_record("something else"))
+        model.reason(_record("something else"))
     assert len(endpoint.questions) == 4
 
 
 def test_passing_troubles_are_tried_again_and_others_told(endpoint: Endpoint, tmp_path: pathlib.Path) -> None:
     endpoint.statuses = [429, 503, CUT, 500]
     with _model(endpoint, tmp_path) as model:
-        assert model.cause(_record()) is None
+        assert model.reason(_record()) is None
         endpoint.statuses = [401]
         with pytest.raises(UserError, match=r"refused seer with status 401.*OPENAI_API_KEY"):
-            model.cause(_record("another"))
+            model.reason(_record("another"))
         endpoint.statuses = [400]  # of what this one record asks
-        assert model.cause(_record("a third")) is Cause.UNCLEAR
+        assert model.reason(_record("a third")) is Reason.UNCLEAR
     with (
         Model(Vision(url="http://127.0.0.1:9/v1", model="seer", tries=2), tmp_path / "other.sqlite") as model,
         pytest.raises(UserError, match="did not answer in 2 tries"),
     ):
-        model.cause(_record())
+        model.reason(_record())
 
 
 @pytest.mark.parametrize("url", ["server/v1", "localhost:8000/v1", "http://", "http://host:port/v1", "http://[::1/v1"])
@@ -152,7 +152,7 @@ def test_an_address_that_is_none_is_told_at_once(url: str) -> None:
 
 def test_questions_keep_to_the_rate(endpoint: Endpoint, tmp_path: pathlib.Path) -> None:
     with _model(endpoint, tmp_path, per_minute=1200, parallel=4) as model:
-        asked = model.causes((n, _record(f"edit {n}")) for n in range(3))
+        asked = model.reasons((n, _record(f"edit {n}")) for n in range(3))
         assert list(asked) == [(0, None), (1, None), (2, None)]
     assert len(endpoint.times) == 6
     assert max(endpoint.times) - min(endpoint.times) > 5 * 60 / 1200 - 0.05
@@ -184,7 +184,7 @@ def test_prepare_leaves_out_what_the_model_refuses_and_goes_on_after_the_endpoin
     assert prepare("manifest", [source], tmp_path / "out", settings) == {"train": 4}
     assert len(endpoint.questions) == 2 * 4 + 1 + 2  # none of them twice
     left = read_quarantine(tmp_path / "out" / "report" / "quarantine.jsonl")
-    assert {line["id"]: line["reason"] for line in left} == {"n1": Cause.NOT_DONE, "n3": Cause.NOT_KEPT}
+    assert {line["id"]: line["reason"] for line in left} == {"n1": Reason.NOT_DONE, "n3": Reason.NOT_KEPT}
     asked = len(endpoint.questions)
     stricter = dataclasses.replace(settings, min_side=8)
     assert prepare("manifest", [source], tmp_path / "other", stricter) == {"train": 4}

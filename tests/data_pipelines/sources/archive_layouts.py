@@ -175,7 +175,7 @@ def imgedit(directory: pathlib.Path) -> Layout:
     def record(top: str, sample: str, kind: str, **more: Any) -> Expected:
         instructions = (f"{kind} {sample}",)
         source, target = (f"{top}/{sample}/{name}.png" for name in ("original", "result"))
-        return Expected(source=source, target=target, instructions=instructions, kind=kind, image=sample, **more)
+        return Expected(source=source, target=target, instructions=instructions, kind=kind, original=sample, **more)
 
     memory = "mnt/data/results_content_memory_part2/s"
     return Layout(

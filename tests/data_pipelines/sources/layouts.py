@@ -155,7 +155,7 @@ def magicbrush(directory: pathlib.Path) -> Layout:
                 target=f"{image}-{turn}",
                 instructions=(f"edit {image} {turn}",),
                 turn=turn - 1,
-                image=image,
+                original=image,
                 mask="m",
             )
             for image, turn in (("242679", 1), ("242679", 2), ("118", 1))

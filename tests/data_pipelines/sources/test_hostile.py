@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_pipelines.reasons import Reason
 from data_pipelines.record import Record, decode, encode
-from data_pipelines.sources import Entry, Reason, Refused, read
+from data_pipelines.sources import Entry, Refused, read
 from data_pipelines.sources.archives import Damage, TarIndex, members
 from data_pipelines.sources.files import json_items, read_below
 from tests.data_pipelines.sources.layouts import tar
