@@ -1,4 +1,5 @@
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -104,7 +105,8 @@ def test_a_page_is_not_written_over_another(prepared: pathlib.Path, page: pathli
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not chromium or not driver:
-        pytest.skip("needs the programs chromium and chromedriver")
+        missing = "needs the programs chromium and chromedriver"
+        pytest.fail(f"{missing}, which .ci/run installs") if os.environ.get("CI") == "true" else pytest.skip(missing)
     with Browser(chromium, driver, tmp_path_factory.mktemp("profile"), (1280, 900)) as opened:
         yield opened
 
