@@ -115,6 +115,7 @@ def _shown(browser: Browser) -> list[str]:
     return browser.run("return [...document.querySelectorAll('article p')].map(p => p.textContent)")
 
 
+@pytest.mark.subprocess
 def test_filters_work_in_a_browser(browser: Browser, page: pathlib.Path) -> None:
     browser.open(page / "index.html")
     assert len(_shown(browser)) == 15
@@ -159,6 +160,7 @@ def test_filters_work_in_a_browser(browser: Browser, page: pathlib.Path) -> None
     assert browser.errors() == []
 
 
+@pytest.mark.subprocess
 def test_two_images_are_compared_in_a_browser(browser: Browser, page: pathlib.Path) -> None:
     browser.open(page / "index.html")
     browser.click("article:nth-child(2) > button")

@@ -60,6 +60,7 @@ def test_quarantine_keeps_each_record_once_and_goes_on(tmp_path: pathlib.Path) -
     ]  # fmt: skip
 
 
+@pytest.mark.subprocess
 def test_kinds_of_images_are_known_where_one_was_imported_before_the_others() -> None:
     data = base64.b64encode(encoded(kind="WEBP")).decode()
     code = (

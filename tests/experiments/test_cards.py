@@ -24,6 +24,8 @@ from varedit_jax.training.state import make_init
 from varedit_jax.training.step import make_step
 from varedit_jax.weights.directory import load_directory
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[2]
 DIRECTORY = pathlib.Path(configs.__file__).parent
 MODULES = {

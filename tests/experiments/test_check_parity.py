@@ -11,6 +11,8 @@ import safetensors.numpy
 
 from varedit_jax.weights.reader import read_state_dict
 
+pytestmark = pytest.mark.subprocess
+
 GOLDEN = pathlib.Path(__file__).parents[1] / "data" / "golden" / "mini_a"
 
 

@@ -14,6 +14,8 @@ from varedit_jax.errors import UserError
 from varedit_jax.scales import editor_pyramid
 from varedit_jax.training.flops import run_flops
 
+pytestmark = [pytest.mark.slow, pytest.mark.subprocess, pytest.mark.tpu]
+
 CARD = """
 import dataclasses
 from varedit_jax.config import DataConfig, RunConfig, preset

@@ -4,7 +4,11 @@ import json
 import pathlib
 from collections.abc import Callable
 
+import pytest
+
 from experiments.configs.published import LAYOUTS
+
+pytestmark = pytest.mark.subprocess
 
 # In place of the compiler: fits on v5p alone, and cannot compile for v6e at all.
 SETUP = """

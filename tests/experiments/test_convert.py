@@ -5,6 +5,8 @@ import pathlib
 
 import pytest
 
+pytestmark = pytest.mark.subprocess
+
 DATA = pathlib.Path(__file__).parents[1] / "data"
 TRANSFORMER = f"--transformer={DATA / 'golden' / 'mini_a' / 'transformer.pth'}"
 TOKENIZER = f"--tokenizer={DATA / 'golden' / 'mini_a' / 'vae.pth'}"

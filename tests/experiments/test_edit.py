@@ -13,6 +13,8 @@ from varedit_jax.config import SamplingConfig, preset
 from varedit_jax.parameters import abstract_params
 from varedit_jax.weights.directory import PARTS, save_directory
 
+pytestmark = pytest.mark.subprocess
+
 # What is left out of a case is as here; names are in one directory.
 USUAL = {"checkpoint": "tiny", "image": "in.png", "instruction": "add a red circle", "output": "x.png"}
 

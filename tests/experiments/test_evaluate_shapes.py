@@ -14,6 +14,8 @@ from varedit_jax.config import EditorConfig, SamplingConfig, preset
 from varedit_jax.parameters import abstract_params
 from varedit_jax.weights.directory import PARTS, save_directory
 
+pytestmark = pytest.mark.subprocess
+
 Answer = tuple[int, str, str]
 HELD_OUT = 8
 # The program on a data set of a few examples, and prepared in no time.

@@ -17,6 +17,7 @@ PAGES = ("tpu_vm.md", "gke.md", "slurm.md")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.subprocess
 def test_the_shell_can_read_it(name: str) -> None:
     done = subprocess.run(["bash", "-n", str(DIRECTORY / name)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
@@ -45,6 +46,7 @@ def test_a_page_shows_the_command_of_its_script(script: str, page: str) -> None:
     assert flags(page) <= flags(script) and len(flags(page)) == 8
 
 
+@pytest.mark.subprocess
 def test_slurm_puts_a_job_in_the_queue_again(tmp_path: pathlib.Path) -> None:
     """Unless it is finished, has a mistake, or ends at once for the third time in a row."""
     for name, lines in (("srun", "exit $CODE"), ("scontrol", 'echo "$@"')):

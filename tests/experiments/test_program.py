@@ -9,6 +9,8 @@ import pytest
 
 from varedit_jax.config import DataConfig, EditorConfig, RunConfig, from_dict, preset, to_dict
 
+pytestmark = pytest.mark.subprocess
+
 # A program as they all are, in the place of `module`.
 SETUP = """
 import types

@@ -13,6 +13,8 @@ from experiments.configs import shapes
 from varedit_jax.config import SamplingConfig
 from varedit_jax.sampling.editor import Editor
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[2]
 EDITS = 50  # scoring.BATCH: one compiled program serves all tests here
 

@@ -21,6 +21,8 @@ from varedit_jax.training.state import make_init
 from varedit_jax.weights import names, run_directory
 from varedit_jax.weights.export_source import open_source
 
+pytestmark = [pytest.mark.slow, pytest.mark.subprocess]
+
 ROOT = pathlib.Path(__file__).parents[2]
 CARD = "experiments/configs/shapes.py:tiny"
 

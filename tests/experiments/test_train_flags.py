@@ -14,6 +14,8 @@ from varedit_jax.training.checkpoint import data_place
 from varedit_jax.training.metrics import read_metrics
 from varedit_jax.weights.run_directory import checkpoint_steps
 
+pytestmark = [pytest.mark.slow, pytest.mark.subprocess]
+
 ROOT = pathlib.Path(__file__).parents[2]
 # Two scales alone, which compile quickly.
 COMMON = ("--config=experiments/configs/shapes.py:tiny", "--config.stages=((5, 2),)", "--config.cadence.save_every=2")

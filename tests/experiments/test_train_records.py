@@ -17,6 +17,8 @@ from varedit_jax.training.flops import example_flops
 from varedit_jax.training.goodput import read_goodput
 from varedit_jax.training.metrics import read_metrics
 
+pytestmark = [pytest.mark.slow, pytest.mark.subprocess]
+
 ROOT = pathlib.Path(__file__).parents[2]
 SIZES = ((128, 128), (128, 86))  # pixels, width and height: of templates 1.0 and 0.666
 MODEL = EditorConfig(pixel_budget="0.06M")

@@ -190,6 +190,7 @@ def _program(*arguments: str, **environment: str) -> subprocess.CompletedProcess
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
 
 
+@pytest.mark.subprocess
 def test_the_program_prepares_and_tells_mistakes_in_one_line(corpus: Corpus, tmp_path: pathlib.Path) -> None:
     inputs = ",".join(map(str, corpus.inputs))
     arguments = ["--source=manifest", f"--input={inputs}", f"--output={tmp_path / 'out'}", "--workers=1"]
@@ -200,6 +201,7 @@ def test_the_program_prepares_and_tells_mistakes_in_one_line(corpus: Corpus, tmp
     assert failed.stderr == "error: --min_score is 'quality'; it must be like NAME:VALUE\n"
 
 
+@pytest.mark.subprocess
 def test_texts_are_utf_8_whatever_the_machine_takes_for_usual(corpus: Corpus, tmp_path: pathlib.Path) -> None:
     names = {side: str(corpus.inputs[0].with_name(f"0-{side}.jpg")) for side in ("source", "target")}
     lines = [{"id": "猫", "instruction": "去掉猫", **names}, {"id": "狗", "instruction": "", **names}]

@@ -66,6 +66,7 @@ def test_impossible_sizes_are_refused(tmp_path: pathlib.Path, sizes: dict[str, i
         Shapes(data_dir=tmp_path, **sizes)
 
 
+@pytest.mark.subprocess
 def test_preparing_and_reading_need_no_tensorflow(tmp_path: pathlib.Path) -> None:
     program = f"""
 import sys

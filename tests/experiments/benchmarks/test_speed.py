@@ -14,6 +14,8 @@ from varedit_jax.parallel.mesh import make_mesh
 from varedit_jax.scales import editor_pyramid
 from varedit_jax.training.flops import CONVENTION, example_flops
 
+pytestmark = pytest.mark.subprocess
+
 
 @pytest.fixture(scope="module")
 def answers(run_program, tmp_path_factory):
@@ -31,7 +33,7 @@ def answers(run_program, tmp_path_factory):
     }
     # A third of the time to compile; the programs run but a few times.
     quick = "import os; os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=0'"
-    answers = run_program("benchmark", lines, setup=quick)
+    answers = run_program("benchmarks.speed", lines, setup=quick)
     assert answers["good"][0] == 0, answers["good"][2]
     return answers, json.loads(figures.read_text())
 

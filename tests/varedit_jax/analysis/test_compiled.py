@@ -12,6 +12,8 @@ from varedit_jax import hardware
 from varedit_jax.analysis import compiled, hlo
 from varedit_jax.parallel.topology import topology_devices
 
+pytestmark = pytest.mark.tpu
+
 # As the compiler writes for a TPU: a gather in a loop, a gather made of a sum with zeros, a sum that is cut at once, a
 # sum over everything, tokens gathered between chips with the same examples (in two parts, behind other work), an
 # activation gathered, one sent on.

@@ -12,6 +12,8 @@ import pytest
 from varedit_jax.analysis import parity
 from varedit_jax.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = pathlib.Path(__file__).parents[2] / "data" / "golden"
 
 

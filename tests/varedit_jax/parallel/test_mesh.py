@@ -74,6 +74,7 @@ def test_nodes_of_gpus_are_no_slices():
         ("v5e:16x16", 2, MeshConfig(data=2, fsdp=-1, tensor=4)),
     ],
 )
+@pytest.mark.tpu
 def test_hosts_of_tpus_share_a_batch(topology, slices, config):
     """Every part is read, by those hosts alone whose chips hold it, wherever their blocks of the torus lie."""
     mesh = make_mesh(config, topology_devices(topology, slices))

@@ -109,6 +109,8 @@ def two_processes(what: str, directory: pathlib.Path, devices: int) -> tuple[lis
     return [process.returncode for process in both], said
 
 
+@pytest.mark.slow
+@pytest.mark.subprocess
 def test_two_processes(tmp_path: pathlib.Path) -> None:
     """The second finds what the first has left; when the second fails, its error is said, and the first ends, too."""
     begin = time.monotonic()
@@ -119,6 +121,8 @@ def test_two_processes(tmp_path: pathlib.Path) -> None:
     assert time.monotonic() - begin < processes._PARTING_SECONDS, said
 
 
+@pytest.mark.slow
+@pytest.mark.subprocess
 def test_devices_of_a_process_need_not_follow_each_other(tmp_path: pathlib.Path) -> None:
     """As on a torus of TPUs: a process's part of a batch lies between those of the other."""
     assert two_processes("crossed", tmp_path, devices=2)[0] == [0, 0]

@@ -6,6 +6,8 @@ from varedit_jax.errors import UserError
 from varedit_jax.parallel import topology
 from varedit_jax.parallel.topology import chips, topology_devices
 
+pytestmark = pytest.mark.tpu
+
 
 @pytest.mark.parametrize(
     ("name", "kind", "slices"),

@@ -160,6 +160,7 @@ with Checkpoints(sys.argv[1]) as checkpoints:
 """
 
 
+@pytest.mark.subprocess
 def test_restores_onto_another_mesh(tmp_path: pathlib.Path) -> None:
     """Saved over eight devices, restored over eight otherwise and on one, bit for bit."""
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}

@@ -17,6 +17,8 @@ from varedit_jax.scales import editor_pyramid
 from varedit_jax.training.compile_step import abstract_frozen, abstract_state, sharded_step
 from varedit_jax.training.optimizer import make_optimizer
 
+pytestmark = [pytest.mark.slow, pytest.mark.subprocess]
+
 MESHES = {
     "one": {},
     "data": {"data": 8},

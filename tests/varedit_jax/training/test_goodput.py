@@ -187,6 +187,7 @@ for step in range(int(sys.argv[2]), 10**9):
 """
 
 
+@pytest.mark.subprocess
 def test_sigkill(tmp_path):
     """Two real processes, killed while they write: every line but a torn last one is whole; no time is missing."""
     began = time.time()

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from tests.varedit_jax.training.runs import assert_same, without_times
 from varedit_jax.config import MeshConfig, OptimizerConfig
@@ -27,6 +28,8 @@ from varedit_jax.training.state import TrainState
 from varedit_jax.training.stop import poll
 from varedit_jax.training.trainer import Cadence, train
 from varedit_jax.weights.run_directory import checkpoint_steps
+
+pytestmark = [pytest.mark.slow, pytest.mark.subprocess]
 
 STEPS = 12
 WIDTH = 296  # large enough that a save takes a while; divides over eight devices

@@ -22,6 +22,7 @@ with Lock(sys.argv[1]):
 """
 
 
+@pytest.mark.subprocess
 def test_another_process_has_it_until_it_is_killed(tmp_path: pathlib.Path) -> None:
     with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == b"held\n"

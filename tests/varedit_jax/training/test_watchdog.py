@@ -34,6 +34,7 @@ def hang(directory: pathlib.Path, how: str, in_thread: bool = False) -> subproce
     )
 
 
+@pytest.mark.subprocess
 def test_a_hang_writes_the_stacks_of_all_threads_and_exits(tmp_path: pathlib.Path) -> None:
     done = hang(tmp_path, "threading.Event().wait()", in_thread=True)
     assert done.returncode == EXIT_CODE
@@ -43,6 +44,7 @@ def test_a_hang_writes_the_stacks_of_all_threads_and_exits(tmp_path: pathlib.Pat
         assert text.count("in where_it_hangs") == 2
 
 
+@pytest.mark.subprocess
 def test_a_hang_that_holds_the_interpreter(tmp_path: pathlib.Path) -> None:
     """C code that never gives the interpreter back stops the watchdog's thread too."""
     done = hang(tmp_path, "ctypes.PyDLL(None).sleep(60)")

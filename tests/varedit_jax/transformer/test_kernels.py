@@ -224,6 +224,8 @@ def sharded_gradients():
     return found
 
 
+@pytest.mark.slow
+@pytest.mark.subprocess
 def test_kernels_on_eight_devices_equal_plain_attention_on_one(tmp_path):
     """A batch of 4 over data x fsdp, 4 heads and 133 tokens over tensor."""
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
