@@ -190,7 +190,7 @@ class Link:
 
 
 def published_chunks(depth: int, width: int) -> int:
-    """Chunks of blocks in published transformers: 8 in 2B and 8B, 4 in the smaller ones (golden.md).
+    """Chunks of blocks in published transformers: 8 in 2B and 8B, 4 in the smaller ones (model.md, section 6).
 
     Of 20B (58 blocks, which 4 does not divide) nothing is published; it gets 2.
     """
