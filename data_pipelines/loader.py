@@ -38,10 +38,10 @@ from data_pipelines.datasets import (
 )
 from data_pipelines.features import Features
 from data_pipelines.plan import InOrder, Plan, Rows, Shuffled
+from data_pipelines.record import EXAMPLE_IDS
 from data_pipelines.record_features import RecordFeatures
 from varedit_jax.config import DataConfig
 from varedit_jax.errors import UserError
-from varedit_jax.training.replay import EXAMPLE_IDS
 
 __all__ = [
     "Batch",

@@ -15,6 +15,7 @@ import msgpack
 from varedit_jax.errors import UserError
 
 VERSION = 1
+EXAMPLE_IDS = "example_ids"  # entry of a batch: the numbers of its examples, int64 [B]
 
 
 class BrokenRecord(ValueError):

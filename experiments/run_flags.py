@@ -1,14 +1,13 @@
-"""The flags that training programs share, and what they mean to the loop."""
-
-from typing import Any
+"""The flags that training programs share."""
 
 from absl import flags
 
 from varedit_jax.training.profile import parse_steps
+from varedit_jax.training.trainer import Launch
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run: checkpoints, metrics, images", required=True)
 _RESUME = flags.DEFINE_enum(
-    "resume", "auto", ["auto", "yes", "no"], "yes: only go on with a run; no: only start one; auto: whichever it is"
+    "resume", "auto", ["auto", "yes", "no"], "yes: only resume a run; no: only start one; auto: whichever it is"
 )
 _STOP_AFTER = flags.DEFINE_integer("stop_after", None, "end, saved, after so many steps of this process", lower_bound=1)
 _PROFILE_STEPS = flags.DEFINE_string("profile_steps", "", "A:B traces the steps from A up to B into WORKDIR/profile")
@@ -26,12 +25,12 @@ def workdir() -> str:
     return str(_WORKDIR.value)
 
 
-def loop_arguments() -> dict[str, Any]:
-    """Arguments of `loop.train` that flags decide. Raises UserError for a flag of another form."""
-    return {
-        "workdir": _WORKDIR.value,
-        "resume": {"auto": None, "yes": True, "no": False}[_RESUME.value],
-        "stop_after": _STOP_AFTER.value,
-        "profile_steps": parse_steps(_PROFILE_STEPS.value),
-        "dump_step": _DUMP_STEP.value,
-    }
+def launch() -> Launch:
+    """Returns what the flags say of this process of the run. Raises UserError for a flag of another form."""
+    return Launch(
+        workdir=_WORKDIR.value,
+        resume={"auto": None, "yes": True, "no": False}[_RESUME.value],
+        stop_after=_STOP_AFTER.value,
+        profile_steps=parse_steps(_PROFILE_STEPS.value),
+        dump_step=_DUMP_STEP.value,
+    )

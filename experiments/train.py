@@ -22,6 +22,7 @@ from absl import flags
 
 from data_pipelines import encoders, loader
 from data_pipelines import features as features_lib
+from data_pipelines.record import EXAMPLE_IDS
 from data_pipelines.record_features import RecordFeatures
 from data_pipelines.shapes.scoring import sample_sheet
 from experiments import program, run_flags
@@ -34,11 +35,12 @@ from varedit_jax.parameters import abstract_params
 from varedit_jax.sampling.editor import Editor
 from varedit_jax.text.vocabulary import Vocabulary
 from varedit_jax.tokenizer.tokens import encode_images
-from varedit_jax.training import run_config, trainer
+from varedit_jax.training import run_config
 from varedit_jax.training.metrics import flat_metrics
 from varedit_jax.training.optimizer import learning_rate
 from varedit_jax.training.replay import replay
 from varedit_jax.training.setup import MeshRun
+from varedit_jax.training.trainer import Job, Trainer
 from varedit_jax.weights.directory import load_directory, save_directory, weights_hash
 
 _CONFIG = program.config_flag(RunConfig)
@@ -69,7 +71,9 @@ def _replay(run: MeshRun, step_fn: Callable[[int], Any]) -> None:
     """Prints the metrics of a step that is done again."""
     run_config.check_config(pathlib.Path(_REPLAY.value).absolute().parent.parent, to_dict(run.config))
     key = jax.random.key(run.config.seed)
-    metrics = replay(_REPLAY.value, key=key, abstract_state=run.abstract_state, step_fn=step_fn, put=run.put)
+    metrics = replay(
+        _REPLAY.value, key=key, abstract_state=run.abstract_state, step_fn=step_fn, put=run.put, ids_field=EXAMPLE_IDS
+    )
     if jax.process_index() == 0:
         values = {name: value if math.isfinite(value) else None for name, value in flat_metrics(metrics)}
         print(json.dumps(values))
@@ -103,24 +107,25 @@ def _train(config: RunConfig) -> None:
         if _REPLAY.value:
             return _replay(run, stages.step)
         processes.wait_for_all("the run to begin")
-        state = trainer.train(
-            **run_flags.loop_arguments(),
+        job = Job(
             steps=config.steps,
             key=jax.random.key(config.seed),
             abstract_state=run.abstract_state,
             init_state=run.init_state,
-            step_fn=stages.step,
+            stages=stages,
             batches=batches,
             data_metrics=batches.metrics,
             put=run.put,
-            run_record=to_dict(config),
+            record=to_dict(config),
             cadence=config.cadence,
             evaluate=evaluate,
             sample=sample,
             learning_rate=learning_rate(config.optimizer, config.steps),
             guard=config.guard,
             work=run.work,
+            ids_field=EXAMPLE_IDS,
         )
+        state = Trainer(job, run_flags.launch()).run()
     if run_flags.EXPORT.value and int(state.step) == config.steps:
         params = {**frozen, **state.params}
         save_directory(run_flags.EXPORT.value, config.model, params, run_flags.EXPORT_TYPE.value, config.sampling)

@@ -11,13 +11,16 @@ import jax
 import numpy as np
 
 from data_pipelines import loader
+from data_pipelines.record import EXAMPLE_IDS
 from experiments import program, run_flags
 from varedit_jax.config import TokenizerRunConfig, to_dict
 from varedit_jax.evaluation.sheet import Row, contact_sheet
 from varedit_jax.text.vocabulary import Vocabulary
-from varedit_jax.training import tokenizer_step, trainer
+from varedit_jax.training import tokenizer_step
 from varedit_jax.training.optimizer import learning_rate, make_optimizer
 from varedit_jax.training.perceptual import load_perceptual
+from varedit_jax.training.stages import SingleStage
+from varedit_jax.training.trainer import Job, Trainer
 from varedit_jax.weights.directory import save_directory
 
 _CONFIG = program.config_flag(TokenizerRunConfig)
@@ -40,21 +43,22 @@ def main(argv: list[str]) -> None:
 
     init = tokenizer_step.make_init(config, optimizer)
     step = jax.jit(tokenizer_step.make_step(config, optimizer, perceptual), donate_argnums=0)
-    state = trainer.train(
-        **run_flags.loop_arguments(),
+    job = Job(
         steps=config.steps,
         key=jax.random.key(config.seed),
         abstract_state=jax.eval_shape(init),
         init_state=lambda: tokenizer_step.start(config, init),
-        step_fn=lambda number: step,
+        stages=SingleStage(step),
         batches=loader.training_batches(config.data, Vocabulary.load(), loader.open_split(config.data, "train")),
         put=jax.device_put,
-        run_record=to_dict(config),
+        record=to_dict(config),
         cadence=config.cadence,
         sample=sample,
         learning_rate=learning_rate(config.optimizer, config.steps),
         guard=config.guard,
+        ids_field=EXAMPLE_IDS,
     )
+    state = Trainer(job, run_flags.launch()).run()
     if run_flags.EXPORT.value and int(state.step) == config.steps:
         save_directory(run_flags.EXPORT.value, config.model, {"tokenizer": state.params}, run_flags.EXPORT_TYPE.value)
 

@@ -65,7 +65,7 @@ class Checkpoints:
             raise UserError(f"keep_every is {keep_every}; it is a number of steps, or 0 for none")
         quiet_orbax()
         self.directory = pathlib.Path(workdir).absolute() / CHECKPOINTS
-        # The save that was begun last, until it is known to be complete: its step, and whether that was looked at.
+        # The save that was begun last, until it is known to be complete: its step, and whether that was evaluated.
         self._saving: tuple[int, bool] | None = None
         make_directory(self.directory)
         foreign = [path for path in sorted(self.directory.iterdir()) if not _OURS.fullmatch(path.name)]
@@ -86,10 +86,10 @@ class Checkpoints:
         """Step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, iterator: grain.DatasetIterator, *, looked: bool = True) -> None:
-        """Saves `state` and the position of `iterator` as they are now; the writing goes on in the background.
+    def save(self, step: int, state: TrainState, iterator: grain.DatasetIterator, *, evaluated: bool = True) -> None:
+        """Saves `state` and the position of `iterator` as they are now; writing continues in the background.
 
-        `looked` is False where evaluation or images of this very step are still to be made. An error of the previous
+        `evaluated` is False where evaluation or images of this very step are still to be made. An error of the previous
         save surfaces here. Raises UserError if the disk is full.
         """
         self.wait()
@@ -102,14 +102,14 @@ class Checkpoints:
                     data=grain.checkpoint.CheckpointSave(iterator),
                 ),
             )
-        self._saving = step, looked
+        self._saving = step, evaluated
 
     def restore(self, abstract_state: TrainState, iterator: grain.DatasetIterator) -> TrainState:
         """The newest checkpoint: returns its state and sets `iterator` to the batch that comes next.
 
         `abstract_state` is a tree of jax.ShapeDtypeStruct (as of jax.eval_shape); the state comes back with their
-        shardings, or on one device where they have none. If it has an average of the parameters (`ema`) and the
-        checkpoint does not, the average starts from the parameters; the other way round it is dropped. Raises UserError
+        shardings, or on one device where they have none. If it has an EMA of the parameters (`ema`) and the
+        checkpoint does not, the EMA starts from the parameters; the other way round it is dropped. Raises UserError
         if there is no checkpoint, if it belongs to another model or to a newer version, or if it is damaged.
         """
         step = self.latest()
@@ -136,17 +136,18 @@ class Checkpoints:
                 self._note(*self._saving)
         self._saving = None
 
-    def looked(self) -> bool:
-        """Whether nothing is left to be done at the step of the newest checkpoint but the next step."""
-        return _saved(self.directory.parent).get("looked") is not False
+    def evaluated(self) -> bool:
+        """Returns True if evaluation and samples of the newest checkpoint's step have been made."""
+        saved = _saved(self.directory.parent)
+        return saved.get("evaluated", saved.get("looked")) is not False  # earlier versions wrote `looked`
 
-    def mark_looked(self) -> None:
+    def mark_evaluated(self) -> None:
         """Notes that nothing is left there."""
         self._note(self.latest(), True)
 
-    def _note(self, step: int | None, looked: bool) -> None:
+    def _note(self, step: int | None, evaluated: bool) -> None:
         if jax.process_index() == 0:
-            write_json(self.directory.parent / SAVED_FILE, {"step": step, "looked": looked})
+            write_json(self.directory.parent / SAVED_FILE, {"step": step, "evaluated": evaluated})
 
     def _check_room(self, state: TrainState) -> None:
         """Refuses to start a save that the disk has no room for."""
@@ -212,7 +213,7 @@ def data_place(directory: str | os.PathLike[str], step: int) -> dict[str, Any]:
         if own not in files and len(set(files.values())) > 1:
             raise UserError(
                 f"{checkpoints / str(step)} was saved by {len(files)} processes, each at its own place in the data; "
-                f"there are {jax.process_count()} now: go on with as many"
+                f"there are {jax.process_count()} now: resume with as many"
             )
         return json.loads(files.get(own, next(iter(files.values()))))
 
@@ -232,7 +233,7 @@ def read_tree(directory: pathlib.Path, abstract_state: TrainState) -> TrainState
 
 
 def check_resume(workdir: str | os.PathLike[str], resume: bool | None) -> None:
-    """Refuses to go on, or to start anew, where that cannot be what is wanted.
+    """Refuses to resume, or to start anew, where that cannot be intended.
 
     Args:
       workdir: directory of a run, or of one to be.
@@ -247,13 +248,13 @@ def check_resume(workdir: str | os.PathLike[str], resume: bool | None) -> None:
     if resume is False and steps:
         raise UserError(
             f"{workdir} has a checkpoint of step {steps[-1]}, but --resume=no starts a new run; use another "
-            f"--workdir, or --resume=auto to go on with this one"
+            f"--workdir, or --resume=auto to resume this one"
         )
     if steps or resume is False:
         return
     if resume:
         raise UserError(
-            f"there is no checkpoint in {workdir} to go on from, and --resume=yes starts no new run; give the "
+            f"there is no checkpoint in {workdir} to resume from, and --resume=yes starts no new run; give the "
             f"directory of the run as --workdir, or --resume=auto"
         )
     made = None
@@ -270,7 +271,7 @@ def check_resume(workdir: str | os.PathLike[str], resume: bool | None) -> None:
 
 
 def _saved(root: pathlib.Path) -> dict[str, Any]:
-    """What saved.json says; nothing, if it cannot be read."""
+    """Returns the content of saved.json; {} if it cannot be read."""
     try:
         return dict(json.loads((root / SAVED_FILE).read_text()))
     except (OSError, ValueError, TypeError):
@@ -283,4 +284,4 @@ def _fields(state: TrainState) -> dict[str, Any]:
 
 
 def _going_on(step: int | None) -> str:
-    return "" if step is None else f"; it goes on from step {step}"
+    return "" if step is None else f"; it resumes from step {step}"

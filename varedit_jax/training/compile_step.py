@@ -55,7 +55,7 @@ def abstract_frozen(config: RunConfig, mesh: Mesh) -> Params:
 
 
 def abstract_batch(config: RunConfig, pyramid: Pyramid, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of images, or of features where the card has them computed ahead, likewise.
+    """A batch of images, or of features where the config has them precomputed, likewise.
 
     Raises UserError if the batch does not divide over the mesh.
     """

@@ -2,11 +2,11 @@
 
 The convention, which stands beside every MFU:
 
-  - a multiply-add is two operations; only products of matrices and convolutions count
+  - a multiply-add is two operations; only matmuls and convolutions count
   - attention counts visible pairs of a query and a key only, of text all T padded tokens
   - the backward pass is twice the forward pass of what is trained
-  - nothing counts twice: what rematerialization computes again is no model FLOP
-  - not counted: area and linear resizing, RoPE's product with its constant matrix, the table of positions, the loss and
+  - nothing counts twice: rematerialization adds no model FLOP
+  - not counted: area and linear resizing, RoPE's matmul with its constant matrix, the table of positions, the loss and
     the optimizer; together under 1 % of a step of the published models
 
 `MFU` is 3 x forward of the transformer (and of the text encoder where it is trained too) over peak; `MFU with encoders`
@@ -36,12 +36,12 @@ class Flops:
     """Operations of one example's forward pass, by part; what of them is trained."""
 
     tokens: int  # source and target tokens
-    linear: int  # products of the blocks with weights, source and target tokens
-    self_attention: int  # products of queries, keys and values over visible pairs
+    linear: int  # matmuls of the blocks with weights, source and target tokens
+    self_attention: int  # matmuls of queries, keys and values over visible pairs
     cross_attention: int  # to the text, with its keys and values
     rest: int  # embedding of tokens, head, pooling and projection of the text, modulation
     text: int  # text encoder
-    tokenizer: int  # tokenizer's encoder on both images; 0 with features computed ahead
+    tokenizer: int  # tokenizer's encoder on both images; 0 with precomputed features
     trains_text: bool = False
 
     @property
@@ -76,7 +76,7 @@ def example_flops(
       pyramid: of the example: the whole one, or the first scales of a stage.
       text_tokens: T, padding included.
       train_text: whether the text encoder is trained too.
-      encode: whether the tokenizer's encoder runs in the step; not with features computed ahead.
+      encode: True if the tokenizer's encoder runs in the step, as without precomputed features.
       whole: the pyramid that the images are encoded for, where `pyramid` is the first scales of it.
     """
     model = config.transformer
@@ -168,14 +168,14 @@ def encoder_flops(config: TokenizerConfig, size: Grid) -> int:
 
 
 def count_jaxpr(jaxpr: Jaxpr | ClosedJaxpr) -> int:
-    """Operations of the matrix products and convolutions of a program, as `jax.make_jaxpr` gives it.
+    """Operations of the matmuls and convolutions of a program, as `jax.make_jaxpr` gives it.
 
     A scanned body counts as often as it runs, what no output needs not at all, and what is rematerialized again. Zeros
     that the gradient of a strided convolution puts between its inputs do not count. Inside of `shard_map` the
     operations of all shards count.
 
     Raises:
-      ValueError: for a loop of unknown length with products in it, and for kernels (pallas, cuDNN), which cannot be
+      ValueError: for a loop of unknown length with matmuls in it, and for kernels (pallas, cuDNN), which cannot be
         looked into: count a program with plain attention.
     """
     inner = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
@@ -197,7 +197,7 @@ def _count(equation: Any) -> int:
     if name == "scan":
         return params["length"] * sum(bodies)
     if name == "while" and sum(bodies):
-        raise ValueError("a loop of unknown length has matrix products in it, which cannot be counted")
+        raise ValueError("a loop of unknown length has matmuls in it, which cannot be counted")
     if name == "cond":
         return max(bodies)
     if name == "shard_map":

@@ -1,4 +1,4 @@
-"""Where the time of a run went, over all the processes that worked on it: how much of it made steps that count.
+"""Goodput: the time of a run by kind over all its processes, and the share of it that made steps which count.
 
 Process 0 appends lines to goodput.jsonl while it trains; nothing is ever taken back, so a killed process leaves what it
 wrote up to then. A line has seconds since the start of its process, by kind:
@@ -102,11 +102,11 @@ class Goodput:
         start: float | None = None,
         now: Any = time.time,
     ) -> None:
-        """To be made when the run is about to go on at `first_step`; what came before is start-up.
+        """To be made when the run is about to take step `first_step`; what came before is start-up.
 
         Args:
           workdir: directory of the run.
-          clock: the loop's stopwatch, which goes on counting.
+          clock: the loop's stopwatch, which keeps counting.
           first_step: of this process.
           start: of this process, seconds since 1970; found out if not given.
           now: a clock, seconds since 1970.
@@ -118,7 +118,7 @@ class Goodput:
         path = pathlib.Path(workdir) / GOODPUT_FILE
         earlier = read_goodput(workdir)
         start = process_start() if start is None else start
-        # A process can go on with a run twice; its second time begins where the first ended.
+        # A process can resume a run twice; its second time begins where the first ended.
         self._start = max([start, *(moment.time for moment in earlier if moment.start <= start)])
         self._process = f"{os.getpid()}-{now():.6f}"
         self._before = _totals(earlier, first_step, self._start)
@@ -194,7 +194,7 @@ def run_shares(workdir: str | os.PathLike[str]) -> Seconds:
 
 
 def process_start() -> float:
-    """When this process started, seconds since 1970; now, where the system does not tell."""
+    """Returns the start of this process, seconds since 1970; now, where the system does not tell."""
     now = time.time()
     try:
         fields = pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()
@@ -234,7 +234,7 @@ def _kept(process: list[Moment], until: int | None) -> Seconds:
     if until is None or last.step <= until:
         return {kind: last.seconds.get(kind, 0.0) for kind in KINDS}
     before = [moment for moment in process if moment.step <= until]
-    if not before:  # it began beyond where the run went on from
+    if not before:  # it began beyond the step that the run resumed from
         return dict.fromkeys(KINDS, 0.0)
     at, after = before[-1], process[len(before)]
     share = (until - at.step) / (after.step - at.step)

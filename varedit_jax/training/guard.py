@@ -29,7 +29,7 @@ class Guard:
         self._high = False  # whether the step before was reported as a spike
 
     def recall(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Takes over what earlier processes of the run wrote down, so that counts and medians go on: lines of
+        """Takes over what earlier processes of the run logged, so that counts and medians continue: lines of
         metrics.jsonl, in order. Only logged steps are there, so the median is of fewer losses at first."""
         for line in lines:
             self._total = int(line.get("skipped_steps") or self._total)
@@ -47,7 +47,7 @@ class Guard:
             was skipped, so then all processes have to be here.
 
         Returns:
-          Metrics to be written down: `skipped_steps`, of the run up to here; `loss_spike`, the loss by the median of
+          Metrics to be logged: `skipped_steps`, of the run up to here; `loss_spike`, the loss by the median of
           the last steps, if it is large.
 
         Raises:
@@ -94,7 +94,7 @@ class Guard:
 
 
 def was_skipped(metrics: Mapping[str, Any]) -> bool:
-    """Whether a step with these metrics, on the host, left the parameters as they were, or should have."""
+    """Returns True if a step with these metrics, on the host, left the parameters as they were, or should have."""
     if "skipped" in metrics:
         return float(metrics["skipped"]) > 0
     return "loss" in metrics and not math.isfinite(metrics["loss"])

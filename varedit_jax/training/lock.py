@@ -58,7 +58,7 @@ class Lock:
 
 
 def _holder(file: TextIO) -> str:
-    """Who has the lock, as its file says."""
+    """Returns the holder of the lock, as its file names it."""
     try:
         file.seek(0)
         values = json.load(file)

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import io
 import json
 import math
 import os
@@ -12,15 +11,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 import jax
 import numpy as np
 import PIL.Image
 import tqdm
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX import SummaryWriter
 
 from varedit_jax import hardware
 from varedit_jax.parallel.processes import say
@@ -33,7 +30,7 @@ METRICS_FILE = "metrics.jsonl"
 SAMPLES = "samples"
 
 
-class Ledger:
+class MetricsWriter:
     """Metrics to TensorBoard and metrics.jsonl, images to TensorBoard and samples/, progress to the screen.
 
     Only the first process writes; the others' calls do nothing.
@@ -42,9 +39,9 @@ class Ledger:
     def __init__(
         self, workdir: str | os.PathLike[str], *, first_step: int, steps: int, screen: TextIO | None = None
     ) -> None:
-        """Opens the ledger of a run that goes on at `first_step` (0 for a new one) towards `steps`.
+        """Opens the metrics of a run that resumes at `first_step` (0 for a new one) towards `steps`.
 
-        What an earlier process wrote down for `first_step` and later is dropped, for it comes again.
+        Drops what an earlier process logged for `first_step` and later, for it comes again.
         `screen` is standard error if not given: a progress bar on a terminal, plain lines elsewhere.
         """
         self._writes = jax.process_index() == 0
@@ -57,12 +54,14 @@ class Ledger:
         with writing(self._directory):
             self._directory.mkdir(parents=True, exist_ok=True)
             _drop_from(self._directory / METRICS_FILE, first_step)
-            # Unbuffered, and TensorBoard's file without a thread of its own: nothing written is lost, whatever ends
-            # the process, and a full disk is noticed where it is met.
+            # Unbuffered: nothing written is lost, whatever ends the process, and a full disk is noticed at once.
             self._lines = (self._directory / METRICS_FILE).open("ab", buffering=0)
-            self._board = EventsWriter(str(self._directory / "events"), f".{first_step}")
-            if first_step:  # hides what an earlier process wrote from this step on
-                self._publish(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+            self._board = SummaryWriter(
+                str(self._directory),
+                purge_step=first_step or None,  # hides what an earlier process wrote from this step on
+                filename_suffix=f".{first_step}",
+                flush_secs=30,
+            )
         if self._screen.isatty():
             self._bar = tqdm.tqdm(
                 total=steps,
@@ -72,16 +71,16 @@ class Ledger:
                 bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
             )
 
-    def record(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def scalars(self, step: int, metrics: Metrics) -> None:
         """Writes the metrics of one step; a vector [K] becomes `name/scale_k`. A value that is not finite is null."""
         if not self._writes:
             return
         values = dict(flat_metrics(metrics))
         line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in values.items()}
-        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         with writing(self._directory):
             self._lines.write(json.dumps(line).encode() + b"\n")
-            self._publish(Event(step=step, summary=Summary(value=scalars)))
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
 
     def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Writes uint8 images [y, x, 3], as samples/NAME_STEP.png too."""
@@ -90,16 +89,10 @@ class Ledger:
         for name, image in images.items():
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
                 raise ValueError(f"image {name!r} is {image.dtype}{list(image.shape)}, not uint8[y, x, 3]")
-            encoded = io.BytesIO()
-            PIL.Image.fromarray(image).save(encoded, format="png")
-            height, width, _ = image.shape
-            encoded_image = Summary.Image(
-                height=height, width=width, colorspace=3, encoded_image_string=encoded.getvalue()
-            )
             with writing(self._directory):
                 (self._directory / SAMPLES).mkdir(exist_ok=True)
-                (self._directory / SAMPLES / f"{name}_{step:07d}.png").write_bytes(encoded.getvalue())
-                self._publish(Event(step=step, summary=Summary(value=[Summary.Value(tag=name, image=encoded_image)])))
+                PIL.Image.fromarray(image).save(self._directory / SAMPLES / f"{name}_{step:07d}.png")
+            self._board.add_image(name, image, step, dataformats="HWC")
 
     def progress(
         self,
@@ -142,12 +135,6 @@ class Ledger:
         self._lines.close()
         with contextlib.suppress(OSError):  # of what a full disk did not take, which has been said
             self._board.close()
-
-    def _publish(self, event: Event) -> None:
-        """Writes an event to TensorBoard's file."""
-        event.wall_time = time.time()
-        self._board.write_event(event)
-        self._board.flush()
 
 
 def flat_metrics(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -202,7 +189,7 @@ RECENT_STEPS = 50  # whose median says how long the rest takes
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
-    """What one training example costs, and what does it: for TFLOP/s and MFU, by the convention of flops.py."""
+    """The cost of a training example and the devices that pay it, for TFLOP/s and MFU by the convention of flops.py."""
 
     flops: int  # of an example: the transformer's training
     flops_with_encoders: int  # and the frozen encoders' forward passes
@@ -236,11 +223,8 @@ class Work:
         return values
 
 
-class Check(Protocol):
-    """What looks at the metrics of every step (guard.py)."""
-
-    def check(self, step: int, metrics: Metrics, example_ids: np.ndarray | None) -> dict[str, float]:
-        """Metrics to be written beside those of the step; raises UserError to end the run."""
+# (step, metrics, example_ids) -> metrics to be logged beside those of the step; raises UserError to end the run.
+Check = Callable[[int, Metrics, np.ndarray | None], dict[str, float]]
 
 
 @dataclasses.dataclass
@@ -257,33 +241,33 @@ class _Window:
     extra: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
-class Report:
-    """Metrics of the step before the one that runs now: fetched late, so that fetching does not hold up the devices."""
+class StepReport:
+    """Logs the metrics of the step before the one that runs now: fetched late, so that no device waits for it."""
 
     def __init__(
         self,
-        ledger: Ledger,
+        writer: MetricsWriter,
         clock: Stopwatch,
         log_every: int,
         steps: int,
         learning_rate: Callable[[int], float] | None,
         *,
-        guard: Check | None = None,
+        check: Check | None = None,
         goodput: Goodput | None = None,
     ) -> None:
         """Starts the clock of the first step.
 
         Args:
-          ledger, clock: what is written to, and what the loop times its parts with.
+          writer, clock: where metrics go, and what the loop times its parts with.
           log_every: steps between lines; 0 = none.
           steps: of the whole run.
           learning_rate: of a step, for the log.
-          guard: looks at every step.
+          check: looks at the metrics of every step (guard.py).
           goodput: gets a line whenever the log does.
         """
-        self._ledger, self._clock, self._steps = ledger, clock, steps
+        self._writer, self._clock, self._steps = writer, clock, steps
         self._log_every, self._learning_rate = log_every, learning_rate
-        self._guard, self._goodput = guard, goodput
+        self._check, self._goodput = check, goodput
         self._pending: tuple[int, Metrics, int, np.ndarray | None, Work | None] | None = None
         self._window = _Window()
         self._recent: collections.deque[float] = collections.deque(maxlen=RECENT_STEPS)
@@ -299,7 +283,7 @@ class Report:
         example_ids: np.ndarray | None = None,
         work: Work | None = None,
     ) -> None:
-        """Takes the metrics of a step just dispatched, and writes down those of the step before it.
+        """Takes the metrics of a step just dispatched, and logs those of the step before it.
 
         Args:
           step: counted from 0.
@@ -316,7 +300,7 @@ class Report:
         self._pending = (step, metrics, examples, example_ids, work)
 
     def finish(self) -> None:
-        """Writes down the metrics that are pending, waiting for their step to end."""
+        """Logs the metrics that are pending, waiting for their step to end."""
         if self._pending is None:
             return
         step, device_metrics, examples, example_ids, work = self._pending
@@ -324,9 +308,9 @@ class Report:
         with self._clock.time("step"):
             metrics = jax.device_get(dict(device_metrics))
         self._measure(examples, work, skipped=float(metrics.get("skipped", 0)) > 0)
-        if self._guard is not None:
-            self._window.extra |= self._guard.check(step, metrics, example_ids)
-        self._ledger.advance()
+        if self._check is not None:
+            self._window.extra |= self._check(step, metrics, example_ids)
+        self._writer.advance()
         if self._log_every and (step % self._log_every == 0 or step + 1 == self._steps):
             self._log(step, metrics, work)
 
@@ -379,8 +363,8 @@ class Report:
         memory = hardware.memory(jax.local_devices())
         times |= {f"memory/{name}_gib": value / hardware.GIB for name, value in memory.items()}
         rate = {} if self._learning_rate is None else {"learning_rate": float(self._learning_rate(step))}
-        self._ledger.record(step, {**metrics, **window.extra, **rate, **times})
-        self._ledger.progress(
+        self._writer.scalars(step, {**metrics, **window.extra, **rate, **times})
+        self._writer.progress(
             step + 1,
             metrics,
             examples_per_second=times["time/examples_per_second"],
@@ -390,5 +374,5 @@ class Report:
 
 
 def _ready(metrics: Metrics) -> bool:
-    """Whether the step that gives these metrics has ended."""
+    """Returns True if the step that gives these metrics has ended."""
     return all(getattr(leaf, "is_ready", lambda: True)() for leaf in jax.tree.leaves(dict(metrics)))

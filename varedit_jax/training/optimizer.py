@@ -42,7 +42,7 @@ _MUON_RMS = 0.1  # of an update over the rate; AdamW's is 0.2 to 0.4 (arXiv:2502
 
 
 def decays(path: str) -> bool:
-    """Whether weight decay applies to the parameter at `path`, as in transformer/block_0/mlp/fc1/kernel."""
+    """Returns True if weight decay applies to the parameter at `path`, as in transformer/block_0/mlp/fc1/kernel."""
     return not any(re.fullmatch(pattern, path) for pattern in NO_DECAY)
 
 
@@ -78,7 +78,7 @@ def make_optimizer(
     With `config.algorithm` "muon", what `MATRICES` names is updated by Muon (momentum 0.95) instead, at the same rates
     and with the same decay. Moments are trees like the parameters, in float32; AdamW's first one in
     `config.moment_dtype`. The state has the same structure whatever the configuration (but for `algorithm`), so that a
-    run can be gone on with under another.
+    run can be resumed under another.
     """
 
     def mask(params: Any) -> Any:

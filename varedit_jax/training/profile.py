@@ -30,7 +30,7 @@ class Profiler:
         """To be called before step `step` is dispatched.
 
         Args:
-          step: counted from 0. A run that goes on in the midst of the range is traced from there.
+          step: counted from 0. A run that resumes in the midst of the range is traced from there.
           state: what the step before gives; the trace ends when it is there, not before.
 
         Raises:

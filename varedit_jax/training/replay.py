@@ -1,8 +1,8 @@
-"""The inputs of single steps on disk, and one step done again on them alone.
+"""The inputs of single steps on disk, and the replay of one step on them alone.
 
 `workdir`/replay/step_N/ holds
 
-    inputs_process_0-of-1.npz   the batch of each process as it came from the pipeline, `example_ids` among it
+    inputs_process_0-of-1.npz   the batch of each process as it came from the pipeline
     step.json                   {"step": N, "reason": "..."}
     state/                      the state before the step, if it was asked for
 """
@@ -26,7 +26,6 @@ from varedit_jax.training.state import TrainState
 from varedit_jax.weights import run_directory
 
 REPLAY = "replay"
-EXAMPLE_IDS = "example_ids"
 MOST = 10  # steps of a run that are dumped without being asked for
 
 Batch = dict[str, np.ndarray]
@@ -69,8 +68,9 @@ class Inputs:
             checkpoint.save_tree(directory / "state", state)
 
 
-def read_inputs(directory: str | os.PathLike[str]) -> tuple[int, Batch, np.ndarray | None]:
-    """The number of the step dumped in `directory`, its batch without `example_ids`, and these; of this process.
+def read_inputs(directory: str | os.PathLike[str], ids_field: str = "") -> tuple[int, Batch, np.ndarray | None]:
+    """The number of the step dumped in `directory`, its batch without `ids_field`, and that;
+    of this process.
 
     Raises UserError if it is no such directory, or was written by another number of processes.
     """
@@ -89,11 +89,11 @@ def read_inputs(directory: str | os.PathLike[str]) -> tuple[int, Batch, np.ndarr
         )
     try:
         with (root / own).open("rb") as file, np.load(file) as arrays:
-            # The one type of two bytes that numpy does not know by name: of features computed ahead.
+            # The one type of two bytes that numpy does not know by name: of precomputed features.
             batch = {name: x.view(jnp.bfloat16) if x.dtype == np.dtype("V2") else x for name, x in arrays.items()}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{root / own} cannot be read: {error}") from error
-    return step, batch, batch.pop(EXAMPLE_IDS, None)
+    return step, batch, batch.pop(ids_field, None)
 
 
 def replay(
@@ -103,6 +103,7 @@ def replay(
     abstract_state: TrainState,
     step_fn: Callable[[int], Any],
     put: Callable[[Batch], Any],
+    ids_field: str = "",
     say: Callable[[str], None] = say,
 ) -> dict[str, Any]:
     """Does one step of a run alone, on the inputs that were dumped of it; nothing is written.
@@ -112,7 +113,7 @@ def replay(
 
     Args:
       directory: `workdir`/replay/step_N of a run.
-      key, abstract_state, step_fn, put: as the run gave them to `loop.train`.
+      key, abstract_state, step_fn, put, ids_field: as in the `Job` of the run.
       say: shows a line to the user.
 
     Returns:
@@ -121,11 +122,11 @@ def replay(
     Raises:
       UserError: no such directory, or no checkpoint to do the step from.
     """
-    step, batch, ids = read_inputs(directory)
+    step, batch, ids = read_inputs(directory, ids_field)
     root = pathlib.Path(directory).absolute()
     if (root / "state").is_dir():
         state = checkpoint.read_tree(root / "state", abstract_state)
-        say(f"step {step} is done again, from the state before it")
+        say(f"replaying step {step} from the state before it")
     else:
         run = root.parent.parent
         earlier = [number for number in run_directory.checkpoint_steps(run) if number <= step]
@@ -135,7 +136,7 @@ def replay(
                 f"both, with --dump_step={step}"
             )
         state = checkpoint.restore_state(run, abstract_state, earlier[-1])
-        say(f"step {step} is done again, from the checkpoint of step {earlier[-1]}")
+        say(f"replaying step {step} from the checkpoint of step {earlier[-1]}")
     if ids is not None:
         say(f"its examples are {', '.join(map(str, ids.tolist()))}")
     number = jax.device_put(jnp.asarray(step, jnp.int32), state.step.sharding)

@@ -1,4 +1,4 @@
-"""The record of a run: config.json in its directory, and what may differ from it when the run goes on."""
+"""The record of a run: config.json in its directory, and the fields that may change when the run resumes."""
 
 import contextlib
 import dataclasses
@@ -22,7 +22,7 @@ FREE_FIELDS = (
     r"stages",
     r"optimizer\.decay_steps",
     r"optimizer\.accumulation",  # another machine has room for other microbatches; noise is drawn for each anew
-    r"optimizer\.ema_decay",  # `Checkpoints.restore` starts or drops the average
+    r"optimizer\.ema_decay",  # `Checkpoints.restore` starts or drops the EMA
     r"cadence\..*",
     r"eval_batches",
     r"mesh\..*",
@@ -47,7 +47,7 @@ def write_config(directory: str | os.PathLike[str], values: Mapping[str, Any]) -
 
 
 def check_config(workdir: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
-    """Refuses to go on in the directory of a run that was configured otherwise (`FREE_FIELDS` aside).
+    """Refuses to resume in the directory of a run that was configured otherwise (`FREE_FIELDS` aside).
 
     A field that did not exist when the run was recorded has its default there. Passes if `workdir` has no config.json.
     Raises UserError with the first differing field and both values.

@@ -21,10 +21,9 @@ from varedit_jax.training import compile_step
 from varedit_jax.training.flops import run_flops
 from varedit_jax.training.metrics import Work
 from varedit_jax.training.optimizer import make_optimizer
-from varedit_jax.training.replay import EXAMPLE_IDS
 from varedit_jax.training.stages import Stages
 from varedit_jax.training.state import TrainState, make_init
-from varedit_jax.training.step import make_loss
+from varedit_jax.training.step import BATCH_FIELDS, make_loss
 from varedit_jax.training.stop import poll
 from varedit_jax.types import Batch, Metrics, Params
 from varedit_jax.weights import names, native
@@ -34,14 +33,14 @@ def load_frozen(config: RunConfig, abstract: Params) -> Params:
     """Weights the run uses but does not change: the tokenizer, and the text encoder unless it is trained.
 
     `abstract` are these parts as jax.ShapeDtypeStruct (compile_step.abstract_frozen): each process reads what its
-    devices hold of them. Raises UserError if the card names no directory for one, or the directory's weights do not
-    fit.
+    devices hold of them. Raises UserError if the experiment config names no directory for one, or the directory's
+    weights do not fit.
     """
     directories = {"tokenizer": config.tokenizer_weights, "text": config.text_weights}
     frozen = {}
     for part, wanted in abstract.items():
         if not directories[part]:
-            raise UserError(f"the card names no {part}_weights; give --config.{part}_weights=DIRECTORY")
+            raise UserError(f"the experiment config names no {part}_weights; give --config.{part}_weights=DIRECTORY")
         leaves, like = native.open_part(directories[part], part, wanted), names.flat(wanted)
         frozen[part] = names.tree({path: native.place(leaf, like[path]) for path, leaf in leaves.items()})
     return frozen
@@ -120,7 +119,7 @@ def make_evaluate(config: RunConfig, pyramid: Pyramid) -> Callable[[Params, Para
 
 
 class MeshRun:
-    """A card on a mesh. Nothing is computed before a method says so; call them under `jax.set_mesh(mesh)`."""
+    """A run on a mesh. Nothing is computed before a method says so; call them under `jax.set_mesh(mesh)`."""
 
     def __init__(self, config: RunConfig, mesh: Mesh) -> None:
         """Raises UserError for stages the pyramid does not have, for what does not divide over the mesh, and for a
@@ -175,13 +174,13 @@ class MeshRun:
         return pyramid
 
     def work(self, step: int, batch: Batch) -> Work:
-        """What an example of step `step` costs, in a batch of one aspect."""
+        """Returns the cost of an example of step `step`, in a batch of one aspect."""
         scales = self._scales[min(bisect.bisect_right(self._ends, step), len(self._scales) - 1)]
         return self._work(scales, self._pyramid_of(batch))
 
     def put(self, batch: Mapping[str, np.ndarray]) -> Batch:
-        """This process's part of a batch as arrays of the whole batch, without `example_ids`."""
-        return put_batch(self.mesh, {name: value for name, value in batch.items() if name != EXAMPLE_IDS})
+        """Returns this process's part of a batch as arrays of the whole batch: what the step takes of it."""
+        return put_batch(self.mesh, {name: value for name, value in batch.items() if name in BATCH_FIELDS})
 
     def evaluate(
         self, state: TrainState, frozen: Params, batches: Iterable[Mapping[str, np.ndarray]]

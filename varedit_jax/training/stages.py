@@ -3,6 +3,7 @@
 import bisect
 import concurrent.futures
 import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
@@ -10,8 +11,7 @@ from typing import Any
 import jax
 
 from varedit_jax.parallel.processes import wait_for_all
-from varedit_jax.training.state import TrainState
-from varedit_jax.training.trainer import StepFn
+from varedit_jax.training.state import StepFn, TrainState
 from varedit_jax.types import Batch, Metrics
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # of a batch, by name
@@ -48,9 +48,13 @@ class Stages:
     ) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
+    def stage(self, number: int) -> int:
+        """Returns the number of the stage that step `number`, counted from 0, belongs to."""
+        return bisect.bisect_right(self._ends, number)
+
     def step(self, number: int) -> StepFn:
-        """The function of step `number`, counted from 0: the same object for all steps of a stage."""
-        return self._functions[bisect.bisect_right(self._ends, number)]
+        """Returns the function of step `number`, counted from 0."""
+        return self._functions[self.stage(number)]
 
     def _function(self, stage: int) -> StepFn:
         def run(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
@@ -81,3 +85,20 @@ class Stages:
 
 def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+@dataclasses.dataclass(frozen=True)
+class SingleStage:
+    """The stages of a run that has one."""
+
+    function: StepFn  # of every step
+
+    def stage(self, number: int) -> int:
+        """Returns 0, the only stage."""
+        del number
+        return 0
+
+    def step(self, number: int) -> StepFn:
+        """Returns the function of every step."""
+        del number
+        return self.function

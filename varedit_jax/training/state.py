@@ -1,4 +1,4 @@
-"""What a training step changes."""
+"""The training state: what a step changes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,16 +10,20 @@ import optax
 
 from varedit_jax.config import RunConfig
 from varedit_jax.parameters import init_text, init_transformer
+from varedit_jax.types import Metrics
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything a run needs to go on, besides its data iterator: one tree, saved and restored as a whole."""
+    """Everything a run needs to resume, besides its data iterator: one tree, saved and restored as a whole."""
 
     step: jax.Array  # int32 scalar: updates done so far
     params: Any  # tree of parameters
     opt_state: Any  # optax state of `params`
-    ema: Any = None  # running average of `params` in float32, where the run keeps one
+    ema: Any = None  # exponential moving average of `params` in float32, where the run keeps one
+
+
+StepFn = Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]  # (state, batch, key) -> (state, metrics)
 
 
 def make_init(config: RunConfig, optimizer: optax.GradientTransformation) -> Callable[[], TrainState]:

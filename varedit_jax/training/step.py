@@ -21,11 +21,16 @@ from varedit_jax.training.state import TrainState
 from varedit_jax.transformer.model import Transformer
 from varedit_jax.types import Batch, Metrics, Params
 
+# Entries of a batch that the step knows.
+BATCH_FIELDS = frozenset(
+    {"source", "target", "source_features", "target_features", "text_ids", "text_length", "text_features"}
+)
+
 Step = Callable[[TrainState, Params, Batch, jax.Array], tuple[TrainState, Metrics]]
 
 
 def _features(batch: Batch, frozen: Params, config: RunConfig, cells: Pyramid) -> tuple[jax.Array, jax.Array]:
-    """Source and target features at the last grid of `cells`: computed ahead, else by the frozen encoder."""
+    """Source and target features at the last grid of `cells`: precomputed, else from the frozen encoder."""
     if "source_features" in batch:
         source, target = batch["source_features"], batch["target_features"]
     else:
@@ -56,15 +61,15 @@ def make_loss(
       training: with text drop, self-correction and stochastic depth; without, for evaluation.
 
     The batch holds `text_ids` int32 [B, T], `text_length` int32 [B], and either images `source`, `target` uint8
-    [B, y, x, 3] or features `source_features`, `target_features` float32 [B, h, w, Z]; and, where a frozen text encoder
-    was run ahead, `text_features` bfloat16 [B, T, E].
+    [B, y, x, 3] or features `source_features`, `target_features` float32 [B, h, w, Z]; and, where a frozen text
+    features are precomputed, `text_features` bfloat16 [B, T, E].
     """
     model = config.model
     transformer = Transformer(model.transformer, pyramid)
     text_encoder = T5Encoder(model.text, jnp.dtype("float32" if config.train_text else config.text_dtype))
     cells = pyramid.cells(model.patchify)
 
-    @functools.partial(jax.checkpoint, prevent_cse=True)  # logits are made again rather than kept: float32, every bit
+    @functools.partial(jax.checkpoint, prevent_cse=True)  # logits are recomputed rather than kept: float32, every bit
     @jax.named_scope("loss")
     def head_loss(
         params: Params, hidden_BLC: jax.Array, cond_BC: jax.Array, residuals_BLN: jax.Array
@@ -84,7 +89,7 @@ def make_loss(
             unconditional_B = jax.random.bernoulli(drop_key, config.loss.text_drop, (len(target),))
         # Small beside what becomes of them: only from the first block on are tokens split over `tensor`.
         tokens = jax.tree.map(batch_only, make_tokens(source, target, model, pyramid, flips))
-        if "text_features" in batch:  # computed ahead
+        if "text_features" in batch:  # precomputed
             features_BTE = batch["text_features"].astype(jnp.float32)
         else:
             text_params = params["text"] if config.train_text else frozen["text"]
@@ -130,10 +135,9 @@ def make_step(config: RunConfig, pyramid: Pyramid, optimizer: optax.GradientTran
             params = optax.apply_updates(state.params, updates)
             ema = state.ema
             if ema is not None:
-                decay = config.optimizer.ema_decay
-                ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
+                ema = optax.incremental_update(params, ema, 1 - config.optimizer.ema_decay)
             new = TrainState(step=state.step, params=params, opt_state=opt_state, ema=ema)
-            # A choice, not a product: 0 * NaN is NaN.
+            # A selection, not a multiplication: 0 * NaN is NaN.
             new = jax.tree.map(lambda changed, old: jnp.where(finite, changed, old), new, state)
         metrics = metrics | {"gradient_norm": norm, "skipped": 1 - finite.astype(jnp.float32)}
         return new.replace(step=state.step + 1), metrics

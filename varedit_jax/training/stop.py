@@ -1,4 +1,4 @@
-"""How a run is asked to stop: signals, and JAX's preemption service where there are several processes."""
+"""Requests to stop a run: signals, and JAX's preemption service where there are several processes."""
 
 import signal
 import sys
@@ -21,7 +21,7 @@ _POLLED: list[Callable[[], None]] = []  # by the runs that are under way: one, t
 def poll() -> None:
     """To be called now and then by what takes long between two steps, such as an evaluation after each batch.
 
-    Raises Stopped, for the loop, if the run is to stop; a run that goes on repeats what was broken off. It also tells
+    Raises Stopped, for the loop, if the run is to stop; a resumed run repeats what was broken off. It also tells
     the watchdog that something happens. Without effect outside of a run. In a run of several processes, all of them
     have to call it equally often.
     """
@@ -48,7 +48,7 @@ class StopSignal:
         self._previous: dict[signal.Signals, Any] = {}
 
     def requested(self) -> bool:
-        """Whether to stop now."""
+        """Returns True if the run is to stop now."""
         if jax.process_count() > 1 and self.signal is None:
             # The service compares the numbers of calls, and stops everyone at one that no one has reached yet.
             if multihost_utils.reached_preemption_sync_point(self._calls):

@@ -9,7 +9,7 @@ import threading
 import time
 from typing import Self, TextIO
 
-EXIT_CODE = 75  # of a process that the watchdog ended: EX_TEMPFAIL, "try again": the same command goes on
+EXIT_CODE = 75  # of a process that the watchdog ended: EX_TEMPFAIL, "try again": the same command resumes
 _CHECKS = 20  # looks at the clock in the time it allows
 
 

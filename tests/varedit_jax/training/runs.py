@@ -11,17 +11,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from varedit_jax.config import OptimizerConfig
+from varedit_jax.config import Cadence, OptimizerConfig
 from varedit_jax.training.checkpoint import restore_state
 from varedit_jax.training.metrics import read_metrics
 from varedit_jax.training.optimizer import make_optimizer
+from varedit_jax.training.stages import SingleStage
 from varedit_jax.training.state import TrainState
-from varedit_jax.training.trainer import Cadence, train
+from varedit_jax.training.trainer import Job, Launch, Trainer
 from varedit_jax.weights.run_directory import checkpoint_steps
 
 WIDTH = 300  # large enough that an update in place would show in a checkpoint being written
 BATCH = 8
 OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=3, weight_decay=0.1), 12)
+
+
+def every(**fields: Any) -> Cadence:
+    """A cadence with nothing but what is named: no evaluation and no samples by default."""
+    return Cadence(**{"eval_every": 0, "sample_every": 0, **fields})
+
+
+LAUNCH_FIELDS = [field.name for field in dataclasses.fields(Launch)]
 
 
 def init_state() -> TrainState:
@@ -67,28 +76,26 @@ class Run:
     steps: int = 12
     step_fn: Callable = step_fn
     record: dict = dataclasses.field(default_factory=lambda: {"model": {"width": WIDTH}, "steps": 12})
-    cadence: Cadence = Cadence(log_every=1, eval_every=4, save_every=5, keep_checkpoints=2)
+    cadence: Cadence = Cadence(sample_every=0, log_every=1, eval_every=4, save_every=5, keep_checkpoints=2)
 
     def __call__(self, **arguments: Any) -> tuple[TrainState, grain.DatasetIterator]:
-        """Starts it; returns the state and the iterator it read."""
-        iterator = batches()
-        state = train(
-            **{
-                "workdir": self.workdir,
-                "steps": self.steps,
-                "key": jax.random.key(1),
-                "abstract_state": jax.eval_shape(init_state),
-                "init_state": init_state,
-                "step_fn": lambda number: self.step_fn,
-                "batches": iterator,
-                "put": jax.device_put,
-                "evaluate": lambda state: {"norm": jax.jit(optax.tree.norm)(state.params)},
-                "run_record": self.record,
-                "cadence": self.cadence,
-                **arguments,
-            }
-        )
-        return state, iterator
+        """Starts it; returns the state and the iterator it read. `arguments` are fields of Job or Launch."""
+        launch = {name: arguments.pop(name) for name in LAUNCH_FIELDS if name in arguments}
+        job = {
+            "steps": self.steps,
+            "key": jax.random.key(1),
+            "abstract_state": jax.eval_shape(init_state),
+            "init_state": init_state,
+            "stages": SingleStage(self.step_fn),
+            "batches": batches(),
+            "put": jax.device_put,
+            "evaluate": lambda state: {"norm": jax.jit(optax.tree.norm)(state.params)},
+            "record": self.record,
+            "cadence": self.cadence,
+            "ids_field": "example_ids",
+            **arguments,
+        }
+        return Trainer(Job(**job), Launch(workdir=self.workdir, **launch)).run(), job["batches"]
 
     def latest(self) -> TrainState:
         """The state in the newest checkpoint, as another process would read it."""

@@ -413,7 +413,7 @@ def test_a_run_recorded_before_cadence_is_resumed(tmp_path: pathlib.Path, varian
 def test_a_run_that_lost_its_checkpoints_does_not_start_anew(tmp_path: pathlib.Path) -> None:
     for resume in (None, False):
         check_resume(tmp_path / "new", resume)
-    with pytest.raises(UserError, match=r"there is no checkpoint in .*/new to go on from, and --resume=yes"):
+    with pytest.raises(UserError, match=r"there is no checkpoint in .*/new to resume from, and --resume=yes"):
         check_resume(tmp_path / "new", True)
     save(tmp_path, 1, 2)
     check_resume(tmp_path, None)

@@ -20,13 +20,14 @@ import optax
 import pytest
 
 from tests.varedit_jax.training.runs import assert_same, without_times
-from varedit_jax.config import MeshConfig, OptimizerConfig
+from varedit_jax.config import Cadence, MeshConfig, OptimizerConfig
 from varedit_jax.parallel.mesh import batch_part, make_mesh, put_batch
 from varedit_jax.training.checkpoint import Checkpoints, data_place, restore_state
 from varedit_jax.training.optimizer import make_optimizer
+from varedit_jax.training.stages import SingleStage
 from varedit_jax.training.state import TrainState
 from varedit_jax.training.stop import poll
-from varedit_jax.training.trainer import Cadence, train
+from varedit_jax.training.trainer import Job, Launch, Trainer
 from varedit_jax.weights.run_directory import checkpoint_steps
 
 pytestmark = [pytest.mark.slow, pytest.mark.subprocess]
@@ -53,7 +54,9 @@ class Run:
         """Nothing is computed."""
         self.workdir = workdir
         self.mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
-        self.cadence = Cadence(**{"log_every": 1, "save_every": 2, "keep_checkpoints": 2, **cadence})
+        self.cadence = Cadence(
+            **{"log_every": 1, "eval_every": 0, "sample_every": 0, "save_every": 2, "keep_checkpoints": 2, **cadence}
+        )
         abstract = jax.tree.map(self._place, jax.eval_shape(self.init))
         self.shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         everywhere = jax.NamedSharding(self.mesh, jax.P())
@@ -61,7 +64,7 @@ class Run:
         self.arguments: dict[str, Any] = {
             "abstract_state": abstract,
             "init_state": jax.jit(self.init, out_shardings=self.shardings),
-            "step_fn": lambda number: compiled,
+            "stages": SingleStage(compiled),
         }
 
     def __call__(self, **arguments: Any) -> TrainState:
@@ -72,16 +75,17 @@ class Run:
         batches = ORDER.map(lambda index: example(int(index))).batch(BATCH)
         mine = batches.map(lambda batch: {name: value[rows] for name, value in batch.items()})
         with jax.set_mesh(self.mesh):
-            return train(
-                workdir=self.workdir,
+            job = Job(
                 steps=STEPS,
                 key=jax.random.key(1),
                 batches=iter(mine.to_iter_dataset()),
                 put=functools.partial(put_batch, self.mesh),
-                run_record={"name": "toy"},
+                record={"name": "toy"},
                 cadence=self.cadence,
+                ids_field="example_ids",
                 **(self.arguments | arguments),
             )
+            return Trainer(job, Launch(workdir=self.workdir)).run()
 
     def _place(self, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         spec = jax.P("fsdp") if leaf.ndim == 2 else jax.P()
@@ -173,8 +177,7 @@ def be_killed(directory: pathlib.Path, phase: str, call: int, delay: float) -> N
 
     run = Run(directory)
     if phase == "step":
-        step = kill_in(run.arguments["step_fn"](0))
-        run.arguments["step_fn"] = lambda number: step
+        run.arguments["stages"] = SingleStage(kill_in(run.arguments["stages"].function))
     else:
         setattr(Checkpoints, phase, kill_in(getattr(Checkpoints, phase)))
     if phase == "restore":
@@ -205,7 +208,7 @@ def test_several_processes(tmp_path: pathlib.Path) -> None:
     assert np.concatenate(parts).tolist() == ids
     done = run_here(tmp_path, "alone", XLA_FLAGS="--xla_force_host_platform_device_count=2")
     assert done.returncode == 0, done.stderr
-    assert "going on from the checkpoint of step 8" in done.stderr
+    assert "resuming from the checkpoint of step 8" in done.stderr
 
 
 def one_of_two_processes(directory: pathlib.Path, port: str, index: int) -> None:

@@ -1,6 +1,5 @@
 """What a run writes down."""
 
-import contextlib
 import io
 import json
 import pathlib
@@ -13,7 +12,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from varedit_jax.errors import UserError
 from varedit_jax.training.goodput import Stopwatch
-from varedit_jax.training.metrics import Ledger, duration, flat_metrics, read_metrics
+from varedit_jax.training.metrics import MetricsWriter, duration, flat_metrics, read_metrics
 
 
 class Terminal(io.StringIO):
@@ -38,10 +37,10 @@ def board(workdir: pathlib.Path) -> list[Event]:
 
 def test_metrics_reach_the_file_and_tensorboard(tmp_path: pathlib.Path) -> None:
     """A scalar keeps its name, a vector gets one per scale."""
-    ledger = Ledger(tmp_path, first_step=0, steps=10)
-    ledger.record(0, {"loss": np.float32(0.5), "bit_accuracy": np.array([0.25, 0.75])})
-    ledger.record(7, {"eval/loss": float("nan")})
-    ledger.close()
+    writer = MetricsWriter(tmp_path, first_step=0, steps=10)
+    writer.scalars(0, {"loss": np.float32(0.5), "bit_accuracy": np.array([0.25, 0.75])})
+    writer.scalars(7, {"eval/loss": float("nan")})
+    writer.close()
     assert read_metrics(tmp_path) == [
         {"step": 0, "loss": 0.5, "bit_accuracy/scale_0": 0.25, "bit_accuracy/scale_1": 0.75},
         {"step": 7, "eval/loss": None},
@@ -57,15 +56,15 @@ def test_metrics_reach_the_file_and_tensorboard(tmp_path: pathlib.Path) -> None:
 
 def test_resuming_drops_what_comes_again(tmp_path: pathlib.Path) -> None:
     """Lines of the resumed step and later go, and so does one that a kill cut short; TensorBoard is told."""
-    ledger = Ledger(tmp_path, first_step=0, steps=10)
+    writer = MetricsWriter(tmp_path, first_step=0, steps=10)
     for step in range(6):
-        ledger.record(step, {"loss": step})
-    ledger.close()
+        writer.scalars(step, {"loss": step})
+    writer.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
-    ledger = Ledger(tmp_path, first_step=4, steps=10)
-    ledger.record(4, {"loss": 40})
-    ledger.close()
+    writer = MetricsWriter(tmp_path, first_step=4, steps=10)
+    writer.scalars(4, {"loss": 40})
+    writer.close()
     assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [
         (0, 0),
         (1, 1),
@@ -81,11 +80,11 @@ def test_resuming_drops_what_comes_again(tmp_path: pathlib.Path) -> None:
 def test_images(tmp_path: pathlib.Path) -> None:
     """An image is a PNG file of its pixels, and an image in TensorBoard."""
     image = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
-    ledger = Ledger(tmp_path, first_step=0, steps=10)
-    ledger.images(30, {"sheet": image})
+    writer = MetricsWriter(tmp_path, first_step=0, steps=10)
+    writer.images(30, {"sheet": image})
     with pytest.raises(ValueError, match=r"image 'flat' is uint8\[4, 6\], not uint8\[y, x, 3\]"):
-        ledger.images(30, {"flat": image[..., 0]})
-    ledger.close()
+        writer.images(30, {"flat": image[..., 0]})
+    writer.close()
     np.testing.assert_array_equal(np.asarray(PIL.Image.open(tmp_path / "samples" / "sheet_0000030.png")), image)
     found = [value for event in board(tmp_path) for value in event.summary.value if value.HasField("image")]
     assert [(value.tag, value.image.height, value.image.width) for value in found] == [("sheet", 4, 6)]
@@ -94,10 +93,10 @@ def test_images(tmp_path: pathlib.Path) -> None:
 def test_progress_off_a_terminal_is_a_line(tmp_path: pathlib.Path) -> None:
     """A line has what a user looks for, and only what there is."""
     screen = io.StringIO()
-    ledger = Ledger(tmp_path, first_step=0, steps=1000, screen=screen)
-    ledger.progress(20, {"loss": 0.69314, "bit_accuracy": 0.5, "other": 1.0}, examples_per_second=12.34, eta=7325)
-    ledger.progress(30, {"loss": 0.5}, examples_per_second=12.34, eta=42, mfu=0.4567)
-    ledger.close()
+    writer = MetricsWriter(tmp_path, first_step=0, steps=1000, screen=screen)
+    writer.progress(20, {"loss": 0.69314, "bit_accuracy": 0.5, "other": 1.0}, examples_per_second=12.34, eta=7325)
+    writer.progress(30, {"loss": 0.5}, examples_per_second=12.34, eta=42, mfu=0.4567)
+    writer.close()
     assert screen.getvalue().splitlines() == [
         "step 20/1000, loss 0.6931, bit_accuracy 0.5, 12.3 examples/s, 2 h 02 min left",
         "step 30/1000, loss 0.5, 12.3 examples/s, MFU 45.7%, 42 s left",
@@ -107,39 +106,31 @@ def test_progress_off_a_terminal_is_a_line(tmp_path: pathlib.Path) -> None:
 def test_progress_on_a_terminal_is_a_bar(tmp_path: pathlib.Path) -> None:
     """The bar starts at the resumed step; sentences go above it."""
     screen = Terminal()
-    ledger = Ledger(tmp_path, first_step=3, steps=5, screen=screen)
-    ledger.say("going on")
+    writer = MetricsWriter(tmp_path, first_step=3, steps=5, screen=screen)
+    writer.say("going on")
     for step in (4, 5):
-        ledger.progress(step, {"loss": 0.25}, examples_per_second=1.0, eta=300)
-        ledger.advance()
-    ledger.close()
+        writer.progress(step, {"loss": 0.25}, examples_per_second=1.0, eta=300)
+        writer.advance()
+    writer.close()
     shown = screen.getvalue()
     assert "3/5" in shown and "5/5" in shown and "loss 0.25" in shown and "going on\n" in shown
     assert "5 min left" in shown and "?" not in shown  # no guess of the bar's own beside it
 
 
-@pytest.mark.parametrize("file", ["metrics", "events"])
-def test_a_full_disk_is_one_sentence(tmp_path: pathlib.Path, file: str) -> None:
+def test_a_full_disk_is_one_sentence(tmp_path: pathlib.Path) -> None:
     """The device that is always full stands for the disk."""
-    ledger = Ledger(tmp_path, first_step=0, steps=10)
-    full = open("/dev/full", "wb", buffering=0 if file == "metrics" else -1)  # noqa: SIM115
-    if file == "metrics":
-        ledger._lines.close()
-        ledger._lines = full
-    else:
-        ledger._board._py_recordio_writer.close()
-        ledger._board._py_recordio_writer._writer = full
-    with pytest.raises(UserError, match=r"writing in .* failed: No space left on device; put that right and run"):
-        ledger.record(0, {"loss": 1.0})
-    ledger.close()
-    with contextlib.suppress(OSError):
-        full.close()
+    writer = MetricsWriter(tmp_path, first_step=0, steps=10)
+    writer._lines.close()
+    with open("/dev/full", "wb", buffering=0) as writer._lines:
+        with pytest.raises(UserError, match=r"writing in .* failed: No space left on device; put that right and run"):
+            writer.scalars(0, {"loss": 1.0})
+        writer.close()
 
 
 def test_a_directory_that_is_a_file(tmp_path: pathlib.Path) -> None:
     (tmp_path / "run").touch()
     with pytest.raises(UserError, match=r"writing in .*/run failed: File exists"):
-        Ledger(tmp_path / "run", first_step=0, steps=10)
+        MetricsWriter(tmp_path / "run", first_step=0, steps=10)
 
 
 def test_stopwatch_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,19 +12,19 @@ from varedit_jax.errors import UserError
 from varedit_jax.scales import editor_pyramid
 from varedit_jax.training.flops import example_flops
 from varedit_jax.training.goodput import Goodput, Stopwatch, read_goodput
-from varedit_jax.training.metrics import Report, Work
+from varedit_jax.training.metrics import StepReport, Work
 
 H100 = hardware.chip("NVIDIA H100 80GB HBM3")
 WORK = Work(flops=2 * 10**12, flops_with_encoders=3 * 10**12, tokens=100, devices=4, chip=H100)
 
 
-class Ledger:
+class MetricsWriter:
     """Keeps what it gets."""
 
     def __init__(self):
         self.lines, self.shown, self.steps = {}, [], 0
 
-    def record(self, step, metrics):
+    def scalars(self, step, metrics):
         self.lines[step] = {name: float(value) for name, value in metrics.items()}
 
     def progress(self, step, metrics, **shown):
@@ -42,8 +42,8 @@ class Loop:
         monkeypatch.setattr("time.perf_counter", lambda: self.time)
         self.ready = True
         monkeypatch.setattr("varedit_jax.training.metrics._ready", lambda metrics: self.ready)
-        self.clock, self.ledger = Stopwatch(), Ledger()
-        self.report = Report(self.ledger, self.clock, 2, 100, None, **arguments)
+        self.clock, self.writer = Stopwatch(), MetricsWriter()
+        self.report = StepReport(self.writer, self.clock, 2, 100, None, **arguments)
         self.step = 0
 
     def run(self, data=0.0, compute=1.0, examples=8, loss=0.5, part=None, spent=0.0, **metrics):
@@ -66,8 +66,8 @@ def test_speed_of_a_window(monkeypatch):
     loop.run(part="evaluate", spent=30.0, data=0.25)
     loop.report.finish()
     # Step n ends when step n + 1 has been dispatched, so the first line holds two steps' time.
-    assert loop.ledger.lines[0]["time/step_seconds"] == pytest.approx(2 * 1.25)
-    line = loop.ledger.lines[4]
+    assert loop.writer.lines[0]["time/step_seconds"] == pytest.approx(2 * 1.25)
+    line = loop.writer.lines[4]
     assert line["time/step_seconds"] == pytest.approx(1.25)
     assert line["time/examples_per_second"] == pytest.approx(8 / 1.25)
     assert line["time/tokens_per_second"] == pytest.approx(800 / 1.25)
@@ -76,7 +76,7 @@ def test_speed_of_a_window(monkeypatch):
     assert line["time/mfu"] == pytest.approx(8 * 2 / 1.25 / 4 / 989)
     assert line["time/mfu_with_encoders"] == pytest.approx(8 * 3 / 1.25 / 4 / 989)
     assert line["loss"] == 0.5 and "memory/peak_gib" not in line  # a CPU does not say
-    assert loop.ledger.lines.keys() == {0, 2, 4} and loop.ledger.steps == 6
+    assert loop.writer.lines.keys() == {0, 2, 4} and loop.writer.steps == 6
 
 
 def test_data_behind_a_running_step_keep_nobody_waiting(monkeypatch):
@@ -84,13 +84,13 @@ def test_data_behind_a_running_step_keep_nobody_waiting(monkeypatch):
     loop.ready = False
     for _ in range(4):
         loop.run(data=0.25)
-    assert loop.ledger.lines[2]["time/data_share"] == 0
-    assert loop.ledger.lines[2]["time/step_seconds"] == pytest.approx(1.25)
+    assert loop.writer.lines[2]["time/data_share"] == 0
+    assert loop.writer.lines[2]["time/step_seconds"] == pytest.approx(1.25)
     assert loop.clock.seconds["data"] == pytest.approx(0.25)  # of the first step, which nothing hid
     loop.ready = True
     for _ in range(3):
         loop.run(data=0.25)
-    assert loop.ledger.lines[4]["time/data_share"] > 0
+    assert loop.writer.lines[4]["time/data_share"] > 0
 
 
 def test_time_left_is_by_the_median(monkeypatch):
@@ -98,10 +98,10 @@ def test_time_left_is_by_the_median(monkeypatch):
     loop = Loop(monkeypatch, work=WORK)
     for compute in (1.0, 1.0, 1.0, 1.0, 500.0, 1.0, 1.0):
         loop.run(compute=compute)
-    step, shown = loop.ledger.shown[-1]
+    step, shown = loop.writer.shown[-1]
     assert (step, shown["eta"]) == (5, pytest.approx(95.0))
-    assert shown["mfu"] == pytest.approx(loop.ledger.lines[4]["time/mfu"])
-    assert loop.ledger.lines[4]["time/step_seconds"] > 200
+    assert shown["mfu"] == pytest.approx(loop.writer.lines[4]["time/mfu"])
+    assert loop.writer.lines[4]["time/step_seconds"] > 200
 
 
 def test_no_peak_no_mfu(monkeypatch):
@@ -109,9 +109,9 @@ def test_no_peak_no_mfu(monkeypatch):
     loop = Loop(monkeypatch, work=Work.of(example_flops(preset("tiny"), editor_pyramid(preset("tiny")), 5), [_cpu()]))
     for _ in range(2):
         loop.run()
-    line = loop.ledger.lines[0]
+    line = loop.writer.lines[0]
     assert line["time/tflops_per_chip"] > 0 and not [name for name in line if "mfu" in name]
-    assert loop.ledger.shown[0][1]["mfu"] is None
+    assert loop.writer.shown[0][1]["mfu"] is None
 
 
 def _cpu():
@@ -133,7 +133,7 @@ def test_stages_and_aspects_count_what_they_cost(monkeypatch):
     loop = Loop(monkeypatch)
     for loop.work in (small, small, WORK, WORK):
         loop.run()
-    line = loop.ledger.lines[2]  # of steps 1 and 2
+    line = loop.writer.lines[2]  # of steps 1 and 2
     assert line["time/tokens_per_second"] == pytest.approx((10 + 100) * 8 / 2)
     assert line["time/tflops_per_chip"] == pytest.approx((1 + 2) * 8 / 2 / 4)
 
@@ -148,14 +148,14 @@ def test_the_guard_sees_every_step(monkeypatch):
             raise UserError("enough")
         return {"loss_spike": 3.0} if step == 1 else {"skipped_steps": float(step)}
 
-    loop = Loop(monkeypatch, guard=types.SimpleNamespace(check=check))
+    loop = Loop(monkeypatch, check=check)
     for step in range(8):
         loop.run(loss=np.nan if step else 1.0)
     with pytest.raises(UserError, match="enough"):
         loop.report.finish()
     assert [step for step, *_ in seen] == list(range(8))
     assert seen[0] == (0, 1.0, 0) and seen[2][2] == 16
-    lines = loop.ledger.lines
+    lines = loop.writer.lines
     assert "loss_spike" not in lines[0] and "loss_spike" not in lines[4]
     assert (lines[2]["loss_spike"], lines[2]["skipped_steps"]) == (3.0, 2.0)
 
@@ -167,7 +167,7 @@ def test_a_skipped_step_is_not_productive(monkeypatch, tmp_path):
         loop.run(skipped=jnp.float32(step == 1))
     loop.report.finish()
     assert loop.clock.seconds["skipped"] == pytest.approx(1.0) and loop.clock.seconds["step"] == pytest.approx(3.0)
-    assert loop.ledger.lines[2]["time/step_seconds"] == pytest.approx(1.0)
+    assert loop.writer.lines[2]["time/step_seconds"] == pytest.approx(1.0)
     with Goodput(tmp_path, loop.clock, 0, start=0.0, now=lambda: loop.time) as goodput:
         assert goodput.record(4)["lost"] == pytest.approx(0.25)
 
@@ -178,17 +178,17 @@ def test_memory_is_reported_where_it_is_known(monkeypatch):
     loop = Loop(monkeypatch)
     loop.run()
     loop.report.finish()
-    assert (loop.ledger.lines[0]["memory/in_use_gib"], loop.ledger.lines[0]["memory/peak_gib"]) == (3.0, 5.0)
+    assert (loop.writer.lines[0]["memory/in_use_gib"], loop.writer.lines[0]["memory/peak_gib"]) == (3.0, 5.0)
 
 
 def test_goodput_goes_with_the_log(monkeypatch, tmp_path):
     """A line of goodput.jsonl for every line of the log, and its shares in it."""
     loop = Loop(monkeypatch)
     with Goodput(tmp_path, loop.clock, 0, start=0.0, now=lambda: loop.time) as goodput:
-        loop.report = Report(loop.ledger, loop.clock, 2, 100, None, goodput=goodput)
+        loop.report = StepReport(loop.writer, loop.clock, 2, 100, None, goodput=goodput)
         for _ in range(4):
             loop.run(part="compile" if loop.step == 0 else None, spent=2.0, data=1.0)
-    line = loop.ledger.lines[2]
+    line = loop.writer.lines[2]
     assert line["time/goodput"] == line["time/share/productive"] == pytest.approx(4 / 10)
     assert (line["time/share/compile"], line["time/share/data"]) == (pytest.approx(0.2), pytest.approx(0.4))
     assert sum(value for name, value in line.items() if name.startswith("time/share/")) == pytest.approx(1)

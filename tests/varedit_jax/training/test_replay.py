@@ -10,13 +10,14 @@ import numpy as np
 import optax
 import pytest
 
-from varedit_jax.config import OptimizerConfig
+from varedit_jax.config import Cadence, OptimizerConfig
 from varedit_jax.errors import UserError
 from varedit_jax.training.metrics import read_metrics
 from varedit_jax.training.optimizer import make_optimizer
 from varedit_jax.training.replay import MOST, Inputs, read_inputs, replay
+from varedit_jax.training.stages import SingleStage
 from varedit_jax.training.state import TrainState
-from varedit_jax.training.trainer import Cadence, train
+from varedit_jax.training.trainer import Job, Launch, Trainer
 
 OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=3), 6)
 KEY = jax.random.key(5)
@@ -56,6 +57,7 @@ ARGUMENTS: dict[str, Any] = {
     "abstract_state": jax.eval_shape(init_state),
     "step_fn": lambda number: step_fn,
     "put": jax.device_put,
+    "ids_field": "example_ids",
 }
 
 
@@ -63,16 +65,19 @@ ARGUMENTS: dict[str, Any] = {
 def workdir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A run of 6 steps: state and inputs of step 4 are dumped, and those of 5, whose loss is NaN."""
     directory = tmp_path_factory.mktemp("run")
-    train(
-        workdir=directory,
+    job = Job(
         steps=6,
+        key=KEY,
+        abstract_state=ARGUMENTS["abstract_state"],
         init_state=init_state,
+        stages=SingleStage(step_fn),
         batches=batches(),
-        run_record={"name": "toy"},
-        cadence=Cadence(log_every=1, save_every=3),
-        dump_step=4,
-        **ARGUMENTS,
+        put=jax.device_put,
+        record={"name": "toy"},
+        cadence=Cadence(log_every=1, eval_every=0, sample_every=0, save_every=3),
+        ids_field="example_ids",
     )
+    Trainer(job, Launch(workdir=directory, dump_step=4)).run()
     return directory
 
 
@@ -83,7 +88,7 @@ def test_a_replayed_step_is_the_one_of_the_run(workdir: pathlib.Path) -> None:
     (line,) = [line for line in read_metrics(workdir) if line["step"] == 4]
     assert {name: float(value) for name, value in metrics.items()} == {name: line[name] for name in metrics}
     assert line["step_number"] == 4 and line["loss"] > 0
-    assert said == ["step 4 is done again, from the state before it", "its examples are 16, 17, 18, 19"]
+    assert said == ["step 4 XX before it", "its examples are 16, 17, 18, 19"]
 
 
 def test_a_step_without_a_state_is_done_from_a_checkpoint(workdir: pathlib.Path) -> None:
@@ -91,12 +96,12 @@ def test_a_step_without_a_state_is_done_from_a_checkpoint(workdir: pathlib.Path)
     metrics = replay(workdir / "replay" / "step_5", say=said.append, **ARGUMENTS)
     assert np.isnan(metrics["loss"])
     assert metrics["step_number"] == 3
-    assert said[0] == "step 5 is done again, from the checkpoint of step 3"
+    assert said[0] == "replaying step 5 from the checkpoint of step 3"
 
 
 def test_what_is_dumped(workdir: pathlib.Path) -> None:
     """The batch as it came, and why."""
-    step, batch, ids = read_inputs(workdir / "replay" / "step_5")
+    step, batch, ids = read_inputs(workdir / "replay" / "step_5", "example_ids")
     expected = [next(iterator) for iterator in [batches()] for _ in range(6)][5]
     assert step == 5 and ids is not None
     np.testing.assert_array_equal(ids, expected["example_ids"])

@@ -19,18 +19,18 @@ from tests.varedit_jax.training.runs import (
     assert_same,
     assert_same_outcome,
     batches,
+    every,
     example,
     outcome,
     step_fn,
 )
 from varedit_jax.config import GuardConfig
 from varedit_jax.errors import UserError
-from varedit_jax.training import trainer as loop_lib
+from varedit_jax.training import trainer
 from varedit_jax.training.goodput import read_goodput
 from varedit_jax.training.metrics import Work, read_metrics
 from varedit_jax.training.state import TrainState
 from varedit_jax.training.stop import poll
-from varedit_jax.training.trainer import Cadence
 
 
 def test_stopped_and_resumed_equals_uninterrupted(whole: Outcome, tmp_path: pathlib.Path) -> None:
@@ -125,7 +125,7 @@ def test_order_of_a_step(tmp_path: pathlib.Path) -> None:
         events.append(f"sample {step}")
         return {"sheet": np.zeros((2, 2, 3), np.uint8)}
 
-    Run(tmp_path, steps=4, step_fn=noting, cadence=Cadence(log_every=9, eval_every=2, sample_every=3, save_every=2))(
+    Run(tmp_path, steps=4, step_fn=noting, cadence=every(log_every=9, eval_every=2, sample_every=3, save_every=2))(
         batches=Watched(), evaluate=evaluate, sample=sample
     )
     assert events == [
@@ -142,7 +142,7 @@ def test_order_of_a_step(tmp_path: pathlib.Path) -> None:
 
 def test_what_a_logged_line_has(tmp_path: pathlib.Path) -> None:
     """Times, the learning rate and what the data count stand beside the metrics."""
-    cadence = Cadence(log_every=2, save_every=0)
+    cadence = every(log_every=2, save_every=0)
     counts = iter(range(100))
     Run(tmp_path, steps=4, cadence=cadence)(
         learning_rate=lambda step: 0.5 * step, data_metrics=lambda: {"data/bad/cut_short": float(next(counts))}
@@ -172,8 +172,8 @@ def test_data_that_ends(tmp_path: pathlib.Path) -> None:
 
 
 def test_resume_is_what_was_asked_for(tmp_path: pathlib.Path) -> None:
-    run = Run(tmp_path, steps=2, cadence=Cadence(save_every=1))
-    with pytest.raises(UserError, match=r"there is no checkpoint in .* to go on from, and --resume=yes starts no new"):
+    run = Run(tmp_path, steps=2, cadence=every(save_every=1))
+    with pytest.raises(UserError, match=r"there is no checkpoint in .* to resume from, and --resume=yes starts no new"):
         run(resume=True)
     run(resume=False, stop_after=1)
     with pytest.raises(UserError, match="has a checkpoint of step 1, but --resume=no starts a new run"):
@@ -204,7 +204,7 @@ def test_starting_from_nothing_is_said(tmp_path: pathlib.Path, capsys: pytest.Ca
 def test_what_a_run_leaves_for_those_who_measure(tmp_path: pathlib.Path) -> None:
     """A profile of the steps that were asked for, goodput, and FLOP/s."""
     work = Work(flops=10**6, flops_with_encoders=10**6, tokens=5, devices=1, chip=None)
-    Run(tmp_path, steps=4, cadence=Cadence(log_every=1, save_every=2))(work=work, profile_steps=(1, 2))
+    Run(tmp_path, steps=4, cadence=every(log_every=1, save_every=2))(work=work, profile_steps=(1, 2))
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     lines = [line for line in read_metrics(tmp_path) if "loss" in line]
     assert all(line["time/tokens_per_second"] > 0 and line["time/tflops_per_chip"] > 0 for line in lines)
@@ -216,18 +216,18 @@ def test_what_a_run_leaves_for_those_who_measure(tmp_path: pathlib.Path) -> None
 def test_a_new_shape_is_compiled_and_not_a_slow_step(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of a batch of another aspect; each shape once."""
     phases: list[str] = []
-    beat = loop_lib.Watchdog.beat
+    beat = trainer.Watchdog.beat
 
-    def listen(watchdog: loop_lib.Watchdog, phase: str = "") -> None:
+    def listen(watchdog: trainer.Watchdog, phase: str = "") -> None:
         phases.append(phase)
         beat(watchdog, phase)
 
-    monkeypatch.setattr(loop_lib.Watchdog, "beat", listen)
+    monkeypatch.setattr(trainer.Watchdog, "beat", listen)
     rows = [BATCH, BATCH, 2 * BATCH, BATCH, 2 * BATCH]
     source = grain.MapDataset.range(len(rows)).map(
         lambda step: jax.tree.map(lambda *x: np.stack(x), *[example(index) for index in range(rows[step])])
     )
-    Run(tmp_path, steps=len(rows), cadence=Cadence(save_every=0))(batches=iter(source.to_iter_dataset()))
+    Run(tmp_path, steps=len(rows), cadence=every(save_every=0))(batches=iter(source.to_iter_dataset()))
     kinds = [phase for phase in phases if phase in ("compile", "step")][::2]  # and one when the step is made
     assert kinds == ["compile", "step", "compile", "step", "step"]
 

@@ -11,13 +11,12 @@ import numpy as np
 import optax
 import pytest
 
-from tests.varedit_jax.training.runs import BATCH, OPTIMIZER, Run, example, loss_fn, step_fn
+from tests.varedit_jax.training.runs import BATCH, OPTIMIZER, Run, every, example, loss_fn, step_fn
 from varedit_jax.config import GuardConfig
 from varedit_jax.errors import UserError
 from varedit_jax.training.metrics import read_metrics
 from varedit_jax.training.replay import read_inputs
 from varedit_jax.training.state import TrainState
-from varedit_jax.training.trainer import Cadence
 from varedit_jax.weights.run_directory import checkpoint_steps
 
 
@@ -34,7 +33,7 @@ def test_a_loss_that_stays_nan(tmp_path: pathlib.Path, capsys: pytest.CaptureFix
 
     Run(tmp_path / "now and then", step_fn=broken_at(0, 3, 4, 5, 6, 7, 8, 9, 10, 11))()
     assert "step 11 was skipped: loss nan; 9 in a row, 10 in all" in capsys.readouterr().err
-    cadence = Cadence(save_every=12)
+    cadence = every(save_every=12)
     with pytest.raises(
         UserError, match="10 steps in a row, 2 to 11, were not finite, the last one with loss nan; .* lower"
     ):
@@ -79,7 +78,7 @@ def test_exactly_the_poisoned_steps_are_skipped(tmp_path: pathlib.Path, capsys: 
     """By batch and by gradient: the run survives, they are named, and their batches are kept; a run that is stopped
     among them goes on with its count."""
     poisoned = {2: "batch", 5: "gradient", 6: "batch"}
-    run = Run(tmp_path, step_fn=guarded_step, steps=9, cadence=Cadence(log_every=1, save_every=0))
+    run = Run(tmp_path, step_fn=guarded_step, steps=9, cadence=every(log_every=1, save_every=0))
     run(batches=named(poisoned), stop_after=6)
     state, _ = run(batches=named(poisoned))
     lines = [line for line in read_metrics(tmp_path) if "loss" in line]
@@ -93,13 +92,13 @@ def test_exactly_the_poisoned_steps_are_skipped(tmp_path: pathlib.Path, capsys: 
         ids = ", ".join(map(str, range(step * BATCH, (step + 1) * BATCH)))
         assert f"step {step} was skipped: loss " in said and f"; examples {ids}; " in said
     assert sorted(path.name for path in (tmp_path / "replay").iterdir()) == ["step_2", "step_5", "step_6"]
-    _, batch, ids = read_inputs(tmp_path / "replay" / "step_6")
+    _, batch, ids = read_inputs(tmp_path / "replay" / "step_6", "example_ids")
     assert ids is not None and ids.tolist() == list(range(48, 56))
     assert np.isnan(batch["x"][3, 5]) and np.isfinite(batch["x"]).sum() == batch["x"].size - 1
 
 
 def test_the_last_good_checkpoint_survives_too_many_bad_steps(tmp_path: pathlib.Path) -> None:
-    run = Run(tmp_path, step_fn=guarded_step, cadence=Cadence(log_every=1, save_every=4))
+    run = Run(tmp_path, step_fn=guarded_step, cadence=every(log_every=1, save_every=4))
     with pytest.raises(UserError, match="3 steps in a row, 5 to 7, were not finite"):
         run(batches=named(dict.fromkeys(range(5, 12), "batch")), guard=GuardConfig(nonfinite_limit=3))
     assert checkpoint_steps(tmp_path) == [4]
@@ -112,7 +111,7 @@ def test_a_jump_of_the_loss_is_said(tmp_path: pathlib.Path, capsys: pytest.Captu
         step = int(jax.device_get(state.step))
         return step_fn(state, batch, key)[0], {"loss": np.float32(5.0 if step == 4 else 1.0)}
 
-    Run(tmp_path, step_fn=jumping, steps=6, cadence=Cadence(log_every=2, save_every=0))(
+    Run(tmp_path, step_fn=jumping, steps=6, cadence=every(log_every=2, save_every=0))(
         batches=named({}), guard=GuardConfig(spike_window=3)
     )
     ids = ", ".join(map(str, range(32, 40)))

@@ -13,11 +13,19 @@ import numpy as np
 import optax
 import pytest
 
-from tests.varedit_jax.training.runs import Outcome, Run, assert_same, assert_same_outcome, init_state, outcome, step_fn
-from varedit_jax.training import trainer as loop_lib
+from tests.varedit_jax.training.runs import (
+    Outcome,
+    Run,
+    assert_same,
+    assert_same_outcome,
+    every,
+    init_state,
+    outcome,
+    step_fn,
+)
+from varedit_jax.training import trainer
 from varedit_jax.training.state import TrainState
 from varedit_jax.training.stop import poll
-from varedit_jax.training.trainer import Cadence
 from varedit_jax.weights.run_directory import checkpoint_steps
 
 
@@ -40,7 +48,7 @@ def test_a_signal_saves_and_ends(
     assert f"stopped by {number.name} at step 7 of 12, which is saved; run the same command" in capsys.readouterr().err
     run = Run(tmp_path)
     assert_same_outcome(outcome(run, *run()), whole)
-    assert f"going on from the checkpoint of step 7 in {tmp_path}" in capsys.readouterr().err
+    assert f"resuming from the checkpoint of step 7 in {tmp_path}" in capsys.readouterr().err
 
 
 def test_a_second_interrupt_does_not_wait(tmp_path: pathlib.Path) -> None:
@@ -95,9 +103,18 @@ def test_a_signal_during_compilation(whole: Outcome, tmp_path: pathlib.Path) -> 
         os.kill(os.getpid(), signal.SIGTERM)
         return step_fn.__wrapped__(*arguments)
 
+    class TwoStages:
+        """The second begins at step 7."""
+
+        def stage(self, number: int) -> int:
+            return int(number >= 7)
+
+        def step(self, number: int) -> Any:
+            return second if number >= 7 else step_fn
+
     run = Run(tmp_path)
     with pytest.raises(SystemExit):
-        run(step_fn=lambda number: step_fn if number < 7 else second)
+        run(stages=TwoStages())
     assert seen == [["5", "7"]]
     assert checkpoint_steps(tmp_path) == [7, 8]  # the step that was compiled has been made
     assert_same_outcome(outcome(run, *run()), whole)
@@ -131,7 +148,7 @@ def test_a_second_sigterm_does_not_wait(tmp_path: pathlib.Path) -> None:
 
 def test_saves_by_the_clock(whole: Outcome, tmp_path: pathlib.Path) -> None:
     """However often they come, the run is the same."""
-    cadence = Cadence(log_every=1, eval_every=4, save_every=0, save_minutes=1e-9, keep_checkpoints=1, keep_every=4)
+    cadence = every(log_every=1, eval_every=4, save_every=0, save_minutes=1e-9, keep_checkpoints=1, keep_every=4)
     run = Run(tmp_path / "often", cadence=cadence)
     run(stop_after=6)
     assert checkpoint_steps(run.workdir) == [4, 6]
@@ -142,8 +159,8 @@ def test_saves_by_the_clock(whole: Outcome, tmp_path: pathlib.Path) -> None:
 def test_saves_when_minutes_have_passed(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Minutes since the last save, whatever made it: here a second goes by whenever the time is asked for."""
     seconds = itertools.count()
-    monkeypatch.setattr(loop_lib, "time", types.SimpleNamespace(monotonic=lambda: float(next(seconds))))
-    Run(tmp_path, cadence=Cadence(save_every=6, save_minutes=3.5 / 60, keep_checkpoints=20))()
+    monkeypatch.setattr(trainer, "time", types.SimpleNamespace(monotonic=lambda: float(next(seconds))))
+    Run(tmp_path, cadence=every(save_every=6, save_minutes=3.5 / 60, keep_checkpoints=20))()
     assert checkpoint_steps(tmp_path) == [4, 6, 10, 12]
 
 
@@ -159,7 +176,7 @@ def test_processes_save_when_the_first_says_so(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("time.monotonic", lambda: now)
     monkeypatch.setattr("jax.process_count", lambda: 2)
     monkeypatch.setattr("jax.experimental.multihost_utils.broadcast_one_to_all", broadcast)
-    timer = loop_lib._Timer(1.0)
+    timer = trainer.SaveTimer(1.0)
     saved = []
     for step in range(40):
         now = step * 2.0
