@@ -68,7 +68,7 @@ def test_what_a_run_says_of_its_speed(alone: pathlib.Path) -> None:
 def test_a_step_done_again_has_the_metrics_of_the_run(alone: pathlib.Path) -> None:
     run = alone / "alone"
     done = train(alone, f"--workdir={run}", f"--replay={run / 'replay/step_2'}")
-    assert "step 2 XX before it" in done.stderr and "its examples are " in done.stderr
+    assert "replaying step 2 from the state before it" in done.stderr and "its examples are " in done.stderr
     again = json.loads(done.stdout)
     [line] = [line for line in read_metrics(run) if line["step"] == 2]
     assert all(line[name] == value for name, value in again.items())

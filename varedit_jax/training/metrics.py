@@ -80,7 +80,8 @@ class MetricsWriter:
         with writing(self._directory):
             self._lines.write(json.dumps(line).encode() + b"\n")
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            if math.isfinite(value):  # the library warns of others on the screen
+                self._board.add_scalar(name, value, step)
 
     def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Writes uint8 images [y, x, 3], as samples/NAME_STEP.png too."""

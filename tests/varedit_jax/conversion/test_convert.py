@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from varedit_jax.config import TextConfig
-from varedit_jax.conversion import convert, stream
+from varedit_jax.conversion import convert
 from varedit_jax.conversion.writer import Planned, safetensors_shards, shard_index
 from varedit_jax.errors import UserError
 from varedit_jax.parameters import abstract_params, init_text
 from varedit_jax.sampling.editor import Editor
-from varedit_jax.weights import manifest, names, native
+from varedit_jax.weights import names, native
 from varedit_jax.weights.directory import load_directory, read_config
 from varedit_jax.weights.export_source import open_source
 from varedit_jax.weights.reader import StateDict, read_state_dict
@@ -227,8 +227,8 @@ def test_an_ended_conversion_goes_on(
             raise KeyboardInterrupt
         return checksum(tensor)
 
-    checksum = manifest.sha256
-    monkeypatch.setattr(stream, "sha256", ends)
+    checksum = convert.sha256
+    monkeypatch.setattr(convert, "sha256", ends)
     with pytest.raises(KeyboardInterrupt):
         start(tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -238,7 +238,7 @@ def test_an_ended_conversion_goes_on(
     with journal.open("a") as file:
         file.write('{"key": "transformer/cfg_un')  # a line that was cut short
     made.clear()
-    monkeypatch.setattr(stream, "sha256", lambda tensor: made.append(tensor) or checksum(tensor))
+    monkeypatch.setattr(convert, "sha256", lambda tensor: made.append(tensor) or checksum(tensor))
     capsys.readouterr()
     start(tmp_path / "out")
     assert f"{done} of " in capsys.readouterr().out

@@ -48,8 +48,7 @@ def test_metrics_reach_the_file_and_tensorboard(tmp_path: pathlib.Path) -> None:
     scalars = [
         (event.step, value.tag, value.simple_value) for event in board(tmp_path) for value in event.summary.value
     ]
-    assert scalars[:3] == [(0, "loss", 0.5), (0, "bit_accuracy/scale_0", 0.25), (0, "bit_accuracy/scale_1", 0.75)]
-    assert scalars[3][:2] == (7, "eval/loss") and np.isnan(scalars[3][2])
+    assert scalars == [(0, "loss", 0.5), (0, "bit_accuracy/scale_0", 0.25), (0, "bit_accuracy/scale_1", 0.75)]
     with pytest.raises(ValueError, match=r"metric 'loss' has shape \[2, 2\]"):
         dict(flat_metrics({"loss": np.zeros((2, 2))}))
 

@@ -88,7 +88,7 @@ def test_a_replayed_step_is_the_one_of_the_run(workdir: pathlib.Path) -> None:
     (line,) = [line for line in read_metrics(workdir) if line["step"] == 4]
     assert {name: float(value) for name, value in metrics.items()} == {name: line[name] for name in metrics}
     assert line["step_number"] == 4 and line["loss"] > 0
-    assert said == ["step 4 XX before it", "its examples are 16, 17, 18, 19"]
+    assert said == ["replaying step 4 from the state before it", "its examples are 16, 17, 18, 19"]
 
 
 def test_a_step_without_a_state_is_done_from_a_checkpoint(workdir: pathlib.Path) -> None:
