@@ -21,7 +21,7 @@ from absl import flags
 from experiments import program
 from experiments.configs import shapes
 from varedit_jax.errors import UserError
-from varedit_jax.evaluation.sheet import Panel, curve_sheet
+from varedit_jax.evaluation.curves import Panel, curve_sheet
 from varedit_jax.images import write_image
 from varedit_jax.training.metrics import read_metrics
 

@@ -14,7 +14,7 @@ from data_pipelines import loader
 from data_pipelines.record import EXAMPLE_IDS
 from experiments import program, run_flags
 from varedit_jax.config import TokenizerRunConfig, to_dict
-from varedit_jax.evaluation.sheet import Row, contact_sheet
+from varedit_jax.contact_sheet import SheetRow, contact_sheet
 from varedit_jax.text.vocabulary import Vocabulary
 from varedit_jax.training import tokenizer_step
 from varedit_jax.training.optimizer import learning_rate, make_optimizer
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     def sample(state: Any, step: int) -> dict[str, np.ndarray]:
         del step
         restored = np.asarray(reconstruct(state.params, jax.device_put(np.stack(shown))))
-        rows = [Row(images=pair, instruction="") for pair in zip(shown, restored, strict=True)]
+        rows = [SheetRow(images=pair, instruction="") for pair in zip(shown, restored, strict=True)]
         return {"reconstructions": np.asarray(contact_sheet(rows, ["original", "reconstruction"]))}
 
     init = tokenizer_step.make_init(config, optimizer)

@@ -15,7 +15,7 @@ from PIL import Image
 from data_pipelines.damage import Damaged, decoding, open_image
 from data_pipelines.preparation.fingerprints import digest
 from data_pipelines.record import Record
-from varedit_jax.evaluation.sheet import Row
+from varedit_jax.contact_sheet import SheetRow
 from varedit_jax.images import upright_rgb
 
 EACH = 3  # of a data set and a reason
@@ -33,10 +33,10 @@ class Sample:
     reason: str
     images: tuple[bytes, bytes]  # source and target, uint8 [144, 144, 3]
 
-    def row(self) -> Row:
+    def row(self) -> SheetRow:
         """A row of a contact sheet."""
         images = [np.frombuffer(data, np.uint8).reshape(_SIDE, _SIDE, 3) for data in self.images]
-        return Row(images=images, instruction=self.instruction[:160], kind=self.reason, note=self.id[-48:])
+        return SheetRow(images=images, instruction=self.instruction[:160], kind=self.reason, note=self.id[-48:])
 
 
 class SampleKeeper:

@@ -22,7 +22,7 @@ from data_pipelines.preparation.samples import EACH, SampleKeeper, read_samples
 from data_pipelines.preparation.split import SPLITS, in_validation
 from data_pipelines.preparation.write import StagedRecords
 from data_pipelines.reasons import Reason
-from varedit_jax.evaluation.sheet import contact_sheet
+from varedit_jax.contact_sheet import contact_sheet
 
 _SHEET_ROWS = 40  # of the image sheet; a page is no longer than can be looked at
 _ORDER = [*map(str, Reason)]

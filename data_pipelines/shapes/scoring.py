@@ -12,7 +12,7 @@ from PIL import Image
 from data_pipelines.shapes.edits import KINDS
 from data_pipelines.shapes.judge import Verdict, judge_batch
 from data_pipelines.shapes.scene import Scene
-from varedit_jax.evaluation.sheet import Row, contact_sheet
+from varedit_jax.contact_sheet import SheetRow, contact_sheet
 from varedit_jax.sampling.editor import Editor
 from varedit_jax.training.tokenizer_step import make_reconstruct
 
@@ -90,7 +90,7 @@ def sheet(records: Sequence[Any], images: NDArray[np.uint8], heading: str = "") 
     verdicts = [verdict.exact for verdict in judge_records(images[-1], records)] if judged else [None] * len(records)
     scales = [f"scale {k + 1}" for k in range(len(images) - 1)]
     rows = [
-        Row(
+        SheetRow(
             images=[record["source"], *images[:, i], record["target"]],
             instruction=record["instruction"],
             kind=record.get("kind", ""),
