@@ -1,4 +1,4 @@
-"""The frozen encoders of a card, as functions that make features of images and instructions."""
+"""The frozen encoders of a run, as functions that make features of images and instructions."""
 
 import functools
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def load_encoders(config: RunConfig) -> tuple[Params, Params | None]:
 
 
 def made_by(config: RunConfig, tokenizer: Params, text: Params | None) -> MadeBy:
-    """What decides about the features of a card's records. The tokenizer's decoder has no part in it."""
+    """Identifies what the features of a run's records are made by. The tokenizer's decoder has no part in it."""
     data = config.data
     return MadeBy(
         tokenizer=weights_hash(tokenizer["encoder"])
@@ -40,8 +40,8 @@ def made_by(config: RunConfig, tokenizer: Params, text: Params | None) -> MadeBy
 
 
 @functools.cache
-def made_by_card(config: RunConfig) -> MadeBy:
-    """As `made_by`, of the weights that the card names."""
+def made_by_config(config: RunConfig) -> MadeBy:
+    """As `made_by`, of the weights that the config names."""
     return made_by(config, *load_encoders(config))
 
 

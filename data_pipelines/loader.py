@@ -297,7 +297,7 @@ def training_batches(
     so a run goes on with any number of processes and of workers. With `features`, no image is decoded.
 
     Args:
-      data: the card's part about data.
+      data: `data` of the run's config.
       vocabulary: for the instructions.
       source: of `open_split` or `open_records`.
       features: of all examples of `source`, or None to give images.

@@ -275,7 +275,7 @@ def _check_manifest(records: Records, made_by: MadeBy) -> None:
         others = sorted(other.parent.name for other in (records.directory / DIRECTORY).glob(f"*/{MANIFEST}"))
         raise UserError(
             f"{records.directory} has no features of tokenizer weights {made_by.tokenizer[:16]} and text weights "
-            f"{made_by.text[:16] or 'none'} for this card (they would be {made_by.name}; there are "
+            f"{made_by.text[:16] or 'none'} for this config (they would be {made_by.name}; there are "
             f"{', '.join(others) or 'none'}); compute them with experiments.precompute"
         ) from None
     except (OSError, ValueError) as error:

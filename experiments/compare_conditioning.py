@@ -25,7 +25,7 @@ _SEEDS = flags.DEFINE_integer("seeds", 2, "runs of each conditioning", lower_bou
 _EXAMPLES = flags.DEFINE_integer("examples", 200, "held-out edits to judge", lower_bound=1)
 _DIRECTORY = flags.DEFINE_string("directory", "runs/conditioning", "directory of the runs")
 _OUTPUT = flags.DEFINE_string("output", "", "Markdown file for the table")
-_CARD = "experiments/configs/shapes.py:compare"
+_CONFIG = "experiments/configs/shapes.py:compare"
 _RUN = typing.cast(RunConfig, shapes.get_config("compare"))
 
 CONDITIONINGS = ("sar", "finest", "full")
@@ -44,7 +44,7 @@ def _result(conditioning: str, seed: int) -> dict[str, float]:
     if not scores.exists():
         _program(
             "experiments.train",
-            f"--config={_CARD}",
+            f"--config={_CONFIG}",
             f"--workdir={workdir}",
             f"--config.model.transformer.conditioning={conditioning}",
             f"--config.seed={seed}",
@@ -103,9 +103,9 @@ def main(argv: list[str]) -> None:
         )
         pathlib.Path(_OUTPUT.value).write_text(
             f"# Conditioning, compared on `shapes`\n\n    {command}\n\n"
-            f"{_RUN.steps} steps of the card {_CARD} (stages {_RUN.stages}, then all scales), {_SEEDS.value} seeds, "
-            f"{_EXAMPLES.value} held-out edits. Mean (lowest to highest) over seeds; time of a step of all scales."
-            f"\n\n{table}\n"
+            f"{_RUN.steps} steps of the config {_CONFIG} (stages {_RUN.stages}, then all scales), {_SEEDS.value} "
+            f"seeds, {_EXAMPLES.value} held-out edits. Mean (lowest to highest) over seeds; time of a step of all "
+            f"scales.\n\n{table}\n"
         )
 
 

@@ -31,9 +31,11 @@ _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "machine: VERSION:SIDES, as in v5p:4x4x4, v5e:16x16, v6e:16x16", required=True
 )
 _SLICES = flags.DEFINE_integer("slices", 1, "so many machines, joined by the slow network along the axis data")
-_GLOBAL_BATCH = flags.DEFINE_integer("global_batch", None, "examples a step; the card's by default", lower_bound=1)
-_ACCUMULATION = flags.DEFINE_integer("accumulation", None, "microbatches a step; the card's by default", lower_bound=1)
-_MESH = flags.DEFINE_string("mesh", "", "sizes of the mesh's axes, as in fsdp=-1,tensor=4; the card's by default")
+_GLOBAL_BATCH = flags.DEFINE_integer("global_batch", None, "examples a step; the config's by default", lower_bound=1)
+_ACCUMULATION = flags.DEFINE_integer(
+    "accumulation", None, "microbatches a step; the config's by default", lower_bound=1
+)
+_MESH = flags.DEFINE_string("mesh", "", "sizes of the mesh's axes, as in fsdp=-1,tensor=4; the config's by default")
 _FIND_BATCH = flags.DEFINE_bool("find_batch", False, "find the largest batch of a chip that fits")
 _HBM_GIB = flags.DEFINE_float("hbm_gib", 0.0, "memory of a chip, instead of what it has", lower_bound=0.0)
 

@@ -55,7 +55,7 @@ _FORMAT = flags.DEFINE_enum("format", "pth", list(convert.FORMATS), "of publishe
 _SHARD = flags.DEFINE_float("shard_gb", 5.0, "largest safetensors file, in GB", lower_bound=1e-6)
 _DTYPE = flags.DEFINE_enum("dtype", "", ["", *STORED_TYPES], "type to round to; as published or stored by default")
 _CHUNKS = flags.DEFINE_integer("chunks", None, "chunks of blocks in published names, 0 for none", lower_bound=0)
-_LICENSE = flags.DEFINE_string("license", "", "what the card states, as in apache-2.0")
+_LICENSE = flags.DEFINE_string("license", "", "what the model card states, as in apache-2.0")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "print every mapping, one published tensor a line, and write nothing")
 _PRESET = flags.DEFINE_string("preset", "", "size of a dry run that needs no weights, as in 8b")
 _VERIFY = flags.DEFINE_string(

@@ -27,7 +27,7 @@ from varedit_jax.training.metrics import read_metrics
 
 _FULL = flags.DEFINE_bool("full", False, "make the shipped tokenizer and editor again, and score 1000 edits")
 _DIRECTORY = flags.DEFINE_string("directory", "", "where to leave everything; runs/demo or runs/demo-full by default")
-_CARD = "experiments/configs/shapes.py"
+_CONFIG = "experiments/configs/shapes.py"
 _STOP_AFTER = 1000  # steps before the demo stops its own training, to show that it goes on
 
 GOAL_TRAINED, GOAL_SHIPPED = 0.75, 0.95  # shares of 200 held-out edits that are exact
@@ -86,7 +86,7 @@ def _curves(workdir: pathlib.Path, path: pathlib.Path) -> None:
 
 def _train_editor(variant: str, workdir: pathlib.Path, *arguments: str) -> float:
     """Trains, stopped once after `_STOP_AFTER` steps and gone on with by the same command."""
-    common = [f"--config={_CARD}:{variant}", f"--workdir={workdir}", *arguments]
+    common = [f"--config={_CONFIG}:{variant}", f"--workdir={workdir}", *arguments]
     seconds = 0.0
     if not (workdir / "checkpoints").exists():
         seconds += _run("train, stopped half way", "experiments.train", *common, f"--stop_after={_STOP_AFTER}")
@@ -120,7 +120,7 @@ def _full(directory: pathlib.Path) -> None:
             _run(
                 f"tokenizer: {name.replace('_', ' ')}",
                 "experiments.train_tokenizer",
-                f"--config={_CARD}:{variant}",
+                f"--config={_CONFIG}:{variant}",
                 f"--workdir={directory / name}",
                 f"--export={weights}",
                 *([f"--config.init_from={before}"] if before else []),

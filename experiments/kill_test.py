@@ -2,10 +2,10 @@
 
     python -m experiments.kill_test --directory=/tmp/kill_test --output=results/kill_test.md
 
-A real run (experiments.train on the smallest card) is killed while it starts, restores, makes steps, saves, and removes
-old checkpoints. After each kill the newest checkpoint must be readable, and no older than the one before. At the end
-state, data iterator and metrics must be those of the uninterrupted run, bit for bit; exit code 1 if not. The same seed
-gives the same order of phases and the same delays; what a kill hits depends on the machine.
+A real run (experiments.train on the smallest config) is killed while it starts, restores, makes steps, saves, and
+removes old checkpoints. After each kill the newest checkpoint must be readable, and no older than the one before. At
+the end state, data iterator and metrics must be those of the uninterrupted run, bit for bit; exit code 1 if not. The
+same seed gives the same order of phases and the same delays; what a kill hits depends on the machine.
 """
 
 import collections
@@ -37,7 +37,7 @@ _STEPS = flags.DEFINE_integer("steps", 200, "of the run; it must not end before 
 _SEED = flags.DEFINE_integer("seed", 0, "of the moments")
 _OUTPUT = flags.DEFINE_string("output", "", "Markdown file for the figures")
 
-CARD = "experiments/configs/shapes.py:tiny"
+CONFIG = "experiments/configs/shapes.py:tiny"
 SAVE_EVERY = 3
 
 
@@ -96,7 +96,7 @@ def unfinished(workdir: pathlib.Path) -> set[str]:
 
 def start(workdir: pathlib.Path) -> subprocess.Popen[bytes]:
     """The training program, working in `workdir`; what it says goes to a file beside it."""
-    command = [sys.executable, "-m", "experiments.train", f"--config={CARD}", f"--workdir={workdir}"]
+    command = [sys.executable, "-m", "experiments.train", f"--config={CONFIG}", f"--workdir={workdir}"]
     values = {
         "steps": _STEPS.value,
         "cadence.save_every": SAVE_EVERY,
@@ -156,7 +156,7 @@ def report(rows: list[dict[str, Any]], directory: pathlib.Path, seconds: dict[st
     python -m experiments.kill_test --directory=... --kills={len(rows)} --steps={_STEPS.value} --seed={_SEED.value}
 
 {time.strftime("%Y-%m-%d")}, {compare_runs.machine()}; Python {sys.version.split()[0]}, jax {jax.__version__}.
-A run of `{CARD}` with {_STEPS.value} steps and a checkpoint every
+A run of `{CONFIG}` with {_STEPS.value} steps and a checkpoint every
 {SAVE_EVERY} of them got SIGKILL {len(rows)} times, and was started again each time:
 {phases}.
 

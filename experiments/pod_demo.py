@@ -33,7 +33,7 @@ _STEPS = flags.DEFINE_integer("steps", 24, "of the run", lower_bound=8)
 _VICTIM = flags.DEFINE_integer("victim", 2, "the process that is killed", lower_bound=0, upper_bound=3)
 _OUTPUT = flags.DEFINE_string("output", "", "Markdown file for the figures")
 
-CARD = "experiments/configs/shapes.py:tiny"
+CONFIG = "experiments/configs/shapes.py:tiny"
 PROCESSES = 4
 SAVE_EVERY = 4
 XLA_FLAGS = "--xla_backend_optimization_level=0"  # every process compiles: in less than half the time
@@ -43,7 +43,7 @@ Process = subprocess.Popen[bytes]
 
 
 def settings(directory: pathlib.Path, steps: int) -> dict[str, object]:
-    """Fields of the card that this run has otherwise."""
+    """Fields of the config that this run has otherwise."""
     return {
         "mesh.data": 1,
         "mesh.fsdp": 2,
@@ -71,7 +71,7 @@ def started(workdir: pathlib.Path, values: dict[str, object], processes: int = P
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "experiments.train", f"--config={CARD}", f"--workdir={workdir}"]
+    command = [sys.executable, "-m", "experiments.train", f"--config={CONFIG}", f"--workdir={workdir}"]
     command += [f"--config.{name}={value}" for name, value in values.items()]
     command += [f"--coordinator=127.0.0.1:{port}", f"--process_count={processes}"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": XLA_FLAGS, "TF_CPP_MIN_LOG_LEVEL": "3"}
@@ -180,7 +180,7 @@ def main(argv: list[str]) -> None:
     directory.mkdir(parents=True)
     values, seconds = settings(directory, steps), {}
     whole, killed = directory / "whole", directory / "killed"
-    print(f"{PROCESSES} processes train {CARD} for {steps} steps; the first time they compile, which takes minutes")
+    print(f"{PROCESSES} processes train {CONFIG} for {steps} steps; the first time they compile, which takes minutes")
     seconds["whole"] = finish(whole, values, steps)
     before = time.monotonic()
     story = kill(killed, values, steps, _VICTIM.value)

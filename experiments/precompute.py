@@ -1,10 +1,10 @@
-"""Computes the features of prepared records ahead, with the frozen encoders of a card.
+"""Computes the features of prepared records ahead, with the frozen encoders of an experiment config.
 
-    python -m experiments.precompute --config=CARD.py --config.data.name=records \\
+    python -m experiments.precompute --config=CONFIG.py --config.data.name=records \\
         --config.data.mixture='(("prepared/ultraedit",1.0),)' --process_index=0 --process_count=8
 
 Each of several processes, on one machine or many that share the directories, takes its share of the shards; run the
-same command again to go on. Training with the same card and --config.data.features=precomputed then reads them, and
+same command again to go on. Training with the same config and --config.data.features=precomputed then reads them, and
 refuses those of other weights.
 """
 

@@ -54,11 +54,11 @@ _PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "which of them this
 
 
 def _features(config: RunConfig, source: loader.TfdsSource | loader.RecordSource, split: str) -> Any:
-    """Features of a split, if the card asks for them: those of `shapes` are computed on first use."""
+    """Features of a split, if the config asks for them: those of `shapes` are computed on first use."""
     if config.data.features == "online":
         return None
     if isinstance(source, loader.RecordSource):
-        return RecordFeatures(source, encoders.made_by_card(config))
+        return RecordFeatures(source, encoders.made_by_config(config))
     tokenizer = load_directory(config.tokenizer_weights, "tokenizer", abstract_params(config.model, "tokenizer"))
     name = weights_hash(tokenizer["encoder"])  # features do not depend on the decoder
     encode = jax.jit(lambda params, images: encode_images(params, images, config.model))

@@ -1,1 +1,1 @@
-"""Experiment cards, one a run."""
+"""Experiment configs, one per run."""

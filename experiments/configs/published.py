@@ -1,4 +1,4 @@
-"""What the published runs have in common, and how they lie on machines; the cards `varedit_*` say the rest.
+"""Settings that the published runs share, and their layouts on machines; the configs `varedit_*` say the rest.
 
 AdamW with betas 0.9 / 0.97 at a constant rate, gradients clipped at 5, bfloat16 compute over float32 weights,
 self-correction up to 0.3 on 13 scales, the loss reweighted by scale, text dropped with probability 0.1. The precision
@@ -26,7 +26,7 @@ from varedit_jax.config import (
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What a run can be laid out for; variants of the cards have its name."""
+    """A machine to run on; variants of the configs have its name."""
 
     chips: int
     topology: str = ""  # as experiments.compile_ahead takes it; "" for GPUs
@@ -43,55 +43,54 @@ MACHINES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """How a run lies on a machine. Devices along `tensor` work on the same examples; what is left is fsdp."""
+class MachineLayout:
+    """Layout of a run on a machine. Devices along `tensor` work on the same examples; the remaining axis is fsdp."""
 
-    accumulation: int  # microbatches a step
+    accumulation: int  # microbatches per step
     tensor: int = 1
-    data: int = 1  # copies of the parameters
-    saved: tuple[RematName, ...] = TransformerConfig.remat_saved  # of a block's activations; the others are made again
+    data: int = 1  # replicas of the parameters
+    saved: tuple[RematName, ...] = TransformerConfig.remat_saved  # of a block's activations; the others are recomputed
 
 
-# By card and machine. What memory there is keeps activations: on v5p and H100, and of 2B on v6e, all that have a name,
-# and the backward pass makes nothing but scores again. Chips of v5e reduce-scatter over a part of the slice only, so
-# their `tensor` is more than 1. On 128 chips of v5p the gradients of 8B, in 128 pieces, would be all-reduced: the
-# pieces are 64, twice.
+# By config and machine. Spare memory saves activations: on v5p and H100, and for 2B on v6e, all named ones, so that the
+# backward pass recomputes scores alone. Chips of v5e reduce-scatter over a part of the slice only, so their `tensor` is
+# more than 1. On 128 chips of v5p, gradients of 8B in 128 shards would be all-reduced: there are two replicas of 64.
 LAYOUTS = {
     "varedit_2b_256": {
-        "v5p_128": Layout(1, saved=REMAT_NAMES),
-        "v5p_256": Layout(1, saved=REMAT_NAMES),
-        "v6e_256": Layout(1, saved=REMAT_NAMES),
-        "v5e_256": Layout(4, tensor=4),
-        "h100_64": Layout(2, saved=REMAT_NAMES),
+        "v5p_128": MachineLayout(1, saved=REMAT_NAMES),
+        "v5p_256": MachineLayout(1, saved=REMAT_NAMES),
+        "v6e_256": MachineLayout(1, saved=REMAT_NAMES),
+        "v5e_256": MachineLayout(4, tensor=4),
+        "h100_64": MachineLayout(2, saved=REMAT_NAMES),
     },
     "varedit_2b_512": {
-        "v5p_128": Layout(3, saved=REMAT_NAMES),
-        "v5p_256": Layout(3, tensor=2, saved=REMAT_NAMES),
-        "v6e_256": Layout(3, tensor=4, saved=REMAT_NAMES),
-        "v5e_256": Layout(15, tensor=4),
-        "h100_64": Layout(5, saved=REMAT_NAMES),
+        "v5p_128": MachineLayout(3, saved=REMAT_NAMES),
+        "v5p_256": MachineLayout(3, tensor=2, saved=REMAT_NAMES),
+        "v6e_256": MachineLayout(3, tensor=4, saved=REMAT_NAMES),
+        "v5e_256": MachineLayout(15, tensor=4),
+        "h100_64": MachineLayout(5, saved=REMAT_NAMES),
     },
     "varedit_8b_512": {
-        "v5p_128": Layout(6, saved=REMAT_NAMES),
-        "v5p_256": Layout(3, data=2, saved=REMAT_NAMES),
-        "v6e_256": Layout(3),
-        "v5e_256": Layout(6, tensor=4),
-        "h100_64": Layout(8, saved=REMAT_NAMES),
+        "v5p_128": MachineLayout(6, saved=REMAT_NAMES),
+        "v5p_256": MachineLayout(3, data=2, saved=REMAT_NAMES),
+        "v6e_256": MachineLayout(3),
+        "v5e_256": MachineLayout(6, tensor=4),
+        "h100_64": MachineLayout(8, saved=REMAT_NAMES),
     },
     "varedit_8b_1024": {
-        "v5p_128": Layout(8, saved=REMAT_NAMES),
-        "v5p_256": Layout(4, data=2, saved=REMAT_NAMES),
-        "v6e_256": Layout(4, tensor=2),
-        "v5e_256": Layout(8, tensor=4),
-        "h100_64": Layout(8),
+        "v5p_128": MachineLayout(8, saved=REMAT_NAMES),
+        "v5p_256": MachineLayout(4, data=2, saved=REMAT_NAMES),
+        "v6e_256": MachineLayout(4, tensor=2),
+        "v5e_256": MachineLayout(8, tensor=4),
+        "h100_64": MachineLayout(8),
     },
 }
 VARIANTS = ("", "tiny", *MACHINES)
-# Directories that data_pipelines.prepare is told to make of what the recipe was trained on, each example once an epoch.
+# Directories that data_pipelines.prepare is told to make of the recipe's training data, each example once per epoch.
 MIXTURE = (("seed_data_edit", 1.0), ("imgedit", 1.0))
 
 
-def card(
+def make_run(
     name: str,
     size: str,
     pixel_budget: PixelBudget,
@@ -101,9 +100,9 @@ def card(
     learning_rate: float,
     variant: str = "",
 ) -> RunConfig:
-    """A published run at preset `size`.
+    """Returns a published run at preset `size`.
 
-    `variant` "tiny" has the same settings over the smallest model and images, and one of `MACHINES` its layout.
+    Variant "tiny" has the same settings over the smallest model and images; one of `MACHINES` has its layout.
     """
     model = preset(size)
     transformer = dataclasses.replace(model.transformer, dtype="bfloat16", remat="full")
@@ -132,7 +131,7 @@ def card(
 
 
 def on_machine(run: RunConfig, machine: str) -> RunConfig:
-    """A run in the layout of a machine."""
+    """Returns a run in the layout of a machine."""
     layout = LAYOUTS[run.name][machine]
     transformer = dataclasses.replace(run.model.transformer, remat="named", remat_saved=layout.saved)
     return dataclasses.replace(

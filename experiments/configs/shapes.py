@@ -116,7 +116,7 @@ def _editor(name: str, coarse: int, middle: int, fine: int, train_examples: int)
 
 
 def get_config(variant: str = "demo") -> RunConfig | TokenizerRunConfig:
-    """The card; see the module's docstring for the variants."""
+    """Returns the run; see the module's docstring for the variants."""
     if variant == "demo":
         run = _editor("shapes_demo", coarse=1300, middle=420, fine=320, train_examples=16000)
         cadence = dataclasses.replace(run.cadence, sample_every=1000, eval_every=800)

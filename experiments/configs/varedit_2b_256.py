@@ -17,7 +17,7 @@ VARIANTS = published.VARIANTS
 
 
 def get_config(variant: str = "") -> RunConfig:
-    """The card; see the module's docstring for the variants."""
-    return published.card(
+    """Returns the run; see the module's docstring for the variants."""
+    return published.make_run(
         "varedit_2b_256", "2b", "0.06M", steps=8_000, batch_size=1536, learning_rate=6e-5, variant=variant
     )

@@ -17,7 +17,7 @@ VARIANTS = published.VARIANTS
 
 
 def get_config(variant: str = "") -> RunConfig:
-    """The card; see the module's docstring for the variants."""
-    return published.card(
+    """Returns the run; see the module's docstring for the variants."""
+    return published.make_run(
         "varedit_2b_512", "2b", "0.25M", steps=7_000, batch_size=960, learning_rate=1.875e-5, variant=variant
     )

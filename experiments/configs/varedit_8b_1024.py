@@ -18,7 +18,7 @@ VARIANTS = published.VARIANTS
 
 
 def get_config(variant: str = "") -> RunConfig:
-    """The card; see the module's docstring for the variants."""
-    return published.card(
+    """Returns the run; see the module's docstring for the variants."""
+    return published.make_run(
         "varedit_8b_1024", "8b", "1M", steps=7_000, batch_size=512, learning_rate=1.875e-5, variant=variant
     )

@@ -17,7 +17,7 @@ VARIANTS = published.VARIANTS
 
 
 def get_config(variant: str = "") -> RunConfig:
-    """The card; see the module's docstring for the variants."""
-    return published.card(
+    """Returns the run; see the module's docstring for the variants."""
+    return published.make_run(
         "varedit_8b_512", "8b", "0.25M", steps=60_000, batch_size=1536, learning_rate=6e-5, variant=variant
     )

@@ -9,7 +9,7 @@ ZONE=${ZONE:?zone, as in us-east5-a}
 DISK=${DISK:?NFS export that all hosts mount, HOST:/PATH: weights, data and working directories}
 ACCELERATOR=${ACCELERATOR:-v5p-256} # 128 chips
 RUNTIME=${RUNTIME:-v2-alpha-tpuv5}
-CARD=${CARD:-experiments/configs/varedit_8b_512.py:v5p_256}
+CONFIG=${CONFIG:-experiments/configs/varedit_8b_512.py:v5p_256}
 RUN=${RUN:-varedit_8b_512}
 SPOT=${SPOT---spot} # empty: not a spot machine
 
@@ -42,7 +42,7 @@ set_up() {
 
 train() {
   on_all_hosts "cd varedit_jax && JAX_COMPILATION_CACHE_DIR=/disk/cache ../venv/bin/python -m experiments.train \
-    --config=$CARD --workdir=/disk/runs/$RUN \
+    --config=$CONFIG --workdir=/disk/runs/$RUN \
     --config.tokenizer_weights=/disk/weights/bsq_14bit --config.text_weights=/disk/weights/flan_t5_xl \
     --config.init_from=/disk/weights/infinity_8b --config.data.directory=/disk/data \
     --config.cadence.save_minutes=15 --config.guard.hang_minutes=30"

@@ -16,7 +16,7 @@ from varedit_jax.training.flops import run_flops
 
 pytestmark = [pytest.mark.slow, pytest.mark.subprocess, pytest.mark.tpu]
 
-CARD = """
+CONFIG = """
 import dataclasses
 from varedit_jax.config import DataConfig, RunConfig, preset
 
@@ -36,14 +36,14 @@ def get_config(variant: str = "") -> RunConfig:
 @pytest.fixture(scope="module")
 def answers(run_program, tmp_path_factory):
     """The program: split parameters and images, copied parameters and features, and mistakes."""
-    card = tmp_path_factory.mktemp("card") / "card.py"
-    card.write_text(CARD)
-    good = [f"--config={card}", "--topology=v5e:2x2"]
-    features = [f"--config={card}:precomputed", "--topology=v5e:2x2"]
+    config = tmp_path_factory.mktemp("config") / "config.py"
+    config.write_text(CONFIG)
+    good = [f"--config={config}", "--topology=v5e:2x2"]
+    features = [f"--config={config}:precomputed", "--topology=v5e:2x2"]
     lines = {
         "fsdp": [*good, "--mesh=fsdp=4", "--accumulation=2"],
         "data": [*features, "--mesh=data=4", "--hbm_gib=0.001"],
-        "topology": [f"--config={card}", "--topology=v7q:2x2"],
+        "topology": [f"--config={config}", "--topology=v7q:2x2"],
         "mesh": [*good, "--mesh=fsdp=3"],
         "axis": [*good, "--mesh=depth=3"],
         "batch": [*good, "--mesh=fsdp=4", "--global_batch=6"],

@@ -9,6 +9,7 @@ import pytest
 
 from experiments import program
 from varedit_jax.config import RunConfig
+from varedit_jax.config.annotations import field_types
 
 ROOT = pathlib.Path(__file__).parents[2]
 DIRECTORY = ROOT / "experiments" / "launch"
@@ -24,17 +25,15 @@ def test_the_shell_can_read_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*SCRIPTS, *PAGES])
-def test_cards_variants_and_fields_exist(name: str) -> None:
+def test_configs_variants_and_fields_exist(name: str) -> None:
     text = (DIRECTORY / name).read_text()
-    cards = set(re.findall(r"(experiments/configs/\w+\.py)(?::(\w+))?", text))
-    assert cards
-    for path, variant in cards:
-        card = f"{ROOT / path}:{variant}" if variant else str(ROOT / path)
-        assert isinstance(program._load_card(card, RunConfig), RunConfig)
+    configs = set(re.findall(r"experiments/configs/\w+\.py(?::\w+)?", text))
+    assert configs
+    for config in configs:
+        assert isinstance(program.load_config(str(ROOT / config), RunConfig), RunConfig)
     fields = set(re.findall(r"--config\.([\w.]*\w)=", text))
     assert {"init_from", "cadence.save_minutes", "guard.hang_minutes"} <= fields
-    for field in fields:
-        program._check_name(field, RunConfig)
+    assert fields <= set(field_types(RunConfig))
 
 
 @pytest.mark.parametrize(("script", "page"), list(zip(SCRIPTS, PAGES, strict=True)))

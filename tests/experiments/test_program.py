@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from varedit_jax.config import DataConfig, EditorConfig, RunConfig, from_dict, preset, to_dict
+from varedit_jax.config.annotations import field_types, in_words
 
 pytestmark = pytest.mark.subprocess
 
@@ -33,7 +34,7 @@ def main(argv):
 module = types.SimpleNamespace(main=main)
 """
 
-CARDS = {
+CONFIGS = {
     "tiny.py": """
 from varedit_jax.config import DataConfig, RunConfig, preset
 
@@ -64,7 +65,7 @@ from varedit_jax.config import preset
 def get_config(variant=""):
     return preset("3b")
 """,
-    "no_card.py": "x = 1",
+    "no_config.py": "x = 1",
     "unfinished.py": "def get_config(:",
 }
 
@@ -86,6 +87,14 @@ SETTINGS: dict[str, tuple[list[str], dict[str, object]]] = {
         {"sampling.guidance": (1.0, 4.0)},
     ),
     "number where a tuple may be": (["--config=tiny.py", "--config.sampling.guidance=3.5"], {"sampling.guidance": 3.5}),
+    "lists": (["--config=tiny.py", "--config.model.grids=[[1, 1], [3, 3]]"], {"model.grids": ((1, 1), (3, 3))}),
+    "one entry of a tuple": (
+        ["--config=tiny.py", "--config.model.transformer.remat_saved=qkv"],
+        {"model.transformer.remat_saved": ("qkv",)},
+    ),
+    "flag that says no": (["--config=tiny.py", "--noconfig.train_text"], {"train_text": False}),
+    "override ahead": (["--config.steps=5", "--config=tiny.py"], {"steps": 5}),
+    "the last of two": (["--config=tiny.py", "--config.steps=5", "--config.steps=6"], {"steps": 6}),
     "tuple of tuples": (
         ["--config=tiny.py", "--config.model.grids=((1, 1), (3, 3))"],
         {"model.grids": ((1, 1), (3, 3))},
@@ -95,15 +104,12 @@ SETTINGS: dict[str, tuple[list[str], dict[str, object]]] = {
 # Command lines that do not work, and the sentence.
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "no config": ([], "--config is missing; see --help"),
-    "override alone": (
-        ["--config.steps=1"],
-        "fields of a configuration are set after --config=PATH.py, the card that has them",
-    ),
-    "missing card": (
+    "override alone": (["--config.steps=1"], "--config is missing; see --help"),
+    "missing experiment config": (
         ["--config=tiyn.py"],
-        "there is no experiment card tiyn.py; did you mean tiny.py?",
+        "there is no experiment config tiyn.py; did you mean tiny.py?",
     ),
-    "missing directory": (["--config=nowhere/a.py"], "there is no experiment card nowhere/a.py"),
+    "missing directory": (["--config=nowhere/a.py"], "there is no experiment config nowhere/a.py"),
     "unknown variant": (
         ["--config=tiny.py:lrage"],
         "tiny.py has no variant 'lrage', but small, large; did you mean large?",
@@ -111,12 +117,15 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "no variants": (["--config=fixed.py:a"], "fixed.py has no variants, but 'a' was asked for"),
     "variant needed": (["--config=by_table.py"], "by_table.py needs a variant, as in --config=by_table.py:VARIANT"),
     "variant not in the table": (["--config=by_table.py:b"], "by_table.py has no variant 'b'"),
-    "card of another program": (
+    "config of another program": (
         ["--config=other.py"],
         "other.py gives a EditorConfig, but this program needs a RunConfig",
     ),
-    "card whose config is no good": (["--config=unfit.py"], "unfit.py: unknown preset '3b'; known are tiny, 125m"),
-    "no card": (["--config=no_card.py"], "no_card.py is not an experiment card: it has no function get_config"),
+    "config that is no good": (["--config=unfit.py"], "unfit.py: unknown preset '3b'; known are tiny, 125m"),
+    "no experiment config": (
+        ["--config=no_config.py"],
+        "no_config.py is not an experiment config: it has no function get_config",
+    ),
     "no Python": (["--config=unfinished.py"], "unfinished.py, line 1: invalid syntax"),
     "misspelt field": (
         ["--config=tiny.py", "--config.stpes=1"],
@@ -125,6 +134,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "field of a group": (
         ["--config=tiny.py", "--config.learning_rate=1"],
         "there is no --config.learning_rate; did you mean --config.optimizer.learning_rate?",
+    ),
+    "earlier name of a field": (
+        ["--config=tiny.py", "--config.save_every=1"],
+        "there is no --config.save_every; did you mean --config.cadence.save_every?",
     ),
     "group": (
         ["--config=tiny.py", "--config.loss=1"],
@@ -176,8 +189,8 @@ def answers(
     tmp_path_factory: pytest.TempPathFactory, run_program: Callable[..., dict[str, Answer]]
 ) -> dict[str, Answer]:
     """Exit code, standard output and standard error of every command line above."""
-    directory = tmp_path_factory.mktemp("cards")
-    for name, text in CARDS.items():
+    directory = tmp_path_factory.mktemp("configs")
+    for name, text in CONFIGS.items():
         (directory / name).write_text(text)
     lines = {name: arguments for name, (arguments, _) in (SETTINGS | MISTAKES).items()} | OTHERS
     found = run_program("program", lines, SETUP, directory=directory, leave_out=["JAX_COMPILATION_CACHE_DIR"])
@@ -235,10 +248,8 @@ def test_compiled_programs_are_kept_in_the_working_directory(answers: dict[str, 
 
 def test_every_field_of_a_run_can_be_set() -> None:
     """No field of a configuration has a type that command lines cannot speak of."""
-    from experiments import program
-
-    names = program._annotations(RunConfig)
+    names = field_types(RunConfig)
     assert "model.tokenizer.channel_multipliers" in names and "sampling.temperature" in names
-    assert all(program._in_words(hint) for hint in names.values())
+    assert all(in_words(hint) for hint in names.values())
     assert {name.split(".")[0] for name in names} == {field.name for field in dataclasses.fields(RunConfig)}
     assert len([name for name in names if name.startswith("model.")]) > len(dataclasses.fields(EditorConfig))

@@ -24,7 +24,7 @@ from varedit_jax.weights.export_source import open_source
 pytestmark = [pytest.mark.slow, pytest.mark.subprocess]
 
 ROOT = pathlib.Path(__file__).parents[2]
-CARD = "experiments/configs/shapes.py:tiny"
+CONFIG = "experiments/configs/shapes.py:tiny"
 
 
 def _train(*arguments: str, module: str = "experiments.train") -> subprocess.CompletedProcess[str]:
@@ -41,7 +41,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, data: str) -> pathlib.Path:
     directory = tmp_path_factory.mktemp("runs")
     done = _train(
-        f"--config={CARD}",
+        f"--config={CONFIG}",
         data,
         f"--workdir={directory / 'run'}",
         f"--export={directory / 'weights'}",
@@ -53,7 +53,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, data: str) -> pathli
 
 def test_stopped_and_resumed_equals_uninterrupted(uninterrupted: pathlib.Path, data: str) -> None:
     common = (
-        f"--config={CARD}",
+        f"--config={CONFIG}",
         data,
         f"--workdir={uninterrupted / 'resumed'}",
         f"--export={uninterrupted / 'resumed_weights'}",
@@ -118,7 +118,7 @@ def test_a_mistake_is_one_sentence(
     uninterrupted: pathlib.Path, data: str, arguments: list[str], words: list[str]
 ) -> None:
     workdir = uninterrupted / ("run" if "depth" in arguments[0] else "fresh")
-    failed = _train(f"--config={CARD}", data, f"--workdir={workdir}", *arguments)
+    failed = _train(f"--config={CONFIG}", data, f"--workdir={workdir}", *arguments)
     assert failed.returncode == 1
     lines = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, failed.stderr

@@ -29,7 +29,7 @@ def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
     for name, value in values.items():
         field_type: Any = fields[name]
         nested = isinstance(field_type, type) and dataclasses.is_dataclass(field_type)
-        arguments[name] = from_dict(field_type, value) if nested else _tuples(value)
+        arguments[name] = from_dict(field_type, value) if nested else tuples(value)
     return cls(**arguments)
 
 
@@ -42,5 +42,6 @@ def with_current_names(values: Mapping[str, Any]) -> dict[str, Any]:
     return current | {"cadence": {name: values[name] for name in sorted(earlier)} | values.get("cadence", {})}
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+def tuples(value: Any) -> Any:
+    """Returns nested lists as tuples, and anything else as it is."""
+    return tuple(tuples(v) for v in value) if isinstance(value, (list, tuple)) else value

@@ -2,7 +2,7 @@
 
     to_jax       published files -> an Orbax checkpoint a part, config.json, vocabulary: what `Editor` and runs load
     to_torch     a directory of weights or a run -> files that the published code loads
-    to_directory    a directory of weights or a run -> safetensors with our own names, and a card
+    to_directory    a directory of weights or a run -> safetensors with our own names, and a model card
 
 Memory does not grow with the model: a tensor is a view of a memory map until it is written. Each output has a manifest
 with the SHA-256 of every tensor, on both sides.
@@ -394,9 +394,9 @@ def _rounded(tensor: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 def to_directory(
     source: Source, output: str | os.PathLike[str], dtype: str = "", license: str = "", quiet: bool = False
 ) -> int:
-    """Writes parts as safetensors with our own names, config.json, vocabulary and a card; returns their bytes.
+    """Writes parts as safetensors with our own names, config.json, vocabulary and a model card; returns their bytes.
 
-    `dtype` as in `to_torch`; `license` goes into the card. Raises UserError as `to_torch` does.
+    `dtype` as in `to_torch`; `license` goes into the model card. Raises UserError as `to_torch` does.
     """
     fingerprint = {
         "to": "directory",

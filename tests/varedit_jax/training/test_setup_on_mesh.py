@@ -1,4 +1,4 @@
-"""A card on a mesh: what cannot be is one sentence."""
+"""A run on a mesh: what cannot be is one sentence."""
 
 import dataclasses
 

@@ -14,13 +14,13 @@ pytestmark = pytest.mark.subprocess
 SETUP = """
 from varedit_jax.errors import UserError
 
-def compile_layout(card, machine):
+def compile_layout(config, machine):
     print("compiled", machine)
     if machine == "v6e_256":
         raise UserError("compile_ahead ended with 1: no such chip")
     memory = {"needed_gib": None, "hbm_gib": 16.0}
     row = {
-        "layout": f"{card}:{machine}", "topology": "v5p:4x4x4", "mesh": {"data": 1, "fsdp": 64, "tensor": 1},
+        "layout": f"{config}:{machine}", "topology": "v5p:4x4x4", "mesh": {"data": 1, "fsdp": 64, "tensor": 1},
         "global_batch": 1536, "accumulation": 6, "again_of_forward": 0.0515, "compile_seconds": 154.9, "fits": False,
     }
     if machine.startswith("v5p"):
@@ -36,31 +36,32 @@ module.compile_layout = compile_layout
 
 
 def test_layouts_are_compiled_once_and_make_a_table(run_program: Callable, tmp_path: pathlib.Path) -> None:
-    card = "varedit_8b_512"
+    config = "varedit_8b_512"
     rows, table = tmp_path / "new" / "rows.jsonl", tmp_path / "table.md"
     common = [f"--rows={rows}", f"--table={table}"]
     answers = run_program(
-        "compile_cards",
+        "compile_configs",
         {
             "nothing": [*common, "--only=9b"],
-            "some": [*common, f"--only={card}:v5p_128,{card}:v5e,{card}:h100"],
-            "more": [*common, f"--only={card}:v5p"],
-            "fails": [*common, f"--only={card}"],
+            "some": [*common, f"--only={config}:v5p_128,{config}:v5e,{config}:h100"],
+            "more": [*common, f"--only={config}:v5p"],
+            "fails": [*common, f"--only={config}"],
         },
         setup=SETUP,
     )
     assert (
-        answers["nothing"][0] == 1 and "--only=9b matches no layout; cards are varedit_2b_256" in answers["nothing"][2]
+        answers["nothing"][0] == 1
+        and "--only=9b matches no layout; configs are varedit_2b_256" in answers["nothing"][2]
     )
     assert answers["some"][1].split() == ["compiled", "v5p_128", "compiled", "v5e_256", "compiled", "h100_64"]
     assert answers["more"][1].split() == ["compiled", "v5p_256"]  # not v5p_128 again
     assert answers["fails"][0] == 1 and answers["fails"][2].strip().endswith("no such chip")
     found = [json.loads(line)["layout"] for line in rows.read_text().splitlines()]
-    assert found == [f"{card}:{machine}" for machine in ("v5p_128", "v5e_256", "h100_64", "v5p_256")]
+    assert found == [f"{config}:{machine}" for machine in ("v5p_128", "v5e_256", "h100_64", "v5p_256")]
     lines = table.read_text().splitlines()[2:]
-    assert [line.split()[1] for line in lines] == [f"{card}:{m}" for m in LAYOUTS[card] if m != "v6e_256"]
+    assert [line.split()[1] for line in lines] == [f"{config}:{m}" for m in LAYOUTS[config] if m != "v6e_256"]
     assert lines[0] == (
-        f"| {card}:v5p_128 | fsdp 64 | 1536 (6 x 4) | 69.7 of 95.7 | 1.6 + 67.9 | 5.1 % | 2.5 (7) | 2.8 (8) | 0 | 0 "
+        f"| {config}:v5p_128 | fsdp 64 | 1536 (6 x 4) | 69.7 of 95.7 | 1.6 + 67.9 | 5.1 % | 2.5 (7) | 2.8 (8) | 0 | 0 "
         "| 0.52 | 155 |"
     )
     assert "more of 16.0: **does not fit**" in lines[2] and "(as v5p:4x4x4)" in lines[3]

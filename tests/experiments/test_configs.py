@@ -1,4 +1,4 @@
-"""Every experiment card traces: abstract shapes go through its complete training step, nothing is allocated."""
+"""Every experiment config traces: abstract shapes go through its complete training step, nothing is allocated."""
 
 import dataclasses
 import importlib
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh
 
-from experiments import configs
+from experiments import configs as package
 from experiments.configs import published
 from varedit_jax.config import RunConfig, TokenizerRunConfig, per_scale
 from varedit_jax.parallel import topology
@@ -27,13 +27,13 @@ from varedit_jax.weights.directory import load_directory
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[2]
-DIRECTORY = pathlib.Path(configs.__file__).parent
+DIRECTORY = pathlib.Path(package.__file__).parent
 MODULES = {
     path.stem: importlib.import_module(f"experiments.configs.{path.stem}")
     for path in sorted(DIRECTORY.glob("*.py"))
     if path.stem != "__init__"
 }
-CARDS = [
+CONFIGS = [
     (name, variant)
     for name, module in MODULES.items()
     if hasattr(module, "get_config")
@@ -42,7 +42,7 @@ CARDS = [
 ]
 
 
-def card(name: str, variant: str) -> RunConfig | TokenizerRunConfig:
+def load(name: str, variant: str) -> RunConfig | TokenizerRunConfig:
     return MODULES[name].get_config(*[variant] if variant else [])
 
 
@@ -51,7 +51,7 @@ def described(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
 
 
 def batch_of(config: RunConfig | TokenizerRunConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the loader gives for a card."""
+    """What the loader gives for a config."""
     pyramid, batch = editor_pyramid(config.model), config.data.batch_size
     text = {
         "text_ids": described((batch, config.data.text_tokens), jnp.int32),
@@ -68,10 +68,10 @@ def shapes_of(tree: Any) -> Any:
     return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
 
 
-@pytest.mark.parametrize(("name", "variant"), CARDS)
-def test_training_step_of_every_card(name: str, variant: str) -> None:
+@pytest.mark.parametrize(("name", "variant"), CONFIGS)
+def test_training_step_of_every_config(name: str, variant: str) -> None:
     """Loss and gradient norm are numbers, every scale has its metric, and the state keeps its form."""
-    config = card(name, variant)
+    config = load(name, variant)
     optimizer = make_optimizer(config.optimizer, config.steps)
     batch, key = batch_of(config), jax.eval_shape(lambda: jax.random.key(0))
     if isinstance(config, RunConfig):
@@ -80,7 +80,7 @@ def test_training_step_of_every_card(name: str, variant: str) -> None:
         parts = ["tokenizer", *([] if config.train_text else ["text"])]
         frozen = {part: abstract_params(config.model, part) for part in parts}
         after, metrics = jax.eval_shape(make_step(config, pyramid, optimizer), state, frozen, batch, key)
-        per_scale(config.sampling.guidance, pyramid.scales)  # raises where the card's sampling does not fit
+        per_scale(config.sampling.guidance, pyramid.scales)  # raises where its sampling does not fit
         per_scale(config.sampling.temperature, pyramid.scales)
     else:
         state = jax.eval_shape(tokenizer_step.make_init(config, optimizer))
@@ -95,10 +95,10 @@ def test_training_step_of_every_card(name: str, variant: str) -> None:
 @pytest.mark.parametrize("name", published.LAYOUTS)
 def test_layouts_on_machines(name: str) -> None:
     """Every machine has one; it fills the machine, the batch and the parameters divide, and nothing else changes."""
-    base = card(name, "")
+    base = load(name, "")
     assert set(published.LAYOUTS[name]) == set(published.MACHINES) <= set(MODULES[name].VARIANTS)
     for machine, about in published.MACHINES.items():
-        run = card(name, machine)
+        run = load(name, machine)
         if about.topology:
             assert about.chips == topology.chips(about.topology)
         sizes = mesh_sizes(run.mesh, about.chips)
@@ -112,9 +112,9 @@ def test_layouts_on_machines(name: str) -> None:
         assert dataclasses.replace(run, model=model, optimizer=optimizer, mesh=base.mesh) == base
 
 
-@pytest.mark.parametrize(("name", "variant"), CARDS)
-def test_weights_that_a_card_ships_with_fit_it(name: str, variant: str) -> None:
-    config = card(name, variant)
+@pytest.mark.parametrize(("name", "variant"), CONFIGS)
+def test_weights_that_a_config_ships_with_fit_it(name: str, variant: str) -> None:
+    config = load(name, variant)
     directories = {config.init_from if isinstance(config, TokenizerRunConfig) else config.tokenizer_weights} - {""}
     for directory in directories:
         expected = abstract_params(config.model, "tokenizer")
@@ -122,15 +122,15 @@ def test_weights_that_a_card_ships_with_fit_it(name: str, variant: str) -> None:
         assert shapes_of(loaded) == shapes_of(expected)
 
 
-def test_every_file_is_a_card_or_serves_one() -> None:
-    """A new card is tested without being listed here; a file that defines no card has to be imported by one."""
-    names = {name for name, _ in CARDS}
+def test_every_file_is_a_config_or_serves_one() -> None:
+    """A new config is tested without being listed here; a file that defines no config has to be imported by one."""
+    names = {name for name, _ in CONFIGS}
     assert {"shapes", *published.LAYOUTS} <= names
     for other in set(MODULES) - names:
         assert any(f"configs import {other}" in (DIRECTORY / f"{name}.py").read_text() for name in names), other
 
 
-@pytest.mark.parametrize(("name", "variant"), CARDS)
-def test_names_of_runs_tell_cards_apart(name: str, variant: str) -> None:
-    runs = [card(*other).name for other in CARDS]
-    assert runs.count(card(name, variant).name) == 1
+@pytest.mark.parametrize(("name", "variant"), CONFIGS)
+def test_names_of_runs_tell_configs_apart(name: str, variant: str) -> None:
+    runs = [load(*other).name for other in CONFIGS]
+    assert runs.count(load(name, variant).name) == 1

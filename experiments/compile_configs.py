@@ -1,6 +1,6 @@
-"""Compiles every layout of the published cards ahead, one process each, and makes a table of what they need.
+"""Compiles every layout of the published configs ahead, one process each, and makes a table of what they need.
 
-    python -m experiments.compile_cards --rows=results/compile_ahead.jsonl --table=/tmp/table.md --only=8b_512
+    python -m experiments.compile_configs --rows=results/compile_ahead.jsonl --table=/tmp/table.md --only=8b_512
 
 A layout takes three to six minutes on two cores that are free. Its line goes to --rows as soon as it is there; what has
 a line already is not compiled again, so that a run that was stopped goes on: remove lines to make them anew. Layouts
@@ -25,22 +25,22 @@ from varedit_jax.parallel.processes import say
 
 _ROWS = flags.DEFINE_string("rows", "results/compile_ahead.jsonl", "where lines are, and go")
 _TABLE = flags.DEFINE_string("table", "", "Markdown file for the table; standard output by default")
-_ONLY = flags.DEFINE_list("only", [], "parts of CARD:MACHINE, any of which has to match; everything by default")
+_ONLY = flags.DEFINE_list("only", [], "parts of CONFIG:MACHINE, any of which has to match; everything by default")
 
 STAND_IN = "v5p:4x4x4"  # 64 devices, as h100_64
 GPU_SHARE = 0.92  # of a GPU's memory for the program: XLA_PYTHON_CLIENT_MEM_FRACTION of experiments/launch/slurm.sbatch
 
 HEAD = (
-    "| card:machine | mesh | batch (microbatches x a device) | needed of HBM, GiB | arguments + temporaries | again "
+    "| config:machine | mesh | batch (microbatches x a device) | needed of HBM, GiB | arguments + temporaries | again "
     "| parameters gathered, GiB (count) | gradients scattered + reduced | over `tensor` | activations gathered "
     "| links, s at least | compiled, s |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
-def compile_layout(card: str, machine: str) -> dict[str, Any]:
+def compile_layout(config: str, machine: str) -> dict[str, Any]:
     """The row of one layout. Raises UserError with what compile_ahead says where it cannot."""
     command = [sys.executable, "-m", "experiments.compile_ahead"]
-    command += [f"--config=experiments/configs/{card}.py:{machine}"]
+    command += [f"--config=experiments/configs/{config}.py:{machine}"]
     topology = MACHINES[machine].topology
     command += [f"--topology={topology or STAND_IN}"]
     if not topology:
@@ -50,7 +50,7 @@ def compile_layout(card: str, machine: str) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"{' '.join(command[1:])} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
-    return {"layout": f"{card}:{machine}", **json.loads(done.stdout.splitlines()[-1])}
+    return {"layout": f"{config}:{machine}", **json.loads(done.stdout.splitlines()[-1])}
 
 
 def table_row(row: dict[str, Any]) -> str:
@@ -94,26 +94,26 @@ def main(argv: list[str]) -> None:
     """Compiles what has no line, writes lines and the table."""
     del argv
     wanted = [
-        (card, machine)
-        for card, machines in LAYOUTS.items()
+        (config, machine)
+        for config, machines in LAYOUTS.items()
         for machine in machines
-        if not _ONLY.value or any(part in f"{card}:{machine}" for part in _ONLY.value)
+        if not _ONLY.value or any(part in f"{config}:{machine}" for part in _ONLY.value)
     ]
     if not wanted:
-        raise UserError(f"--only={','.join(_ONLY.value)} matches no layout; cards are {', '.join(LAYOUTS)}")
+        raise UserError(f"--only={','.join(_ONLY.value)} matches no layout; configs are {', '.join(LAYOUTS)}")
     path = pathlib.Path(_ROWS.value)
     rows = {}
     if path.exists():
         rows = {row["layout"]: row for row in map(json.loads, path.read_text().splitlines())}
-    for card, machine in tqdm.tqdm(wanted, unit="layout"):
-        if f"{card}:{machine}" in rows:
+    for config, machine in tqdm.tqdm(wanted, unit="layout"):
+        if f"{config}:{machine}" in rows:
             continue
-        row = rows[f"{card}:{machine}"] = compile_layout(card, machine)
+        row = rows[f"{config}:{machine}"] = compile_layout(config, machine)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         say(f"{row['layout']}: {'fits' if row['fits'] else 'does not fit'}")
-    order = [f"{card}:{machine}" for card, machines in LAYOUTS.items() for machine in machines]
+    order = [f"{config}:{machine}" for config, machines in LAYOUTS.items() for machine in machines]
     text = "\n".join([HEAD, *(table_row(rows[layout]) for layout in order if layout in rows)])
     if _TABLE.value:
         pathlib.Path(_TABLE.value).write_text(text + "\n")
