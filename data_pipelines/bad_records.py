@@ -20,6 +20,7 @@ from data_pipelines.reasons import Reason
 from data_pipelines.record import BrokenRecord
 from data_pipelines.shards import INDEX, Records
 from varedit_jax.errors import UserError
+from varedit_jax.images import load_image
 from varedit_jax.training.run_config import room_explained
 
 BAD = "bad.jsonl"
@@ -43,7 +44,7 @@ def _check_chunk(chunk: _Chunk) -> tuple[int, list[tuple[int, str, str]]]:
     found = []
     for row in range(chunk.number * CHUNK, min((chunk.number + 1) * CHUNK, len(records))):
         try:
-            check_record(records[row])
+            check_record(records[row], lambda _, image: load_image(image))
         except BrokenRecord as error:
             found.append((row, str(Reason.RECORD), str(error)))
         except Damaged as error:

@@ -16,7 +16,7 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from data_pipelines.damage import Damaged
+from data_pipelines.damage import Damaged, check_record
 from data_pipelines.preparation.staging import new_directory
 from data_pipelines.record import BrokenRecord
 from data_pipelines.shards import Records, read_index
@@ -89,7 +89,7 @@ def _write(
 def _entry(page: pathlib.Path, number: int, records: Records, index: int, side: int) -> dict[str, Any]:
     """What the page knows of a record, whose images are written."""
     record = records[index]
-    small = {name: preview(getattr(record, name), side, quality=85) for name in ("source", "target")}
+    small = check_record(record, lambda _, image: preview(image, side, quality=85))
     paths = {name: f"images/{number:05d}-{name}.jpg" for name in small}
     for name, data in small.items():
         (page / paths[name]).write_bytes(data)

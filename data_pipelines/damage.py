@@ -1,8 +1,4 @@
-"""What is wrong with a record: images that cannot be used, told by reason, and the file that keeps their names.
-
-Nothing that is published is trusted: images are opened as few kinds of files, their size is looked at before they are
-decoded, and whatever a decoder throws becomes a reason.
-"""
+"""The check of a record, whose images may be unusable; and the file that keeps the names of what was left out."""
 
 import collections
 import contextlib
@@ -10,100 +6,42 @@ import io
 import json
 import os
 import pathlib
-from collections.abc import Iterator
-from typing import BinaryIO, Self
+from collections.abc import Callable
+from typing import BinaryIO, Self, TypeVar
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from data_pipelines.reasons import LeftOut, Reason
 from data_pipelines.record import Record
-from varedit_jax.errors import UserError
-from varedit_jax.images import MAX_PIXELS, READABLE, orientation
+from varedit_jax.images import ImageError, Limits, open_image
 from varedit_jax.training.run_config import make_directory, room_explained
 
-MIN_SIDE = 16  # pixels; less is a placeholder or a tracking pixel
-MAX_SIDE = 65_500  # pixels; what a JPEG can have
-MAX_RATIO = 8.0  # long side over short side; templates end at 3
+# Smaller images are placeholders or tracking pixels; a JPEG cannot be larger; templates end at a ratio of 3.
+LIMITS = Limits(min_side=16, max_side=65_500, max_ratio=8.0)
+SIDES = ("source", "target")
 
-_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+Seen = TypeVar("Seen")
 
 
 class Damaged(LeftOut):
     """A record that cannot be used."""
 
 
-def open_image(data: bytes) -> Image.Image:
-    """An image file, opened but not decoded, whose size, kind and frames are fit to be.
+def check_record(record: Record, see: Callable[[str, Image.Image], Seen]) -> dict[str, Seen]:
+    """Opens both images of a record; returns `see(side, image)` of each.
 
-    Raises Damaged.
+    Raises Damaged if the record does not say what to do, or an image cannot be used, which `see` may find, too.
     """
-    if not data:
-        raise Damaged(Reason.EMPTY)
-    Image.init()  # at once where it has been done; what imports one kind of image registers that alone
-    try:
-        image = Image.open(io.BytesIO(data), formats=[kind for kind in READABLE if kind in Image.OPEN])
-        frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-    except UnidentifiedImageError:
-        raise Damaged(Reason.NOT_AN_IMAGE, f"{len(data)} bytes that begin with {data[:12]!r}") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # the latter where warnings are errors
-        raise Damaged(Reason.BOMB, "hundreds of millions") from None
-    except Exception as error:  # decoders meet damaged headers with every kind of exception
-        raise _from_decoder(error) from error
-    width, height = image.size
-    size = f"{width} x {height} pixels"
-    if width * height > MAX_PIXELS:
-        raise Damaged(Reason.BOMB, size)
-    short, long = sorted(image.size)
-    if short < MIN_SIDE or long > MAX_SIDE or long > MAX_RATIO * short:
-        raise Damaged(Reason.SIZE, size)
-    if frames > 1:
-        raise Damaged(Reason.ANIMATED, f"{frames} frames")
-    return image
-
-
-@contextlib.contextmanager
-def decoding() -> Iterator[None]:
-    """What a decoder throws in the block becomes Damaged."""
-    try:
-        yield
-    except Damaged:
-        raise
-    except UserError as error:  # of the conversion to RGB
-        raise Damaged(Reason.COLORS, str(error)) from error
-    except Exception as error:
-        raise _from_decoder(error) from error
-
-
-def _from_decoder(error: Exception) -> Damaged:
-    text = str(error) or type(error).__name__
-    return Damaged(Reason.TRUNCATED if "truncated" in text.lower() else Reason.DECODING, text)
-
-
-def check_image(data: bytes) -> tuple[int, int]:
-    """Width and height, upright, of an image file that is decoded to see whether it can be. Raises Damaged."""
-    image = open_image(data)
-    with decoding():
-        image.load()
-    return upright_size(image)
-
-
-def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height of an opened image, turned as its metadata says."""
-    width, height = image.size
-    return (height, width) if orientation(image) in _TURNED else (width, height)
-
-
-def check_record(record: Record) -> tuple[int, int]:
-    """Width and height of a record's source, if both images can be decoded and it says what to do. Raises Damaged."""
     if not record.instructions or not record.instructions[0].strip():
         raise Damaged(Reason.INSTRUCTION)
-    sizes = []
-    for side in ("source", "target"):
+    seen = {}
+    for side in SIDES:
         try:
-            sizes.append(check_image(getattr(record, side)))
-        except Damaged as error:
-            raise Damaged(error.reason, f"{side}: {error.detail}" if error.detail else side) from error
-    return sizes[0]
+            seen[side] = see(side, open_image(io.BytesIO(getattr(record, side)), limits=LIMITS))
+        except ImageError as error:
+            detail = f"{side}: {error.detail}" if error.detail else side
+            raise Damaged(Reason(error.fault), detail) from error
+    return seen
 
 
 class Quarantine:

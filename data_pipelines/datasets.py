@@ -1,6 +1,6 @@
 """Examples that can be read in any order: of the generated data set, or of prepared records.
 
-What the loader needs of them is `Source`; what it uses beyond that where there is more to say is `RecordSource`.
+The loader needs `ExampleSource` of them, and uses `RecordSource` where there is more to say.
 """
 
 import contextlib
@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from tensorflow_datasets.proto import tf_example_pb2
 
 from data_pipelines.bad_records import kept_records
-from data_pipelines.damage import Damaged
+from data_pipelines.damage import Damaged, check_record
 from data_pipelines.reasons import Reason
 from data_pipelines.record import BrokenRecord
 from data_pipelines.shapes.builder import SPLITS, TEST_EXAMPLES, TRAIN_EXAMPLES, Shapes
 from data_pipelines.shards import Records, read_index
-from data_pipelines.transforms import draw_flip, read_fitted
+from data_pipelines.transforms import draw_flip, fitted
 from varedit_jax.config import DataConfig, EditorConfig
 from varedit_jax.errors import UserError
 from varedit_jax.scales import aspect_templates, editor_pyramid, image_size
@@ -33,7 +33,7 @@ _SHOWN_TEXT = 120  # characters of an instruction beside its images
 _RECORD_SPLITS = {"train": "train", "test": "validation"}  # of prepared records, by what they are called elsewhere
 
 
-class Source(Protocol):
+class ExampleSource(Protocol):
     """Examples that can be read in any order, all of one size."""
 
     def __len__(self) -> int:
@@ -139,16 +139,9 @@ class RecordSource:
             record = records[row]
         except BrokenRecord as error:
             raise Damaged(Reason.RECORD, str(error)) from error
-        if not record.instructions or not record.instructions[0].strip():
-            raise Damaged(Reason.INSTRUCTION)
         size = self.sizes[self.data.aspects[self.buckets[index]]]
-        example: Example = {"instruction": record.instructions[0]}
-        for side in ("source", "target"):
-            try:
-                example[side] = read_fitted(getattr(record, side), size, self.data.resize, flip)
-            except Damaged as error:
-                raise Damaged(error.reason, f"{side}: {error.detail}") from error
-        return example
+        images = check_record(record, lambda _, image: fitted(image, size, self.data.resize, flip))
+        return {"instruction": record.instructions[0], **images}
 
 
 def _shapes(data: DataConfig) -> tfds.core.DatasetBuilder:
@@ -219,7 +212,7 @@ def open_examples(data: DataConfig, split: str, model: EditorConfig) -> TfdsSour
     return open_records(data, split, model) if data.name == "records" else open_split(data, split)
 
 
-def shown_examples(source: Source, count: int) -> list[Example]:
+def shown_examples(source: ExampleSource, count: int) -> list[Example]:
     """The first examples that can be used, for sheets of samples; of records, those of aspect 1.0 with short texts.
 
     That aspect is what an editor works on if it is not told another; there are none where `data.aspects` lacks it.

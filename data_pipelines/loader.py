@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 from data_pipelines.damage import Damaged, Quarantine
 from data_pipelines.datasets import (
     Example,
+    ExampleSource,
     RecordSource,
-    Source,
     TfdsSource,
     open_examples,
     open_records,
@@ -47,9 +47,9 @@ __all__ = [
     "Batch",
     "Batches",
     "RecordSource",
-    "Source",
+    "ExampleSource",
     "TfdsSource",
-    "Vocabulary",
+    "InstructionTokenizer",
     "evaluation_batches",
     "open_examples",
     "open_records",
@@ -67,7 +67,7 @@ _LATER = 100  # steps after one of which no example can be used, in which one to
 _FIRST = 1000  # examples before which the share of bad ones says nothing: so many count as seen from the start
 
 
-class Vocabulary(Protocol):
+class InstructionTokenizer(Protocol):
     """Turns instructions into token ids."""
 
     def encode(self, instructions: Sequence[str], length: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -88,8 +88,8 @@ class _Read:
     """A step to this process's rows of its batch, and what of them could not be used."""
 
     plan: Plan
-    source: Source
-    vocabulary: Vocabulary
+    source: ExampleSource
+    vocabulary: InstructionTokenizer
     features: AnyFeatures | None
     text_tokens: int
     rows: slice
@@ -257,7 +257,7 @@ def _close(running: list[Any]) -> None:
 
 
 def _check(
-    data: DataConfig, source: Source, features: AnyFeatures | None, process_index: int, process_count: int
+    data: DataConfig, source: ExampleSource, features: AnyFeatures | None, process_index: int, process_count: int
 ) -> None:
     if not 0 <= process_index < process_count:
         raise ValueError(f"process {process_index} of {process_count} does not exist")
@@ -273,7 +273,7 @@ def _check(
         )
 
 
-def _columns(source: Source, features: AnyFeatures | None) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
+def _columns(source: ExampleSource, features: AnyFeatures | None) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
     """Bucket of each example, and whether it is used."""
     if not isinstance(source, RecordSource):
         return np.zeros(len(source), np.int8), None
@@ -283,8 +283,8 @@ def _columns(source: Source, features: AnyFeatures | None) -> tuple[NDArray[Any]
 
 def training_batches(
     data: DataConfig,
-    vocabulary: Vocabulary,
-    source: Source,
+    vocabulary: InstructionTokenizer,
+    source: ExampleSource,
     features: AnyFeatures | None = None,
     process_index: int = 0,
     process_count: int = 1,
@@ -328,8 +328,8 @@ def training_batches(
 
 def evaluation_batches(
     data: DataConfig,
-    vocabulary: Vocabulary,
-    source: Source,
+    vocabulary: InstructionTokenizer,
+    source: ExampleSource,
     features: AnyFeatures | None = None,
     process_index: int = 0,
     process_count: int = 1,

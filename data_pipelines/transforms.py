@@ -1,7 +1,7 @@
 """Published images to images of the model's size: source and target alike, flipped only where that says the same.
 
 `crop` takes the largest part in the middle that has the aspect of the wanted size and resizes it (Lanczos); `pad` lays
-the image at the top left of white of that aspect and resizes, as editing does (sampling/images.py). Before either, a
+the image at the top left of white of that aspect and resizes, as editing does (images.py). Before either, a
 JPEG that is several times too large is reduced by its decoder, as far as its sides stay `REDUCING_GAP` times what is
 needed.
 """
@@ -13,9 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_pipelines.damage import decoding, open_image
 from data_pipelines.plan import mix
-from varedit_jax.images import fit, orientation, upright_rgb
+from varedit_jax.images import fit, load_image, orientation, upright_rgb
 
 REDUCING_GAP = 3.0  # what a decoder leaves for Lanczos to do, so that hardly a difference is left
 
@@ -44,25 +43,23 @@ _SIDED = re.compile(
 
 
 def may_flip(instruction: str) -> bool:
-    """Whether an instruction says the same of mirrored images: no left or right in it, and nothing about writing."""
+    """Returns True if an instruction says the same of mirrored images: no left or right, and nothing about writing."""
     return _SIDED.search(instruction) is None
 
 
 def draw_flip(seed: int, index: int, number: int, instruction: str) -> bool:
-    """Whether an example is flipped in its pass `number`: every second time, where it may be."""
+    """Returns True if an example is flipped in its pass `number`: every second time, where it may be."""
     return bool(mix(seed, _FLIP, number, index) & np.uint64(1)) and may_flip(instruction)
 
 
-def read_fitted(data: bytes, size_hw: tuple[int, int], resize: str, flip: bool = False) -> NDArray[np.uint8]:
-    """An image file as uint8 [h, w, 3] with (h, w) = `size_hw`. Raises Damaged."""
-    image = open_image(data)
+def fitted(image: Image.Image, size_hw: tuple[int, int], resize: str, flip: bool = False) -> NDArray[np.uint8]:
+    """An opened image as uint8 [h, w, 3] with (h, w) = `size_hw`. Raises ImageError."""
     h, w = size_hw
-    with decoding():
-        if image.format == "JPEG":
-            _reduce(image, size_hw, resize)
-        image.load()
-        if image.mode != "RGB" or orientation(image) != 1:
-            image = Image.fromarray(upright_rgb(image, "the image"))
+    if image.format == "JPEG":
+        _reduce(image, size_hw, resize)
+    load_image(image)
+    if image.mode != "RGB" or orientation(image) != 1:
+        image = Image.fromarray(upright_rgb(image))
     if resize == "pad":
         pixels = np.asarray(image)
         return fit(np.ascontiguousarray(pixels[:, ::-1]) if flip else pixels, size_hw)[0]  # white stays at the right
@@ -91,13 +88,11 @@ def _reduce(image: Image.Image, size_hw: tuple[int, int], resize: str) -> None:
     image.draft(None, wanted)  # the least of 1, 1/2, 1/4, 1/8 that is no smaller
 
 
-def preview(data: bytes, side: int, quality: int) -> bytes:
-    """An image file as a JPEG whose longer side is at most `side` pixels, upright. Raises Damaged."""
-    image = open_image(data)
-    with decoding():
-        image.draft("RGB", (side, side))
-        image.load()
-        image = Image.fromarray(upright_rgb(image, "the image"))
+def preview(image: Image.Image, side: int, quality: int) -> bytes:
+    """An opened image as a JPEG whose longer side is at most `side` pixels, upright. Raises ImageError."""
+    image.draft("RGB", (side, side))
+    load_image(image)
+    image = Image.fromarray(upright_rgb(image))
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality)

@@ -16,8 +16,8 @@ import tqdm
 from absl import flags
 
 from data_pipelines import loader
-from data_pipelines.shapes import scoring
 from experiments import program
+from experiments import shapes_scoring as scoring
 from experiments.configs import shapes
 from varedit_jax.errors import UserError
 from varedit_jax.images import check_output, write_image

@@ -12,8 +12,8 @@ import dataclasses
 
 from absl import flags
 
-from data_pipelines import encoders, loader, record_features
-from experiments import program
+from data_pipelines import loader, record_features
+from experiments import feature_encoders, program
 from varedit_jax.config import RunConfig
 from varedit_jax.errors import UserError
 
@@ -34,9 +34,9 @@ def main(argv: list[str]) -> None:
         raise UserError(f"there is no --process_index={index} of --process_count={count}; the first one is 0")
     data = dataclasses.replace(config.data, flip=False)
     sources = {split: loader.open_records(data, split, config.model) for split in ("train", "test")}
-    weights = encoders.load_encoders(config)
-    made = encoders.made_by(config, *weights)
-    functions = encoders.encoders(config, *weights)
+    weights = feature_encoders.load_encoders(config)
+    made = feature_encoders.made_by(config, *weights)
+    functions = feature_encoders.encoders(config, *weights)
     for split, source in sources.items():
         written = record_features.precompute(source, made, *functions, _BATCH.value, index, count)
         print(f"{split}: {written} shards written to features/{made.name} of each data set")

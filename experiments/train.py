@@ -20,12 +20,12 @@ import jax
 import numpy as np
 from absl import flags
 
-from data_pipelines import encoders, loader
 from data_pipelines import features as features_lib
+from data_pipelines import loader
 from data_pipelines.record import EXAMPLE_IDS
 from data_pipelines.record_features import RecordFeatures
-from data_pipelines.shapes.scoring import sample_sheet
-from experiments import program, run_flags
+from experiments import feature_encoders, program, run_flags
+from experiments.shapes_scoring import sample_sheet
 from varedit_jax.config import RunConfig, to_dict
 from varedit_jax.conversion import convert
 from varedit_jax.errors import UserError
@@ -58,7 +58,7 @@ def _features(config: RunConfig, source: loader.TfdsSource | loader.RecordSource
     if config.data.features == "online":
         return None
     if isinstance(source, loader.RecordSource):
-        return RecordFeatures(source, encoders.made_by_config(config))
+        return RecordFeatures(source, feature_encoders.made_by_config(config))
     tokenizer = load_directory(config.tokenizer_weights, "tokenizer", abstract_params(config.model, "tokenizer"))
     name = weights_hash(tokenizer["encoder"])  # features do not depend on the decoder
     encode = jax.jit(lambda params, images: encode_images(params, images, config.model))
@@ -99,7 +99,7 @@ def _train(config: RunConfig) -> None:
         del step
         shown = loader.shown_examples(held_out, 8)
         editor = Editor(config.model, {**frozen, **state.params}, config.sampling)
-        return {"held_out": np.asarray(sample_sheet(editor, shown, range(len(shown))))} if shown else {}
+        return {"held_out": np.asarray(sample_sheet(editor, shown))} if shown else {}
 
     quarantine = pathlib.Path(run_flags.workdir()) / "quarantine" / f"process_{jax.process_index()}.jsonl"
     batches = loader.training_batches(config.data, vocabulary, train, train_features, *part, quarantine=quarantine)

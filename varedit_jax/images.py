@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
+import enum
 import io
 import os
 import pathlib
 import uuid
 import warnings
-from typing import BinaryIO
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -16,10 +18,42 @@ from varedit_jax.errors import UserError
 
 ImageSource = str | os.PathLike[str] | BinaryIO | Image.Image | np.ndarray
 
-MAX_PIXELS = 64_000_000
+
+class Limits(NamedTuple):
+    """Sizes of images that are opened, in pixels."""
+
+    max_pixels: int = 64_000_000
+    min_side: int = 1
+    max_side: int = 2**31 - 1
+    max_ratio: float = float("inf")  # long side over short side
+
+
+_DEFAULT = Limits()
+
+
+class Fault(enum.StrEnum):
+    """Reasons why an image cannot be used."""
+
+    EMPTY = "empty file"
+    NOT_AN_IMAGE = "not an image"
+    TRUNCATED = "cut short"
+    DECODING = "damaged image"
+    BOMB = "too many pixels"
+    SIZE = "absurd size"
+    ANIMATED = "several frames"
+    COLORS = "unknown colors"
+
+
+class ImageError(UserError):
+    """An image that cannot be used, in one sentence with its name; and in short, where thousands are listed."""
+
+    def __init__(self, fault: Fault, sentence: str, detail: str = "") -> None:
+        super().__init__(sentence)
+        self.fault, self.detail = fault, detail
+
 
 # Kinds that are read. PIL knows more, but runs other programs or fetches other files for some of them.
-READABLE = (
+_READABLE = (
     "PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO", "PCX"
 )  # fmt: skip
 
@@ -46,7 +80,7 @@ _UPRIGHT = {  # what undoes each value of the tag; 1 is upright
 }
 
 
-def read_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def read_image(source: ImageSource, max_pixels: int = _DEFAULT.max_pixels) -> np.ndarray:
     """An image as uint8 [H, W, 3], RGB, from a file name, an open binary file, a PIL image or an array.
 
     EXIF orientation is applied, transparency is laid on white; palette, gray (1, 8 or 16 bits) and CMYK images become
@@ -55,11 +89,11 @@ def read_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     Raises UserError, one sentence with the name of the image, if it cannot be read, is no image, is damaged, has
     several frames, no pixels, or more than `max_pixels`.
     """
+    limits = Limits(max_pixels)
     if isinstance(source, np.ndarray):
-        return _from_array(source, max_pixels)
+        return _from_array(source, limits)
     if isinstance(source, Image.Image):
-        with warnings.catch_warnings(action="ignore"):
-            return _from_pil(source, "the image", max_pixels)
+        return _pixels(source, "the image", limits)
     if isinstance(source, (str, os.PathLike)):
         name = os.fspath(source)
         try:
@@ -70,90 +104,143 @@ def read_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> np.ndarray:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"cannot read the image {name!r}: {reason}; check the path") from error
         with file:
-            return _from_file(file, name, max_pixels)
+            return _pixels(file, name, limits)
     if hasattr(source, "read"):
         known_as = getattr(source, "name", None)
-        return _from_file(source, known_as if isinstance(known_as, str) else "the image", max_pixels)
+        return _pixels(source, known_as if isinstance(known_as, str) else "the image", limits)
     raise UserError(
         f"a value of type {type(source).__name__} is not an image; "
         f"give a file name, an open binary file, a PIL image or an array"
     )
 
 
-def _too_large(name: str, size: str, max_pixels: int) -> UserError:
-    limit = f"{max_pixels / 1e6:g} million"
-    return UserError(f"{name} has {size} pixels, but at most {limit} can be edited; make it smaller")
+def _pixels(source: BinaryIO | Image.Image, name: str, limits: Limits) -> np.ndarray:
+    # PIL warns of odd metadata, and of sizes that are refused.
+    with warnings.catch_warnings(action="ignore"):
+        if isinstance(source, Image.Image):
+            _check_opened(source, name, limits)
+            image = source
+        else:
+            image = open_image(_seekable(source, name), name, limits)
+        load_image(image, name)
+        return upright_rgb(image, name)
 
 
-def _from_file(file: BinaryIO, name: str, max_pixels: int) -> np.ndarray:
+def _seekable(file: BinaryIO, name: str) -> BinaryIO:
     try:
         if not (hasattr(file, "seekable") and file.seekable()):
             file = io.BytesIO(file.read())
         file.seek(0)
-        start: object = file.read(1)
-        file.seek(0)
+        start: object = file.read(0)
     except (OSError, TypeError, ValueError) as error:  # ValueError: a closed file; TypeError: read() gave text
         raise UserError(f"cannot read {name}: {error}; give a file opened in binary mode") from error
-    if not start:
-        raise UserError(f"{name} is empty (0 bytes); save the image again")
     if not isinstance(start, bytes):
         raise UserError(f"{name} is opened as text; open it in binary mode, 'rb'")
-    Image.init()
-    # PIL warns of odd metadata, and of sizes that are refused below.
-    with warnings.catch_warnings(action="ignore"):
-        try:
-            image = Image.open(file, formats=[kind for kind in READABLE if kind in Image.OPEN])
-        except UnidentifiedImageError as error:
-            raise UserError(
-                f"{name} is not an image of a known kind, or damaged at its start; save it as PNG, JPEG or WebP"
-            ) from error
-        except Image.DecompressionBombError as error:
-            raise _too_large(name, "hundreds of millions of", max_pixels) from error
-        except Exception as error:  # decoders meet damaged headers with every kind of exception
-            raise _damaged(name, error) from error
-        return _from_pil(image, name, max_pixels)
+    return file
 
 
-def _damaged(name: str, error: Exception) -> UserError:
-    return UserError(f"{name} is damaged or cut short ({error or type(error).__name__}); copy or save it again")
+def open_image(file: BinaryIO, name: str = "the image", limits: Limits = _DEFAULT) -> Image.Image:
+    """An image file, opened but not decoded.
 
+    Nothing that is published is trusted: files are opened as few kinds of images, their size is looked at before they
+    are decoded, and whatever a decoder throws becomes a fault.
 
-def _from_pil(image: Image.Image, name: str, max_pixels: int) -> np.ndarray:
-    width, height = image.size
-    _check_size(name, height, width, max_pixels)
+    Raises ImageError if it is empty, no image, damaged, has several frames, or a size beyond the limits.
+    """
+    start = file.read(12)
+    file.seek(0)
+    if not start:
+        raise ImageError(Fault.EMPTY, f"{name} is empty (0 bytes); save the image again")
+    Image.init()  # at once where it has been done; what imports one kind of image registers that alone
     try:
+        with _decoding(name):
+            image = Image.open(file, formats=[kind for kind in _READABLE if kind in Image.OPEN])
+    except UnidentifiedImageError as error:
+        raise ImageError(
+            Fault.NOT_AN_IMAGE,
+            f"{name} is not an image of a known kind, or damaged at its start; save it as PNG, JPEG or WebP",
+            f"it begins with {start!r}",
+        ) from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # the latter where it is an error
+        raise _too_large(name, "hundreds of millions of", limits) from error
+    _check_opened(image, name, limits)
+    return image
+
+
+def load_image(image: Image.Image, name: str = "the image") -> None:
+    """Decodes an opened image. Raises ImageError if it is damaged."""
+    with _decoding(name):
+        image.load()
+
+
+@contextlib.contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    """Turns what a decoder throws into ImageError: damaged data give every kind of exception."""
+    try:
+        yield
+    except (UnidentifiedImageError, Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError):
+        raise
+    except Exception as error:
+        text = str(error) or type(error).__name__
+        fault = Fault.TRUNCATED if "truncated" in text.lower() else Fault.DECODING
+        sentence = f"{name} is damaged or cut short ({text}); copy or save it again"
+        raise ImageError(fault, sentence, text) from error
+
+
+def _check_opened(image: Image.Image, name: str, limits: Limits) -> None:
+    width, height = image.size
+    _check_size(name, height, width, limits)
+    with _decoding(name):
         # A camera's MPO is a JPEG with previews or depth behind the photo, which comes first.
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-        if frames == 1:
-            image.load()
-    except Exception as error:  # as in _from_file: truncated data, broken streams, impossible tags
-        raise _damaged(name, error) from error
     if frames > 1:
-        raise UserError(
+        raise ImageError(
+            Fault.ANIMATED,
             f"{name} has {frames} frames, but only single images can be edited; "
-            f"save its first frame as an image of its own"
+            f"save its first frame as an image of its own",
+            f"{frames} frames",
         )
-    return upright_rgb(image, name)
 
 
-def upright_rgb(image: Image.Image, name: str) -> np.ndarray:
-    """Pixels of a loaded image of any mode, EXIF orientation applied: uint8 [H, W, 3]. Raises UserError."""
+def _too_large(name: str, size: str, limits: Limits) -> ImageError:
+    limit = f"{limits.max_pixels / 1e6:g} million"
+    sentence = f"{name} has {size} pixels, but at most {limit} can be edited; make it smaller"
+    return ImageError(Fault.BOMB, sentence, f"{size} pixels")
+
+
+def upright_rgb(image: Image.Image, name: str = "the image") -> np.ndarray:
+    """Pixels of a loaded image of any mode, EXIF orientation applied: uint8 [H, W, 3]. Raises ImageError."""
     image_HW3 = _rgb(image, name)
     turn = _UPRIGHT.get(orientation(image))
     return image_HW3 if turn is None else np.array(Image.fromarray(image_HW3).transpose(turn))
 
 
-def _check_size(name: str, height: int, width: int, max_pixels: int) -> None:
-    if height < 1 or width < 1:
-        raise UserError(f"{name} has no pixels (it is {width} x {height}); give an image of at least 1 x 1")
-    if height * width > max_pixels:
-        raise _too_large(name, f"{width} x {height}", max_pixels)
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of an opened image, turned as its metadata says."""
+    width, height = image.size
+    return (height, width) if orientation(image) >= 5 else (width, height)
+
+
+def _check_size(name: str, height: int, width: int, limits: Limits) -> None:
+    short, long = sorted((height, width))
+    if short < 1:
+        sentence = f"{name} has no pixels (it is {width} x {height}); give an image of at least 1 x 1"
+        raise ImageError(Fault.SIZE, sentence, "no pixels")
+    if height * width > limits.max_pixels:
+        raise _too_large(name, f"{width} x {height}", limits)
+    if short < limits.min_side or long > limits.max_side or long > limits.max_ratio * short:
+        sentence = (
+            f"{name} has {width} x {height} pixels; give sides from {limits.min_side} to {limits.max_side}, "
+            f"the longer at most {limits.max_ratio:g} times the shorter"
+        )
+        raise ImageError(Fault.SIZE, sentence, f"{width} x {height} pixels")
 
 
 def orientation(image: Image.Image) -> int:
     """The EXIF tag that says how an image is turned, 1 if it is upright or does not say."""
     try:
-        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+        value = int(image.getexif().get(_EXIF_ORIENTATION, 1))
+        return value if value in _UPRIGHT else 1
     except Exception:  # unreadable metadata is no reason to refuse the pixels
         return 1
 
@@ -167,7 +254,8 @@ def _rgb(image: Image.Image, name: str) -> np.ndarray:
             return np.array(image.convert("RGB"))
         layer = image.convert("RGBA")
     except (ValueError, OSError) as error:  # a mode that PIL reads but does not convert
-        raise UserError(f"{name} has unknown colors ({image.mode}): {error}; save it as RGB") from error
+        sentence = f"{name} has unknown colors ({image.mode}): {error}; save it as RGB"
+        raise ImageError(Fault.COLORS, sentence, f"mode {image.mode}: {error}") from error
     white = Image.new("RGBA", layer.size, "white")
     return np.array(Image.alpha_composite(white, layer).convert("RGB"))
 
@@ -177,9 +265,8 @@ def _deep_gray(image: Image.Image, name: str) -> np.ndarray:
     gray_HW = np.array(image)
     low, high = gray_HW.min(), gray_HW.max()
     if image.mode == "F" or low < 0 or high > 65535:
-        raise UserError(
-            f"{name} has gray values of {8 * gray_HW.dtype.itemsize} bits, from {low} to {high}; save it with 8 or 16"
-        )
+        values = f"gray values of {8 * gray_HW.dtype.itemsize} bits, from {low} to {high}"
+        raise ImageError(Fault.COLORS, f"{name} has {values}; save it with 8 or 16", values)
     byte_HW = ((gray_HW.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 65535 = 257 * 255
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
@@ -187,13 +274,13 @@ def _deep_gray(image: Image.Image, name: str) -> np.ndarray:
     return np.repeat(byte_HW[:, :, None], 3, axis=2)
 
 
-def _from_array(array: np.ndarray, max_pixels: int) -> np.ndarray:
+def _from_array(array: np.ndarray, limits: Limits) -> np.ndarray:
     name = "the image"
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
         raise UserError(f"{name} has the shape {array.shape}; it must be [height, width] or [height, width, 1, 3 or 4]")
     if array.dtype != np.uint8:
         raise UserError(f"{name} has values of type {array.dtype}; give uint8, from 0 to 255")
-    _check_size(name, array.shape[0], array.shape[1], max_pixels)
+    _check_size(name, array.shape[0], array.shape[1], limits)
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     return _rgb(Image.fromarray(np.ascontiguousarray(array)), name)

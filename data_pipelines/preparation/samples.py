@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_pipelines.damage import Damaged, decoding, open_image
+from data_pipelines.damage import Damaged, check_record
 from data_pipelines.preparation.fingerprints import digest
 from data_pipelines.record import Record
 from varedit_jax.contact_sheet import SheetRow
-from varedit_jax.images import upright_rgb
+from varedit_jax.images import load_image, upright_rgb
 
 EACH = 3  # of a data set and a reason
 _SIDE = 144  # pixels
@@ -67,10 +67,21 @@ class SampleKeeper:
         if len(kept) == EACH and order >= kept[-1].order:
             return
         try:
-            images = (_small(record.source), _small(record.target))
+            images = check_record(record, lambda _, image: _small(image))
         except Damaged:
             return
-        self.add([Sample(order, record.dataset, record.id, record.instructions[0], reason, images)])
+        self.add(
+            [
+                Sample(
+                    order,
+                    record.dataset,
+                    record.id,
+                    record.instructions[0],
+                    reason,
+                    (images["source"], images["target"]),
+                )
+            ]
+        )
 
     def add(self, samples: Iterable[Sample]) -> None:
         """Takes what another keeper kept."""
@@ -88,13 +99,11 @@ def read_samples(path: pathlib.Path) -> list[Sample]:
     ]
 
 
-def _small(data: bytes) -> bytes:
-    """An image file in the middle of a square, uint8 [144, 144, 3] as bytes. Raises Damaged."""
-    image = open_image(data)
-    with decoding():
-        image.draft("RGB", (2 * _SIDE, 2 * _SIDE))
-        image.load()
-        return square(upright_rgb(image, "the image"), _SIDE).tobytes()
+def _small(image: Image.Image) -> bytes:
+    """An opened image in the middle of a square, uint8 [144, 144, 3] as bytes. Raises ImageError."""
+    image.draft("RGB", (2 * _SIDE, 2 * _SIDE))
+    load_image(image)
+    return square(upright_rgb(image), _SIDE).tobytes()
 
 
 def square(image_HW3: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:

@@ -15,19 +15,20 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from numpy.typing import NDArray
+from PIL import Image
 
-from data_pipelines.damage import Damaged, decoding, open_image, upright_size
+from data_pipelines.damage import Damaged, check_record
 from data_pipelines.preparation.filters import check_change, check_size, check_text
 from data_pipelines.preparation.fingerprints import FACTS, FactsWriter, PartFiles, hashes
 from data_pipelines.preparation.perceptual_hash import Look
 from data_pipelines.preparation.samples import SampleKeeper
 from data_pipelines.preparation.settings import Settings
 from data_pipelines.preparation.staging import new_directory
-from data_pipelines.reasons import LeftOut, Reason
+from data_pipelines.reasons import LeftOut
 from data_pipelines.record import Record, encode
 from data_pipelines.sources import Part, Refused, read_part
 from varedit_jax.errors import UserError
-from varedit_jax.images import upright_rgb
+from varedit_jax.images import load_image, upright_rgb, upright_size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,25 +101,20 @@ def examine(record: Record, settings: Settings) -> NDArray[Any]:
 
     Raises Damaged for what cannot be used, LeftOut for what is not wanted.
     """
-    if not record.instructions or not record.instructions[0].strip():
-        raise Damaged(Reason.INSTRUCTION)
     check_text(record, settings)
     row = np.zeros((), FACTS)
     looks: dict[str, Look] = {}
-    for side in ("source", "target"):
-        try:
-            image = open_image(getattr(record, side))
-            size = upright_size(image)
-            check_size(side, size, settings)
-            if settings.decode:
-                with decoding():
-                    image.load()
-                    if settings.looks:
-                        looks[side] = Look.of(upright_rgb(image, "the image"))
-        except Damaged as damage:
-            raise Damaged(damage.reason, f"{side}: {damage.detail}" if damage.detail else side) from damage
-        if side == "source":
-            row["width"], row["height"] = size
+
+    def see(side: str, image: Image.Image) -> tuple[int, int]:
+        size = upright_size(image)
+        check_size(side, size, settings)
+        if settings.decode:
+            load_image(image)
+            if settings.looks:
+                looks[side] = Look.of(upright_rgb(image))
+        return size
+
+    row["width"], row["height"] = check_record(record, see)["source"]
     if settings.looks:
         check_change(looks["source"], looks["target"], settings)
         for side, look in looks.items():

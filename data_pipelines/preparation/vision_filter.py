@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import http.client
+import io
 import json
 import os
 import pathlib
@@ -32,6 +33,7 @@ from data_pipelines.reasons import Reason
 from data_pipelines.record import Record
 from data_pipelines.transforms import preview
 from varedit_jax.errors import UserError
+from varedit_jax.images import open_image
 
 QUESTIONS = {  # in the order in which they are asked, with what a "no" means
     Reason.NOT_DONE: (
@@ -232,4 +234,5 @@ def _asked_pause(header: str | None, otherwise: float) -> float:
 
 def _data_url(data: bytes, side: int) -> str:
     """An image as JPEG in a data URL, upright, its longer side at most `side`."""
-    return f"data:image/jpeg;base64,{base64.b64encode(preview(data, side, quality=90)).decode()}"
+    small = preview(open_image(io.BytesIO(data)), side, quality=90)
+    return f"data:image/jpeg;base64,{base64.b64encode(small).decode()}"

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.reasons import Reason
+from varedit_jax.images import open_image
 
 
 def encoded(size: tuple[int, int] = (40, 30), kind: str = "JPEG", seed: int = 0, **options: object) -> bytes:
@@ -16,6 +17,10 @@ def encoded(size: tuple[int, int] = (40, 30), kind: str = "JPEG", seed: int = 0,
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, kind, **options)
     return file.getvalue()
+
+
+def opened(data: bytes) -> Image.Image:
+    return open_image(io.BytesIO(data))
 
 
 def frames() -> bytes:

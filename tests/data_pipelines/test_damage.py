@@ -1,46 +1,63 @@
 """Every kind of damage is told by its reason, and written down once."""
 
 import base64
+import dataclasses
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from PIL import Image
 
-from data_pipelines.damage import Damaged, Quarantine, check_image, check_record, read_quarantine
+from data_pipelines.damage import Damaged, Quarantine, check_record, read_quarantine
 from data_pipelines.reasons import Reason
 from data_pipelines.record import Record
 from tests.data_pipelines.images import DAMAGE, encoded
+from varedit_jax.images import load_image, upright_size
+
+
+def _record(**fields: Any) -> Record:
+    good = Record(id="1", dataset="d", source=encoded(), target=encoded((50, 30)), instructions=("do it",))
+    return dataclasses.replace(good, **fields)
+
+
+def _size(side: str, image: Image.Image) -> tuple[int, int]:
+    load_image(image)
+    return upright_size(image)
 
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damage_is_told_by_its_reason(name: str) -> None:
     data, reason = DAMAGE[name]
-    with pytest.raises(Damaged) as caught:
-        check_image(data)
-    assert caught.value.reason is reason
+    for side in ("source", "target"):
+        with pytest.raises(Damaged, match=f"^{reason}: {side}") as caught:
+            check_record(_record(**{side: data}), _size)
+        assert caught.value.reason is reason
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
 def test_good_images_tell_their_size_upright(kind: str) -> None:
-    assert check_image(encoded(kind=kind)) == (40, 30)
+    assert check_record(_record(source=encoded(kind=kind)), _size) == {"source": (40, 30), "target": (50, 30)}
     turned = Image.Exif()
     turned[0x0112] = 6
     if kind in ("JPEG", "PNG", "WEBP"):
-        assert check_image(encoded(kind=kind, exif=turned)) == (30, 40)
+        assert check_record(_record(source=encoded(kind=kind, exif=turned)), _size)["source"] == (30, 40)
 
 
-def test_a_record_says_which_of_its_images_is_broken() -> None:
-    good = Record(id="1", dataset="d", source=encoded(), target=encoded((50, 30)), instructions=("do it",))
-    assert check_record(good) == (40, 30)
-    for fields, said in (
-        ({"target": encoded()[:700]}, "cut short: target: "),
-        ({"source": b""}, "empty file: source"),
-        ({"instructions": (" ",)}, "empty instruction"),
-    ):
-        with pytest.raises(Damaged, match=f"^{said}"):
-            check_record(Record(**(vars(good) | fields)))
+def test_a_record_has_to_say_what_to_do() -> None:
+    for instructions in ((), (" ",)):
+        with pytest.raises(Damaged, match="^empty instruction$"):
+            check_record(_record(instructions=instructions), _size)
+
+
+def test_lack_of_memory_is_no_damage() -> None:
+    def decode(side: str, image: Image.Image) -> None:
+        image.load = lambda: (_ for _ in ()).throw(MemoryError)  # type: ignore[method-assign]
+        load_image(image)
+
+    with pytest.raises(MemoryError):
+        check_record(_record(), decode)
 
 
 def test_quarantine_keeps_each_record_once_and_goes_on(tmp_path: pathlib.Path) -> None:
@@ -64,8 +81,8 @@ def test_quarantine_keeps_each_record_once_and_goes_on(tmp_path: pathlib.Path) -
 def test_kinds_of_images_are_known_where_one_was_imported_before_the_others() -> None:
     data = base64.b64encode(encoded(kind="WEBP")).decode()
     code = (
-        "import base64, PIL.PngImagePlugin; from data_pipelines.damage import check_image; "
-        f"print(check_image(base64.b64decode('{data}')))"
+        "import base64, io, PIL.PngImagePlugin; from varedit_jax.images import open_image; "
+        f"print(open_image(io.BytesIO(base64.b64decode('{data}'))).size)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "(40, 30)"

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.transforms import draw_flip, may_flip, read_fitted
+from data_pipelines.transforms import draw_flip, fitted, may_flip
+from tests.data_pipelines.images import opened
 from varedit_jax.images import fit
 
 
@@ -24,13 +25,13 @@ def test_a_image_of_the_size_is_left_alone() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
-    np.testing.assert_array_equal(read_fitted(file.getvalue(), (32, 48), "crop"), pixels)
-    np.testing.assert_array_equal(read_fitted(file.getvalue(), (32, 48), "crop", flip=True), pixels[:, ::-1])
+    np.testing.assert_array_equal(fitted(opened(file.getvalue()), (32, 48), "crop"), pixels)
+    np.testing.assert_array_equal(fitted(opened(file.getvalue()), (32, 48), "crop", flip=True), pixels[:, ::-1])
 
 
 def test_crop_is_lanczos_of_the_middle() -> None:
     data = _ramp(300, 100)
-    found = read_fitted(data, (64, 64), "crop")
+    found = fitted(opened(data), (64, 64), "crop")
     whole = Image.open(io.BytesIO(data))
     expected = np.asarray(whole.resize((64, 64), Image.Resampling.LANCZOS, box=(100, 0, 200, 100)))
     np.testing.assert_array_equal(found, expected)
@@ -41,20 +42,20 @@ def test_crop_is_lanczos_of_the_middle() -> None:
 def test_pad_is_what_editing_does() -> None:
     data = _ramp(60, 100)
     expected, _ = fit(np.asarray(Image.open(io.BytesIO(data))), (64, 64))
-    np.testing.assert_array_equal(read_fitted(data, (64, 64), "pad"), expected)
+    np.testing.assert_array_equal(fitted(opened(data), (64, 64), "pad"), expected)
     mirrored, _ = fit(np.asarray(Image.open(io.BytesIO(data)).transpose(Image.Transpose.FLIP_LEFT_RIGHT)), (64, 64))
-    np.testing.assert_array_equal(read_fitted(data, (64, 64), "pad", flip=True), mirrored)
+    np.testing.assert_array_equal(fitted(opened(data), (64, 64), "pad", flip=True), mirrored)
     assert (expected[:, 42:] >= 250).all() and expected[:, :38].max(axis=2).min() < 100  # white at the right
 
 
 def test_a_turned_photo_is_upright_and_a_transparent_image_on_white() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise
-    turned = read_fitted(_ramp(128, 64, "JPEG", quality=100, subsampling=0, exif=exif), (128, 64), "crop")
+    turned = fitted(opened(_ramp(128, 64, "JPEG", quality=100, subsampling=0, exif=exif)), (128, 64), "crop")
     assert turned[0, 0, 0] < 10 and turned[-1, 0, 0] > 245  # what grew to the right grows downwards
     file = io.BytesIO()
     Image.new("RGBA", (32, 32), (0, 0, 0, 0)).save(file, "PNG")
-    assert (read_fitted(file.getvalue(), (16, 16), "crop") == 255).all()
+    assert (fitted(opened(file.getvalue()), (16, 16), "crop") == 255).all()
 
 
 @pytest.mark.parametrize("resize", ["crop", "pad"])
@@ -65,7 +66,7 @@ def test_a_decoder_that_reduces_changes_next_to_nothing(resize: str) -> None:
     jpeg, png = io.BytesIO(), io.BytesIO()
     image.save(jpeg, "JPEG", quality=95)
     Image.open(io.BytesIO(jpeg.getvalue())).save(png, "PNG")  # the same pixels, decoded in full
-    reduced, full = (read_fitted(file.getvalue(), (64, 64), resize).astype(float) for file in (jpeg, png))
+    reduced, full = (fitted(opened(file.getvalue()), (64, 64), resize).astype(float) for file in (jpeg, png))
     assert 0 < np.abs(reduced - full).max() <= 3 and np.abs(reduced - full).mean() < 0.5
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.shapes import scoring
 from data_pipelines.shapes.builder import example_edit, example_novelty
 from data_pipelines.shapes.scene import render
+from experiments import shapes_scoring as scoring
 from experiments.configs import shapes
 from varedit_jax.config import SamplingConfig
 from varedit_jax.sampling.editor import Editor

@@ -14,7 +14,7 @@ from data_pipelines.preparation.settings import Settings
 from data_pipelines.shapes.builder import Shapes
 from data_pipelines.shards import Records
 from data_pipelines.sources import SOURCES
-from data_pipelines.transforms import read_fitted
+from data_pipelines.transforms import fitted
 from tests.data_pipelines.sources import archive_layouts, layouts
 from tests.data_pipelines.sources.layouts import Expected, Layout, draw
 from varedit_jax.config import DataConfig, EditorConfig
@@ -82,4 +82,4 @@ def test_each_layout_becomes_a_batch_with_exactly_its_records(source: str, tmp_p
         for side, name in (("source", expected.source), ("target", expected.target)):
             size = batch[side].shape[1:3]
             published = draw(name) if name else getattr(record, side)
-            np.testing.assert_array_equal(batch[side][row], read_fitted(published, size, "crop", flip=False))
+            np.testing.assert_array_equal(batch[side][row], fitted(opened(published), size, "crop", flip=False))

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from data_pipelines.shapes import scoring
 from data_pipelines.shapes.builder import example_edit, example_novelty
 from data_pipelines.shapes.judge import Verdict
 from data_pipelines.shapes.scene import render
+from experiments import shapes_scoring as scoring
 
 
 @pytest.fixture(scope="module")

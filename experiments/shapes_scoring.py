@@ -1,8 +1,8 @@
 """Scores of an editor on held-out `shapes`: exact edits by kind, beside two baselines, and contact sheets."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,16 +17,6 @@ from varedit_jax.sampling.editor import Editor
 from varedit_jax.training.tokenizer_step import make_reconstruct
 
 BATCH = 50  # edits a call; one compiled program
-
-
-class Source(Protocol):
-    """Random access to examples."""
-
-    def __len__(self) -> int:
-        """Number of examples."""
-
-    def __getitem__(self, index: int) -> Any:
-        """One example as a dict."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +91,8 @@ def sheet(records: Sequence[Any], images: NDArray[np.uint8], heading: str = "") 
     return contact_sheet(rows, ["source", *scales, "result", "target"], heading=heading)
 
 
-def sample_sheet(editor: Editor, source: Source, indices: Iterable[int]) -> Image.Image:
+def sample_sheet(editor: Editor, records: Sequence[Any]) -> Image.Image:
     """Contact sheet of some examples, edited now."""
-    records = [source[index] for index in indices]
     return sheet(records, edit_records(editor, records, every_scale=True))
 
 
