@@ -15,6 +15,7 @@ from data_pipelines.shapes.builder import Shapes
 from data_pipelines.shards import Records
 from data_pipelines.sources import SOURCES
 from data_pipelines.transforms import fitted
+from tests.data_pipelines.images import opened
 from tests.data_pipelines.sources import archive_layouts, layouts
 from tests.data_pipelines.sources.layouts import Expected, Layout, draw
 from varedit_jax.config import DataConfig, EditorConfig
@@ -73,8 +74,8 @@ def test_each_layout_becomes_a_batch_with_exactly_its_records(source: str, tmp_p
     data = DataConfig(
         name="records", mixture=((str(output), 1.0),), batch_size=len(records), text_tokens=96, read_threads=0
     )
-    opened = loader.open_records(data, "train", model)
-    batch = next(loader.training_batches(data, Words(), opened))
+    examples = loader.open_records(data, "train", model)
+    batch = next(loader.training_batches(data, Words(), examples))
     assert sorted(batch["example_ids"]) == list(range(len(records)))  # each once, and none stands in for another
     for row, index in enumerate(batch["example_ids"]):
         record, expected = records[index], layout.records[records.id(index)]
