@@ -28,7 +28,7 @@ Pairs = NDArray[np.int64]  # [n, 2]: number of a record that leaves, and of the 
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Search:
+class SearchTask:
     """One bucket of one kind of duplicates."""
 
     reason: Reason  # SAME_ID, EXACT or NEAR
@@ -44,7 +44,7 @@ class Search:
         return self.found.exists()
 
 
-def search(task: Search) -> None:
+def search(task: SearchTask) -> None:
     """Finds the duplicates of a bucket."""
     facts = Facts([PartFiles(directory) for directory in task.parts])
     found = _near(facts, task) if task.reason is Reason.NEAR else _same(facts, task)
@@ -59,7 +59,7 @@ def left(facts: Facts, verdicts: NDArray[np.uint8]) -> Iterator[tuple[NDArray[np
         yield numbers + first, rows[numbers]
 
 
-def _same(facts: Facts, task: Search) -> Pairs:
+def _same(facts: Facts, task: SearchTask) -> Pairs:
     """Records with the same hash: all but the lowest leave."""
     name = "key" if task.reason is Reason.SAME_ID else "content"
     pieces = []
@@ -74,7 +74,7 @@ def _same(facts: Facts, task: Search) -> Pairs:
     return np.stack([numbers, firsts], axis=1)[~begins]
 
 
-def _near(facts: Facts, task: Search) -> Pairs:
+def _near(facts: Facts, task: SearchTask) -> Pairs:
     bands = task.near_bits + 1
     edges = [64 * band // bands for band in range(bands + 1)]
     columns = ("key", "source_shape", "target_shape", "source_colors", "target_colors")

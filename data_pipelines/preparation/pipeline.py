@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from data_pipelines.preparation import duplicates, vision_filter
 from data_pipelines.preparation.fingerprints import FACTS, Facts, PartFiles, rows_so_far
-from data_pipelines.preparation.scan import Scan, scan
+from data_pipelines.preparation.scan import ScanTask, scan
 from data_pipelines.preparation.settings import Settings
 from data_pipelines.preparation.split import find_leaks
-from data_pipelines.preparation.stages import Waves
+from data_pipelines.preparation.stages import StageRunner
 from data_pipelines.preparation.staging import Staging, new_file
 from data_pipelines.preparation.summary import count, write_report
 from data_pipelines.preparation.write import lay_out, shard_tasks, write
@@ -59,7 +59,8 @@ def prepare(
         "parts": [(part.source, part.name, dict(part.options), _stamps(part)) for part in parts],
     }
     with Staging(output, job) as staging:
-        steps = _Steps(staging.directory, parts, settings, Waves(runner, workers, runner_options, staging.directory))
+        stages = StageRunner(runner, workers, runner_options, staging.directory)
+        steps = _Steps(staging.directory, parts, settings, stages)
         steps.read()
         say(f"read: {len(steps.facts)} records may stay")
         steps.check_some_are_left()
@@ -86,8 +87,8 @@ def _stamps(part: Part) -> list[tuple[str, int, int]]:
 class _Steps:
     """The steps of one job, with what they know of records so far."""
 
-    def __init__(self, directory: pathlib.Path, parts: Sequence[Part], settings: Settings, waves: Waves) -> None:
-        self._directory, self._parts, self._settings, self._waves = directory, parts, settings, waves
+    def __init__(self, directory: pathlib.Path, parts: Sequence[Part], settings: Settings, stages: StageRunner) -> None:
+        self._directory, self._parts, self._settings, self._stages = directory, parts, settings, stages
         self._directories = tuple(directory / "scan" / f"{index:05d}" for index in range(len(parts)))
         self._verdicts_file = directory / "verdicts.npy"
         self.twins: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}  # by verdict: numbers, and like what
@@ -95,10 +96,10 @@ class _Steps:
     def read(self) -> None:
         """Reads all parts."""
         tasks = [
-            Scan(part=part, settings=self._settings, directory=directory)
+            ScanTask(part=part, settings=self._settings, directory=directory)
             for part, directory in zip(self._parts, self._directories, strict=True)
         ]
-        self._waves.run("read", scan, tasks, lambda: f"{rows_so_far(self._directory / 'scan'):,} records")
+        self._stages.run("read", scan, tasks, lambda: f"{rows_so_far(self._directory / 'scan'):,} records")
         self.facts = Facts([PartFiles(directory) for directory in self._directories])
         self.verdicts = np.zeros(len(self.facts), np.uint8)
 
@@ -133,7 +134,7 @@ class _Steps:
         buckets = max(1, -(-rows // duplicates.BUCKET))
         verdicts = self._save_verdicts()
         tasks = [
-            duplicates.Search(
+            duplicates.SearchTask(
                 reason=reason,
                 parts=self._directories,
                 verdicts=verdicts,
@@ -144,7 +145,7 @@ class _Steps:
             )
             for bucket in range(buckets)
         ]
-        self._waves.run(f"search for {reason}", duplicates.search, tasks)
+        self._stages.run(f"search for {reason}", duplicates.search, tasks)
         pairs = np.concatenate([np.load(task.found) for task in tasks])
         self._leave(reason, pairs[:, 0], pairs[:, 1])
 
@@ -158,7 +159,7 @@ class _Steps:
         assert self._settings.vision
         verdicts = self._save_verdicts()
         tasks = [
-            vision_filter.Ask(
+            vision_filter.QuestionTask(
                 vision=self._settings.vision,
                 parts=self._directories,
                 verdicts=verdicts,
@@ -168,7 +169,7 @@ class _Steps:
             )
             for index, part in enumerate(self._parts)
         ]
-        self._waves.run("questions", vision_filter.ask, tasks)
+        self._stages.run("questions", vision_filter.ask, tasks)
         found = np.concatenate([np.load(task.found) for task in tasks])
         for index, reason in enumerate(vision_filter.REASONS):
             self._leave(reason, found[found[:, 1] == index, 0])
@@ -176,5 +177,5 @@ class _Steps:
     def write(self, out: pathlib.Path, name: str) -> None:
         """Writes the shards."""
         settings = self._settings
-        layout = lay_out(self._directory, self.facts, self.verdicts, settings.validation, settings.shard_bytes)
-        self._waves.run("shards", write, shard_tasks(layout, self._directories, out, name))
+        plan = lay_out(self._directory, self.facts, self.verdicts, settings.validation, settings.shard_bytes)
+        self._stages.run("shards", write, shard_tasks(plan, self._directories, out, name))

@@ -23,7 +23,7 @@ _SIDE = 144  # pixels
 
 
 @dataclasses.dataclass(frozen=True, order=True)
-class Sample:
+class SampledRecord:
     """A record in small."""
 
     order: int  # the lowest of all records are shown, whatever the order in which they come
@@ -44,7 +44,7 @@ class SampleKeeper:
 
     def __init__(self, path: pathlib.Path | None = None) -> None:
         self._path = path
-        self._kept: dict[tuple[str, str], list[Sample]] = collections.defaultdict(list)
+        self._kept: dict[tuple[str, str], list[SampledRecord]] = collections.defaultdict(list)
 
     def __enter__(self) -> Self:
         """Self."""
@@ -70,20 +70,10 @@ class SampleKeeper:
             images = check_record(record, lambda _, image: _small(image))
         except Damaged:
             return
-        self.add(
-            [
-                Sample(
-                    order,
-                    record.dataset,
-                    record.id,
-                    record.instructions[0],
-                    reason,
-                    (images["source"], images["target"]),
-                )
-            ]
-        )
+        both = (images["source"], images["target"])
+        self.add([SampledRecord(order, record.dataset, record.id, record.instructions[0], reason, both)])
 
-    def add(self, samples: Iterable[Sample]) -> None:
+    def add(self, samples: Iterable[SampledRecord]) -> None:
         """Takes what another keeper kept."""
         for sample in samples:
             kept = self._kept[sample.dataset, sample.reason]
@@ -91,10 +81,10 @@ class SampleKeeper:
             del kept[EACH:]
 
 
-def read_samples(path: pathlib.Path) -> list[Sample]:
+def read_samples(path: pathlib.Path) -> list[SampledRecord]:
     """What a keeper wrote."""
     return [
-        Sample(*values[:-1], images=tuple(values[-1]))  # type: ignore[misc]
+        SampledRecord(*values[:-1], images=tuple(values[-1]))  # type: ignore[misc]
         for values in msgpack.unpackb(path.read_bytes())
     ]
 

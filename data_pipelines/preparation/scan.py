@@ -32,7 +32,7 @@ from varedit_jax.images import load_image, upright_rgb, upright_size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Scan:
+class ScanTask:
     """Reading one part."""
 
     part: Part
@@ -44,7 +44,7 @@ class Scan:
         return self.directory.exists()
 
 
-def scan(task: Scan) -> None:
+def scan(task: ScanTask) -> None:
     """Reads a part. Raises UserError if its files are of another format, or the disk is full."""
     with new_directory(task.directory) as directory:
         files = PartFiles(directory)

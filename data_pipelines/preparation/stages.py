@@ -1,4 +1,4 @@
-"""Work for Apache Beam: waves of tasks that write files, each wave after the one before it.
+"""Work for Apache Beam: stages of tasks that write files, each stage after the one before it.
 
 What a runner moves is the names of tasks, never records: those go from file to file. So memory does not grow with the
 data set under any runner (Beam's local one keeps in memory what it groups), and a job that was ended goes on with the
@@ -23,18 +23,18 @@ from varedit_jax.errors import UserError
 _LOCAL = ("DirectRunner", "FnApiRunner")
 
 
-class Task(Protocol):
+class StageTask(Protocol):
     """What can be sent to a worker."""
 
     def is_done(self) -> bool:
         """Whether what it writes is there."""
 
 
-T = TypeVar("T", bound=Task)
+T = TypeVar("T", bound=StageTask)
 
 
-class Waves:
-    """Runs waves on one runner."""
+class StageRunner:
+    """Runs stages on one of Beam's runners."""
 
     def __init__(self, runner: str, workers: int, options: Sequence[str], directory: pathlib.Path) -> None:
         """`runner` and `options` are Beam's; `workers` are processes of the local runner; `directory` is for errors.
@@ -115,7 +115,7 @@ class _Do(beam.DoFn):
 class _Watch:
     """Moves a bar on as tasks are done, by whatever process."""
 
-    def __init__(self, bar: tqdm.tqdm, tasks: Sequence[Task], note: Callable[[], str]) -> None:
+    def __init__(self, bar: tqdm.tqdm, tasks: Sequence[StageTask], note: Callable[[], str]) -> None:
         self._bar, self._left, self._note = bar, list(tasks), note
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)

@@ -55,7 +55,7 @@ _LONGEST_PAUSE = 60.0  # seconds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Ask:
+class QuestionTask:
     """Asking about the records of one part that are left."""
 
     vision: Vision
@@ -73,7 +73,7 @@ class Ask:
 REASONS = (Reason.NOT_DONE, Reason.NOT_KEPT, Reason.UNCLEAR)
 
 
-def ask(task: Ask) -> None:
+def ask(task: QuestionTask) -> None:
     """Asks about a part. Raises UserError if the endpoint does not answer, or hardly ever with yes or no."""
     facts = Facts([PartFiles(directory) for directory in task.parts])
     start, end = facts.starts[task.part : task.part + 2]

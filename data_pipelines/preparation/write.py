@@ -22,7 +22,7 @@ _PLACED = np.dtype([("key", "<u8"), ("number", "<i8"), ("width", "<i4"), ("heigh
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout:
+class ShardPlan:
     """How many shards each split has, and which records go into each."""
 
     directory: pathlib.Path
@@ -41,7 +41,7 @@ class Layout:
 
 def lay_out(
     directory: pathlib.Path, facts: Facts, verdicts: NDArray[np.uint8], validation: float, shard_bytes: int
-) -> Layout:
+) -> ShardPlan:
     """Decides where each record that is left goes: the hash of its key says which shard of its split."""
     nbytes = np.zeros(len(SPLITS), np.int64)
     records = np.zeros(len(SPLITS), np.int64)
@@ -51,10 +51,10 @@ def lay_out(
         records += np.bincount(split, minlength=len(SPLITS))
     counts = np.where(records > 0, np.maximum(1, -(-nbytes // shard_bytes)), 0)
     counts = np.minimum(counts, 99_999)
-    layout = Layout(directory=directory, shards=dict(zip(SPLITS, counts.tolist(), strict=True)))
+    plan = ShardPlan(directory=directory, shards=dict(zip(SPLITS, counts.tolist(), strict=True)))
     starts = np.concatenate([[0], np.cumsum(counts)])
     runs = []
-    with new_file(layout.placed) as partial, partial.open("wb") as file:
+    with new_file(plan.placed) as partial, partial.open("wb") as file:
         for numbers, rows in left(facts, verdicts):
             split = in_validation(rows["original"], validation).astype(np.int64)
             shards = starts[split] + (rows["key"] % counts[split].astype(np.uint64)).astype(np.int64)
@@ -65,17 +65,17 @@ def lay_out(
             placed["number"] = numbers
             runs.append(file.tell() // _PLACED.itemsize + np.searchsorted(shards[order], np.arange(starts[-1] + 1)))
             placed[order].tofile(file)
-    with new_file(layout.offsets) as partial, partial.open("wb") as file:
+    with new_file(plan.offsets) as partial, partial.open("wb") as file:
         np.save(file, np.array(runs, np.int64))
-    return layout
+    return plan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Write:
+class ShardTask:
     """One shard."""
 
     parts: tuple[pathlib.Path, ...]
-    layout: Layout
+    plan: ShardPlan
     output: pathlib.Path
     name: str
     split: str
@@ -84,28 +84,28 @@ class Write:
     @property
     def path(self) -> pathlib.Path:
         """The shard."""
-        return shard_path(self.output / self.split, self.name, self.index, self.layout.shards[self.split])
+        return shard_path(self.output / self.split, self.name, self.index, self.plan.shards[self.split])
 
     def is_done(self) -> bool:
         """Whether the shard is whole."""
         return is_written(self.path)
 
 
-def shard_tasks(layout: Layout, parts: Sequence[pathlib.Path], output: pathlib.Path, name: str) -> list[Write]:
+def shard_tasks(plan: ShardPlan, parts: Sequence[pathlib.Path], output: pathlib.Path, name: str) -> list[ShardTask]:
     """A task for each shard."""
     return [
-        Write(parts=tuple(parts), layout=layout, output=output, name=name, split=split, index=index)
+        ShardTask(parts=tuple(parts), plan=plan, output=output, name=name, split=split, index=index)
         for split in SPLITS
-        for index in range(layout.shards[split])
+        for index in range(plan.shards[split])
     ]
 
 
-def write(task: Write) -> None:
+def write(task: ShardTask) -> None:
     """Writes a shard."""
-    offsets = np.load(task.layout.offsets, mmap_mode="r")
-    column = task.index + sum(task.layout.shards[split] for split in SPLITS[: SPLITS.index(task.split)])
+    offsets = np.load(task.plan.offsets, mmap_mode="r")
+    column = task.index + sum(task.plan.shards[split] for split in SPLITS[: SPLITS.index(task.split)])
     pieces = [
-        np.fromfile(task.layout.placed, _PLACED, int(end - start), offset=int(start) * _PLACED.itemsize)
+        np.fromfile(task.plan.placed, _PLACED, int(end - start), offset=int(start) * _PLACED.itemsize)
         for start, end in offsets[:, column : column + 2]
     ]
     placed = np.concatenate(pieces)

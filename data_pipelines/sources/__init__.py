@@ -35,12 +35,12 @@ from data_pipelines.sources import (
     varedit,
     x2edit,
 )  # fmt: skip
-from data_pipelines.sources.entries import Entry, Part, Refused, Source
+from data_pipelines.sources.entries import Entry, Part, Refused, SourceFormat
 from varedit_jax.errors import UserError
 
-__all__ = ["SOURCES", "Entry", "Part", "Refused", "Source", "find_parts", "read", "read_part"]
+__all__ = ["SOURCES", "Entry", "Part", "Refused", "SourceFormat", "find_parts", "read", "read_part"]
 
-SOURCES: dict[str, Source] = {
+SOURCES: dict[str, SourceFormat] = {
     module.SOURCE.name: module.SOURCE
     for module in (
         seed, imgedit, ultraedit, magicbrush, instruct_pix2pix, omniedit, gpt_image_edit, nhr_edit, x2edit, pico_banana,

@@ -40,7 +40,7 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Source:
+class SourceFormat:
     """A public format."""
 
     name: str

@@ -14,7 +14,7 @@ from typing import Any
 
 from data_pipelines.reasons import Reason
 from data_pipelines.sources.archives import Member, group_parts, members
-from data_pipelines.sources.entries import Entry, Part, Refused, Source
+from data_pipelines.sources.entries import Entry, Part, Refused, SourceFormat
 from data_pipelines.sources.files import find, json_items, safe_name
 from data_pipelines.sources.join import Stream, Wanted, joined
 from varedit_jax.errors import UserError
@@ -109,4 +109,4 @@ def _first_words(conversations: Any) -> str | None:
     return text.replace("<image>", "") if isinstance(text, str) else None
 
 
-SOURCE = Source(name=_NAME, license=_LICENSE, parts=_parts, read=_read)
+SOURCE = SourceFormat(name=_NAME, license=_LICENSE, parts=_parts, read=_read)

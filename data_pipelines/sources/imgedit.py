@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from data_pipelines.reasons import Reason
 from data_pipelines.record import finite_scores
 from data_pipelines.sources.archives import TarIndex, first_name, group_parts, is_compressed
-from data_pipelines.sources.entries import Entry, Part, Refused, Source, make_entry
+from data_pipelines.sources.entries import Entry, Part, Refused, SourceFormat, make_entry
 from data_pipelines.sources.files import distinct, find, json_items, relative_name, safe_name
 from data_pipelines.sources.tables import read_table
 from varedit_jax.errors import UserError
@@ -219,4 +219,4 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-SOURCE = Source(name=_NAME, license="", parts=_parts, read=_read)
+SOURCE = SourceFormat(name=_NAME, license="", parts=_parts, read=_read)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from data_pipelines.reasons import Reason
 from data_pipelines.record import finite_scores
 from data_pipelines.sources.archives import tail
-from data_pipelines.sources.entries import MAX_FILE_BYTES, Entry, Part, Refused, Source, make_entry
+from data_pipelines.sources.entries import MAX_FILE_BYTES, Entry, Part, Refused, SourceFormat, make_entry
 from data_pipelines.sources.files import distinct, find, json_items, read_below, relative_name, safe_name
 from data_pipelines.sources.tables import image_bytes, read_table
 from varedit_jax.errors import UserError
@@ -161,4 +161,4 @@ def _scores(lines: bytes) -> dict[str, dict[str, float]]:
     return found
 
 
-SOURCE = Source(name=_NAME, license="", parts=_parts, read=_read)
+SOURCE = SourceFormat(name=_NAME, license="", parts=_parts, read=_read)

@@ -12,7 +12,7 @@ from typing import Any
 
 from data_pipelines.reasons import Reason
 from data_pipelines.record import finite_scores
-from data_pipelines.sources.entries import Entry, Part, Refused, Source, make_entry
+from data_pipelines.sources.entries import Entry, Part, Refused, SourceFormat, make_entry
 from data_pipelines.sources.files import distinct, find, read_below, read_lines, relative_name
 from varedit_jax.errors import UserError
 
@@ -66,4 +66,4 @@ def _convert(value: Mapping[str, Any], place: str, dataset: str, root: pathlib.P
     )
 
 
-SOURCE = Source(name="manifest", license="", parts=_parts, read=_read, options=("dataset", "root"))
+SOURCE = SourceFormat(name="manifest", license="", parts=_parts, read=_read, options=("dataset", "root"))

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from data_pipelines.reasons import Reason
-from data_pipelines.sources.entries import Entry, Part, Refused, Source, make_entry
+from data_pipelines.sources.entries import Entry, Part, Refused, SourceFormat, make_entry
 from data_pipelines.sources.files import find, read_below, read_lines, relative_name
 from data_pipelines.sources.tables import image_bytes, read_table
 from varedit_jax.errors import UserError
@@ -73,4 +73,4 @@ def _convert(value: Mapping[str, Any], place: str, directories: Sequence[pathlib
     )
 
 
-SOURCE = Source(name=_NAME, license=_LICENSE, parts=_parts, read=_read)
+SOURCE = SourceFormat(name=_NAME, license=_LICENSE, parts=_parts, read=_read)

@@ -16,7 +16,7 @@ from typing import Any
 
 from data_pipelines.reasons import Reason
 from data_pipelines.sources.archives import group_parts, tail
-from data_pipelines.sources.entries import Entry, Part, Refused, Source, make_entry
+from data_pipelines.sources.entries import Entry, Part, Refused, SourceFormat, make_entry
 from data_pipelines.sources.files import distinct, find, read_below, read_lines, relative_name, safe_name
 from data_pipelines.sources.join import Found, Lost, Stream, Wanted, join
 from varedit_jax.errors import UserError
@@ -157,4 +157,4 @@ def _names(local: object, url: object) -> list[object]:
     return [name for name in (local, last, f"{_SOURCES}/{last}" if last else "") if name]
 
 
-SOURCE = Source(name=_NAME, license=_LICENSE, parts=_parts, read=_read)
+SOURCE = SourceFormat(name=_NAME, license=_LICENSE, parts=_parts, read=_read)

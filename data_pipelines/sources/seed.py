@@ -19,7 +19,7 @@ from typing import Any
 
 from data_pipelines.reasons import Reason
 from data_pipelines.sources.archives import group_parts
-from data_pipelines.sources.entries import Entry, Part, Refused, Source
+from data_pipelines.sources.entries import Entry, Part, Refused, SourceFormat
 from data_pipelines.sources.files import distinct, find, read_lines, safe_name
 from data_pipelines.sources.join import Stream, Wanted, joined
 from varedit_jax.errors import UserError
@@ -137,4 +137,4 @@ def _side_of_target(name: str) -> int:
     return 0 if name.startswith("source_images/") else 1
 
 
-SOURCE = Source(name=_NAME, license=_LICENSE, parts=_parts, read=_read)
+SOURCE = SourceFormat(name=_NAME, license=_LICENSE, parts=_parts, read=_read)

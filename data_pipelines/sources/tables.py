@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipelines.reasons import Reason
-from data_pipelines.sources.entries import Entry, Part, Refused, Source
+from data_pipelines.sources.entries import Entry, Part, Refused, SourceFormat
 from data_pipelines.sources.files import distinct, find, relative_name
 from varedit_jax.errors import UserError
 
@@ -35,7 +35,7 @@ def table_source(
     needed: Sequence[str],
     optional: Sequence[str] = (),
     pattern: str = "*.parquet",
-) -> Source:
+) -> SourceFormat:
     """A data set whose rows are its records, and whose parts are its files.
 
     `convert` gets a row, the stem of its file's name, and its number in there.
@@ -52,7 +52,7 @@ def table_source(
         for number, row in read_table(part, needed, optional):
             yield row if isinstance(row, Refused) else convert(row, stem, number)
 
-    return Source(name=name, license=license, parts=parts, read=read)
+    return SourceFormat(name=name, license=license, parts=parts, read=read)
 
 
 def read_table(

@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
 from data_pipelines.reasons import Reason
-from data_pipelines.sources.entries import Entry, Part, Refused, Source, make_entry
+from data_pipelines.sources.entries import Entry, Part, Refused, SourceFormat, make_entry
 from data_pipelines.sources.files import find
 from varedit_jax.errors import UserError
 
@@ -85,4 +85,4 @@ def _read(part: Part) -> Iterator[Entry]:
         )
 
 
-SOURCE = Source(name=_NAME, license="", parts=_parts, read=_read, options=(*_FIELDS, "split"))
+SOURCE = SourceFormat(name=_NAME, license="", parts=_parts, read=_read, options=(*_FIELDS, "split"))

@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
 from data_pipelines.sources.archives import group_parts
-from data_pipelines.sources.entries import Entry, Part, Refused, Source, make_entry
+from data_pipelines.sources.entries import Entry, Part, Refused, SourceFormat, make_entry
 from data_pipelines.sources.files import find, relative_name
 from data_pipelines.sources.webdataset import groups
 from varedit_jax.errors import UserError
@@ -44,4 +44,4 @@ def _read(part: Part) -> Iterator[Entry]:
         )
 
 
-SOURCE = Source(name=_NAME, license="", parts=lambda inputs, _: tar_parts(_NAME, inputs), read=_read)
+SOURCE = SourceFormat(name=_NAME, license="", parts=lambda inputs, _: tar_parts(_NAME, inputs), read=_read)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from data_pipelines.record import finite_scores
-from data_pipelines.sources.entries import Entry, Part, Refused, Source, make_entry
+from data_pipelines.sources.entries import Entry, Part, Refused, SourceFormat, make_entry
 from data_pipelines.sources.varedit import image, tar_parts
 from data_pipelines.sources.webdataset import groups
 
@@ -62,4 +62,4 @@ def _scores(about: Mapping[str, Any]) -> dict[str, float]:
     return finite_scores(found)
 
 
-SOURCE = Source(name=_NAME, license=_LICENSE, parts=lambda inputs, _: tar_parts(_NAME, inputs), read=_read)
+SOURCE = SourceFormat(name=_NAME, license=_LICENSE, parts=lambda inputs, _: tar_parts(_NAME, inputs), read=_read)

@@ -71,7 +71,7 @@ def _search(rows: np.ndarray, bits: int, buckets: int, tmp_path) -> dict[int, in
     np.save(tmp_path / "verdicts.npy", np.zeros(len(rows), np.uint8))
     found: dict[int, int] = {}
     for bucket in range(buckets):
-        task = duplicates.Search(
+        task = duplicates.SearchTask(
             reason=Reason.NEAR,
             parts=(),
             verdicts=tmp_path / "verdicts.npy",

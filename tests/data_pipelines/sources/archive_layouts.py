@@ -4,10 +4,10 @@ import json
 import pathlib
 from typing import Any
 
-from tests.data_pipelines.sources.layouts import Expected, Layout, draw, lines, split, table, tar
+from tests.data_pipelines.sources.layouts import Download, Expected, draw, lines, split, table, tar
 
 
-def seed_openimages(directory: pathlib.Path) -> Layout:
+def seed_openimages(directory: pathlib.Path) -> Download:
     base = directory / "SEED-Data-Edit-Part1-Openimages" / "auto_editing" / "openimages"
 
     def pair(source: str, target: str, instruction: str) -> dict[str, str]:
@@ -37,7 +37,7 @@ def seed_openimages(directory: pathlib.Path) -> Layout:
         source, target = pairs[number]["source_image"], pairs[number]["target_image"]
         return Expected(source=source, target=target, instructions=instructions, original=source.split("_images/")[1])
 
-    return Layout(
+    return Download(
         inputs=[directory / "SEED-Data-Edit-Part1-Openimages"],
         records={
             "openimages/split_0001/1": record(0, "edit a, but better", "edit a"),
@@ -56,7 +56,7 @@ def seed_openimages(directory: pathlib.Path) -> Layout:
     )
 
 
-def seed_unsplash(directory: pathlib.Path) -> Layout:
+def seed_unsplash(directory: pathlib.Path) -> Download:
     """Sources and targets in one archive, which has all of the one before any of the other."""
     base = directory / "auto_editing" / "unsplash"
     names = [(f"unsplash_images/source/{i}.jpg", f"unsplash_images/target/{i}.jpg") for i in range(4)]
@@ -64,7 +64,7 @@ def seed_unsplash(directory: pathlib.Path) -> Layout:
     lines(base / "annotations" / "split_0001.jsonl", values)
     files = [(name, draw(name)) for side in (0, 1) for name in (pair[side] for pair in names)]
     split(base / "unsplash_images.tar.gz", tar(files, "w:gz"), 2, ".part-{letters}")
-    return Layout(
+    return Download(
         inputs=[directory],
         records={
             f"unsplash/split_0001/{i + 1}": Expected(
@@ -75,7 +75,7 @@ def seed_unsplash(directory: pathlib.Path) -> Layout:
     )
 
 
-def seed_real_and_multi_turn(directory: pathlib.Path) -> Layout:
+def seed_real_and_multi_turn(directory: pathlib.Path) -> Download:
     real, multi = directory / "real_editing", directory / "multi_turn_editing"
     value = {"source_image": "x/1.png", "target_image": "x/1_edited.png", "instruction": "real edit"}
     lines(real / "annotations" / "split_0001.jsonl", [value])
@@ -101,7 +101,7 @@ def seed_real_and_multi_turn(directory: pathlib.Path) -> Layout:
         return Expected(source=source, target=target, instructions=(instruction,), turn=number, original=first)
 
     session = "multi_turn_editing/split_0001"
-    return Layout(
+    return Download(
         inputs=[directory],
         records={
             "real_editing/split_0001/1": Expected(
@@ -119,7 +119,7 @@ def seed_real_and_multi_turn(directory: pathlib.Path) -> Layout:
     )
 
 
-def imgedit(directory: pathlib.Path) -> Layout:
+def imgedit(directory: pathlib.Path) -> Download:
     """One table whose directory is that of the archive, one whose archive has another, and sessions."""
     tables = directory / "Parquet"
 
@@ -178,7 +178,7 @@ def imgedit(directory: pathlib.Path) -> Layout:
         return Expected(source=source, target=target, instructions=instructions, kind=kind, original=sample, **more)
 
     memory = "mnt/data/results_content_memory_part2/s"
-    return Layout(
+    return Download(
         inputs=[directory],
         records={
             "add_part0/0": record("results_add_laion_part0", "00094_1", "add", scores={"gpt": 4.5}),
@@ -236,7 +236,7 @@ def _gpt_image_edit_record(task: str, number: int, instruction: str) -> Expected
     return Expected(source=source, target=target, instructions=(instruction,), kind=kind, original=source)
 
 
-def gpt_image_edit_training(directory: pathlib.Path) -> Layout:
+def gpt_image_edit_training(directory: pathlib.Path) -> Download:
     for family, files in _gpt_image_edit_files().items():
         split(directory / "gpt-edit" / f"{family}.tar.gz", tar(files, "w:gz"), 2, ".part{number:03d}")
 
@@ -254,7 +254,7 @@ def gpt_image_edit_training(directory: pathlib.Path) -> Layout:
     (directory / "training_json").mkdir()
     for name, values in lists.items():
         (directory / "training_json" / f"{name}.json").write_text(json.dumps(values))
-    return Layout(
+    return Download(
         inputs=[directory],
         records={
             "hqedit_gpt_edit/0": _gpt_image_edit_record("hqedit/edit", 0, "edit 0"),
@@ -272,7 +272,7 @@ def gpt_image_edit_training(directory: pathlib.Path) -> Layout:
     )
 
 
-def gpt_image_edit_metadata(directory: pathlib.Path) -> Layout:
+def gpt_image_edit_metadata(directory: pathlib.Path) -> Download:
     """Without training lists: those in the archive, which also say more."""
     task = "hqedit/edit"
     values = [
@@ -283,14 +283,14 @@ def gpt_image_edit_metadata(directory: pathlib.Path) -> Layout:
     values.append(values[0] | {"id": "hqedit_edit_up", "input": "../../../up.png"})
     files = [*_gpt_image_edit_files()["hqedit"], (f"{task}/metadata/hqedit_edit.json", json.dumps(values).encode())]
     split(directory / "gpt-edit" / "hqedit.tar.gz", tar(files, "w:gz"), 3, ".part{number:03d}")
-    return Layout(
+    return Download(
         inputs=[directory / "gpt-edit"],
         records={f"hqedit_edit_{i}": _gpt_image_edit_record(task, i, f"edit {i}") for i in range(2)},
         refused={"hqedit_edit_up": "unsafe name"},
     )
 
 
-def nhr_edit(directory: pathlib.Path) -> Layout:
+def nhr_edit(directory: pathlib.Path) -> Download:
     def value(id: str, source: str, target: str, instruction: str = "edit") -> dict[str, Any]:
         return {
             "sample_id": id, "source_file_name": f"images/00/{source}", "edited_file_name": f"images/00/{target}",
@@ -318,7 +318,7 @@ def nhr_edit(directory: pathlib.Path) -> Layout:
         instructions = (f"edit {id}", f"please edit {id}")
         return Expected(source=source, target=target, instructions=instructions, kind="add", original="image_7")
 
-    return Layout(
+    return Download(
         inputs=[directory],
         records={
             "a": record("a", "image_7_original.jpg", "image_7_edited_0.jpg"),
@@ -329,7 +329,7 @@ def nhr_edit(directory: pathlib.Path) -> Layout:
     )
 
 
-def _pico_lists(directory: pathlib.Path) -> Layout:
+def _pico_lists(directory: pathlib.Path) -> Download:
     """Lists and edited images; sources are elsewhere."""
 
     def value(source: str, output: str, **more: Any) -> dict[str, Any]:
@@ -366,7 +366,7 @@ def _pico_lists(directory: pathlib.Path) -> Layout:
         return Expected(source=source, target=target, instructions=instructions, kind=kind, original=f"{source}_o.jpg")
 
     first, second, original = "multi-turn/9_turn1", "multi-turn/9_turn2", "p_o.jpg"
-    return Layout(
+    return Download(
         inputs=[directory],
         records={
             "sft/1": record("p", "1"),
@@ -389,7 +389,7 @@ def _pico_lists(directory: pathlib.Path) -> Layout:
     )
 
 
-def pico_banana(directory: pathlib.Path) -> Layout:
+def pico_banana(directory: pathlib.Path) -> Download:
     """Sources unpacked: one where the list says, one under the name in its URL."""
     layout = _pico_lists(directory)
     for path, name in (("openimages/train_0/p.jpg", "p"), ("openimage_source_images/q_o.jpg", "q")):
@@ -398,14 +398,14 @@ def pico_banana(directory: pathlib.Path) -> Layout:
     return layout
 
 
-def pico_banana_packed(directory: pathlib.Path) -> Layout:
+def pico_banana_packed(directory: pathlib.Path) -> Download:
     """Sources in the packed files of Open Images."""
     layout = _pico_lists(directory)
     (directory / "train_0.tar.gz").write_bytes(tar([(f"train_0/{name}.jpg", draw(name)) for name in "pq"], "w:gz"))
     return layout
 
 
-def manifest(directory: pathlib.Path) -> Layout:
+def manifest(directory: pathlib.Path) -> Download:
     (directory / "images").mkdir(parents=True)
     for name in ("a", "b", "m"):
         (directory / "images" / f"{name}.jpg").write_bytes(draw(name))
@@ -424,7 +424,7 @@ def manifest(directory: pathlib.Path) -> Layout:
             "[]",
         ],
     )
-    return Layout(
+    return Download(
         inputs=[directory / "list.jsonl"],
         options={"dataset": "own"},
         records={

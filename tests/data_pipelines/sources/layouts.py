@@ -34,7 +34,7 @@ class Expected:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout:
+class Download:
     """A data set on disk and what it holds."""
 
     inputs: list[pathlib.Path]
@@ -97,7 +97,7 @@ def embedded(name: str) -> dict[str, Any]:
     return {"bytes": draw(name), "path": f"{name}.jpg"}
 
 
-def ultraedit(directory: pathlib.Path) -> Layout:
+def ultraedit(directory: pathlib.Path) -> Download:
     scores = {"clip_sim_source": 0.5, "clip_sim_target": 0.25, "clip_sim_dir": 0.125, "clip_sim_image": 0.75}
     scores |= {"dinov2_sim": 0.875, "ssim": 0.625}
 
@@ -119,7 +119,7 @@ def ultraedit(directory: pathlib.Path) -> Layout:
             **{"source": f"s{index}", "target": f"t{index}", "instructions": instructions, "scores": scores} | more
         )
 
-    return Layout(
+    return Download(
         inputs=[directory],
         records={
             "FreeForm_0/0": record(0, mask="m0"),
@@ -135,7 +135,7 @@ def ultraedit(directory: pathlib.Path) -> Layout:
     )
 
 
-def magicbrush(directory: pathlib.Path) -> Layout:
+def magicbrush(directory: pathlib.Path) -> Download:
     rows = [
         {
             "img_id": image, "turn_index": turn, "source_img": embedded(f"{image}-{turn - 1}"),
@@ -147,7 +147,7 @@ def magicbrush(directory: pathlib.Path) -> Layout:
     table(
         directory / "data" / "dev-00000-of-00004.parquet", [*rows[2:], rows[0] | {"img_id": "9", "instruction": None}]
     )
-    return Layout(
+    return Download(
         inputs=[directory],
         records={
             f"{image}-{turn}": Expected(
@@ -164,7 +164,7 @@ def magicbrush(directory: pathlib.Path) -> Layout:
     )
 
 
-def omniedit(directory: pathlib.Path) -> Layout:
+def omniedit(directory: pathlib.Path) -> Download:
     row = {
         "omni_edit_id": "task_obj_add_1", "task": "addition", "src_img": embedded("s"), "edited_img": embedded("t"),
         "edited_prompt_list": ["add a cat", "put a cat there", "add a cat"], "width": 24, "height": 16, "sc_score_1": 9,
@@ -173,7 +173,7 @@ def omniedit(directory: pathlib.Path) -> Layout:
     table(
         directory / "data" / "dev-00000-of-00001.parquet", [row, row | {"omni_edit_id": "x", "edited_prompt_list": []}]
     )
-    return Layout(
+    return Download(
         inputs=[directory],
         records={
             "task_obj_add_1": Expected(
@@ -188,7 +188,7 @@ def omniedit(directory: pathlib.Path) -> Layout:
     )
 
 
-def instruct_pix2pix_tables(directory: pathlib.Path) -> Layout:
+def instruct_pix2pix_tables(directory: pathlib.Path) -> Download:
     rows = [
         {
             "original_prompt": "a", "original_image": embedded(f"s{i}"), "edit_prompt": f"edit {i}",
@@ -197,7 +197,7 @@ def instruct_pix2pix_tables(directory: pathlib.Path) -> Layout:
         for i in range(3)
     ]  # fmt: skip
     table(directory / "data" / "train-00000-of-00262.parquet", rows)
-    return Layout(
+    return Download(
         inputs=[directory / "data"],
         records={
             f"train-00000-of-00262/{i}": Expected(source=f"s{i}", target=f"t{i}", instructions=(f"edit {i}",))
@@ -220,8 +220,8 @@ def _pix2pix_files() -> tuple[list[Any], dict[str, bytes]]:
     return seeds, files
 
 
-def _pix2pix_layout(directory: pathlib.Path) -> Layout:
-    return Layout(
+def _pix2pix_layout(directory: pathlib.Path) -> Download:
+    return Download(
         inputs=[directory],
         records={
             f"{name}/{seed}": Expected(
@@ -237,7 +237,7 @@ def _pix2pix_layout(directory: pathlib.Path) -> Layout:
     )
 
 
-def instruct_pix2pix_directories(directory: pathlib.Path) -> Layout:
+def instruct_pix2pix_directories(directory: pathlib.Path) -> Download:
     seeds, files = _pix2pix_files()
     for name, data in files.items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
@@ -246,7 +246,7 @@ def instruct_pix2pix_directories(directory: pathlib.Path) -> Layout:
     return _pix2pix_layout(directory)
 
 
-def instruct_pix2pix_zips(directory: pathlib.Path) -> Layout:
+def instruct_pix2pix_zips(directory: pathlib.Path) -> Download:
     seeds, files = _pix2pix_files()
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "seeds.json").write_text(json.dumps(seeds[:2] + seeds[3:]))
@@ -259,7 +259,7 @@ def instruct_pix2pix_zips(directory: pathlib.Path) -> Layout:
     return dataclasses.replace(layout, refused={"0000002/44": "missing image"})
 
 
-def varedit(directory: pathlib.Path) -> Layout:
+def varedit(directory: pathlib.Path) -> Download:
     def group(key: str) -> list[tuple[str, bytes]]:
         return [
             (f"{key}.src.jpg", draw(f"s{key}")),
@@ -272,7 +272,7 @@ def varedit(directory: pathlib.Path) -> Layout:
     (directory / "00000.tar").write_bytes(tar(group("000") + group("001")[:1] + group("002"), evil=evil))
     whole = tar(group("000") + group("001"))
     (directory / "00001.tar").write_bytes(whole[: whole.index(draw("t001")) + 100])
-    return Layout(
+    return Download(
         inputs=[directory],
         records={
             f"{shard}.tar/{key}": Expected(source=f"s{key}", target=f"t{key}", instructions=(f"edit {key}",))
@@ -289,7 +289,7 @@ def varedit(directory: pathlib.Path) -> Layout:
     )
 
 
-def x2edit(directory: pathlib.Path) -> Layout:
+def x2edit(directory: pathlib.Path) -> Download:
     def group(key: str, about: Any, dot: str = ".", mask: bool = False) -> list[tuple[str, bytes]]:
         files = [(f"{key}{dot}1.0.jpg", draw(f"s{key}"))]
         files += [(f"{key}{dot}1.1.jpg", draw(f"m{key}"))] if mask else []
@@ -307,7 +307,7 @@ def x2edit(directory: pathlib.Path) -> Layout:
     path.parent.mkdir(parents=True)
     path.write_bytes(tar(group("a", step, mask=True) + group("b", {"label": "gpt4o"}, dot="..") + group("c", [])[:1]))
     name = "X2Edit_data/step1x/0/1.tar"
-    return Layout(
+    return Download(
         inputs=[directory],
         records={
             f"{name}/a": Expected(

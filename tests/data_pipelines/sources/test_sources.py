@@ -11,10 +11,10 @@ from data_pipelines.record import Record, decode, encode
 from data_pipelines.shapes.builder import Shapes
 from data_pipelines.sources import SOURCES, Entry, Part, Refused, find_parts, read, read_part
 from tests.data_pipelines.sources import archive_layouts, layouts
-from tests.data_pipelines.sources.layouts import Expected, Layout, draw
+from tests.data_pipelines.sources.layouts import Download, Expected, draw
 from varedit_jax.errors import UserError
 
-LAYOUTS: list[tuple[str, Callable[[pathlib.Path], Layout]]] = [
+LAYOUTS: list[tuple[str, Callable[[pathlib.Path], Download]]] = [
     ("seed", archive_layouts.seed_openimages),
     ("seed", archive_layouts.seed_unsplash),
     ("seed", archive_layouts.seed_real_and_multi_turn),
@@ -54,7 +54,7 @@ def _found(record: Record, expected: Expected) -> Expected:
     )
 
 
-def _check(entries: list[Entry], layout: Layout) -> None:
+def _check(entries: list[Entry], layout: Download) -> None:
     counts = collections.Counter(entry.id for entry in entries)
     assert {id: count for id, count in counts.items() if count > 1} == {}
     records = {entry.id: entry for entry in entries if isinstance(entry, Record)}
@@ -67,7 +67,7 @@ def _check(entries: list[Entry], layout: Layout) -> None:
 
 @pytest.mark.parametrize(("source", "write"), LAYOUTS, ids=[write.__name__ for _, write in LAYOUTS])
 def test_layout_gives_each_triple_once_and_refuses_the_rest_with_reasons(
-    source: str, write: Callable[[pathlib.Path], Layout], tmp_path: pathlib.Path
+    source: str, write: Callable[[pathlib.Path], Download], tmp_path: pathlib.Path
 ) -> None:
     layout = write(tmp_path / "data")
     before = sorted(path for path in tmp_path.rglob("*"))

@@ -17,21 +17,21 @@ from data_pipelines.sources import SOURCES
 from data_pipelines.transforms import fitted
 from tests.data_pipelines.images import opened
 from tests.data_pipelines.sources import archive_layouts, layouts
-from tests.data_pipelines.sources.layouts import Expected, Layout, draw
+from tests.data_pipelines.sources.layouts import Download, Expected, draw
 from varedit_jax.config import DataConfig, EditorConfig
 
 
-def shapes(directory: pathlib.Path) -> Layout:
+def shapes(directory: pathlib.Path) -> Download:
     builder = Shapes(data_dir=directory, train_examples=3, test_examples=1)
     builder.download_and_prepare()
     records = {
         f"train/{i}": Expected(source="", target="", instructions=(example["instruction"].decode(),))
         for i, example in enumerate(builder.as_data_source("train"))
     }
-    return Layout(inputs=[directory], records=records)
+    return Download(inputs=[directory], records=records)
 
 
-WRITERS: dict[str, Callable[[pathlib.Path], Layout]] = {
+WRITERS: dict[str, Callable[[pathlib.Path], Download]] = {
     "seed": archive_layouts.seed_openimages,
     "imgedit": archive_layouts.imgedit,
     "ultraedit": layouts.ultraedit,
