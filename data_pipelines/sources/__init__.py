@@ -17,7 +17,7 @@ What is in memory at a time is one triple, and beside it what a source's own tex
    bounds in memory and in temporary files
 """
 
-import pathlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 
 from data_pipelines.sources import (
@@ -36,6 +36,7 @@ from data_pipelines.sources import (
     x2edit,
 )  # fmt: skip
 from data_pipelines.sources.entries import Entry, Part, Refused, SourceFormat
+from data_pipelines.sources.files import ReadError
 from varedit_jax.errors import UserError
 
 __all__ = ["SOURCES", "Entry", "Part", "Refused", "SourceFormat", "find_parts", "read", "read_part"]
@@ -49,7 +50,7 @@ SOURCES: dict[str, SourceFormat] = {
 }  # fmt: skip
 
 
-def find_parts(source: str, inputs: Sequence[str | pathlib.Path], options: Mapping[str, str] = {}) -> list[Part]:
+def find_parts(source: str, inputs: Sequence[str | os.PathLike[str]], options: Mapping[str, str] = {}) -> list[Part]:
     """Parts of a data set, in order: each is read on its own, and its name stays the same from run to run.
 
     Raises UserError for an unknown source or option, and where nothing of the format is found.
@@ -61,15 +62,24 @@ def find_parts(source: str, inputs: Sequence[str | pathlib.Path], options: Mappi
     for name in options:
         if name not in known:
             raise UserError(f"{source} has no option {name!r}; it has {', '.join(known) or 'none'}")
-    return SOURCES[source].parts([pathlib.Path(path) for path in inputs], options)
+    try:
+        return SOURCES[source].parts([os.path.normpath(path) for path in inputs], options)
+    except ReadError as error:
+        raise UserError(str(error)) from error
 
 
 def read_part(part: Part) -> Iterator[Entry]:
-    """Entries of a part, in the same order every time. Raises UserError if its files are of another format."""
-    return SOURCES[part.source].read(part)
+    """Entries of a part, in the same order every time.
+
+    Raises UserError if its files are of another format, or cannot be read for a reason that is not in them.
+    """
+    try:
+        yield from SOURCES[part.source].read(part)
+    except ReadError as error:
+        raise UserError(str(error)) from error
 
 
-def read(source: str, inputs: Sequence[str | pathlib.Path], options: Mapping[str, str] = {}) -> Iterator[Entry]:
+def read(source: str, inputs: Sequence[str | os.PathLike[str]], options: Mapping[str, str] = {}) -> Iterator[Entry]:
     """Entries of all parts, one after the other."""
     for part in find_parts(source, inputs, options):
         yield from read_part(part)

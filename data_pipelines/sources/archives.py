@@ -1,80 +1,23 @@
 """Tar archives as they are downloaded: split into parts, compressed or not, read without unpacking."""
 
-import bisect
 import gzip
 import io
-import itertools
-import os
-import pathlib
+import posixpath
 import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from data_pipelines.reasons import Reason
 from data_pipelines.sources.entries import MAX_FILE_BYTES
-from data_pipelines.sources.files import safe_name
+from data_pipelines.sources.files import Volume, open_input, safe_name
 from varedit_jax.errors import UserError
 
-_BUFFER = 1 << 17
-_DAMAGE = (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, RecursionError)
+_DAMAGE = (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error, ValueError, RecursionError)
 
 # NAME.tar.gz.part-aa, NAME.tar.gz.part001, NAME.tar.split.000
 _PART = re.compile(r"(?P<name>.+\.(?:tar|tar\.gz|tgz))(?:\.(?:part|split)[-.]?(?P<part>\d+|[A-Za-z]+))?")
-
-
-class Volume(io.RawIOBase):
-    """Files read as if they were one, in the order given."""
-
-    def __init__(self, files: Sequence[str]) -> None:
-        """Raises OSError if one is missing."""
-        self._files = list(files)
-        self._starts = list(itertools.accumulate((os.path.getsize(file) for file in files), initial=0))
-        self._position = 0
-        self._open: tuple[int, Any] | None = None
-
-    def readable(self) -> bool:
-        """Yes."""
-        return True
-
-    def seekable(self) -> bool:
-        """Yes."""
-        return True
-
-    def tell(self) -> int:
-        """Place in the whole."""
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Goes to a place in the whole."""
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._starts[-1]}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        """Reads up to the end of the file that the place lies in."""
-        if self._position >= self._starts[-1]:
-            return 0
-        index = bisect.bisect_right(self._starts, self._position) - 1
-        if self._open is None or self._open[0] != index:
-            self._close_file()
-            self._open = (index, open(self._files[index], "rb", buffering=0))  # noqa: SIM115 - closed by close()
-        file = self._open[1]
-        file.seek(self._position - self._starts[index])
-        count = file.readinto(buffer)
-        self._position += count
-        return count
-
-    def _close_file(self) -> None:
-        if self._open is not None:
-            self._open[1].close()
-            self._open = None
-
-    def close(self) -> None:
-        """Closes the file that is open."""
-        self._close_file()
-        super().close()
 
 
 class Member(NamedTuple):
@@ -92,7 +35,7 @@ class Damage(NamedTuple):
     detail: str
 
 
-def group_parts(files: Sequence[pathlib.Path]) -> dict[str, list[str]]:
+def group_parts(files: Sequence[str]) -> dict[str, list[str]]:
     """Archives by name, each with its parts in order: numbers as numbers, `aa`, `ab`, ... by letters.
 
     Raises UserError if a part before the last is missing, since all after it could not be read. Letters begin with
@@ -100,17 +43,18 @@ def group_parts(files: Sequence[pathlib.Path]) -> dict[str, list[str]]:
     """
     groups: dict[str, dict[int, str]] = {}
     for file in files:
-        if match := _PART.fullmatch(file.name):
+        directory, name = posixpath.split(file)
+        if match := _PART.fullmatch(name):
             number = _part_number(match["part"] or "0")
-            groups.setdefault(str(file.with_name(match["name"])), {})[number] = str(file)
+            groups.setdefault(posixpath.join(directory, match["name"]), {})[number] = file
     for name, parts in groups.items():
-        first = pathlib.Path(parts[min(parts)]).name
+        first = posixpath.basename(parts[min(parts)])
         if min(parts) > int(first[-1].isdecimal()):
             raise UserError(f"the parts of {name} that are there begin with {first}; download those before it too")
         for number in range(min(parts), max(parts)):
             if number not in parts:
                 raise UserError(
-                    f"{name} has {len(parts)} parts, but the one after {pathlib.Path(parts[number - 1]).name} is "
+                    f"{name} has {len(parts)} parts, but the one after {posixpath.basename(parts[number - 1])} is "
                     f"missing; download it too"
                 )
     return {name: [parts[number] for number in sorted(parts)] for name, parts in sorted(groups.items())}
@@ -128,7 +72,7 @@ def _part_number(part: str) -> int:
 
 def is_compressed(files: Sequence[str]) -> bool:
     """Whether an archive is compressed with gzip, whatever its name."""
-    with open(files[0], "rb") as file:
+    with open_input(files[0], buffer=16) as file:
         return file.read(2) == b"\x1f\x8b"
 
 
@@ -164,11 +108,10 @@ def members(files: Sequence[str], wanted: Callable[[str], bool] | None = None) -
     Only those whose names are `wanted` are read. Names that leave the directory, links, devices and absurd sizes are
     refused; so is the rest of an archive from where it is damaged or cut short.
     """
-    archive = pathlib.Path(files[0]).name
     try:
-        with Volume(files) as volume, io.BufferedReader(volume, _BUFFER) as buffered:
+        with open_input(*files) as file:
             # Sought forward only, which in a compressed stream is reading on.
-            stream = io.BufferedReader(gzip.GzipFile(fileobj=buffered), _BUFFER) if is_compressed(files) else buffered  # type: ignore[type-var]
+            stream = io.BufferedReader(gzip.GzipFile(fileobj=file), 1 << 17) if is_compressed(files) else file  # type: ignore[type-var]
             with tarfile.open(fileobj=stream, mode="r:") as tar:
                 for info in _infos(tar):
                     if info.isdir():
@@ -179,7 +122,11 @@ def members(files: Sequence[str], wanted: Callable[[str], bool] | None = None) -
                     elif wanted is None or wanted(str(name)):
                         yield Member(str(name), tar.extractfile(info).read())  # type: ignore[union-attr]
     except _DAMAGE as error:
-        yield Damage(archive, Reason.ARCHIVE, str(error) or type(error).__name__)
+        yield _cut_short(files, error)
+
+
+def _cut_short(files: Sequence[str], error: Exception) -> Damage:
+    return Damage(posixpath.basename(files[0]), Reason.ARCHIVE, str(error) or type(error).__name__)
 
 
 def tail(name: str, components: int = 2) -> str:
@@ -201,11 +148,11 @@ class TarIndex:
         self._volume = Volume(files)
         try:
             # A small buffer: between headers it is sought ahead.
-            with io.BufferedReader(Volume(files), 1 << 13) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            with open_input(*files, buffer=1 << 13) as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 for info in _infos(tar):
                     self._add(info)
         except _DAMAGE as error:
-            self.damage.append(Damage(pathlib.Path(files[0]).name, Reason.ARCHIVE, str(error) or type(error).__name__))
+            self.damage.append(_cut_short(files, error))
 
     def _add(self, info: tarfile.TarInfo) -> None:
         if info.isdir():
@@ -221,7 +168,11 @@ class TarIndex:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._volume.close()
+        self.release()
+
+    def release(self) -> None:
+        """Closes the file that is open, until more is read."""
+        self._volume.release()
 
     def read(self, name: str) -> bytes | Reason:
         """A file's bytes, or why there are none: MISSING, AMBIGUOUS, or ARCHIVE where the archive is cut short."""

@@ -1,7 +1,6 @@
 """What sources give: records, and what they had to leave out with the reason."""
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -46,7 +45,7 @@ class SourceFormat:
     name: str
     license: str
     # Files and directories to parts, in order. Raises UserError if there is nothing of the format there.
-    parts: Callable[[Sequence[pathlib.Path], Mapping[str, str]], list[Part]]
+    parts: Callable[[Sequence[str], Mapping[str, str]], list[Part]]
     read: Callable[[Part], Iterator[Entry]]
     options: tuple[str, ...] = ()  # names of what `parts` takes beside paths
 

@@ -1,10 +1,16 @@
-"""Files of a data set as it was downloaded: found by name, lists read entry by entry, images read by safe names."""
+"""Files of a data set as it was downloaded: found by name, read as bytes or entry by entry, images by safe names."""
 
+import bisect
+import contextlib
 import errno
 import fnmatch
+import io
+import itertools
 import json
-import pathlib
+import os
+import posixpath
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,8 +18,98 @@ from data_pipelines.reasons import Reason
 from data_pipelines.sources.entries import MAX_FILE_BYTES, Refused
 from varedit_jax.errors import UserError
 
+_BUFFER = 1 << 17
 _SPACE = " \t\r\n"
+# Of a name that no file has; some texts in place of a name are too long for one.
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 _OUTSIDE = re.compile(r"^/|^[A-Za-z]:|[\\\0]")  # absolute paths, and characters that other systems take for more
+
+
+class ReadError(Exception):
+    """An input cannot be read, for a reason that is not in its data: permission, a bad disk, no free file handle.
+
+    Its text is one sentence for the user. It is neither an OSError nor a ValueError, which is what parsers raise.
+    """
+
+
+@contextlib.contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Turns whatever is raised in the block, which reads bytes and parses nothing, into a ReadError."""
+    try:
+        yield
+    except Exception as error:  # clients of networks have classes of their own
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ReadError(f"cannot read {path}: {reason}; put it right and run the same command again") from error
+
+
+class Volume(io.RawIOBase):
+    """Files read as if they were one, in the order given; one of them is open at a time.
+
+    Whatever fails is a ReadError, so that an exception of a parser is about the data.
+    """
+
+    def __init__(self, files: Sequence[str]) -> None:
+        """Raises ReadError if one is missing."""
+        self._files, self._position = list(files), 0
+        self._open: tuple[int, Any] | None = None
+        sizes = []
+        for file in files:
+            with reading(file):
+                sizes.append(os.path.getsize(file))
+        self._starts = list(itertools.accumulate(sizes, initial=0))
+
+    def readable(self) -> bool:
+        """Returns True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Returns True."""
+        return True
+
+    def tell(self) -> int:
+        """Returns the place in the whole."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Moves to a place in the whole, and returns it."""
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._starts[-1]}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Reads up to the end of the file that the place lies in."""
+        if self._position >= self._starts[-1]:
+            return 0
+        index = bisect.bisect_right(self._starts, self._position) - 1
+        with reading(self._files[index]):
+            if self._open is None or self._open[0] != index:
+                self.release()
+                self._open = (index, open(self._files[index], "rb", buffering=0))  # noqa: SIM115 - closed by release()
+            file = self._open[1]
+            file.seek(self._position - self._starts[index])
+            count = file.readinto(buffer)
+        self._position += count
+        return count
+
+    def release(self) -> None:
+        """Closes the file that is open, until more is read."""
+        if self._open is not None:
+            self._open[1].close()
+            self._open = None
+
+    def close(self) -> None:
+        """Closes the file that is open."""
+        self.release()
+        super().close()
+
+
+def open_input(*files: str, buffer: int = _BUFFER) -> io.BufferedReader:
+    """Opens files as one, to be read and sought in. Reading raises ReadError where the machine fails."""
+    return io.BufferedReader(Volume(files), buffer)
+
+
+def _open_text(path: str) -> io.TextIOWrapper:
+    return io.TextIOWrapper(open_input(path), encoding="utf-8", errors="replace")
 
 
 def safe_name(name: object) -> str | None:
@@ -24,47 +120,57 @@ def safe_name(name: object) -> str | None:
     return "/".join(pieces) if pieces and ".." not in pieces else None
 
 
-def find(inputs: Sequence[pathlib.Path], *patterns: str) -> list[pathlib.Path]:
+def find(inputs: Sequence[str], *patterns: str) -> list[str]:
     """Files given, or lying anywhere under directories given, whose path ends like one of the patterns; sorted.
 
     Patterns are of `fnmatch`, matched with the last components: `annotations/split_*.jsonl`. Raises UserError if an
-    input does not exist.
+    input does not exist, ReadError if a directory cannot be listed.
     """
     found = set()
     for path in inputs:
-        if not path.exists():
+        if not os.path.exists(path):
             raise UserError(f"there is no {path}; give files or directories as they were downloaded")
-        for file in path.rglob("*") if path.is_dir() else [path]:
-            name = f"/{file.as_posix()}"
-            if any(fnmatch.fnmatchcase(name, f"*/{pattern}") for pattern in patterns) and file.is_file():
+        for file in _walk(path) if os.path.isdir(path) else [path]:
+            if any(fnmatch.fnmatchcase(f"/{file}", f"*/{pattern}") for pattern in patterns) and os.path.isfile(file):
                 found.add(file)
-    return sorted(found)
+    return sorted(found, key=lambda file: file.split("/"))
 
 
-def distinct(files: Sequence[pathlib.Path]) -> Sequence[pathlib.Path]:
+def _walk(directory: str) -> Iterator[str]:
+    def refuse(error: OSError) -> None:
+        raise error
+
+    with reading(directory):
+        for above, _, names in os.walk(directory, onerror=refuse):
+            yield from (posixpath.join(above, name) for name in names)
+
+
+def distinct(files: Sequence[str]) -> Sequence[str]:
     """The same files. Raises UserError if two have the same name, where ids of records are made of it."""
-    known: dict[str, pathlib.Path] = {}
+    known: dict[str, str] = {}
     for file in files:
-        if known.setdefault(file.name, file) != file:
+        if (other := known.setdefault(posixpath.basename(file), file)) != file:
             raise UserError(
-                f"{known[file.name]} and {file} have the same name, and so would their records; give one of them, or "
-                f"rename it"
+                f"{other} and {file} have the same name, and so would their records; give one of them, or rename it"
             )
     return files
 
 
-def relative_name(file: pathlib.Path, inputs: Sequence[pathlib.Path]) -> str:
+def relative_name(file: str, inputs: Sequence[str]) -> str:
     """Name of a file below the directory that was given, or its own name where it was given itself."""
-    for path in inputs:
-        if path.is_dir() and file.is_relative_to(path):
-            return file.relative_to(path).as_posix()
-    return file.name
+    above = next((path for path in inputs if file.startswith(f"{path.rstrip('/')}/")), posixpath.dirname(file))
+    return file[len(above.rstrip("/")) + 1 :]
+
+
+def stem(path: str) -> str:
+    """Name of a file without its last suffix."""
+    return posixpath.splitext(posixpath.basename(path))[0]
 
 
 def read_lines(path: str, dataset: str) -> Iterator[tuple[str, dict[str, Any] | Refused]]:
     """Objects of a JSONL file with their place, FILE:LINE; what cannot be read is Refused. Empty lines are passed."""
-    name = pathlib.Path(path).name
-    with open(path, encoding="utf-8", errors="replace") as file:
+    name = posixpath.basename(path)
+    with _open_text(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -86,7 +192,7 @@ def json_items(path: str) -> Iterator[tuple[str, Any]]:
     Memory is that of the largest entry. Raises ValueError where the file is not JSON, or is neither.
     """
     decoder = json.JSONDecoder()
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with _open_text(path) as file:
         text, at = "", 0
 
         def skip(characters: str) -> str:
@@ -116,7 +222,7 @@ def json_items(path: str) -> Iterator[tuple[str, Any]]:
                         at = end
                         return found
                 except RecursionError as error:
-                    raise ValueError(f"{pathlib.Path(path).name} is nested too deeply") from error
+                    raise ValueError(f"{posixpath.basename(path)} is nested too deeply") from error
                 except ValueError:
                     more = file.read(max(1 << 20, len(text)))
                     if not more:
@@ -125,51 +231,55 @@ def json_items(path: str) -> Iterator[tuple[str, Any]]:
 
         opening = skip(_SPACE)
         if opening not in ("[", "{"):
-            raise ValueError(f"{pathlib.Path(path).name} is neither a JSON array nor a JSON object")
+            raise ValueError(f"{posixpath.basename(path)} is neither a JSON array nor a JSON object")
         at += 1
         closing, position = ("]", 0) if opening == "[" else ("}", 0)
         while (character := skip(_SPACE + ",")) != closing:
             if not character:
-                raise ValueError(f"{pathlib.Path(path).name} ends inside of its {position}th entry")
+                raise ValueError(f"{posixpath.basename(path)} ends inside of its {position}th entry")
             if opening == "[":
                 yield str(position), value()
             else:
                 key = value()
                 if skip(_SPACE) != ":":
-                    raise ValueError(f"{pathlib.Path(path).name} has no value for the key {key!r}")
+                    raise ValueError(f"{posixpath.basename(path)} has no value for the key {key!r}")
                 at += 1
                 yield str(key), value()
             position += 1
 
 
-def _lies_in(path: pathlib.Path, directory: pathlib.Path) -> bool:
+def _lies_in(path: str, directory: str) -> bool:
     """Returns True if a file, links resolved, lies in a directory; the Hub's cache links snapshots/ to blobs/."""
-    if path.is_relative_to(directory.resolve()):
+    real, above = os.path.realpath(path), os.path.realpath(directory)
+    if real.startswith(f"{above.rstrip('/')}/"):
         return True
-    snapshots = [above for above in directory.absolute().parents if above.name == "snapshots"]
-    return any(path.parent == (above.parent / "blobs").resolve() for above in snapshots)
+    cache, snapshots, _ = f"{os.path.abspath(directory)}/".rpartition("/snapshots/")
+    return bool(snapshots) and os.path.dirname(real) == os.path.realpath(f"{cache}/blobs")
 
 
-def read_below(directories: Sequence[pathlib.Path], name: object) -> bytes | Reason:
+def read_below(directories: Sequence[str], name: object) -> bytes | Reason:
     """Bytes of the file `name` in the first directory that has it; MISSING, UNSAFE or SIZE if there are none.
 
     A name never leads out of the directories, not over links either; those of the Hub's cache are followed. Raises
-    UserError if a file cannot be read.
+    ReadError if a file is there and cannot be read.
     """
     plain = safe_name(name)
     if plain is None:
         return Reason.UNSAFE if name else Reason.MISSING
     for directory in directories:
-        path = directory / plain
-        try:
-            if path.is_file():
-                if not _lies_in(path.resolve(), directory):
+        path = posixpath.join(directory, plain)
+        with reading(path):
+            try:
+                status = os.stat(path)
+            except (OSError, UnicodeEncodeError) as error:
+                if isinstance(error, OSError) and error.errno not in _NO_FILE:
+                    raise
+                continue
+            if stat.S_ISREG(status.st_mode):
+                if not _lies_in(path, directory):
                     return Reason.UNSAFE
-                return path.read_bytes() if path.stat().st_size <= MAX_FILE_BYTES else Reason.SIZE
-        except OSError as error:
-            if error.errno == errno.ENAMETOOLONG:  # some text in place of a name
-                return Reason.MISSING
-            raise UserError(
-                f"cannot read {path}: {error.strerror}; put it right and run the same command again"
-            ) from error
+                if status.st_size > MAX_FILE_BYTES:
+                    return Reason.SIZE
+                with open(path, "rb") as file:
+                    return file.read()
     return Reason.MISSING

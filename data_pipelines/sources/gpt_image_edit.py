@@ -7,7 +7,7 @@ read at two places at once.
 """
 
 import json
-import pathlib
+import posixpath
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from data_pipelines.reasons import Reason
 from data_pipelines.sources.archives import Member, group_parts, members
 from data_pipelines.sources.entries import Entry, Part, Refused, SourceFormat
-from data_pipelines.sources.files import find, json_items, safe_name
+from data_pipelines.sources.files import find, json_items, safe_name, stem
 from data_pipelines.sources.join import Stream, Wanted, joined
 from varedit_jax.errors import UserError
 
@@ -32,25 +32,25 @@ _TRAINING = {
 }
 
 
-def _parts(inputs: Sequence[pathlib.Path], options: Mapping[str, str]) -> list[Part]:
+def _parts(inputs: Sequence[str], options: Mapping[str, str]) -> list[Part]:
     archives = group_parts(find(inputs, "*.tar.gz", "*.tar.gz.part*"))
     if not archives:
-        raise UserError(f"there is no *.tar.gz.part* under {', '.join(map(str, inputs))}; give the directory gpt-edit")
-    lists = [file for file in find(inputs, "*.json") if file.stem in _TRAINING]
+        raise UserError(f"there is no *.tar.gz.part* under {', '.join(inputs)}; give the directory gpt-edit")
+    lists = [file for file in find(inputs, "*.json") if stem(file) in _TRAINING]
     parts = []
     for name, files in archives.items():
-        family = pathlib.Path(name).name.split(".")[0]
-        own = [str(file) for file in lists if _TRAINING[file.stem].split("/")[0] == family]
+        family = posixpath.basename(name).split(".")[0]
+        own = [file for file in lists if _TRAINING[stem(file)].split("/")[0] == family]
         parts.append(Part(source=_NAME, name=family, files=(*files, *own)))
     return parts
 
 
 def _read(part: Part) -> Iterator[Entry]:
     archive = [file for file in part.files if not file.endswith(".json")]
-    lists = [(file, _TRAINING[pathlib.Path(file).stem]) for file in part.files if file.endswith(".json")]
-    with tempfile.TemporaryDirectory(prefix="gpt-image-edit-") as directory:
+    lists = [(file, _TRAINING[stem(file)]) for file in part.files if file.endswith(".json")]
+    with tempfile.TemporaryDirectory(prefix="gpt-image-edit-", ignore_cleanup_errors=True) as directory:
         if not lists:
-            lists = list(_lists_inside(archive, pathlib.Path(directory)))
+            lists = list(_lists_inside(archive, directory))
         if not lists:
             yield Refused(id=part.name, dataset=_NAME, reason=Reason.ANNOTATION, detail="no list of its edits")
         sides = [Stream([archive], lambda name, side=side: _below(name, side)) for side in ("input", "output")]  # type: ignore[misc]
@@ -62,23 +62,23 @@ def _below(name: str, side: str) -> str | None:
     return name.removeprefix("gpt-edit/") if side in name.split("/")[:-1] else None
 
 
-def _lists_inside(archive: Sequence[str], directory: pathlib.Path) -> Iterator[tuple[str, str]]:
+def _lists_inside(archive: Sequence[str], directory: str) -> Iterator[tuple[str, str]]:
     """Lists found in the archive, put aside, and the directories that their names are below of."""
     for member in members(archive, wanted=lambda name: name.endswith(".json") and "/metadata/" in name):
         if isinstance(member, Member):
-            path = directory / pathlib.PurePosixPath(member.name).name
-            path.write_bytes(member.data)
-            yield str(path), member.name.removeprefix("gpt-edit/").split("/metadata/")[0]
+            path = posixpath.join(directory, posixpath.basename(member.name))
+            with open(path, "wb") as file:
+                file.write(member.data)
+            yield path, member.name.removeprefix("gpt-edit/").split("/metadata/")[0]
 
 
 def _annotations(lists: Sequence[tuple[str, str]]) -> Iterator[Wanted | Refused]:
     for file, above in lists:
-        stem = pathlib.Path(file).stem
         try:
             for position, value in json_items(file):
-                yield _wanted(f"{stem}/{position}", above, value if isinstance(value, dict) else {})
+                yield _wanted(f"{stem(file)}/{position}", above, value if isinstance(value, dict) else {})
         except ValueError as error:
-            yield Refused(id=stem, dataset=_NAME, reason=Reason.ANNOTATION, detail=str(error))
+            yield Refused(id=stem(file), dataset=_NAME, reason=Reason.ANNOTATION, detail=str(error))
 
 
 def _wanted(id: str, above: str, value: Mapping[str, Any]) -> Wanted | Refused:

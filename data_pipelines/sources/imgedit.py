@@ -15,8 +15,9 @@ searched in place of another.
 A turn without images sets a rule for the turns after it; they get it in front of their own instruction.
 """
 
+import collections
 import contextlib
-import pathlib
+import posixpath
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -27,11 +28,12 @@ from data_pipelines.reasons import Reason
 from data_pipelines.record import finite_scores
 from data_pipelines.sources.archives import TarIndex, first_name, group_parts, is_compressed
 from data_pipelines.sources.entries import Entry, Part, Refused, SourceFormat, make_entry
-from data_pipelines.sources.files import distinct, find, json_items, relative_name, safe_name
+from data_pipelines.sources.files import distinct, find, json_items, open_input, relative_name, safe_name, stem
 from data_pipelines.sources.tables import read_table
 from varedit_jax.errors import UserError
 
 _NAME = "imgedit"
+_OPEN = 32  # archives
 _SCORES = "all_dataset_gpt_score.json"
 
 # What scores are listed under where it is not the directory of the images.
@@ -42,36 +44,35 @@ _SCORED_AS = {
 }
 
 
-def _parts(inputs: Sequence[pathlib.Path], options: Mapping[str, str]) -> list[Part]:
+def _parts(inputs: Sequence[str], options: Mapping[str, str]) -> list[Part]:
     tables = distinct(find(inputs, "*.parquet"))
     archives = find(inputs, "*.tar", "*.tar.split.*", "*.tar.part*")
-    archives = [file for file in archives if not file.name.startswith("Benchmark.tar")]
+    archives = [file for file in archives if not posixpath.basename(file).startswith("Benchmark.tar")]
     if not tables or not archives:
         lacks = "*.parquet" if not tables else "*.tar.split.*"
-        raise UserError(f"there is no {lacks} under {', '.join(map(str, inputs))}; give the directory of ImgEdit")
-    scores = [str(file) for file in find(inputs, _SCORES)]
+        raise UserError(f"there is no {lacks} under {', '.join(inputs)}; give the directory of ImgEdit")
+    scores = find(inputs, _SCORES)
     return [
-        Part(source=_NAME, name=relative_name(table, inputs), files=(str(table), *map(str, archives), *scores))
-        for table in tables
+        Part(source=_NAME, name=relative_name(table, inputs), files=(table, *archives, *scores)) for table in tables
     ]
 
 
 def _read(part: Part) -> Iterator[Entry]:
     table, *others = part.files
-    archives = group_parts([pathlib.Path(file) for file in others if not file.endswith(".json")])
-    stem = pathlib.Path(table).stem
+    archives = group_parts([file for file in others if not file.endswith(".json")])
+    name = stem(table)
     with contextlib.ExitStack() as stack:
-        images = _Images(stem, archives, stack)
+        images = _Images(name, archives, stack)
         scores = _Scores([file for file in others if file.endswith(".json")])
         for number, row in read_table(part, *_columns(table)):
             if isinstance(row, Refused):
                 yield row
                 continue
-            turns, id = row.get("data"), f"{stem}/{number}"
+            turns, id = row.get("data"), f"{name}/{number}"
             if turns is None:
-                yield _entry(id, stem, row, [row.get("prompt")], 0, images, scores)
+                yield _entry(id, name, row, [row.get("prompt")], 0, images, scores)
             else:
-                yield from _session(id, stem, turns, images, scores)
+                yield from _session(id, name, turns, images, scores)
         for index in images.indices.values():
             for damage in index.damage:
                 yield Refused(id=damage.name, dataset=_NAME, reason=damage.reason, detail=damage.detail)
@@ -79,13 +80,13 @@ def _read(part: Part) -> Iterator[Entry]:
 
 def _columns(table: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Needed and other columns: a table is of sessions or of single turns."""
-    with contextlib.suppress(OSError, ValueError):  # damage is met again, and told, when rows are read
-        if "data" in pq.read_schema(table).names:
+    with open_input(table) as file, contextlib.suppress(OSError, ValueError):  # damage is met again by read_table
+        if "data" in pq.read_schema(file).names:
             return ("data",), ()
     return ("input_images", "output_images", "prompt"), ()
 
 
-def _session(id: str, stem: str, turns: Sequence[Any], images: "_Images", scores: "_Scores") -> Iterator[Entry]:
+def _session(id: str, table: str, turns: Sequence[Any], images: "_Images", scores: "_Scores") -> Iterator[Entry]:
     rules: list[str] = []
     for turn, value in enumerate(each or {} for each in turns):
         if not value.get("input_images") and not value.get("output_images"):
@@ -94,12 +95,12 @@ def _session(id: str, stem: str, turns: Sequence[Any], images: "_Images", scores
             continue
         prompt = value.get("prompt")
         instruction = " ".join([*rules, prompt]) if isinstance(prompt, str) and prompt.strip() else None
-        yield _entry(f"{id}/{turn}", stem, value, [instruction], turn, images, scores)
+        yield _entry(f"{id}/{turn}", table, value, [instruction], turn, images, scores)
 
 
 def _entry(
     id: str,
-    stem: str,
+    table: str,
     value: Mapping[str, Any],
     instructions: Sequence[Any],
     turn: int,
@@ -121,7 +122,7 @@ def _entry(
         dataset=_NAME,
         **sides,
         instructions=instructions,
-        kind=re.sub(r"_part\d+$", "", stem),
+        kind=re.sub(r"_part\d+$", "", table),
         turn=turn,
         scores=scores.of(directory, sample),
         original=sample,  # of LAION, and named alike in all archives
@@ -134,12 +135,13 @@ def _directory(name: str) -> str:
 
 
 class _Images:
-    """Images of a table by their names."""
+    """Images of a table by their names. Of its archives the `_OPEN` last used are open."""
 
-    def __init__(self, stem: str, archives: Mapping[str, Sequence[str]], stack: contextlib.ExitStack) -> None:
-        self._stem, self._archives, self._stack = stem, archives, stack
+    def __init__(self, table: str, archives: Mapping[str, Sequence[str]], stack: contextlib.ExitStack) -> None:
+        self._table, self._archives, self._stack = table, archives, stack
         self._first = {name: _first_name(files) for name, files in archives.items()}
         self._chosen: dict[str, list[str]] = {}  # archives by the directory in names
+        self._used: collections.OrderedDict[str, None] = collections.OrderedDict()
         self.indices: dict[str, TarIndex] = {}
 
     def read(self, name: Any) -> bytes | Reason:
@@ -153,6 +155,10 @@ class _Images:
         for archive in self._chosen[directory]:
             if archive not in self.indices:
                 self.indices[archive] = self._stack.enter_context(TarIndex(self._archives[archive]))
+            self._used[archive] = None
+            self._used.move_to_end(archive)
+            if len(self._used) > _OPEN:
+                self.indices[self._used.popitem(last=False)[0]].release()
             # Some tables leave out the one directory that an archive has.
             found = self.indices[archive].read(plain if "/" in plain else f"{_parent(self._first[archive])}/{plain}")
             if isinstance(found, bytes):
@@ -161,7 +167,7 @@ class _Images:
 
     def _choose(self, directory: str) -> list[str]:
         same = [name for name, first in self._first.items() if directory and directory in first.split("/")[:-2]]
-        like = [name for name in self._archives if _plain(pathlib.Path(name).stem) == _plain(self._stem)]
+        like = [name for name in self._archives if _plain(stem(name)) == _plain(self._table)]
         return same or like
 
 
@@ -176,8 +182,8 @@ def _parent(name: str) -> str:
     return name.rpartition("/")[0].rpartition("/")[2]
 
 
-def _plain(stem: str) -> str:
-    return stem.removeprefix("results_").replace("_laion", "")
+def _plain(name: str) -> str:
+    return name.removeprefix("results_").replace("_laion", "")
 
 
 class _Scores:

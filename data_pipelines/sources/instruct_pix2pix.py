@@ -6,7 +6,7 @@ The original has `seeds.json`, pairs [name, [seed, ...]], and for each name a di
 
 import contextlib
 import json
-import pathlib
+import posixpath
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,16 @@ from data_pipelines.reasons import Reason
 from data_pipelines.record import finite_scores
 from data_pipelines.sources.archives import tail
 from data_pipelines.sources.entries import MAX_FILE_BYTES, Entry, Part, Refused, SourceFormat, make_entry
-from data_pipelines.sources.files import distinct, find, json_items, read_below, relative_name, safe_name
+from data_pipelines.sources.files import (
+    distinct,
+    find,
+    json_items,
+    open_input,
+    read_below,
+    relative_name,
+    safe_name,
+    stem,
+)
 from data_pipelines.sources.tables import image_bytes, read_table
 from varedit_jax.errors import UserError
 
@@ -24,20 +33,20 @@ _NAME = "instruct_pix2pix"
 _SCORES = ("clip_sim_0", "clip_sim_1", "clip_sim_dir", "clip_sim_image")
 
 
-def _parts(inputs: Sequence[pathlib.Path], options: Mapping[str, str]) -> list[Part]:
+def _parts(inputs: Sequence[str], options: Mapping[str, str]) -> list[Part]:
     parts = [
-        Part(source=_NAME, name=relative_name(file, inputs), files=(str(file),))
+        Part(source=_NAME, name=relative_name(file, inputs), files=(file,))
         for file in distinct(find(inputs, "*.parquet"))
     ]
     for seeds in find(inputs, "seeds.json"):
-        name, zips = relative_name(seeds, inputs), find([seeds.parent], "*.zip")
-        for store in zips:
-            parts.append(Part(source=_NAME, name=relative_name(store, inputs), files=(str(seeds), str(store))))
+        directory = posixpath.dirname(seeds)
+        zips = find([directory], "*.zip")
+        parts += [Part(source=_NAME, name=relative_name(store, inputs), files=(seeds, store)) for store in zips]
         if not zips:
-            parts.append(Part(source=_NAME, name=name, files=(str(seeds), str(seeds.parent))))
+            parts.append(Part(source=_NAME, name=relative_name(seeds, inputs), files=(seeds, directory)))
     if not parts:
         raise UserError(
-            f"there is neither a *.parquet nor a seeds.json under {', '.join(map(str, inputs))}; "
+            f"there is neither a *.parquet nor a seeds.json under {', '.join(inputs)}; "
             f"give the data set as it was downloaded"
         )
     return parts
@@ -50,21 +59,20 @@ def _read(part: Part) -> Iterator[Entry]:
     seeds, store = part.files
     try:
         with contextlib.ExitStack() as stack:
-            files: _Files = _Directory(store) if pathlib.Path(store).is_dir() else stack.enter_context(_Zip(store))
+            files: _Files = stack.enter_context(_Zip(store)) if store.endswith(".zip") else _Directory(store)
             for _, value in json_items(seeds):
                 yield from _read_directory(files, value)
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
         yield Refused(id=part.name, dataset=_NAME, reason=Reason.ARCHIVE, detail=str(error))
 
 
 def _read_table(part: Part) -> Iterator[Entry]:
-    stem = pathlib.Path(part.files[0]).stem
     for number, row in read_table(part, ("original_image", "edit_prompt", "edited_image")):
         if isinstance(row, Refused):
             yield row
         else:
             yield make_entry(
-                id=f"{stem}/{number}",
+                id=f"{stem(part.files[0])}/{number}",
                 dataset=_NAME,
                 source=image_bytes(row["original_image"]),
                 target=image_bytes(row["edited_image"]),
@@ -82,7 +90,7 @@ class _Files(Protocol):
 
 class _Directory:
     def __init__(self, path: str) -> None:
-        self._path = pathlib.Path(path)
+        self._path = path
 
     def has(self, directory: str) -> bool:
         return True
@@ -96,7 +104,8 @@ class _Zip:
     """A zip file. Its directories are known by their names alone, whatever they lie in."""
 
     def __init__(self, path: str) -> None:
-        self._zip = zipfile.ZipFile(path)
+        self._file = open_input(path)
+        self._zip = zipfile.ZipFile(self._file)
         self._names: dict[str, str] = {}  # of members by their last two components
         for info in self._zip.infolist():
             name = safe_name(info.filename)
@@ -109,6 +118,7 @@ class _Zip:
 
     def __exit__(self, *_: object) -> None:
         self._zip.close()
+        self._file.close()
 
     def has(self, directory: str) -> bool:
         return tail(directory, 1) in self._directories

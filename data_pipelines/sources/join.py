@@ -56,10 +56,6 @@ class Lost(NamedTuple):
     names: tuple[str, ...]  # of the missing images
 
 
-class _NoRoom(Exception):
-    """The disk has less room than it may take."""
-
-
 class _Held:
     """Images waiting for their partners."""
 
@@ -75,17 +71,14 @@ class _Held:
         return image in self._images
 
     def add(self, image: tuple[int, str], data: bytes, awaited: int) -> bool:
-        """Whether there was room."""
+        """Keeps an image; returns False if there is no room."""
         place = next((i for i in (0, 1) if self._used[i] + len(data) <= self._limits[i]), None)
         if place is None:
             return False
         kept: bytes | int = data
         if place == 1:
             kept = next(self._files)
-            try:
-                self._file(kept).write_bytes(data)
-            except OSError as error:
-                raise _NoRoom(error.strerror) from error
+            self._file(kept).write_bytes(data)
         self._used[place] += len(data)
         self._images[image] = (kept, len(data), awaited)
         self.by_stream[image[0]] += len(data)
@@ -122,13 +115,13 @@ def join(
     temporary directory lies where TMPDIR says. Raises UserError if it has no room.
     """
     try:
-        with tempfile.TemporaryDirectory(prefix="join-") as name:
+        with tempfile.TemporaryDirectory(prefix="join-", ignore_cleanup_errors=True) as name:
             yield from _join(pathlib.Path(name), streams, wanted, memory_bytes, disk_bytes)
-    except (sqlite3.Error, _NoRoom) as error:
+    except (sqlite3.Error, OSError) as error:  # of the temporary directory: archives raise ReadError
         raise UserError(
-            f"what waits for its partners cannot be kept in {tempfile.gettempdir()}: {error}; set TMPDIR to a "
-            f"directory "
-            f"with {disk_bytes / 2**30:.3g} GiB of room"
+            f"what waits for its partners cannot be kept in {tempfile.gettempdir()}: "
+            f"{getattr(error, 'strerror', None) or error}; set TMPDIR to a directory with "
+            f"{disk_bytes / 2**30:.3g} GiB of room"
         ) from error
 
 

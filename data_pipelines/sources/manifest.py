@@ -6,47 +6,44 @@ be said of a record: `id`, `instructions` (other wordings), `kind`, `turn`, `sco
 the name of the list.
 """
 
-import pathlib
+import os
+import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from data_pipelines.reasons import Reason
 from data_pipelines.record import finite_scores
 from data_pipelines.sources.entries import Entry, Part, Refused, SourceFormat, make_entry
-from data_pipelines.sources.files import distinct, find, read_below, read_lines, relative_name
+from data_pipelines.sources.files import distinct, find, read_below, read_lines, relative_name, stem
 from varedit_jax.errors import UserError
 
 
-def _parts(inputs: Sequence[pathlib.Path], options: Mapping[str, str]) -> list[Part]:
+def _parts(inputs: Sequence[str], options: Mapping[str, str]) -> list[Part]:
     files = distinct(find(inputs, "*.jsonl"))
     if not files:
-        raise UserError(f"there is no *.jsonl under {', '.join(map(str, inputs))}; give a list of images")
-    root = pathlib.Path(options["root"]) if options.get("root") else None
-    if root and not root.is_dir():
+        raise UserError(f"there is no *.jsonl under {', '.join(inputs)}; give a list of images")
+    root = options.get("root")
+    if root and not os.path.isdir(root):
         raise UserError(f"root is {root}, which is no directory; give the one that names of images are relative to")
-    return [
-        Part(source="manifest", name=relative_name(file, inputs), files=(str(file),), options=options) for file in files
-    ]
+    return [Part(source="manifest", name=relative_name(file, inputs), files=(file,), options=options) for file in files]
 
 
 def _read(part: Part) -> Iterator[Entry]:
-    file = pathlib.Path(part.files[0])
-    dataset = part.options.get("dataset") or file.stem
-    root = pathlib.Path(part.options.get("root") or file.parent)
-    for place, value in read_lines(str(file), dataset):
+    [file] = part.files
+    dataset = part.options.get("dataset") or stem(file)
+    root = os.path.abspath(part.options.get("root") or posixpath.dirname(file))
+    for place, value in read_lines(file, dataset):
         yield value if isinstance(value, Refused) else _convert(value, place, dataset, root)
 
 
-def _convert(value: Mapping[str, Any], place: str, dataset: str, root: pathlib.Path) -> Entry:
+def _convert(value: Mapping[str, Any], place: str, dataset: str, root: str) -> Entry:
     id = str(place if value.get("id") in (None, "") else value["id"])
     sides: dict[str, bytes] = {}
     for side in ("source", "target", "mask"):
         name = value.get(side)
         if name is None and side == "mask":
             continue
-        if isinstance(name, str) and pathlib.Path(name).is_relative_to(root.absolute()):
-            name = pathlib.Path(name).relative_to(root.absolute()).as_posix()
-        data = read_below([root], name)
+        data = read_below([root], name.removeprefix(f"{root}/") if isinstance(name, str) else name)
         if isinstance(data, Reason):
             return Refused(id=id, dataset=dataset, reason=data, detail=f"{side}: {value.get(side)!r}"[:200])
         sides[side] = data

@@ -2,28 +2,28 @@
 tables that others made of it, with the images in them.
 """
 
-import pathlib
+import posixpath
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from data_pipelines.reasons import Reason
 from data_pipelines.sources.entries import Entry, Part, Refused, SourceFormat, make_entry
-from data_pipelines.sources.files import find, read_below, read_lines, relative_name
+from data_pipelines.sources.files import find, read_below, read_lines, relative_name, stem
 from data_pipelines.sources.tables import image_bytes, read_table
 from varedit_jax.errors import UserError
 
 _NAME, _LICENSE = "nhr_edit", "Apache-2.0"
 
 
-def _parts(inputs: Sequence[pathlib.Path], options: Mapping[str, str]) -> list[Part]:
+def _parts(inputs: Sequence[str], options: Mapping[str, str]) -> list[Part]:
     files = find(inputs, "metadata.jsonl", "*.parquet")
     if not files:
         raise UserError(
-            f"there is neither a metadata.jsonl nor a *.parquet under {', '.join(map(str, inputs))}; "
+            f"there is neither a metadata.jsonl nor a *.parquet under {', '.join(inputs)}; "
             f"give NHR-Edit as it was downloaded"
         )
-    return [Part(source=_NAME, name=relative_name(file, inputs), files=(str(file),)) for file in files]
+    return [Part(source=_NAME, name=relative_name(file, inputs), files=(file,)) for file in files]
 
 
 def _read(part: Part) -> Iterator[Entry]:
@@ -36,7 +36,7 @@ def _read_table(part: Part) -> Iterator[Entry]:
             yield row
             continue
         yield make_entry(
-            id=f"{pathlib.Path(part.name).stem}/{number}",
+            id=f"{stem(part.name)}/{number}",
             dataset=_NAME,
             source=image_bytes(row["source_image"]),
             target=image_bytes(row["edited_image"]),
@@ -46,12 +46,12 @@ def _read_table(part: Part) -> Iterator[Entry]:
 
 
 def _read_list(part: Part) -> Iterator[Entry]:
-    directory = pathlib.Path(part.files[0]).parent
+    directory = posixpath.dirname(part.files[0])
     for place, value in read_lines(part.files[0], _NAME):
-        yield value if isinstance(value, Refused) else _convert(value, place, (directory, directory.parent))
+        yield value if isinstance(value, Refused) else _convert(value, place, (directory, posixpath.dirname(directory)))
 
 
-def _convert(value: Mapping[str, Any], place: str, directories: Sequence[pathlib.Path]) -> Entry:
+def _convert(value: Mapping[str, Any], place: str, directories: Sequence[str]) -> Entry:
     names = (value.get("source_file_name"), value.get("edited_file_name"))
     id = str(value.get("sample_id") or place)
     images = [read_below(directories, name) for name in names]
@@ -60,7 +60,7 @@ def _convert(value: Mapping[str, Any], place: str, directories: Sequence[pathlib
             return Refused(id=id, dataset=_NAME, reason=image, detail=str(name)[:200])
     source, target = (image for image in images if isinstance(image, bytes))
     others = value.get("augmented_instructions")
-    stem = re.match(r"(.+)_(?:original|edited)", pathlib.PurePosixPath(str(names[0])).name)
+    shared = re.match(r"(.+)_(?:original|edited)", posixpath.basename(str(names[0])))
     return make_entry(
         id=id,
         dataset=_NAME,
@@ -69,7 +69,7 @@ def _convert(value: Mapping[str, Any], place: str, directories: Sequence[pathlib
         instructions=[value.get("edit_instruction"), *(others if isinstance(others, list) else [])],
         kind=str(value.get("category") or ""),
         license=_LICENSE,
-        original=stem[1] if stem else str(names[0]),  # edits of edits are of the same original
+        original=shared[1] if shared else str(names[0]),  # edits of edits are of the same original
     )
 
 

@@ -9,7 +9,7 @@ refused.
 
 import collections
 import json
-import pathlib
+import posixpath
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,25 +17,26 @@ from typing import Any
 from data_pipelines.reasons import Reason
 from data_pipelines.sources.archives import group_parts, tail
 from data_pipelines.sources.entries import Entry, Part, Refused, SourceFormat, make_entry
-from data_pipelines.sources.files import distinct, find, read_below, read_lines, relative_name, safe_name
+from data_pipelines.sources.files import distinct, find, read_below, read_lines, relative_name, safe_name, stem
 from data_pipelines.sources.join import Found, Lost, Stream, Wanted, join
 from varedit_jax.errors import UserError
 
+_ARCHIVES = (".tar", ".tar.gz")
 _NAME, _LICENSE = "pico_banana", "CC-BY-NC-ND-4.0"
 _SOURCES = "openimage_source_images"  # where the publisher's instructions unpack the packed files
 
 
-def _parts(inputs: Sequence[pathlib.Path], options: Mapping[str, str]) -> list[Part]:
+def _parts(inputs: Sequence[str], options: Mapping[str, str]) -> list[Part]:
     lists = distinct(find(inputs, "*.jsonl"))
     if not lists:
-        raise UserError(f"there is no *.jsonl under {', '.join(map(str, inputs))}; give sft.jsonl and its images")
-    archives = [str(file) for file in find(inputs, "*.tar", "*.tar.gz")]
-    directories = [str(path) for path in inputs if path.is_dir()]
+        raise UserError(f"there is no *.jsonl under {', '.join(inputs)}; give sft.jsonl and its images")
+    archives = find(inputs, *(f"*{ending}" for ending in _ARCHIVES))
+    directories = [path for path in inputs if path not in (*lists, *archives)]
     return [
         Part(
             source=_NAME,
             name=relative_name(file, inputs),
-            files=(str(file), *dict.fromkeys([str(file.parent), *directories]), *archives),
+            files=(file, *dict.fromkeys([posixpath.dirname(file), *directories]), *archives),
         )
         for file in lists
     ]
@@ -43,8 +44,8 @@ def _parts(inputs: Sequence[pathlib.Path], options: Mapping[str, str]) -> list[P
 
 def _read(part: Part) -> Iterator[Entry]:
     path, *others = part.files
-    directories = [pathlib.Path(other) for other in others if pathlib.Path(other).is_dir()]
-    archives = group_parts([pathlib.Path(other) for other in others if pathlib.Path(other) not in directories])
+    directories = [other for other in others if not other.endswith(_ARCHIVES)]
+    archives = group_parts([other for other in others if other.endswith(_ARCHIVES)])
     outputs = collections.Counter(
         edit["target"] for edit in _edits(path) if not isinstance(edit, Refused) and edit["target"]
     )
@@ -70,19 +71,19 @@ def _read(part: Part) -> Iterator[Entry]:
                 yield Refused(id=event.name, dataset=_NAME, reason=event.reason, detail=event.detail)
 
 
-def _packed(edit: Mapping[str, Any], directories: Sequence[pathlib.Path], archives: Mapping[str, Any]) -> bool:
+def _packed(edit: Mapping[str, Any], directories: Sequence[str], archives: Mapping[str, Any]) -> bool:
     """Whether the source has to come out of an archive."""
     named = bool(edit["sources"]) and safe_name(edit["sources"][0]) is not None
     return bool(archives) and named and _source(edit, directories) is Reason.MISSING
 
 
-def _source(edit: Mapping[str, Any], directories: Sequence[pathlib.Path]) -> bytes | Reason:
+def _source(edit: Mapping[str, Any], directories: Sequence[str]) -> bytes | Reason:
     """The first of the names that a source may have which is there, or what is wrong with the first of all."""
     found = [read_below(directories, name) for name in edit["sources"]]
     return next((data for data in found if isinstance(data, bytes)), found[0] if found else Reason.MISSING)
 
 
-def _entry(edit: Mapping[str, Any], source: bytes | Reason, directories: Sequence[pathlib.Path]) -> Entry:
+def _entry(edit: Mapping[str, Any], source: bytes | Reason, directories: Sequence[str]) -> Entry:
     target = read_below(directories, edit["target"])
     for side, data, name in (("source", source, edit["original"]), ("target", target, edit["target"])):
         if isinstance(data, Reason):
@@ -92,14 +93,13 @@ def _entry(edit: Mapping[str, Any], source: bytes | Reason, directories: Sequenc
 
 
 def _edits(path: str) -> Iterator[dict[str, Any] | Refused]:
-    stem = pathlib.Path(path).stem
     for place, value in read_lines(path, _NAME):
-        id = f"{stem}/{place.rpartition(':')[2]}"
+        id = f"{stem(path)}/{place.rpartition(':')[2]}"
         if isinstance(value, Refused):
             yield value
         elif "files" in value:
             yield from _turns(id, value)
-        elif "preference" in stem:
+        elif "preference" in stem(path):
             yield Refused(id=id, dataset=_NAME, reason=Reason.FAILED)
         else:
             yield {
@@ -147,7 +147,7 @@ def _text(value: object) -> str:
 def _last(url: object) -> str:
     """The last part of a URL's path: Open Images are known by it."""
     try:
-        return pathlib.PurePosixPath(urllib.parse.urlparse(url).path).name if isinstance(url, str) else ""
+        return posixpath.basename(urllib.parse.urlparse(url).path) if isinstance(url, str) else ""
     except ValueError:  # "http://[", say
         return ""
 

@@ -12,7 +12,8 @@ of the session's start as their identity.
 
 import itertools
 import json
-import pathlib
+import os
+import posixpath
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -31,11 +32,12 @@ _TOP = frozenset(("source_images", "target_images", "unsplash_images", "real_edi
 _ABOVE = _TOP | {"auto_editing", "openimages", "unsplash", "images", "multi_turn"}
 
 
-def _parts(inputs: Sequence[pathlib.Path], options: Mapping[str, str]) -> list[Part]:
-    directories = sorted({file.parent.parent for file in find(inputs, "annotations/*.jsonl")})
+def _parts(inputs: Sequence[str], options: Mapping[str, str]) -> list[Part]:
+    lists = find(inputs, "annotations/*.jsonl")
+    directories = sorted({posixpath.dirname(posixpath.dirname(file)) for file in lists})
     if not directories:
         raise UserError(
-            f"there is no annotations/*.jsonl under {', '.join(map(str, inputs))}; "
+            f"there is no annotations/*.jsonl under {', '.join(inputs)}; "
             f"give directories of SEED-Data-Edit as they were downloaded, annotations and archives"
         )
     distinct(directories)
@@ -45,13 +47,13 @@ def _parts(inputs: Sequence[pathlib.Path], options: Mapping[str, str]) -> list[P
         if not archives:
             raise UserError(f"there is no *.tar.gz.part-* or *.tar.gz under {directory}; download the images too")
         lists = find([directory], "annotations/*.jsonl", "annotations_GPT4V/*.jsonl")
-        parts.append(Part(source=_NAME, name=directory.absolute().name, files=tuple(map(str, [*lists, *archives]))))
+        parts.append(Part(source=_NAME, name=posixpath.basename(os.path.abspath(directory)), files=(*lists, *archives)))
     return parts
 
 
 def _read(part: Part) -> Iterator[Entry]:
     lists = [file for file in part.files if file.endswith(".jsonl")]
-    archives = group_parts([pathlib.Path(file) for file in part.files if not file.endswith(".jsonl")])
+    archives = group_parts([file for file in part.files if not file.endswith(".jsonl")])
     rewritten = _rewritten(file for file in lists if "annotations_GPT4V" in file)
     lists = [file for file in lists if "annotations_GPT4V" not in file]
 
@@ -65,7 +67,7 @@ def _streams(archives: Mapping[str, Sequence[str]]) -> list[Stream]:
     """Sources, targets. Where one archive has both, it is read at two places at once."""
     sides = []
     for side in ("source_images", "target_images"):
-        own = [files for name, files in archives.items() if pathlib.Path(name).name.startswith(side)]
+        own = [files for name, files in archives.items() if posixpath.basename(name).startswith(side)]
         sides.append(Stream(own or list(archives.values()), _canonical))
     return sides
 

@@ -4,7 +4,6 @@ Memory is that of a group of rows, about twice, since writers put all images of 
 groups of 100 to 1000 rows.
 """
 
-import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,12 +12,12 @@ import pyarrow.parquet as pq
 
 from data_pipelines.reasons import Reason
 from data_pipelines.sources.entries import Entry, Part, Refused, SourceFormat
-from data_pipelines.sources.files import distinct, find, relative_name
+from data_pipelines.sources.files import distinct, find, open_input, relative_name, stem
 from varedit_jax.errors import UserError
 
 _ROWS = 16  # read at a time; a row may hold three images of several megabytes
 _BUFFER = 1 << 20  # bytes of a column that are read ahead
-_DAMAGE = (OSError, pa.ArrowException)
+_DAMAGE = (OSError, pa.ArrowException)  # Arrow's OSErrors are of its formats: reading raises ReadError
 
 
 def image_bytes(value: Any) -> bytes | None:
@@ -41,16 +40,15 @@ def table_source(
     `convert` gets a row, the stem of its file's name, and its number in there.
     """
 
-    def parts(inputs: Sequence[pathlib.Path], options: Mapping[str, str]) -> list[Part]:
+    def parts(inputs: Sequence[str], options: Mapping[str, str]) -> list[Part]:
         files = distinct(find(inputs, pattern))
         if not files:
-            raise UserError(f"there is no {pattern} under {', '.join(map(str, inputs))}; give the tables of {name}")
-        return [Part(source=name, name=relative_name(file, inputs), files=(str(file),)) for file in files]
+            raise UserError(f"there is no {pattern} under {', '.join(inputs)}; give the tables of {name}")
+        return [Part(source=name, name=relative_name(file, inputs), files=(file,)) for file in files]
 
     def read(part: Part) -> Iterator[Entry]:
-        stem = pathlib.Path(part.files[0]).stem
         for number, row in read_table(part, needed, optional):
-            yield row if isinstance(row, Refused) else convert(row, stem, number)
+            yield row if isinstance(row, Refused) else convert(row, stem(part.files[0]), number)
 
     return SourceFormat(name=name, license=license, parts=parts, read=read)
 
@@ -63,13 +61,14 @@ def read_table(
     A damaged group of rows is Refused as one, and the next is gone on with; so is a file that is no table. Raises
     UserError if a needed column is missing.
     """
-    path = part.files[0]
-    try:
-        table = pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER, page_checksum_verification=True)
-    except _DAMAGE as error:
-        yield 0, _refused(part, "", error)
-        return
-    with table:
+    with open_input(path := part.files[0]) as file:
+        try:
+            table = pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER, page_checksum_verification=True)
+        except MemoryError:  # Arrow's is an ArrowException too
+            raise
+        except _DAMAGE as error:
+            yield 0, _refused(part, "", error)
+            return
         names = table.schema_arrow.names
         missing = [name for name in needed if name not in names]
         if missing:
@@ -85,6 +84,8 @@ def read_table(
                     for row in _rows(batch):
                         yield number, row if isinstance(row, dict) else _refused_row(part, number, row)
                         number += 1
+            except MemoryError:
+                raise
             except _DAMAGE as error:
                 yield number, _refused(part, f" rows {number}-{stop - 1}", error)
             start = stop

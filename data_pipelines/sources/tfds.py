@@ -6,7 +6,8 @@ stored, without decoding. The data set's own code is not needed, but its files m
 any order, as `array_record` is.
 """
 
-import pathlib
+import posixpath
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import tensorflow_datasets as tfds
@@ -14,10 +15,11 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from data_pipelines.reasons import Reason
 from data_pipelines.sources.entries import Entry, Part, Refused, SourceFormat, make_entry
-from data_pipelines.sources.files import find
+from data_pipelines.sources.files import ReadError, find
 from varedit_jax.errors import UserError
 
 _NAME = "tfds"
+_FAILED_CALL = re.compile(r"\w+\(\) failed: ")  # ArrayRecord: "open() failed: Too many open files; opening ..."
 _EXAMPLES = 4096  # of a part
 _FIELDS = ("source", "target", "instruction", "mask", "kind", "id")
 
@@ -26,11 +28,11 @@ def _builder(directory: str) -> tfds.core.DatasetBuilder:
     return tfds.builder_from_directory(directory)
 
 
-def _parts(inputs: Sequence[pathlib.Path], options: Mapping[str, str]) -> list[Part]:
-    directories = [str(file.parent) for file in find(inputs, "dataset_info.json")]
+def _parts(inputs: Sequence[str], options: Mapping[str, str]) -> list[Part]:
+    directories = [posixpath.dirname(file) for file in find(inputs, "dataset_info.json")]
     if not directories:
         raise UserError(
-            f"there is no dataset_info.json under {', '.join(map(str, inputs))}; "
+            f"there is no dataset_info.json under {', '.join(inputs)}; "
             f"give the directory of a prepared data set, NAME/VERSION"
         )
     split = options.get("split") or "train"
@@ -60,6 +62,8 @@ def _read(part: Part) -> Iterator[Entry]:
         try:
             example = tf_example_pb2.Example.FromString(source[index])
         except Exception as error:  # ArrayRecord and protobuf each have their own for bytes that are none
+            if _FAILED_CALL.match(str(error)):
+                raise ReadError(f"cannot read {part.files[0]}: {error}; run the same command again") from error
             detail = str(error)[:200]
             yield Refused(id=id, dataset=builder.name, reason=Reason.ARCHIVE, detail=detail)
             continue

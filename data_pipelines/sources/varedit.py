@@ -1,6 +1,5 @@
 """The VAREdit release's own training data: WebDataset tars with `src.jpg`, `tgt.jpg` and `txt` of each triple."""
 
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
 from data_pipelines.sources.archives import group_parts
@@ -13,14 +12,13 @@ _NAME = "varedit"
 _IMAGES = ("jpg", "jpeg", "png", "webp")
 
 
-def tar_parts(source: str, inputs: Sequence[pathlib.Path]) -> list[Part]:
+def tar_parts(source: str, inputs: Sequence[str]) -> list[Part]:
     """A part for each tar, whose records are all in it. Raises UserError if there is none."""
     archives = group_parts(find(inputs, "*.tar", "*.tar.gz", "*.tgz"))
     if not archives:
-        raise UserError(f"there is no *.tar under {', '.join(map(str, inputs))}; give the tars of {source}")
+        raise UserError(f"there is no *.tar under {', '.join(inputs)}; give the tars of {source}")
     return [
-        Part(source=source, name=relative_name(pathlib.Path(name), inputs), files=tuple(files))
-        for name, files in archives.items()
+        Part(source=source, name=relative_name(name, inputs), files=tuple(files)) for name, files in archives.items()
     ]
 
 

@@ -17,6 +17,7 @@ from data_pipelines.sources.webdataset import groups
 
 _NAME, _LICENSE = "x2edit", "Apache-2.0"
 _INSTRUCTIONS = ("instruction", "instruction_en", "caption_en", "instruction_zh")
+_LONGEST = 500  # characters of scores as text; the parser has no memory for thousands of brackets
 _KINDS = ("task", "label_fine", "label")
 
 
@@ -52,8 +53,8 @@ def _scores(about: Mapping[str, Any]) -> dict[str, float]:
     for name, value in about.items():
         if "score" not in name:
             continue
-        if isinstance(value, str) and value.startswith(("[", "(")):
-            with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # of text alone
+        if isinstance(value, str) and len(value) < _LONGEST and value.startswith(("[", "(")):
+            with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError):
                 value = ast.literal_eval(value)
         if isinstance(value, (list, tuple)):
             found |= {f"{name}_{place}": number for place, number in enumerate(value)}
