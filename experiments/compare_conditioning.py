@@ -1,24 +1,21 @@
-"""Compares the three ways of showing the source to the transformer, at equal steps, on `shapes`.
+"""Compares the three conditionings of the transformer on the source image, at equal steps, on `shapes`.
 
     python -m experiments.compare_conditioning --seeds=2 --output=results/conditioning.md
 
-Every run is experiments.train with overrides, scored by experiments.evaluate_shapes; runs that are finished are not
-made again, so an interrupted comparison goes on where it was.
+Every run is experiments.train with overrides, scored by experiments.evaluate_shapes; finished runs are not
+repeated, so that an interrupted comparison resumes.
 """
 
 import json
-import pathlib
-import subprocess
-import sys
 import typing
 
 import numpy as np
 from absl import flags
 
 from experiments import program
+from experiments.benchmarks import harness
 from experiments.configs import shapes
-from varedit_jax.config import RunConfig
-from varedit_jax.errors import UserError
+from varedit_jax.config import Conditioning, RunConfig
 from varedit_jax.training.metrics import read_metrics
 
 _SEEDS = flags.DEFINE_integer("seeds", 2, "runs of each conditioning", lower_bound=1)
@@ -28,28 +25,22 @@ _OUTPUT = flags.DEFINE_string("output", "", "Markdown file for the table")
 _CONFIG = "experiments/configs/shapes.py:compare"
 _RUN = typing.cast(RunConfig, shapes.get_config("compare"))
 
-CONDITIONINGS = ("sar", "finest", "full")
-
-
-def _program(module: str, *arguments: str) -> None:
-    code = subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode
-    if code:
-        raise UserError(f"{module} {' '.join(arguments)} ended with exit code {code}; what it said is above")
+CONDITIONINGS = typing.get_args(Conditioning)
 
 
 def _result(conditioning: str, seed: int) -> dict[str, float]:
-    """Trains and scores one run: held-out loss and bit accuracy, share of exact edits, seconds a step."""
-    workdir = pathlib.Path(_DIRECTORY.value) / f"{conditioning}-{seed}"
+    """Trains and scores one run: held-out loss and bit accuracy, share of exact edits, seconds per step."""
+    workdir = harness.local_path(_DIRECTORY.value) / f"{conditioning}-{seed}"
     scores = workdir / f"scores-{_EXAMPLES.value}.json"
     if not scores.exists():
-        _program(
+        harness.run_program(
             "experiments.train",
             f"--config={_CONFIG}",
             f"--workdir={workdir}",
             f"--config.model.transformer.conditioning={conditioning}",
             f"--config.seed={seed}",
         )
-        _program(
+        harness.run_program(
             "experiments.evaluate_shapes",
             f"--checkpoint={workdir}",
             f"--examples={_EXAMPLES.value}",
@@ -57,9 +48,8 @@ def _result(conditioning: str, seed: int) -> dict[str, float]:
         )
     lines = read_metrics(workdir)
     held_out = next(line for line in reversed(lines) if "eval/loss" in line)
-    whole = (
-        sum(steps for steps, _ in _RUN.stages) + _RUN.cadence.log_every
-    )  # the first report after the stages compiles
+    # The first report after the stages includes compilation.
+    whole = sum(steps for steps, _ in _RUN.stages) + _RUN.cadence.log_every
     seconds = [line["time/step_seconds"] for line in lines if "time/step_seconds" in line and line["step"] > whole]
     return {
         "loss": held_out["eval/loss"],
@@ -69,22 +59,18 @@ def _result(conditioning: str, seed: int) -> dict[str, float]:
     }
 
 
-def _table(results: dict[str, list[dict[str, float]]]) -> str:
-    """Mean and range over seeds of every conditioning, as Markdown; step time relative to `sar`."""
-    lines = [
-        "| conditioning | held-out loss | held-out bit accuracy | exact edits | step time / sar |",
-        "|---|---|---|---|---|",
-    ]
+def _rows(results: dict[str, list[dict[str, float]]]) -> list[list[str]]:
+    """Mean and range over seeds of every conditioning; step time relative to `sar`."""
+    rows = []
     base = np.mean([run["seconds"] for run in results["sar"]])
     for name, runs in results.items():
-        cells = []
+        cells = [name]
         for metric, form in (("loss", "{:.4f}"), ("bits", "{:.2%}"), ("exact", "{:.1%}")):
             values = [run[metric] for run in runs]
             low, high = form.format(min(values)), form.format(max(values))
             cells.append(f"{form.format(np.mean(values))} ({low} to {high})")
-        ratio = np.mean([run["seconds"] for run in runs]) / base
-        lines.append(f"| {name} | {' | '.join(cells)} | {ratio:.2f} |")
-    return "\n".join(lines)
+        rows.append([*cells, f"{np.mean([run['seconds'] for run in runs]) / base:.2f}"])
+    return rows
 
 
 def main(argv: list[str]) -> None:
@@ -94,19 +80,15 @@ def main(argv: list[str]) -> None:
     for seed in range(_SEEDS.value):
         for name, runs in results.items():
             runs.append(_result(name, seed))
-    table = _table(results)
-    print(table)
-    if _OUTPUT.value:
-        command = (
-            f"python -m experiments.compare_conditioning --seeds={_SEEDS.value} --examples={_EXAMPLES.value} "
-            f"--output={_OUTPUT.value}"
-        )
-        pathlib.Path(_OUTPUT.value).write_text(
-            f"# Conditioning, compared on `shapes`\n\n    {command}\n\n"
-            f"{_RUN.steps} steps of the config {_CONFIG} (stages {_RUN.stages}, then all scales), {_SEEDS.value} "
-            f"seeds, {_EXAMPLES.value} held-out edits. Mean (lowest to highest) over seeds; time of a step of all "
-            f"scales.\n\n{table}\n"
-        )
+    head = ("conditioning", "held-out loss", "held-out bit accuracy", "exact edits", "step time / sar")
+    text = harness.report(
+        "Conditioning, compared on `shapes`",
+        harness.command_line("experiments.compare_conditioning", _SEEDS, _EXAMPLES, _DIRECTORY, _OUTPUT),
+        f"{_RUN.steps} steps of the config {_CONFIG} (stages {_RUN.stages}, then all scales), {_SEEDS.value} seeds, "
+        f"{_EXAMPLES.value} held-out edits.\nMean (lowest to highest) over seeds; time of a step of all scales.",
+        harness.table(head, _rows(results)),
+    )
+    harness.publish(text, _OUTPUT.value)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
-"""The ends of two runs, compared bit for bit, for programs that kill one of them."""
+"""Compares the ends of two runs bit for bit, for programs that kill one of them."""
 
-import os
 import pathlib
-import platform
 from typing import Any
 
 import jax
@@ -16,13 +14,13 @@ from varedit_jax.weights import run_directory
 
 
 def newest(workdir: pathlib.Path) -> int:
-    """Step of the newest checkpoint; 0 if there is none."""
+    """Returns the step of the newest checkpoint; 0 if there is none."""
     return next(reversed(run_directory.checkpoint_steps(workdir)), 0)
 
 
 def read(workdir: pathlib.Path) -> tuple[Any, dict[str, Any]]:
-    """State and place in the data of the newest checkpoint, on this process's first device, whatever mesh and number
-    of processes saved it. Raises UserError if they cannot be read."""
+    """Returns state and data iterator position of the newest checkpoint, on this process's first device, whatever mesh
+    and number of processes saved it. Raises UserError if they cannot be read."""
     config = from_dict(RunConfig, run_directory.read_config(workdir))
     init = make_init(config, make_optimizer(config.optimizer, config.steps))
     step = newest(workdir)
@@ -31,7 +29,7 @@ def read(workdir: pathlib.Path) -> tuple[Any, dict[str, Any]]:
 
 
 def metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """What a run wrote down, but for what depends on the clock and the machine."""
+    """Returns the logged metrics of a run, except those that depend on the clock and the machine."""
     return [
         {name: value for name, value in line.items() if not name.startswith(("time/", "memory/"))}
         for line in read_metrics(workdir)
@@ -39,21 +37,13 @@ def metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def differences(ours: pathlib.Path, theirs: pathlib.Path) -> list[str]:
-    """How the end of one run differs from that of another; nothing if it does not."""
+    """Returns the names of what differs between the ends of two runs; empty if they are equal."""
     (our_state, our_place), (their_state, their_place) = read(ours), read(theirs)
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(their_state)]
     pairs = zip(jax.tree.leaves(our_state), jax.tree.leaves(their_state), strict=True)
     differ = [path for path, pair in zip(paths, pairs, strict=True) if pair[0].tobytes() != pair[1].tobytes()]
     if our_place != their_place:
-        differ.append("the place in the data")
+        differ.append("the position in the data")
     if metrics(ours) != metrics(theirs):
         differ.append("the metrics")
     return differ
-
-
-def machine() -> str:
-    """Processors, as the system names them."""
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{os.cpu_count()} cores, {next(iter(names), platform.machine())}"

@@ -1,11 +1,10 @@
-"""Compiles every layout of the published configs ahead, one process each, and makes a table of what they need.
+"""Compiles every layout of the published configs ahead of time, one process each, and makes a table of their needs.
 
     python -m experiments.compile_configs --rows=results/compile_ahead.jsonl --table=/tmp/table.md --only=8b_512
 
-A layout takes three to six minutes on two cores that are free. Its line goes to --rows as soon as it is there; what has
-a line already is not compiled again, so that a run that was stopped goes on: remove lines to make them anew. Layouts
-for GPUs cannot be compiled without one: they are compiled for as many chips of v5p with the GPU's memory, and marked as
-a stand-in.
+A layout takes three to six minutes on two free cores. Its line goes to --rows at once; a layout with a line is not
+compiled again, so that an interrupted program resumes: remove lines to compile them anew. Layouts for GPUs cannot be
+compiled without one: they are compiled for as many chips of v5p with the GPU's memory, and marked as a stand-in.
 """
 
 import json
@@ -18,12 +17,13 @@ import tqdm
 from absl import flags
 
 from experiments import program
+from experiments.benchmarks import harness
 from experiments.configs.published import LAYOUTS, MACHINES
 from varedit_jax import hardware
 from varedit_jax.errors import UserError
 from varedit_jax.parallel.processes import say
 
-_ROWS = flags.DEFINE_string("rows", "results/compile_ahead.jsonl", "where lines are, and go")
+_ROWS = flags.DEFINE_string("rows", "results/compile_ahead.jsonl", "JSONL file of the lines")
 _TABLE = flags.DEFINE_string("table", "", "Markdown file for the table; standard output by default")
 _ONLY = flags.DEFINE_list("only", [], "parts of CONFIG:MACHINE, any of which has to match; everything by default")
 
@@ -31,14 +31,23 @@ STAND_IN = "v5p:4x4x4"  # 64 devices, as h100_64
 GPU_SHARE = 0.92  # of a GPU's memory for the program: XLA_PYTHON_CLIENT_MEM_FRACTION of experiments/launch/slurm.sbatch
 
 HEAD = (
-    "| config:machine | mesh | batch (microbatches x a device) | needed of HBM, GiB | arguments + temporaries | again "
-    "| parameters gathered, GiB (count) | gradients scattered + reduced | over `tensor` | activations gathered "
-    "| links, s at least | compiled, s |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
+    "config:machine",
+    "mesh",
+    "batch (microbatches x a device)",
+    "needed of HBM, GiB",
+    "arguments + temporaries",
+    "again",
+    "parameters gathered, GiB (count)",
+    "gradients scattered + reduced",
+    "over `tensor`",
+    "activations gathered",
+    "links, s at least",
+    "compiled, s",
 )
 
 
 def compile_layout(config: str, machine: str) -> dict[str, Any]:
-    """The row of one layout. Raises UserError with what compile_ahead says where it cannot."""
+    """Returns the row of one layout. Raises UserError with the words of compile_ahead where that fails."""
     command = [sys.executable, "-m", "experiments.compile_ahead"]
     command += [f"--config=experiments/configs/{config}.py:{machine}"]
     topology = MACHINES[machine].topology
@@ -53,8 +62,8 @@ def compile_layout(config: str, machine: str) -> dict[str, Any]:
     return {"layout": f"{config}:{machine}", **json.loads(done.stdout.splitlines()[-1])}
 
 
-def table_row(row: dict[str, Any]) -> str:
-    """A line of the table."""
+def table_row(row: dict[str, Any]) -> list[str]:
+    """Returns the cells of a line of the table."""
     mesh = {axis: size for axis, size in row["mesh"].items() if size > 1}
     shards = row["mesh"]["data"] * row["mesh"]["fsdp"]
     a_device = row["global_batch"] // (shards * row["accumulation"])
@@ -87,11 +96,11 @@ def table_row(row: dict[str, Any]) -> str:
     else:
         cells += ["", again, *[""] * 5]
     cells.append(f"{row['compile_seconds']:.0f}")
-    return "| " + " | ".join(cells) + " |"
+    return cells
 
 
 def main(argv: list[str]) -> None:
-    """Compiles what has no line, writes lines and the table."""
+    """Compiles layouts without a line, writes lines and the table."""
     del argv
     wanted = [
         (config, machine)
@@ -114,9 +123,9 @@ def main(argv: list[str]) -> None:
             file.write(json.dumps(row) + "\n")
         say(f"{row['layout']}: {'fits' if row['fits'] else 'does not fit'}")
     order = [f"{config}:{machine}" for config, machines in LAYOUTS.items() for machine in machines]
-    text = "\n".join([HEAD, *(table_row(rows[layout]) for layout in order if layout in rows)])
+    text = harness.table(HEAD, [table_row(rows[layout]) for layout in order if layout in rows])
     if _TABLE.value:
-        pathlib.Path(_TABLE.value).write_text(text + "\n")
+        harness.write_text(_TABLE.value, f"{text}\n")
     else:
         print(text)
 

@@ -15,12 +15,11 @@ output appears complete or not at all, with a manifest of the SHA-256 of every t
 
 import resource
 import time
-from typing import Any
 
 from absl import flags
 
 from experiments import program
-from varedit_jax.config import PIXEL_BUDGETS, preset
+from varedit_jax.config import EditorConfig, TransformerConfig, preset
 from varedit_jax.conversion import convert
 from varedit_jax.conversion.infer_config import FAMILIES
 from varedit_jax.errors import UserError
@@ -40,12 +39,11 @@ _WEIGHTS = flags.DEFINE_enum(
 )
 _TOKENIZER_WEIGHTS = flags.DEFINE_enum("tokenizer_weights", "model", ["model", "ema"], "which weights of its file")
 _FAMILY = flags.DEFINE_enum("family", None, list(FAMILIES), "whose transformer; by the file's name if it says so")
-_ROPE = flags.DEFINE_enum("rope_layout", None, ["released", "paper"], "positions; by the family if not given")
-_BUDGET: flags.FlagHolder[Any] = flags.DEFINE_enum(
-    "pixel_budget",
-    None,
-    list(PIXEL_BUDGETS),
-    "resolution the transformer works at; by the file's name, or 0.25M",
+_ROPE = program.choice_flag(
+    "rope_layout", None, TransformerConfig, "rope_layout", "positions; by the family if not given"
+)
+_BUDGET = program.choice_flag(
+    "pixel_budget", None, EditorConfig, "pixel_budget", "resolution of the transformer; by the file's name, or 0.25M"
 )
 _INPUT = flags.DEFINE_string(
     "input", "", "directory of weights, or of a training run, for --to=torch and --to=directory"

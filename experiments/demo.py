@@ -1,60 +1,48 @@
-"""Trains an editor on this machine and shows what it can do; then shows the shipped one.
+"""Trains an editor on this machine, scores it and draws its edits; then the same with the shipped one.
 
-    make demo         about a quarter of an hour on two cores
-    make demo-full    makes the shipped tokenizer and editor again: hours
+    make demo         about five minutes on two cores
+    make demo-full    trains the shipped tokenizer and editor anew: hours
 
 Everything is done by the programs a user runs, each in a process of its own; the commands are printed. Images and
-scores are left in runs/demo (runs/demo-full).
+scores go to runs/demo (runs/demo-full).
 """
 
 import json
 import os
 import pathlib
-import shlex
-import subprocess
-import sys
 import time
 
 import numpy as np
 from absl import flags
 
 from experiments import program
+from experiments.benchmarks import harness
 from experiments.configs import shapes
 from varedit_jax.errors import UserError
 from varedit_jax.evaluation.curves import Panel, curve_sheet
 from varedit_jax.images import write_image
 from varedit_jax.training.metrics import read_metrics
 
-_FULL = flags.DEFINE_bool("full", False, "make the shipped tokenizer and editor again, and score 1000 edits")
-_DIRECTORY = flags.DEFINE_string("directory", "", "where to leave everything; runs/demo or runs/demo-full by default")
+_FULL = flags.DEFINE_bool("full", False, "train the shipped tokenizer and editor anew, and score 1000 edits")
+_DIRECTORY = flags.DEFINE_string(
+    "directory", "", "directory of the runs, images and scores; runs/demo or runs/demo-full by default"
+)
 _CONFIG = "experiments/configs/shapes.py"
-_STOP_AFTER = 1000  # steps before the demo stops its own training, to show that it goes on
+_STOP_AFTER = 1000  # steps before the demo stops its own training, to show that it resumes
 
 GOAL_TRAINED, GOAL_SHIPPED = 0.75, 0.95  # shares of 200 held-out edits that are exact
-
-
-def _run(title: str, module: str, *arguments: str) -> float:
-    """Runs a program of this repository; returns its seconds. Raises UserError if it fails."""
-    print(f"\n=== {title}\n$ python -m {module} {shlex.join(arguments)}", flush=True)
-    start = time.perf_counter()
-    code = subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode
-    if code:
-        raise UserError(f"{module} ended with exit code {code}; what it said is above")
-    seconds = time.perf_counter() - start
-    print(f"--- {seconds:.0f} s", flush=True)
-    return seconds
 
 
 def _evaluate(title: str, checkpoint: str, name: str, directory: pathlib.Path, examples: int) -> float:
     """Scores an editor; returns the share of exact edits."""
     scores = directory / f"{name}.json"
-    _run(
-        title,
+    harness.run_program(
         "experiments.evaluate_shapes",
         f"--checkpoint={checkpoint}",
         f"--examples={examples}",
         f"--sheet={directory / f'{name}.png'}",
         f"--output={scores}",
+        title=title,
     )
     return float(json.loads(scores.read_text())["editor"]["all"]["exact"])
 
@@ -68,7 +56,7 @@ def _curves(workdir: pathlib.Path, path: pathlib.Path) -> None:
 
     panels = [
         Panel(
-            title="loss (nats a bit)", lines={"training": series("loss"), "held out": series("eval/loss")}, log_y=True
+            title="loss (nats per bit)", lines={"training": series("loss"), "held out": series("eval/loss")}, log_y=True
         ),
         Panel(
             title="bit accuracy",
@@ -84,13 +72,14 @@ def _curves(workdir: pathlib.Path, path: pathlib.Path) -> None:
     write_image(path, np.asarray(curve_sheet(panels, heading="shapes: training")))
 
 
-def _train_editor(variant: str, workdir: pathlib.Path, *arguments: str) -> float:
-    """Trains, stopped once after `_STOP_AFTER` steps and gone on with by the same command."""
+def _train_editor(variant: str, workdir: pathlib.Path, *arguments: str) -> None:
+    """Trains, stopped once after `_STOP_AFTER` steps and resumed by the same command."""
     common = [f"--config={_CONFIG}:{variant}", f"--workdir={workdir}", *arguments]
-    seconds = 0.0
     if not (workdir / "checkpoints").exists():
-        seconds += _run("train, stopped half way", "experiments.train", *common, f"--stop_after={_STOP_AFTER}")
-    return seconds + _run("the same command again: training goes on", "experiments.train", *common)
+        harness.run_program(
+            "experiments.train", *common, f"--stop_after={_STOP_AFTER}", title="train, stopped half way"
+        )
+    harness.run_program("experiments.train", *common, title="the same command again: training resumes")
 
 
 def _demo(directory: pathlib.Path) -> None:
@@ -98,7 +87,7 @@ def _demo(directory: pathlib.Path) -> None:
     workdir = directory / "editor"
     _train_editor("demo", workdir)
     _curves(workdir, directory / "training.png")
-    trained = _evaluate("the editor just trained, on held-out edits", str(workdir), "trained", directory, 200)
+    trained = _evaluate("the newly trained editor, on held-out edits", str(workdir), "trained", directory, 200)
     shipped = _evaluate("the shipped editor, on the same edits", shapes.SHIPPED, "shipped", directory, 200)
     print(
         f"\ntrained here: {trained:.1%} of 200 held-out edits exact (goal {GOAL_TRAINED:.0%}); "
@@ -117,26 +106,26 @@ def _full(directory: pathlib.Path) -> None:
     for variant, name in stages:
         weights = directory / f"{name}_weights"
         if not weights.exists():
-            _run(
-                f"tokenizer: {name.replace('_', ' ')}",
+            harness.run_program(
                 "experiments.train_tokenizer",
                 f"--config={_CONFIG}:{variant}",
                 f"--workdir={directory / name}",
                 f"--export={weights}",
                 *([f"--config.init_from={before}"] if before else []),
+                title=f"tokenizer: {name.replace('_', ' ')}",
             )
         before = weights
     if not editor.exists():
         _train_editor("full", directory / "editor", f"--config.tokenizer_weights={tokenizer}", f"--export={editor}")
     _curves(directory / "editor", directory / "training.png")
     _evaluate("1000 held-out edits", str(editor), "full", directory, 1000)
-    print(f"the weights are in {editor}; they take the place of {shapes.SHIPPED}")
+    print(f"the weights are in {editor}; they can replace {shapes.SHIPPED}")
 
 
 def main(argv: list[str]) -> None:
     """Runs the demo."""
     del argv
-    directory = pathlib.Path(_DIRECTORY.value or ("runs/demo-full" if _FULL.value else "runs/demo"))
+    directory = harness.local_path(_DIRECTORY.value or ("runs/demo-full" if _FULL.value else "runs/demo"))
     directory.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(".cache/jax").absolute()))
     (_full if _FULL.value else _demo)(directory)

@@ -1,4 +1,4 @@
-"""Kills a training run with SIGKILL at random moments, again and again, and compares its end with a run left alone.
+"""Kills a training run with SIGKILL at random moments, repeatedly, and compares its end with an uninterrupted run.
 
     python -m experiments.kill_test --directory=/tmp/kill_test --output=results/kill_test.md
 
@@ -20,11 +20,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 from absl import flags
 
 from experiments import compare_runs, program
+from experiments.benchmarks import harness
 from varedit_jax.errors import UserError
 from varedit_jax.training.goodput import run_shares
 from varedit_jax.training.lock import LOCK_FILE
@@ -32,7 +32,7 @@ from varedit_jax.training.metrics import read_metrics
 from varedit_jax.weights import run_directory
 
 _DIRECTORY = flags.DEFINE_string("directory", None, "new directory to work in", required=True)
-_KILLS = flags.DEFINE_integer("kills", 20, "how often", lower_bound=1)
+_KILLS = flags.DEFINE_integer("kills", 20, "number of kills", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 200, "of the run; it must not end before the last kill", lower_bound=10)
 _SEED = flags.DEFINE_integer("seed", 0, "of the moments")
 _OUTPUT = flags.DEFINE_string("output", "", "Markdown file for the figures")
@@ -43,36 +43,36 @@ SAVE_EVERY = 3
 
 @dataclasses.dataclass
 class Watched:
-    """A training process, and what its directory held when it was started."""
+    """A training process, and the contents of its directory when it was started."""
 
     workdir: pathlib.Path
     process: subprocess.Popen[bytes]
-    steps_more: int  # a number drawn for it
+    steps_more: int  # steps after which it counts as stepping
     newest: int
     unfinished: set[str]
     lines: int
 
     def restores(self) -> bool:
-        """It has taken the lock, which is the last thing before it restores."""
+        """Returns True if it has taken the lock, its last action before it restores."""
         try:
             return bool(json.loads((self.workdir / LOCK_FILE).read_text())["pid"] == self.process.pid)
         except (OSError, ValueError):
             return False
 
     def steps(self) -> bool:
-        """It has written down some steps."""
+        """Returns True if it has logged `steps_more` steps."""
         return metric_lines(self.workdir) >= self.lines + self.steps_more
 
     def saves(self) -> bool:
-        """It is writing a checkpoint."""
+        """Returns True if it is writing a checkpoint."""
         return bool(unfinished(self.workdir) - self.unfinished)
 
     def removes(self) -> bool:
-        """It has completed a checkpoint, so an old one has to go."""
+        """Returns True if it has completed a checkpoint, so that an old one is removed."""
         return compare_runs.newest(self.workdir) > self.newest
 
 
-# Phase: how many of 20 kills, what begins it, and how many seconds later the kill comes at most.
+# Phase: its number of 20 kills, its beginning, and the longest time from there to the kill in seconds.
 PHASES: dict[str, tuple[int, Callable[[Watched], bool], float]] = {
     "starting": (2, lambda _: True, 4.0),
     "restoring": (5, Watched.restores, 0.5),
@@ -83,19 +83,19 @@ PHASES: dict[str, tuple[int, Callable[[Watched], bool], float]] = {
 
 
 def metric_lines(workdir: pathlib.Path) -> int:
-    """Lines in a run's metrics.jsonl."""
+    """Returns the number of lines in a run's metrics.jsonl."""
     path = workdir / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def unfinished(workdir: pathlib.Path) -> set[str]:
-    """Directories of saves that are not complete."""
+    """Returns the directories of incomplete saves."""
     directory = workdir / run_directory.CHECKPOINTS
     return {path.name for path in directory.iterdir() if not path.name.isdecimal()} if directory.exists() else set()
 
 
 def start(workdir: pathlib.Path) -> subprocess.Popen[bytes]:
-    """The training program, working in `workdir`; what it says goes to a file beside it."""
+    """Starts the training program in `workdir`; its output goes to a file beside it."""
     command = [sys.executable, "-m", "experiments.train", f"--config={CONFIG}", f"--workdir={workdir}"]
     values = {
         "steps": _STEPS.value,
@@ -109,7 +109,7 @@ def start(workdir: pathlib.Path) -> subprocess.Popen[bytes]:
 
 
 def finish(workdir: pathlib.Path) -> float:
-    """Lets the run go on to its end; gives the seconds. Raises UserError if it fails."""
+    """Resumes the run to its end; returns the seconds. Raises UserError if it fails."""
     begin = time.monotonic()
     if start(workdir).wait():
         raise UserError(f"the run failed; see {workdir.with_suffix('.log')}")
@@ -117,7 +117,7 @@ def finish(workdir: pathlib.Path) -> float:
 
 
 def kill(workdir: pathlib.Path, phase: str, rng: np.random.Generator) -> dict[str, Any]:
-    """Starts the run, and kills it at a random moment of `phase`; gives what that left."""
+    """Starts the run, and kills it at a random moment of `phase`; returns a row of the table."""
     _, reached, longest = PHASES[phase]
     before = compare_runs.newest(workdir)
     delay = float(rng.uniform(0, longest))
@@ -138,49 +138,38 @@ def kill(workdir: pathlib.Path, phase: str, rng: np.random.Generator) -> dict[st
         if int(state.step) != after:
             raise UserError(f"the checkpoint of step {after} holds step {int(state.step)}")
     lines = read_metrics(workdir)
-    made = max((line["step"] + 1 for line in lines), default=0)
+    logged = max((line["step"] + 1 for line in lines), default=0)
     left = len(unfinished(workdir))
-    return {"phase": phase, "seconds after": round(delay, 3), "checkpoint": after, "steps": made, "left": left}
+    return {"phase": phase, "seconds after": round(delay, 3), "checkpoint": after, "steps": logged, "left": left}
 
 
 def report(rows: list[dict[str, Any]], directory: pathlib.Path, seconds: dict[str, float]) -> str:
-    """The figures as Markdown."""
+    """Returns the figures as Markdown."""
     shares = ", ".join(f"{kind} {share:.1%}" for kind, share in run_shares(directory / "killed").items() if share)
     left = sum(row["left"] > 0 for row in rows)
     counts = collections.Counter(row["phase"] for row in rows)
     phases = ", ".join(f"{counts[phase]} while {phase}" for phase in PHASES)
     again = sum(row["steps"] - row["checkpoint"] for row in rows)
-    table = "\n".join("| " + " | ".join(map(str, (i + 1, *row.values()))) + " |" for i, row in enumerate(rows))
-    return f"""# Killed at random moments
-
-    python -m experiments.kill_test --directory=... --kills={len(rows)} --steps={_STEPS.value} --seed={_SEED.value}
-
-{time.strftime("%Y-%m-%d")}, {compare_runs.machine()}; Python {sys.version.split()[0]}, jax {jax.__version__}.
-A run of `{CONFIG}` with {_STEPS.value} steps and a checkpoint every
-{SAVE_EVERY} of them got SIGKILL {len(rows)} times, and was started again each time:
-{phases}.
-
-After every kill the newest checkpoint could be read and was no older than the one before it; {left} kills left an
-unfinished save behind, which the next process removed. At the end all arrays of the state, the place of the data
-iterator and the metrics of all {_STEPS.value} steps are equal to those of the uninterrupted run, bit for bit.
-
-{again} steps that were written down had to be made again. The uninterrupted run took {seconds["whole"]:.0f} s, with
-all compilation; the killed one took {seconds["killed"]:.0f} s. Where its time went:
-{shares}.
-
-| kill | phase | seconds into it | newest checkpoint | steps written down | unfinished saves |
-|---|---|---|---|---|---|
-{table}
-"""
+    head = ("kill", "phase", "seconds into it", "newest checkpoint", "steps logged", "unfinished saves")
+    return harness.report(
+        "Killed at random moments",
+        harness.command_line("experiments.kill_test", _DIRECTORY, _KILLS, _STEPS, _SEED, _OUTPUT),
+        f"A run of `{CONFIG}` with {_STEPS.value} steps and a checkpoint every {SAVE_EVERY} of them got SIGKILL "
+        f"{len(rows)} times, and was started again each time:\n{phases}.",
+        f"After every kill the newest checkpoint could be read and was no older than the one before it; {left} kills "
+        "left an\nunfinished save behind, which the next process removed. At the end all arrays of the state, the "
+        f"position of the data\niterator and the metrics of all {_STEPS.value} steps are equal to those of the "
+        "uninterrupted run, bit for bit.",
+        f"{again} logged steps had to be repeated. The uninterrupted run took {seconds['whole']:.0f} s, with all "
+        f"compilation;\nthe killed one took {seconds['killed']:.0f} s, of which {shares}.",
+        harness.table(head, [(number + 1, *row.values()) for number, row in enumerate(rows)]),
+    )
 
 
 def main(argv: list[str]) -> None:
-    """Runs, kills, compares and writes down."""
+    """Runs, kills, compares and reports."""
     del argv
-    directory = pathlib.Path(_DIRECTORY.value).absolute()
-    if directory.exists():
-        raise UserError(f"{directory} exists; give a new directory")
-    directory.mkdir(parents=True)
+    directory = harness.new_directory(_DIRECTORY.value)
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(directory / "cache"))
     whole, killed = directory / "whole", directory / "killed"
     seconds = {"whole": finish(whole)}
@@ -198,10 +187,7 @@ def main(argv: list[str]) -> None:
     differ = compare_runs.differences(killed, whole)
     if differ:
         raise UserError(f"the run that was killed ended otherwise: {', '.join(differ)} differ")
-    text = report(rows, directory, seconds)
-    print(text)
-    if _OUTPUT.value:
-        pathlib.Path(_OUTPUT.value).write_text(text)
+    harness.publish(report(rows, directory, seconds), _OUTPUT.value)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Four processes train one editor; one of them is killed, all start again, and the end is that of a run left alone.
+"""Trains an editor in four processes, kills one of them, resumes, and compares the end with an uninterrupted run.
 
     make pod-demo
 
 Each process holds one device of a mesh of fsdp 2 x tensor 2, on this machine's CPU: each has a quarter of the state,
-and reads half of every batch. They go on from the shipped editor of `shapes`. First the run is left alone; then the
-same run gets SIGKILL in one process, without warning, in the midst of a step. At the end all arrays of the state, the
-place in the data and the metrics of every step have to be equal, bit for bit; exit code 1 if they are not.
+and reads half of every batch. They start from the shipped editor of `shapes`. First the run is not interrupted; then
+the same run gets SIGKILL in one process, without warning, in the midst of a step. At the end all arrays of the state,
+the position in the data and the metrics of every step have to be equal, bit for bit; exit code 1 if they are not.
 """
 
 import contextlib
@@ -19,16 +19,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-import jax
 import tqdm
 from absl import flags
 
 from experiments import compare_runs, program
+from experiments.benchmarks import harness
 from experiments.configs import shapes
 from varedit_jax.errors import UserError
 from varedit_jax.training.metrics import duration
 
-_DIRECTORY = flags.DEFINE_string("directory", "runs/pod_demo", "where to leave everything; emptied first")
+_DIRECTORY = flags.DEFINE_string("directory", "runs/pod_demo", "directory of the runs; emptied first")
 _STEPS = flags.DEFINE_integer("steps", 24, "of the run", lower_bound=8)
 _VICTIM = flags.DEFINE_integer("victim", 2, "the process that is killed", lower_bound=0, upper_bound=3)
 _OUTPUT = flags.DEFINE_string("output", "", "Markdown file for the figures")
@@ -43,7 +43,7 @@ Process = subprocess.Popen[bytes]
 
 
 def settings(directory: pathlib.Path, steps: int) -> dict[str, object]:
-    """Fields of the config that this run has otherwise."""
+    """Returns the fields of the config that this run overrides."""
     return {
         "mesh.data": 1,
         "mesh.fsdp": 2,
@@ -64,7 +64,7 @@ def settings(directory: pathlib.Path, steps: int) -> dict[str, object]:
 
 @contextlib.contextmanager
 def started(workdir: pathlib.Path, values: dict[str, object], processes: int = PROCESSES) -> Iterator[list[Process]]:
-    """The training program in so many processes of one device each; what they say goes to files beside `workdir`.
+    """Runs the training program in several processes of one device each; their output goes to files beside `workdir`.
 
     None of them outlives the block.
     """
@@ -91,7 +91,7 @@ def started(workdir: pathlib.Path, values: dict[str, object], processes: int = P
 
 
 def follow(running: Sequence[Process], workdir: pathlib.Path, steps: int, until: Callable[[], bool]) -> None:
-    """Shows how far the run is, and returns when `until` says so, all processes have ended, or one has failed."""
+    """Shows progress until `until` returns True, all processes have ended, or one has failed."""
     with tqdm.tqdm(total=steps, desc=workdir.name, unit="step") as bar:
 
         def show() -> None:
@@ -107,7 +107,7 @@ def follow(running: Sequence[Process], workdir: pathlib.Path, steps: int, until:
 
 
 def finish(workdir: pathlib.Path, values: dict[str, object], steps: int) -> float:
-    """Starts the run, or goes on with it, to its end; gives the seconds. Raises UserError if a process fails."""
+    """Starts or resumes the run to its end; returns the seconds. Raises UserError if a process fails."""
     begin = time.monotonic()
     with started(workdir, values) as running:
         follow(running, workdir, steps, lambda: False)
@@ -118,7 +118,7 @@ def finish(workdir: pathlib.Path, values: dict[str, object], steps: int) -> floa
 
 
 def gone(running: Sequence[Process]) -> list[int | None]:
-    """Exit codes of the processes after a while; None of one that is still there, and will be ended."""
+    """Returns the exit codes of the processes after a while; None for one that is still there."""
     end = time.monotonic() + _GRACE_SECONDS
     while time.monotonic() < end and any(process.poll() is None for process in running):
         time.sleep(0.05)
@@ -126,7 +126,7 @@ def gone(running: Sequence[Process]) -> list[int | None]:
 
 
 def kill(workdir: pathlib.Path, values: dict[str, object], steps: int, victim: int) -> str:
-    """Starts the run and kills one of its processes past the middle, between two checkpoints; says what came of it."""
+    """Starts the run and kills one of its processes past the middle, between two checkpoints; returns the story."""
     middle = steps // 2 // SAVE_EVERY * SAVE_EVERY + SAVE_EVERY // 2
     with started(workdir, values) as running:
         follow(running, workdir, steps, lambda: len(compare_runs.metrics(workdir)) > middle)
@@ -141,33 +141,29 @@ def kill(workdir: pathlib.Path, values: dict[str, object], steps: int, victim: i
     alone = sum(code is not None for code in others)
     ended = f"{alone} of the other {len(others)} ended by themselves" if alone < len(others) else "the others ended"
     return (
-        f"process {victim} got SIGKILL when {made} of {steps} steps were made and the checkpoint of step {saved} was "
+        f"process {victim} got SIGKILL after {made} of {steps} steps, when the checkpoint of step {saved} was "
         f"complete; {ended} within {seconds:.0f} s"
     )
 
 
 def report(seconds: dict[str, float], story: str, steps: int) -> str:
-    """The figures as Markdown."""
-    return f"""# Four processes, one of them killed
-
-    python -m experiments.pod_demo --steps={steps} --output=results/pod_demo.md
-
-{time.strftime("%Y-%m-%d")}, {compare_runs.machine()}; Python {sys.version.split()[0]}, jax {jax.__version__}.
-{PROCESSES} processes with one CPU device each, on a mesh of fsdp 2 x tensor 2, go on from the shipped editor of
-`shapes` for {steps} steps of 16 examples, with a checkpoint every {SAVE_EVERY} steps.
-
-{story[0].upper()}{story[1:]}. All were started again by the same command, and went on from the checkpoint.
-
-At the end all arrays of the state (parameters, moments, step), the place of the data iterator and the metrics of all
-{steps} steps are equal to those of the run that was left alone, bit for bit.
-
-| | seconds |
-|---|---|
-| the run left alone, with compilation | {seconds["whole"]:.0f} |
-| until the kill, and until all processes were gone | {seconds["killed"]:.0f} |
-| started again, to the end | {seconds["resumed"]:.0f} |
-| everything, with data and comparison | {seconds["all"]:.0f} |
-"""
+    """Returns the figures as Markdown."""
+    titles = {
+        "whole": "the uninterrupted run, with compilation",
+        "killed": "until the kill, and until all processes were gone",
+        "resumed": "started again, to the end",
+        "all": "everything, with data and comparison",
+    }
+    return harness.report(
+        "Four processes, one of them killed",
+        harness.command_line("experiments.pod_demo", _STEPS, _VICTIM, _OUTPUT),
+        f"{PROCESSES} processes with one CPU device each, on a mesh of fsdp 2 x tensor 2, start from the shipped "
+        f"editor of `shapes`,\nfor {steps} steps of 16 examples, with a checkpoint every {SAVE_EVERY} steps.",
+        f"{story[0].upper()}{story[1:]}. All were started again by the same command, and resumed from the checkpoint.",
+        "At the end all arrays of the state (parameters, moments, step), the position of the data iterator and the "
+        f"metrics of all\n{steps} steps are equal to those of the uninterrupted run, bit for bit.",
+        harness.table(("", "seconds"), [(titles[name], f"{value:.0f}") for name, value in seconds.items()]),
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -175,9 +171,8 @@ def main(argv: list[str]) -> None:
     del argv
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # and so the processes end, too
     begin = time.monotonic()
-    directory, steps = pathlib.Path(_DIRECTORY.value).absolute(), _STEPS.value
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
+    shutil.rmtree(harness.local_path(_DIRECTORY.value), ignore_errors=True)
+    directory, steps = harness.new_directory(_DIRECTORY.value), _STEPS.value
     values, seconds = settings(directory, steps), {}
     whole, killed = directory / "whole", directory / "killed"
     print(f"{PROCESSES} processes train {CONFIG} for {steps} steps; the first time they compile, which takes minutes")
@@ -192,10 +187,10 @@ def main(argv: list[str]) -> None:
         raise UserError(f"NOT EQUAL: the run that was killed ended otherwise: {', '.join(differ)} differ")
     seconds["all"] = time.monotonic() - begin
     if _OUTPUT.value:
-        pathlib.Path(_OUTPUT.value).write_text(report(seconds, story, steps))
+        harness.write_text(_OUTPUT.value, report(seconds, story, steps))
     print(
-        f"EQUAL, bit for bit, after {steps} steps: parameters, moments, place in the data and metrics of the run that "
-        f"was killed and of the one that was not; {duration(seconds['all'])} in all"
+        f"EQUAL, bit for bit, after {steps} steps: parameters, moments, position in the data and metrics of the killed "
+        f"run and of the uninterrupted one; {duration(seconds['all'])} in all"
     )
 
 

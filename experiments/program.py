@@ -123,6 +123,12 @@ def config_flag(cls: type[Config]) -> ConfigFlag[Config]:
     return ConfigFlag(cls)
 
 
+def choice_flag(name: str, default: str | None, cls: type, field: str, about: str) -> flags.FlagHolder[Any]:
+    """Defines a flag that takes the choices of a field of a configuration class, by its dotted name."""
+    choices = [choice for choice in typing.get_args(field_types(cls)[field]) if choice]
+    return flags.DEFINE_enum(name, default, choices, about)
+
+
 class _FieldParser(flags.ArgumentParser[Any]):
     """Reads a value of the annotated type of a field."""
 

@@ -1,14 +1,13 @@
-"""Measures the conversion of a full-size transformer on this machine: time, memory, and whether a byte changed.
+"""Measures the conversion of a full-size transformer on this machine: time, memory, and that no byte changes.
 
     python -m experiments.benchmarks.conversion --preset=2b --directory=/tmp/conversion --output=results/conversion.md
 
 Makes a file of random weights with the published names and shapes, converts it to ours, back to .pth and to
-safetensors shards, each in a process of its own whose peak memory the operating system tells; kills one conversion half
-way and goes on with it. The directory takes three times the file (2B: 8.8 GB) and is removed at the end.
+safetensors shards, each in a process of its own whose peak memory is sampled; kills one conversion half way and resumes
+it. The directory takes three times the file (2B: 8.8 GB) and is removed at the end.
 """
 
 import math
-import os
 import pathlib
 import shutil
 import signal
@@ -16,13 +15,13 @@ import subprocess
 import sys
 import time
 import zlib
-from typing import NamedTuple
 
 import numpy as np
 import tqdm
 from absl import flags
 
 from experiments import program
+from experiments.benchmarks import harness
 from varedit_jax.config import preset
 from varedit_jax.conversion import convert
 from varedit_jax.conversion.writer import Planned, PthFile
@@ -36,13 +35,7 @@ _ZEROS = flags.DEFINE_bool("zeros", False, "weights of zeros: a file that takes 
 _BRIEF = flags.DEFINE_bool("brief", False, "no killed conversion, and .pth alone")
 _OUTPUT = flags.DEFINE_string("output", "", "Markdown file for the table")
 
-
-class Measured(NamedTuple):
-    """One conversion."""
-
-    title: str
-    seconds: float
-    peak: float  # GB, resident, of the whole process
+_CONVERT = "experiments.convert"
 
 
 def _make(path: pathlib.Path) -> int:
@@ -63,24 +56,10 @@ def _make(path: pathlib.Path) -> int:
     return sum(tensor.nbytes for tensor in file.tensors)
 
 
-def _command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "experiments.convert", *arguments]
-
-
-def _measure(title: str, *arguments: str) -> Measured:
-    print(f"\n=== {title}\n$ python -m experiments.convert {' '.join(arguments)}", flush=True)
-    start = time.perf_counter()
-    child = subprocess.Popen(_command(*arguments))
-    _, status, usage = os.wait4(child.pid, 0)
-    if status:
-        raise UserError(f"{title} failed; what it said is above")
-    return Measured(title, time.perf_counter() - start, usage.ru_maxrss * 1024 / 1e9)
-
-
 def _kill_half_way(output: pathlib.Path, tensors: int, *arguments: str) -> int:
-    """Starts a conversion and kills it when half of the tensors are done; returns how many were."""
+    """Kills a conversion when half of the tensors are done; returns their number."""
     print("\n=== the same, killed half way", flush=True)
-    child = subprocess.Popen(_command(*arguments, f"--output={output}"))
+    child = subprocess.Popen([sys.executable, "-m", _CONVERT, *arguments, f"--output={output}"])
     journal = output.with_name(f".{output.name}.partial") / "journal.jsonl"
     while child.poll() is None:
         if journal.exists() and journal.read_bytes().count(b"\n") > tensors // 2:
@@ -88,7 +67,7 @@ def _kill_half_way(output: pathlib.Path, tensors: int, *arguments: str) -> int:
             child.wait()
             return journal.read_bytes().count(b"\n") - 1
         time.sleep(0.05)
-    raise UserError("the conversion was over before it could be killed")
+    raise UserError("the conversion was over before it could be killed; give a larger --preset")
 
 
 def _identical(one: pathlib.Path, other: pathlib.Path) -> int:
@@ -103,61 +82,48 @@ def _identical(one: pathlib.Path, other: pathlib.Path) -> int:
     return len(sums[0])
 
 
-def _table(size: int, measured: list[Measured], tensors: int, killed: int) -> str:
-    command = f"python -m experiments.benchmarks.conversion --preset={_PRESET.value} --directory=... --output=..."
-    command += "".join(f" --{flag.name}" for flag in (_ZEROS, _BRIEF) if flag.value)
-    values = "zeros" if _ZEROS.value else "random weights"
+def _report(size: int, measured: dict[str, harness.Measured], tensors: int, killed: int) -> str:
     rows = [
-        f"| {line.title} | {line.seconds:.1f} | {size / 1e6 / line.seconds:.0f} | {line.peak:.2f} |"
-        for line in measured
+        (title, f"{seconds:.1f}", f"{size / 1e6 / seconds:.0f}", f"{peak / 1e9:.2f}")
+        for title, (seconds, peak) in measured.items()
     ]
-    lines = [
-        f"# Conversion of a full-size transformer: {_PRESET.value}\n",
-        f"    {command}\n",
-        f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores; float32 {values}, {tensors} tensors, "
-        f"{size / 1e9:.2f} GB.",
-        "Peak memory: resident, of the whole process, as the system tells it. Seconds are of the whole program.\n",
-        "| | seconds | MB/s | peak memory, GB |",
-        "|---|---|---|---|",
-        *rows,
-        f"\nAll {tensors} tensors come back with the same type and the same bytes (SHA-256).",
-    ]
-    if killed:
-        lines.append(f"The conversion that was killed (SIGKILL) had {killed} tensors done, and did not do them again.")
-    return "\n".join(lines) + "\n"
+    return harness.report(
+        f"Conversion of a full-size transformer: {_PRESET.value}",
+        harness.command_line("experiments.benchmarks.conversion", _PRESET, _DIRECTORY, _ZEROS, _BRIEF, _OUTPUT),
+        f"float32 {'zeros' if _ZEROS.value else 'random weights'}, {tensors} tensors, {size / 1e9:.2f} GB. Peak "
+        "memory: resident, of the whole process, sampled. Seconds are of the whole program.",
+        harness.table(["", "seconds", "MB/s", "peak memory, GB"], rows),
+        f"All {tensors} tensors come back with the same type and the same bytes (SHA-256)."
+        + (f" The killed conversion (SIGKILL) had {killed} tensors done, and did not repeat them." if killed else ""),
+    )
 
 
 def main(argv: list[str]) -> None:
     """Makes, converts, kills, compares."""
     del argv
-    directory = pathlib.Path(_DIRECTORY.value)
-    directory.mkdir(parents=True)
-    try:
+    measured: dict[str, harness.Measured] = {}
+
+    def convert_and_measure(title: str, *arguments: str) -> None:
+        measured[title] = harness.run_program(_CONVERT, *arguments, title=title)
+
+    with harness.scratch_directory(_DIRECTORY.value) as directory:
         source, ours, back = directory / "varedit.pth", directory / "ours", directory / "published"
         size = _make(source)
-        tensors = len(convert.mapping_of(preset(_PRESET.value), ["transformer"]))
+        tensors, killed = len(convert.mapping_of(preset(_PRESET.value), ["transformer"])), 0
         inwards = [f"--transformer={source}"]
-        measured = [_measure("published .pth to ours", *inwards, f"--output={ours}")]
-        killed = 0
+        convert_and_measure("published .pth to ours", *inwards, f"--output={ours}")
         if not _BRIEF.value:
             shutil.rmtree(ours)
             killed = _kill_half_way(ours, tensors, *inwards)
-            measured.append(_measure("the same, gone on with", *inwards, f"--output={ours}"))
-        measured.append(_measure("checksums of ours verified", f"--verify={ours}"))
-        outwards = ["--to=torch", f"--input={ours}", f"--output={back}"]
-        for title, options in (("ours to .pth", []), ("ours to safetensors shards of 5 GB", ["--format=safetensors"])):
-            if _BRIEF.value and options:
-                break
-            measured.append(_measure(title, *outwards, *options))
-            same = _identical(ours, back)
-            measured.append(_measure("checksums of that verified", f"--verify={back}"))
+            convert_and_measure("the same, resumed", *inwards, f"--output={ours}")
+        convert_and_measure("checksums of ours verified", f"--verify={ours}")
+        for form in ("pth",) if _BRIEF.value else ("pth", "safetensors"):
+            title = {"pth": "ours to .pth", "safetensors": "ours to safetensors shards of 5 GB"}[form]
+            convert_and_measure(title, "--to=torch", f"--input={ours}", f"--output={back}", f"--format={form}")
+            tensors = _identical(ours, back)
+            convert_and_measure(f"checksums of the {form} verified", f"--verify={back}")
             shutil.rmtree(back)
-        table = _table(size, measured, same, killed)
-        print("\n" + table)
-        if _OUTPUT.value:
-            pathlib.Path(_OUTPUT.value).write_text(table)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+    harness.publish(_report(size, measured, tensors, killed), _OUTPUT.value)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import io
 import json
 import os
 import pathlib
-import shutil
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from data_pipelines.record import Record
 from data_pipelines.shards import Records, ShardWriter, shard_path, write_index
 from experiments import program
 from experiments.benchmarks import data_peer as peer
+from experiments.benchmarks import harness
 from varedit_jax.config import DataConfig, EditorConfig, PixelBudget
 from varedit_jax.errors import UserError
 from varedit_jax.scales import aspect_templates
@@ -46,7 +46,7 @@ _TURN = flags.DEFINE_string("turn", "", "of one contestant, as the program itsel
 
 BATCH = 16
 WARM_UP = 6
-AHEAD = 4  # batches that a contestant may have ready: few, for they are made before the clock starts
+AHEAD = 4  # batches that a contestant may have ready: few, as they are made before the clock starts
 CORES = os.cpu_count() or 1
 SIZES = {256: "0.06M", 512: "0.25M"}  # pixels, and the budget of the model that has them
 
@@ -95,7 +95,7 @@ def _open(directory: pathlib.Path, budget: PixelBudget, **fields: Any) -> loader
 
 
 def _turn(kind: str, budget: Any) -> dict[str, float]:
-    """One contestant's turn, of ours."""
+    """The turn of one contestant of ours."""
     fields = {"read_threads": CORES} if kind == "threads" else {"read_threads": 1, "workers": CORES}
     batches = _open(pathlib.Path(_DIRECTORY.value) / "records", budget, **fields)
     for _ in range(WARM_UP):
@@ -115,15 +115,10 @@ def _call(*command: str) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _race(directory: pathlib.Path, size: int) -> list[str]:
+def _race(directory: pathlib.Path, size: int) -> list[tuple[object, ...]]:
     """Rows of the table of one size."""
-    ours = [
-        sys.executable,
-        "-m",
-        "experiments.benchmarks.data",
-        f"--directory={directory}",
-        f"--batches={_BATCHES.value}",
-    ]
+    ours = [sys.executable, "-m", "experiments.benchmarks.data"]
+    ours += [f"--directory={directory}", f"--batches={_BATCHES.value}"]
     numbers = [str(number) for number in (size, BATCH, _BATCHES.value, WARM_UP, CORES, AHEAD // CORES)]
     contestants = {
         "bare Pillow, decode and resize": [sys.executable, peer.__file__, "limit", str(directory), *numbers],
@@ -144,12 +139,12 @@ def _race(directory: pathlib.Path, size: int) -> list[str]:
     }
     (_, limit), *_ = rates.values()
     return [
-        f"| {size} px | {title} | {wall / 2 / BATCH:.2f} | {wall:.0f} | {cpu:.0f} | {cpu / limit:.2f} |"
+        (f"{size} px", title, f"{wall / 2 / BATCH:.2f}", f"{wall:.0f}", f"{cpu:.0f}", f"{cpu / limit:.2f}")
         for title, (wall, cpu) in rates.items()
     ]
 
 
-def _many(directory: pathlib.Path) -> list[str]:
+def _many(directory: pathlib.Path) -> list[tuple[str, str]]:
     """Rows about index, shuffling and resuming with many records."""
     count, shards = _RECORDS.value, 16
     tiny = _jpeg(Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)))
@@ -160,60 +155,47 @@ def _many(directory: pathlib.Path) -> list[str]:
                 size = (int(draw.integers(256, 1024)), int(draw.integers(256, 1024)))  # for the buckets alone
                 record = Record(id=str(number), dataset="small", source=tiny, target=tiny, instructions=(str(number),))
                 writer.write(record, size)
-    start = time.perf_counter()
-    write_index(directory)
-    rows = [f"| writing the index of {count:,} records | {time.perf_counter() - start:.2f} |"]
-    start = time.perf_counter()
-    Records(directory, "train")
-    rows.append(f"| opening it | {time.perf_counter() - start:.3f} |")
+    writing, _ = harness.timed(write_index, directory)
+    opening, _ = harness.timed(Records, directory, "train")
     aspects = tuple(aspect_templates())
-    start = time.perf_counter()
-    batches = _open(directory, "0.06M", aspects=aspects, read_threads=0)
-    rows.append(f"| opening it and planning the batches of 15 aspects | {time.perf_counter() - start:.3f} |")
-    state = batches.get_state()
-    taken = []
+    planning, batches = harness.timed(_open, directory, "0.06M", aspects=aspects, read_threads=0)
+    state, taken = batches.get_state(), []
     for step in np.random.default_rng(2).integers(0, 100 * count // BATCH, 10).tolist():
         batches.set_state(state | {"next_step": step})
-        start = time.perf_counter()
-        next(batches)
-        taken.append(time.perf_counter() - start)
-    middle = statistics.median(taken)
-    rows.append(f"| first batch of {BATCH} after resuming anywhere in 100 epochs, median of 10 | {middle:.3f} |")
-    rows.append(f"| the same, slowest | {max(taken):.3f} |")
-    return rows
+        taken.append(harness.timed(next, batches)[0])
+    resuming = f"first batch of {BATCH} after resuming anywhere in 100 epochs"
+    return [
+        (f"writing the index of {count:,} records", f"{writing:.2f}"),
+        ("opening it", f"{opening:.3f}"),
+        ("opening it and planning the batches of 15 aspects", f"{planning:.3f}"),
+        (f"{resuming}, median of 10", f"{statistics.median(taken):.3f}"),
+        ("the same, slowest", f"{max(taken):.3f}"),
+    ]
 
 
 def main(argv: list[str]) -> None:
     """Makes images, has all take their turns, and writes the tables."""
     del argv
-    directory = pathlib.Path(_DIRECTORY.value)
     if _TURN.value:
         print(json.dumps(_turn(*_TURN.value.split(":"))))
         return
-    directory.mkdir(parents=True)
-    try:
+    with harness.scratch_directory(_DIRECTORY.value) as directory:
         _make_pairs(directory)
         rows = [row for size in SIZES for row in _race(directory, size)]
         many = _many(directory / "small")
-        lines = [
-            "# Throughput of the loader\n",
-            "    python -m experiments.benchmarks.data --directory=... --peer_python=... --output=...\n",
-            f"{time.strftime('%Y-%m-%d')}, {CORES} cores, at a load of {os.getloadavg()[2]:.0f}. {_PAIRS.value} pairs "
-            f"of JPEGs of 640 x 512 px, the middle brought to the size (Lanczos), batches of {BATCH} pairs, {CORES} "
-            f"threads or processes; {_BATCHES.value} batches a turn, median of {_ROUNDS.value} turns, which all took "
-            f"one after the other. Images a processor second count all processes, and depend less on what else runs.\n",
-            "| to | | batches/s | images/s | images / processor second | of the limit |",
-            "|---|---|---|---|---|---|",
-            *rows,
-            "\n| | seconds |",
-            "|---|---|",
-            *many,
-        ]
-        print("\n".join(lines))
-        if _OUTPUT.value:
-            pathlib.Path(_OUTPUT.value).write_text("\n".join(lines) + "\n")
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+    text = harness.report(
+        "Throughput of the loader",
+        harness.command_line(
+            "experiments.benchmarks.data", _DIRECTORY, _PEER, _PAIRS, _ROUNDS, _BATCHES, _RECORDS, _OUTPUT
+        ),
+        f"Load {os.getloadavg()[2]:.0f}. {_PAIRS.value} pairs of JPEGs of 640 x 512 px, the middle resized to the size "
+        f"(Lanczos), batches of {BATCH} pairs, {CORES} threads or processes; {_BATCHES.value} batches per turn, median "
+        f"of {_ROUNDS.value} turns, one contestant after the other. Images per processor second count all processes, "
+        "and depend less on the other load of the machine.",
+        harness.table(("to", "", "batches/s", "images/s", "images / processor second", "of the limit"), rows),
+        harness.table(("", "seconds"), many),
+    )
+    harness.publish(text, _OUTPUT.value)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What benchmark_data compares the loader with: bare Pillow, and a PyTorch DataLoader over WebDataset tars.
+"""Peers that benchmarks.data compares the loader with: bare Pillow, and a PyTorch DataLoader over WebDataset tars.
 
 Stands alone, so that an environment without this package can run it:
 

@@ -1,4 +1,4 @@
-"""Measures what cheaper products of the frozen encoders change, for tokenizers and text encoders at hand.
+"""Measures the effect of cheaper matmuls in the frozen encoders, for tokenizers and text encoders at hand.
 
     python -m experiments.benchmarks.precision --golden=tests/data/golden/mini_a,tests/data/golden/mini_b
 
@@ -9,7 +9,7 @@ and the held-out loss with them).
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,11 @@ from absl import flags
 
 from data_pipelines import loader
 from experiments import program
+from experiments.benchmarks import harness
 from experiments.configs import shapes
 from varedit_jax.analysis import parity
 from varedit_jax.analysis.precision import bits_at, changed_bits
-from varedit_jax.config import EditorConfig, RunConfig
+from varedit_jax.config import ComputeType, DataConfig, EditorConfig, RunConfig
 from varedit_jax.sampling.editor import Editor
 from varedit_jax.scales import Pyramid, editor_pyramid
 from varedit_jax.text.t5 import T5Encoder
@@ -31,6 +32,7 @@ from varedit_jax.training.setup import make_evaluate
 
 _GOLDEN = flags.DEFINE_list("golden", [], "directories of golden models to measure too")
 _EXAMPLES = flags.DEFINE_integer("examples", 64, "held-out images of shapes", lower_bound=1)
+_OUTPUT = flags.DEFINE_string("output", "", "Markdown file for the tables")
 
 
 def _tokenizers(editor: Editor, images: jax.Array) -> Iterator[tuple[str, Any, jax.Array, EditorConfig, Pyramid]]:
@@ -42,6 +44,31 @@ def _tokenizers(editor: Editor, images: jax.Array) -> Iterator[tuple[str, Any, j
         yield directory, golden.tokenizer, jax.device_put(golden_images), golden.config, golden.pyramid
 
 
+def _tokenizer_rows(editor: Editor, images: jax.Array) -> Iterator[tuple[object, ...]]:
+    for name, params, shown, config, pyramid in _tokenizers(editor, images):
+        exact = bits_at("highest", params, shown, config, pyramid)
+        bits = sum(scale.size for scale in exact)
+        for precision in ("high", "default"):
+            *scales, every = changed_bits(exact, bits_at(precision, params, shown, config, pyramid))
+            by_scale = ", ".join(f"{100 * share:.2g}" for share in scales)
+            yield name, bits, precision, f"{100 * every:.2g}", by_scale
+
+
+def _text_rows(editor: Editor, data: DataConfig, batch: dict[str, jax.Array]) -> Iterator[tuple[object, ...]]:
+    exact_BTE = None
+    dtypes: tuple[ComputeType, ...] = ("float32", "bfloat16")
+    for dtype in dtypes:
+        run = RunConfig(name="precision", model=editor.config, data=data, text_dtype=dtype)
+        text = optax.tree.cast(editor.params["text"], dtype)
+        encoder = T5Encoder(editor.config.text, jnp.dtype(dtype))
+        features_BTE = jax.jit(encoder.apply)({"params": text}, batch["text_ids"], batch["text_length"])
+        exact_BTE = features_BTE if exact_BTE is None else exact_BTE
+        error = float(jnp.linalg.norm(features_BTE - exact_BTE) / jnp.linalg.norm(exact_BTE))
+        evaluate = jax.jit(make_evaluate(run, editor_pyramid(editor.config)))
+        loss = float(evaluate(editor.params, {**editor.params, "text": text}, batch)["loss"])
+        yield "shapes", dtype, f"{error:.2g}", f"{loss:.5f}"
+
+
 def main(argv: list[str]) -> None:
     """Prints both tables."""
     del argv
@@ -49,31 +76,20 @@ def main(argv: list[str]) -> None:
     data = dataclasses.replace(shapes.DATA, batch_size=_EXAMPLES.value, train_examples=1)
     held_out = loader.open_split(data, "test")
     batch = jax.device_put(next(loader.evaluation_batches(data, Vocabulary.load(), held_out)))
-
-    print("| tokenizer | bits | tokenizer_precision | changed, % | by scale |\n|---|---|---|---|---|")
-    for name, params, images, config, pyramid in _tokenizers(editor, batch["target"]):
-        exact = bits_at("highest", params, images, config, pyramid)
-        for precision in ("high", "default"):
-            *scales, every = changed_bits(exact, bits_at(precision, params, images, config, pyramid))
-            by_scale = ", ".join(f"{100 * share:.2g}" for share in scales)
-            print(
-                f"| {name} | {sum(scale.size for scale in exact)} | {precision} | {100 * every:.2g} | {by_scale} |",
-                flush=True,
-            )
-
-    print("\n| text encoder | text_dtype | relative error of features | held-out loss |\n|---|---|---|---|")
-    exact_BTE = None
-    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
-    for dtype in dtypes:
-        run = RunConfig(name="precision", model=editor.config, data=data, text_dtype=dtype)
-        text = optax.tree.cast(editor.params["text"], dtype)
-        frozen = {**editor.params, "text": text}
-        encoder = T5Encoder(editor.config.text, jnp.dtype(dtype))
-        features_BTE = jax.jit(encoder.apply)({"params": text}, batch["text_ids"], batch["text_length"])
-        exact_BTE = features_BTE if exact_BTE is None else exact_BTE
-        error = float(jnp.linalg.norm(features_BTE - exact_BTE) / jnp.linalg.norm(exact_BTE))
-        metrics = jax.jit(make_evaluate(run, editor_pyramid(editor.config)))(editor.params, frozen, batch)
-        print(f"| shapes | {dtype} | {error:.2g} | {float(metrics['loss']):.5f} |", flush=True)
+    text = harness.report(
+        "Precision of the frozen encoders",
+        harness.command_line("experiments.benchmarks.precision", _GOLDEN, _EXAMPLES, _OUTPUT),
+        f"{_EXAMPLES.value} held-out images of shapes; weights of golden directories are random.",
+        harness.table(
+            ("tokenizer", "bits", "tokenizer_precision", "changed, %", "by scale"),
+            list(_tokenizer_rows(editor, batch["target"])),
+        ),
+        harness.table(
+            ("text encoder", "text_dtype", "relative error of features", "held-out loss"),
+            list(_text_rows(editor, data, batch)),
+        ),
+    )
+    harness.publish(text, _OUTPUT.value)
 
 
 if __name__ == "__main__":

@@ -9,19 +9,18 @@ On one H200 (141 GB), 2B complete, and 8B at full width with as many blocks as f
 
 Weights and images are random. The step is the whole one of a run: frozen encoders on images and token ids, forward
 and backward pass, clipping, AdamW, a state that is donated. It is timed from its dispatch until its results are there,
-after two calls for warming up. What needs more memory than there is becomes a row that says so.
+after two warm-up calls. A program that needs more memory than there is becomes a row that says so.
 """
 
 import dataclasses
 import json
-import pathlib
-import typing
 from typing import Any
 
 import jax
 from absl import flags
 
 from experiments import program
+from experiments.benchmarks import harness
 from varedit_jax import config as config_lib
 from varedit_jax.analysis.benchmark import Benchmark, Row, environment
 from varedit_jax.config import DataConfig, EditorConfig, OptimizerConfig, RunConfig
@@ -38,34 +37,34 @@ _DEPTH = flags.DEFINE_integer("depth", None, "blocks, instead of the preset's", 
 _TEXT = flags.DEFINE_string("text", "", "Flan-T5 encoder: small, base, large, xl, xxl; the preset's own by default")
 _PIXELS = flags.DEFINE_integer("pixels", None, f"side of the images: {', '.join(map(str, BUDGETS))}; 512 by default")
 _TEXT_TOKENS = flags.DEFINE_integer("text_tokens", None, "T of a training batch; all the model has by default")
-_BATCH = flags.DEFINE_integer("batch", 1, "examples a step, over all devices; images of the larger edit", lower_bound=1)
-_ACCUMULATION = flags.DEFINE_integer("accumulation", 1, "microbatches a step", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch", 1, "examples per step, all devices; images of the larger edit", lower_bound=1)
+_ACCUMULATION = flags.DEFINE_integer("accumulation", 1, "microbatches per step", lower_bound=1)
 _WHAT = flags.DEFINE_list("what", ["train", "edit"], f"what to measure, of {', '.join(WHAT)}")
 _MESH = flags.DEFINE_string("mesh", "data=-1", "sizes of the mesh's axes, as in fsdp=-1,tensor=4")
-_FEATURES: flags.FlagHolder[Any] = flags.DEFINE_enum(
-    "features", "online", ["online", "precomputed"], "encode images in the step, or ahead"
+_FEATURES = program.choice_flag(
+    "features", "online", RunConfig, "data.features", "encode images in the step, or ahead of time"
 )
-_DTYPE: flags.FlagHolder[Any] = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16"], "of products in the blocks and the text encoder; float32 on a CPU alone"
+_DTYPE = program.choice_flag(
+    "dtype", None, RunConfig, "text_dtype", "of matmuls in the blocks and the text encoder; float32 on a CPU alone"
 )
-_MOMENTS: flags.FlagHolder[Any] = flags.DEFINE_enum(
-    "moments", "float32", ["float32", "bfloat16"], "type of AdamW's first moment"
+_MOMENTS = program.choice_flag(
+    "moments", "float32", RunConfig, "optimizer.moment_dtype", "type of AdamW's first moment"
 )
-_PRECISION: flags.FlagHolder[Any] = flags.DEFINE_enum(
-    "precision", "highest", ["default", "high", "highest"], "of the tokenizer's convolutions"
+_PRECISION = program.choice_flag(
+    "precision", "highest", RunConfig, "tokenizer_precision", "of the tokenizer's convolutions"
 )
-_REMAT: flags.FlagHolder[Any] = flags.DEFINE_enum(
-    "remat", "named", ["none", "named", "full"], "what the backward pass computes again"
+_REMAT = program.choice_flag(
+    "remat", "named", RunConfig, "model.transformer.remat", "part of a block that the backward pass recomputes"
 )
-_ATTENTION: flags.FlagHolder[Any] = flags.DEFINE_enum(
-    "attention", "auto", ["auto", "plain", "splash", "cudnn"], "kernel of self-attention"
+_ATTENTION = program.choice_flag(
+    "attention", "auto", RunConfig, "model.transformer.attention", "kernel of self-attention"
 )
 _REPEATS = flags.DEFINE_integer("repeats", 10, "timed calls of each program", lower_bound=1)
 _JSON = flags.DEFINE_string("json", "", "file for the figures")
 
 
 def _model() -> EditorConfig:
-    """The preset with what the flags change."""
+    """Returns the preset with the changes of the flags."""
     model = config_lib.preset(_PRESET.value)
     text, pixels = model.text, _PIXELS.value
     if _TEXT.value:
@@ -99,13 +98,13 @@ def _run() -> RunConfig:
             features=_FEATURES.value,
         ),
         optimizer=OptimizerConfig(accumulation=_ACCUMULATION.value, moment_dtype=_MOMENTS.value),
-        text_dtype=typing.cast(Any, model.transformer.dtype),
+        text_dtype=model.transformer.dtype,
         tokenizer_precision=_PRECISION.value,
     )
 
 
 def _about(run: RunConfig) -> Row:
-    """What is measured, in figures and in a sentence."""
+    """Returns the figures of what is measured."""
     pyramid, full = editor_pyramid(run.model), config_lib.preset(_PRESET.value).transformer.depth
     flops, depth = run_flops(run, pyramid), run.model.transformer.depth
     height, width = image_size(run.model, pyramid)
@@ -181,7 +180,7 @@ def main(argv: list[str]) -> None:
         print(_line(row), flush=True)
         if _JSON.value:  # after every row: a run that is cut short keeps what it has
             figures: dict[str, Any] = {"about": about, "device": device, "rows": rows}
-            pathlib.Path(_JSON.value).write_text(json.dumps(figures, indent=2) + "\n")
+            harness.write_text(_JSON.value, json.dumps(figures, indent=2) + "\n")
 
     if "train" in _WHAT.value:
         measured(bench.train())

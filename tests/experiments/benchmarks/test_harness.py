@@ -1,0 +1,75 @@
+"""Programs that measure: what they say of a program, its time and memory, and the report."""
+
+import pathlib
+import re
+import sys
+
+import pytest
+from absl import flags
+
+from experiments.benchmarks import harness
+from varedit_jax.errors import UserError
+
+pytestmark = pytest.mark.subprocess
+
+MIB = 2**20
+HOLD = "import time\nheld = b'x' * (150 * 2**20)\ntime.sleep(0.7)\n"
+PROGRAMS = {
+    "holds": HOLD,
+    "starts": "import subprocess, sys\nsubprocess.run([sys.executable, '-m', 'holds'], check=True)\n",
+    "sleeps": "import time; time.sleep(0.5)",
+    "fails": "raise SystemExit(3)",
+}
+
+
+@pytest.fixture
+def programs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in PROGRAMS.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+@pytest.mark.usefixtures("programs")
+def test_memory_is_of_the_process_with_its_descendants(capfd: pytest.CaptureFixture[str]) -> None:
+    alone = harness.run_program("holds", title="A title")
+    assert 150 * MIB < alone.peak_bytes < 400 * MIB and 0.7 < alone.seconds < 60
+    assert "=== A title\n$ python -m holds" in capfd.readouterr().out
+    assert harness.run_program("starts").peak_bytes > alone.peak_bytes
+    assert harness.run_program("sleeps").peak_bytes < 100 * MIB  # whatever this process holds
+
+
+@pytest.mark.usefixtures("programs")
+def test_a_program_that_fails_is_a_sentence() -> None:
+    with pytest.raises(UserError, match="^fails ended with exit code 3; its output is above$"):
+        harness.run_program("fails")
+
+
+def test_a_scratch_directory_is_new_and_goes(tmp_path: pathlib.Path) -> None:
+    with harness.scratch_directory(f"{tmp_path}/a/b") as directory:
+        (directory / "file").touch()
+        with pytest.raises(UserError, match="a/b exists; give a new directory"):
+            harness.new_directory(str(directory))
+    assert not directory.exists() and directory.parent.exists()
+    with pytest.raises(UserError, match="--directory=gs://bucket/x is in an object store; this program works in"):
+        harness.new_directory("gs://bucket/x")
+
+
+def test_a_report_has_command_date_and_machine_but_no_path_of_it(tmp_path: pathlib.Path) -> None:
+    values = flags.FlagValues()
+    given = [
+        flags.DEFINE_string("directory", None, "", flag_values=values),
+        flags.DEFINE_list("sizes", ["1"], "", flag_values=values),
+        flags.DEFINE_bool("zeros", False, "", flag_values=values),
+        flags.DEFINE_integer("rounds", 3, "", flag_values=values),
+        flags.DEFINE_string("output", "", "", flag_values=values),
+    ]
+    values(["program", "--directory=/home/somebody/x", "--sizes=2,3", "--zeros", f"--output={tmp_path}/a.md"])
+    command = harness.command_line("experiments.benchmarks.some", *given)
+    assert command == "python -m experiments.benchmarks.some --directory=... --sizes=2,3 --zeros --output=..."
+    text = harness.report("Title", command, "About it.", harness.table(("a", "b"), [(1, "x")]), "", "The end.")
+    expected = rf"# Title\n\n    {re.escape(command)}\n\n\d{{4}}-\d\d-\d\d, \d+ cores, .+; Python "
+    expected += rf"{sys.version_info.major}\.[\d.]+, jax [\d.]+\. About it\.\n\n"
+    expected += r"\| a \| b \|\n\| --- \| --- \|\n\| 1 \| x \|\n\nThe end\.\n"
+    assert re.fullmatch(expected, text)
+    harness.publish(text, values.output)
+    assert pathlib.Path(values.output).read_text() == text
