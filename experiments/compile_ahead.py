@@ -1,4 +1,4 @@
-"""Compiles the complete training step for TPUs that are not there, and says in one JSON line what it needs.
+"""Compiles the complete training step for TPUs that are not there, and prints its needs as one JSON line.
 
     python -m experiments.compile_ahead --config=experiments/configs/varedit_8b_512.py --topology=v5p:4x4x4 \\
         --global_batch=256 --mesh=fsdp=-1
@@ -14,7 +14,7 @@ import dataclasses
 import json
 import os
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX shall not look for the TPU that libtpu compiles for
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # or JAX looks for the TPU that libtpu compiles for
 
 import jax
 from absl import flags
@@ -30,19 +30,19 @@ _CONFIG = program.config_flag(RunConfig)
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "machine: VERSION:SIDES, as in v5p:4x4x4, v5e:16x16, v6e:16x16", required=True
 )
-_SLICES = flags.DEFINE_integer("slices", 1, "so many machines, joined by the slow network along the axis data")
-_GLOBAL_BATCH = flags.DEFINE_integer("global_batch", None, "examples a step; the config's by default", lower_bound=1)
+_SLICES = flags.DEFINE_integer("slices", 1, "number of machines, joined by DCN along the axis data")
+_GLOBAL_BATCH = flags.DEFINE_integer("global_batch", None, "examples per step; the config's by default", lower_bound=1)
 _ACCUMULATION = flags.DEFINE_integer(
-    "accumulation", None, "microbatches a step; the config's by default", lower_bound=1
+    "accumulation", None, "microbatches per step; the config's by default", lower_bound=1
 )
 _MESH = flags.DEFINE_string("mesh", "", "sizes of the mesh's axes, as in fsdp=-1,tensor=4; the config's by default")
 _FIND_BATCH = flags.DEFINE_bool("find_batch", False, "find the largest batch of a chip that fits")
-_HBM_GIB = flags.DEFINE_float("hbm_gib", 0.0, "memory of a chip, instead of what it has", lower_bound=0.0)
+_HBM_GIB = flags.DEFINE_float("hbm_gib", 0.0, "memory per chip, instead of its own", lower_bound=0.0)
 
 
 def main(argv: list[str]) -> None:
     """Compiles and prints."""
-    jax.config.update("jax_enable_compilation_cache", False)  # nothing that is kept could be run here
+    jax.config.update("jax_enable_compilation_cache", False)  # compiled programs could not run here
     config = _CONFIG.value
     accumulation = _ACCUMULATION.value or config.optimizer.accumulation
     batch = _GLOBAL_BATCH.value or config.data.batch_size

@@ -7,10 +7,10 @@
     python -m experiments.convert --dry_run --preset=8b --to=torch
     python -m experiments.convert --verify=weights/varedit_8b_512
 
-Whose transformer a file holds (VAREdit's and Infinity's differ in positions) and for which images is read from its
-name, or its directory's, unless --family, --rope_layout and --pixel_budget say it; what was taken is printed and
-recorded. Memory does not grow with the model. A conversion that was ended goes on when the same command runs again; the
-output appears complete or not at all, with a manifest of the SHA-256 of every tensor.
+The family of a transformer (VAREdit's and Infinity's differ in positions) and its image size are read from the name of
+its file or directory, unless --family, --rope_layout and --pixel_budget give them; they are printed and recorded.
+Memory does not grow with the model. The same command again resumes an interrupted conversion; the output appears
+complete or not at all, with a manifest of the SHA-256 of every tensor.
 """
 
 import resource
@@ -35,10 +35,10 @@ _FILES = {
     "text": flags.DEFINE_string("text", "", "Flan-T5 of any size: file or directory as on Hugging Face"),
 }
 _WEIGHTS = flags.DEFINE_enum(
-    "weights", "model", ["model", "ema"], "parameters or their average, of a trainer's checkpoint or of a run"
+    "weights", "model", ["model", "ema"], "parameters or their EMA, of a trainer's checkpoint or of a run"
 )
-_TOKENIZER_WEIGHTS = flags.DEFINE_enum("tokenizer_weights", "model", ["model", "ema"], "which weights of its file")
-_FAMILY = flags.DEFINE_enum("family", None, list(FAMILIES), "whose transformer; by the file's name if it says so")
+_TOKENIZER_WEIGHTS = flags.DEFINE_enum("tokenizer_weights", "model", ["model", "ema"], "weights of its file to convert")
+_FAMILY = flags.DEFINE_enum("family", None, list(FAMILIES), "family of the transformer; by the name of its file")
 _ROPE = program.choice_flag(
     "rope_layout", None, TransformerConfig, "rope_layout", "positions; by the family if not given"
 )
@@ -48,13 +48,13 @@ _BUDGET = program.choice_flag(
 _INPUT = flags.DEFINE_string(
     "input", "", "directory of weights, or of a training run, for --to=torch and --to=directory"
 )
-_PARTS = flags.DEFINE_multi_enum("parts", [], list(PARTS), "parts to write, one a flag; all there are by default")
+_PARTS = flags.DEFINE_multi_enum("parts", [], list(PARTS), "parts to write, one per flag; all by default")
 _FORMAT = flags.DEFINE_enum("format", "pth", list(convert.FORMATS), "of published files")
 _SHARD = flags.DEFINE_float("shard_gb", 5.0, "largest safetensors file, in GB", lower_bound=1e-6)
 _DTYPE = flags.DEFINE_enum("dtype", "", ["", *STORED_TYPES], "type to round to; as published or stored by default")
 _CHUNKS = flags.DEFINE_integer("chunks", None, "chunks of blocks in published names, 0 for none", lower_bound=0)
 _LICENSE = flags.DEFINE_string("license", "", "what the model card states, as in apache-2.0")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "print every mapping, one published tensor a line, and write nothing")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "print every mapping, one published tensor per line, and write nothing")
 _PRESET = flags.DEFINE_string("preset", "", "size of a dry run that needs no weights, as in 8b")
 _VERIFY = flags.DEFINE_string(
     "verify", "", "directory whose tensors are compared with its manifest; nothing is written"
@@ -104,7 +104,7 @@ def _convert() -> int:
 
 
 def main(argv: list[str]) -> None:
-    """Converts, verifies, or says what would be converted."""
+    """Converts, verifies, or prints the mapping."""
     del argv
     if _VERIFY.value:
         print(f"{convert.verify(_VERIFY.value)} tensors of {_VERIFY.value} are as they were written")

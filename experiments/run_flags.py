@@ -4,29 +4,30 @@ from absl import flags
 
 from varedit_jax.training.profile import parse_steps
 from varedit_jax.training.trainer import Launch
+from varedit_jax.weights.directory import STORED_TYPES
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run: checkpoints, metrics, images", required=True)
 _RESUME = flags.DEFINE_enum(
     "resume", "auto", ["auto", "yes", "no"], "yes: only resume a run; no: only start one; auto: whichever it is"
 )
-_STOP_AFTER = flags.DEFINE_integer("stop_after", None, "end, saved, after so many steps of this process", lower_bound=1)
-_PROFILE_STEPS = flags.DEFINE_string("profile_steps", "", "A:B traces the steps from A up to B into WORKDIR/profile")
+_STOP_AFTER = flags.DEFINE_integer(
+    "stop_after", None, "save and end after so many steps of this process", lower_bound=1
+)
+_PROFILE_STEPS = flags.DEFINE_string("profile_steps", "", "A:B traces steps A to B - 1 into WORKDIR/profile")
 _DUMP_STEP = flags.DEFINE_integer(
     "dump_step", None, "a step whose state and batch are written to WORKDIR/replay, for --replay", lower_bound=0
 )
 EXPORT = flags.DEFINE_string("export", "", "new directory for the finished weights")
-EXPORT_TYPE = flags.DEFINE_enum(
-    "export_type", "float16", ["float32", "bfloat16", "float16"], "type of exported weights"
-)
+EXPORT_TYPE = flags.DEFINE_enum("export_type", "float16", list(STORED_TYPES), "type of exported weights")
 
 
 def workdir() -> str:
-    """The directory of the run."""
+    """Returns the directory of the run."""
     return str(_WORKDIR.value)
 
 
 def launch() -> Launch:
-    """Returns what the flags say of this process of the run. Raises UserError for a flag of another form."""
+    """Returns how this process runs, by its flags. Raises UserError for a flag of another form."""
     return Launch(
         workdir=_WORKDIR.value,
         resume={"auto": None, "yes": True, "no": False}[_RESUME.value],

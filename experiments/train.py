@@ -2,8 +2,8 @@
 
     python -m experiments.train --config=experiments/configs/shapes.py --workdir=runs/shapes
 
-Running the same command again goes on from the newest checkpoint. `--export=DIRECTORY` writes the finished editor.
-`--replay=WORKDIR/replay/step_N` does a step again that was written down, and prints its metrics as JSON.
+Running the same command again resumes from the newest checkpoint. `--export=DIRECTORY` writes the finished editor.
+`--replay=WORKDIR/replay/step_N` repeats a dumped step, and prints its metrics as JSON.
 
 Several processes find each other by their environment (TPU VMs, GKE, SLURM) or by --coordinator=HOST:PORT,
 --process_count and --process_index; experiments/launch has the commands.
@@ -45,16 +45,14 @@ from varedit_jax.weights.directory import load_directory, save_directory, weight
 
 _CONFIG = program.config_flag(RunConfig)
 _VERIFY = flags.DEFINE_bool("verify", False, "compare the weights it starts from with their manifests first")
-_REPLAY = flags.DEFINE_string(
-    "replay", "", "directory of a step, WORKDIR/replay/step_N, to do again instead of training"
-)
-_COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where the environment does not tell")
+_REPLAY = flags.DEFINE_string("replay", "", "directory of a step, WORKDIR/replay/step_N, to repeat instead of training")
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where the environment has none")
 _PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "processes of the run; 1 looks for no others")
-_PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "which of them this one is, from 0")
+_PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "index of this process, from 0")
 
 
 def _features(config: RunConfig, source: loader.TfdsSource | loader.RecordSource, split: str) -> Any:
-    """Features of a split, if the config asks for them: those of `shapes` are computed on first use."""
+    """Returns the features of a split, if the config asks for them; those of `shapes` are computed on first use."""
     if config.data.features == "online":
         return None
     if isinstance(source, loader.RecordSource):
@@ -68,7 +66,7 @@ def _features(config: RunConfig, source: loader.TfdsSource | loader.RecordSource
 
 
 def _replay(run: MeshRun, step_fn: Callable[[int], Any]) -> None:
-    """Prints the metrics of a step that is done again."""
+    """Prints the metrics of a repeated step."""
     run_config.check_config(pathlib.Path(_REPLAY.value).absolute().parent.parent, to_dict(run.config))
     key = jax.random.key(run.config.seed)
     metrics = replay(

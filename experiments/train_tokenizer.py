@@ -2,7 +2,7 @@
 
     python -m experiments.train_tokenizer --config=experiments/configs/shapes.py:tokenizer --workdir=runs/tokenizer
 
-Running the same command again goes on from the newest checkpoint. `--export=DIRECTORY` writes the finished tokenizer.
+Running the same command again resumes from the newest checkpoint. `--export=DIRECTORY` writes the finished tokenizer.
 """
 
 from typing import Any

@@ -139,14 +139,16 @@ def modules_of(module: str) -> frozenset[str]:
 def flags_of(module: str) -> frozenset[str]:
     """Flags that a program defines, in its module or in one that it imports; `modules_of` says which."""
     files = [file for name in modules_of(module) if (file := module_file(name))]
-    found = [re.findall(r'DEFINE_\w+\(\s*"(\w+)"', file.read_text()) for file in files]
+    found = [re.findall(r'(?:DEFINE_\w+|choice_flag)\(\s*"(\w+)"', file.read_text()) for file in files]
     return frozenset(name for names in found for name in names) | {"help"}
 
 
 @functools.cache
 def all_flags() -> frozenset[str]:
     found = [
-        re.findall(r'DEFINE_\w+\(\s*"(\w+)"', path.read_text()) for p in PACKAGES for path in (ROOT / p).rglob("*.py")
+        re.findall(r'(?:DEFINE_\w+|choice_flag)\(\s*"(\w+)"', path.read_text())
+        for p in PACKAGES
+        for path in (ROOT / p).rglob("*.py")
     ]
     return frozenset(name for names in found for name in names) | {"help"}
 

@@ -1,4 +1,4 @@
-"""A program's edge: flags, one-line errors, exit codes."""
+"""Command lines: flags, one-line errors, exit codes."""
 
 import re
 import sys
@@ -18,7 +18,7 @@ def run(main: Callable[[list[str]], Any], sentence: Callable[[str], str | None] 
     A UserError, from a flag or from `main`, is printed as one line `error: ...`, and the exit code is 1; so are
     mistaken flags and arguments that are no flags. Any other exception is a defect, and keeps its stack trace.
 
-    `sentence` may say better than absl what is wrong with a flag, given absl's own words.
+    `sentence` may give a better sentence for absl's words about a wrong flag.
     """
 
     def guarded(argv: list[str]) -> Any:
@@ -36,7 +36,7 @@ def run(main: Callable[[list[str]], Any], sentence: Callable[[str], str | None] 
 
 
 def _parse_flags(argv: list[str], sentence: Callable[[str], str | None]) -> list[str]:
-    """The arguments that are no flags; exits with one sentence if a flag is wrong."""
+    """Returns the arguments that are no flags; exits with one sentence if a flag is wrong."""
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
@@ -49,7 +49,7 @@ def _parse_flags(argv: list[str], sentence: Callable[[str], str | None]) -> list
 
 
 def _plain(text: str) -> str:
-    """What absl says about a wrong flag, in one sentence."""
+    """Returns absl's words about a wrong flag as one sentence."""
     missing = re.fullmatch(r"flag --(\w+)=None: Flag --\w+ must have a value other than None\.", text)
     return f"--{missing.group(1)} is missing; see --help" if missing else " ".join(text.split())
 

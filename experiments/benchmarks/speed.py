@@ -135,7 +135,9 @@ def _say(about: Row, device: Row) -> None:
     peak = device["peak_tflops_per_chip"]
     print(f"{device['devices']} x {device['device']}, jax {device['jax']}; peak {peak or 'not known, so no MFU'}")
     print(f"convention: {CONVENTION}\n")
-    print("| what | batch | attention | remat | median s (min, quartiles) | examples/s | TFLOP/s a chip | MFU | GiB |")
+    print(
+        "| what | batch | attention | remat | median s (min, quartiles) | examples/s | TFLOP/s per chip | MFU | GiB |"
+    )
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
 
 

@@ -33,7 +33,7 @@ class Machine:
 
 
 MACHINES = {
-    # Cloud TPU counts the TensorCores of v5p, two a chip, and the chips of v5e and v6e.
+    # Cloud TPU counts the TensorCores of v5p, two per chip, and the chips of v5e and v6e.
     "v5p_128": Machine(64, "v5p:4x4x4"),
     "v5p_256": Machine(128, "v5p:4x4x8"),
     "v6e_256": Machine(256, "v6e:16x16"),

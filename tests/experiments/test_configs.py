@@ -51,7 +51,7 @@ def described(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
 
 
 def batch_of(config: RunConfig | TokenizerRunConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the loader gives for a config."""
+    """Returns the shapes of the loader's batches for a config."""
     pyramid, batch = editor_pyramid(config.model), config.data.batch_size
     text = {
         "text_ids": described((batch, config.data.text_tokens), jnp.int32),

@@ -53,7 +53,7 @@ def test_slurm_puts_a_job_in_the_queue_again(tmp_path: pathlib.Path) -> None:
         (tmp_path / name).chmod(0o755)
 
     def job(code: int, restarts: int, seconds: int = 0) -> bool:
-        """Whether a job whose processes end so, after so many seconds, runs again."""
+        """Returns True if a job whose processes end with `code` after some seconds runs again."""
         environment = {
             "PATH": f"{tmp_path}:{os.environ['PATH']}",
             "DISK": str(tmp_path),

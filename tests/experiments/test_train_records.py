@@ -27,7 +27,7 @@ BAD = 5  # its target ends early
 
 
 def _run(module: str, *arguments: str) -> str:
-    """What a program says. It compiles quickly rather than well."""
+    """Runs a program, which compiles quickly rather than well; returns its output."""
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
