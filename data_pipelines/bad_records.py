@@ -3,7 +3,6 @@
 DIRECTORY/SPLIT/bad.jsonl names them with their reason, after a line that says which index it is of.
 """
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from data_pipelines.damage import Damaged, check_record
 from data_pipelines.reasons import Reason
 from data_pipelines.record import BrokenRecord
-from data_pipelines.shards import INDEX, Records
+from data_pipelines.shards import Records
 from varedit_jax.errors import UserError
 from varedit_jax.images import load_image
 from varedit_jax.training.run_config import room_explained
@@ -31,11 +30,6 @@ class _Chunk(NamedTuple):
     directory: str
     split: str
     number: int
-
-
-def index_hash(directory: pathlib.Path) -> str:
-    """Changes when a data set is prepared anew."""
-    return hashlib.sha256((directory / INDEX).read_bytes()).hexdigest()[:16]
 
 
 def _check_chunk(chunk: _Chunk) -> tuple[int, list[tuple[int, str, str]]]:
@@ -60,7 +54,7 @@ def check_split(directory: str | os.PathLike[str], split: str, processes: int = 
     directory = pathlib.Path(directory)
     records = Records(directory, split)
     path, journal = directory / split / BAD, directory / split / f".{BAD}.partial"
-    header = {"index": index_hash(directory), "records": len(records)}
+    header = {"index": records.stored.digest, "records": len(records)}
     done = _read_journal(journal, header)
     chunks = [
         _Chunk(str(directory), split, number) for number in range(-(-len(records) // CHUNK)) if number not in done
@@ -118,7 +112,7 @@ def kept_records(records: Records) -> NDArray[np.bool_]:
         return kept
     # Not by `splitlines`: ids may hold ends of lines that JSON does not escape.
     header, *lines = (json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line)
-    if header["index"] != index_hash(pathlib.Path(records.directory)):
+    if header["index"] != records.stored.digest:
         raise UserError(
             f"{path} is of data that were prepared anew since; run data_pipelines.check again, or delete it"
         )

@@ -1,14 +1,14 @@
 """Examples that can be read in any order: of the generated data set, or of prepared records.
 
-The loader needs `ExampleSource` of them, and uses `RecordSource` where there is more to say.
+The loader needs `ExampleSource` of them.
 """
 
+import abc
 import contextlib
-import dataclasses
 import functools
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -20,7 +20,7 @@ from data_pipelines.damage import Damaged, check_record
 from data_pipelines.reasons import Reason
 from data_pipelines.record import BrokenRecord
 from data_pipelines.shapes.builder import SPLITS, TEST_EXAMPLES, TRAIN_EXAMPLES, Shapes
-from data_pipelines.shards import Records, read_index
+from data_pipelines.shards import Records, StoredSplit, file_hash, read_index
 from data_pipelines.transforms import draw_flip, fitted
 from varedit_jax.config import DataConfig, EditorConfig
 from varedit_jax.errors import UserError
@@ -33,27 +33,62 @@ _SHOWN_TEXT = 120  # characters of an instruction beside its images
 _RECORD_SPLITS = {"train": "train", "test": "validation"}  # of prepared records, by what they are called elsewhere
 
 
-class ExampleSource(Protocol):
-    """Examples that can be read in any order, all of one size."""
+class ExampleSource(abc.ABC):
+    """Examples that can be read in any order, by default all of one size and in use."""
 
+    stored: tuple[StoredSplit, ...] = ()  # where they lie, one after the other
+    read_threads = 2  # that read when features are computed
+    weights: tuple[float, ...] = (1.0,)  # of each data set: times that an epoch shows each of its examples
+
+    @abc.abstractmethod
     def __len__(self) -> int:
         """Number of examples."""
 
+    @abc.abstractmethod
     def __getitem__(self, index: int) -> Example:
         """One example: `source` and `target`, uint8 [y, x, 3], `instruction`, and what else the data set has."""
 
+    @abc.abstractmethod
     def instruction(self, index: int) -> str:
         """The instruction of an example; cheap, as no image is decoded."""
 
+    def draw(self, index: int, number: int) -> Example:
+        """One example in its pass `number`, with what is random about it. Raises Damaged."""
+        del number
+        return self[index]
 
-class TfdsSource:
+    def name(self, index: int) -> tuple[str, str]:
+        """Data set and id of an example, known even where it cannot be read."""
+        return "", str(index)
+
+    @property
+    def buckets(self) -> NDArray[np.int8]:
+        """[n] index of the size of each example's images."""
+        return np.zeros(len(self), np.int8)
+
+    @property
+    def datasets(self) -> NDArray[np.integer[Any]]:
+        """[n] index into `weights`."""
+        return np.zeros(len(self), np.int8)
+
+    @property
+    def kept(self) -> NDArray[np.bool_] | None:
+        """[n], False for those found to be bad; None keeps all."""
+        return None
+
+
+class TfdsSource(ExampleSource):
     """A split of a prepared TFDS data set. Texts are str; images are decoded when an example is read."""
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str) -> None:
         """Raises UserError for a split that the data set does not have."""
         if split not in builder.info.splits:
             raise UserError(f"{builder.name} has no split {split!r}; it has {', '.join(builder.info.splits)}")
-        self.directory = str(builder.data_dir)  # of the prepared data set
+        directory = str(builder.data_dir)
+        info = pathlib.Path(directory) / "dataset_info.json"
+        self.stored = (
+            StoredSplit(directory, split, file_hash(info), ((split, builder.info.splits[split].num_examples),)),
+        )
         self._decoded = builder.as_data_source(split)
         # For instructions alone. TFDS would decode every feature of the record, which takes about five times as long.
         self._stored = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
@@ -73,20 +108,32 @@ class TfdsSource:
         return example.features.feature["instruction"].bytes_list.value[0].decode()
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class RecordSource:
+class RecordSource(ExampleSource):
     """Prepared records of one or several directories, one after the other, their images brought to the model's size."""
 
-    data: DataConfig
-    parts: tuple[Records, ...]  # a directory each, in the order of the mixture
-    sizes: Mapping[str, tuple[int, int]]  # pixels (height, width) of the images of each aspect
-    starts: NDArray[np.int64] = dataclasses.field(init=False)  # first example of each part, and the number of all
-    buckets: NDArray[np.int8] = dataclasses.field(init=False)  # [n] index into `data.aspects`
+    def __init__(self, data: DataConfig, parts: tuple[Records, ...], sizes: Mapping[str, tuple[int, int]]) -> None:
+        """Puts every example into its bucket.
 
-    def __post_init__(self) -> None:
-        """Puts every example into its bucket."""
-        object.__setattr__(self, "starts", np.cumsum([0, *(len(part) for part in self.parts)]))
-        object.__setattr__(self, "buckets", self._find_buckets())
+        Args:
+          data: the config's part about data.
+          parts: a directory each, in the order of the mixture.
+          sizes: pixels (height, width) of the images of each aspect.
+        """
+        self.data, self.parts, self.sizes = data, parts, sizes
+        self.stored = tuple(part.stored for part in parts)
+        self.read_threads = data.read_threads
+        self.weights = tuple(weight for _, weight in data.mixture)
+        self.starts = np.cumsum([0, *(len(part) for part in parts)])  # first example of each part, and number of all
+        self._buckets = self._find_buckets()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process finds its own buckets."""
+        return RecordSource, (self.data, self.parts, self.sizes)
+
+    @property
+    def buckets(self) -> NDArray[np.int8]:
+        """[n] index into `data.aspects`."""
+        return self._buckets
 
     def _find_buckets(self) -> NDArray[np.int8]:
         ratios = np.concatenate([part.columns.height / part.columns.width for part in self.parts])
@@ -100,8 +147,8 @@ class RecordSource:
         return int(self.starts[-1])
 
     @property
-    def datasets(self) -> NDArray[np.int32]:
-        """Which part each example is of, [n]."""
+    def datasets(self) -> NDArray[np.integer[Any]]:
+        """[n] index of the part that an example is of."""
         return np.repeat(np.arange(len(self.parts), dtype=np.int32), np.diff(self.starts))
 
     @property

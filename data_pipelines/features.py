@@ -1,190 +1,281 @@
-"""Features of a data set, computed once: the frozen tokenizer's encoder run ahead over all images.
+"""Features of a data set, computed ahead: what the frozen tokenizer and text encoder make of every example.
 
-A directory of features holds `source.npy` and `target.npy`, each float32 [examples, h, w, Z] in the order of the data
-source, and `features.json`, which says what made them. It appears complete or not at all.
+They lie beside the data, a pair of files for each of its shards:
+
+    DIRECTORY/features/NAME/features.json     what made them; NAME is short for it
+    DIRECTORY/features/NAME/SPLIT/SHARD.TYPE  numbers: of an example source [h, w, Z], target [h, w, Z], text [T, E]
+    DIRECTORY/features/NAME/SPLIT/SHARD.npy   int64 [n, 6]: where they begin, h, w, Z, T, E; -1 for bad examples
+
+Shards are computed by any number of processes, each appears whole or not at all, and those that are there are not
+computed again.
 """
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
-import os
+import math
 import pathlib
-import shutil
-import tempfile
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, BinaryIO, Literal, NamedTuple
 
+import ml_dtypes  # noqa: F401 - gives numpy the type bfloat16
 import numpy as np
 import tqdm
 from numpy.typing import ArrayLike, NDArray
 
+from data_pipelines.damage import SIDES, Damaged
+from data_pipelines.datasets import Example, ExampleSource
+from data_pipelines.shards import StoredSplit
 from varedit_jax.errors import UserError
+from varedit_jax.training.run_config import make_directory, room_explained
 
-_MANIFEST = "features.json"
-_SIDES = ("source", "target")
-_PROBES = 8  # examples that stand for a whole data set in its hash
+MANIFEST = "features.json"
+DIRECTORY = "features"
 
-
-class Images(Protocol):
-    """A random-access data source whose records hold images `source` and `target`, uint8 [H, W, 3]."""
-
-    def __len__(self) -> int:
-        """Number of examples."""
-
-    def __getitem__(self, index: int) -> Any:
-        """Record of one example."""
-
-
-class Features(NamedTuple):
-    """Memory maps of the features of all examples; reading a row reads the disk, or the system's cache of it."""
-
-    source: NDArray[np.float32]  # [examples, h, w, Z]
-    target: NDArray[np.float32]  # [examples, h, w, Z]
-
-    @property
-    def examples(self) -> int:
-        """How many there are."""
-        return len(self.source)
-
-    def rows(self, indices: Sequence[int]) -> dict[str, NDArray[Any]]:
-        """Part of a batch: `source_features` and `target_features`, float32 [B, h, w, Z]."""
-        return {f"{side}_features": np.asarray(array[indices]) for side, array in self._asdict().items()}
+EncodeImages = Callable[[NDArray[np.uint8]], ArrayLike]  # [B, H, W, 3] -> [B, h, w, Z]
+EncodeText = Callable[[Sequence[str]], tuple[ArrayLike, NDArray[np.int32]]]  # B texts -> [B, T, E], tokens of each [B]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Manifest:
-    weights_hash: str  # of the tokenizer that made the features
-    data_hash: str  # of the images of some examples
-    count: int  # examples
-    shape: tuple[int, ...]  # of the features of one image: h, w, Z
+class MadeBy:
+    """All that decides about features, beside the data."""
+
+    tokenizer: str  # hash of the weights that encode images
+    text: str  # hash of the weights that encode instructions; "" where only images are encoded
+    text_tokens: int  # instructions are cut to this length
+    sizes: dict[str, tuple[int, int]]  # pixels (height, width) of each aspect
+    resize: str  # method by which images come to that size
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # on disk
+
+    def values(self) -> dict[str, Any]:
+        """Returns the fields as JSON has them; the type only where it is not the one that features always had."""
+        values = json.loads(json.dumps(dataclasses.asdict(self)))
+        return {name: value for name, value in values.items() if (name, value) != ("dtype", "bfloat16")}
+
+    @property
+    def name(self) -> str:
+        """Of the directory."""
+        return hashlib.sha256(json.dumps(self.values(), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _data_hash(source: Images) -> str:
-    digest = hashlib.sha256(str(len(source)).encode())
-    for index in np.unique(np.linspace(0, len(source) - 1, _PROBES).astype(int)):
-        record = source[int(index)]
-        for side in _SIDES:
-            digest.update(str(record[side].shape).encode() + record[side].tobytes())
-    return digest.hexdigest()[:16]
+class _Shard(NamedTuple):
+    numbers: pathlib.Path
+    table: pathlib.Path
+    rows: range  # of the source
 
 
-def _read_manifest(directory: pathlib.Path) -> _Manifest:
-    path = directory / _MANIFEST
-    try:
-        values = json.loads(path.read_text())
-        return _Manifest(**values | {"shape": tuple(values["shape"])})
-    except FileNotFoundError:
-        raise UserError(
-            f"{directory} holds no features: {_MANIFEST} is missing; compute them with precompute"
-        ) from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"cannot read {path}: {error}; delete the directory and compute the features again") from error
+def _directory(stored: StoredSplit, made_by: MadeBy) -> pathlib.Path:
+    return pathlib.Path(stored.directory) / DIRECTORY / made_by.name
 
 
-def load(directory: str | os.PathLike[str], weights_hash: str) -> Features:
-    """Memory maps of the features in `directory`, which a tokenizer of `weights_hash` must have made.
-
-    Raises UserError if there are none, if another tokenizer made them, or if an array is not what the manifest says.
-    """
-    place = pathlib.Path(directory)
-    manifest = _read_manifest(place)
-    if manifest.weights_hash != weights_hash:
-        raise UserError(
-            f"the features in {place} were made by tokenizer weights {manifest.weights_hash}, not {weights_hash}; "
-            f"delete the directory or give another one"
-        )
-    arrays = []
-    for side in _SIDES:
-        path = place / f"{side}.npy"
-        try:
-            array = np.load(path, mmap_mode="r")
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"cannot read {path}: {error}; delete the directory and compute the features again"
-            ) from error
-        if array.shape != (manifest.count, *manifest.shape) or array.dtype != np.float32:
-            raise UserError(
-                f"{path} is {array.dtype} {list(array.shape)}, but {_MANIFEST} says float32 "
-                f"{[manifest.count, *manifest.shape]}; delete the directory and compute the features again"
-            )
-        arrays.append(array)
-    return Features(*arrays)
-
-
-def _write(
-    directory: pathlib.Path, source: Images, encode: Callable[[NDArray[np.uint8]], ArrayLike], batch_size: int
-) -> tuple[int, ...]:
-    """Write both arrays into `directory`; returns the shape of the features of one image."""
-    arrays: dict[str, NDArray[np.float32]] = {}
-    count = len(source)
-    with tqdm.tqdm(total=count, desc="features", unit="example") as progress:
-        for start in range(0, count, batch_size):
-            indices = range(start, min(start + batch_size, count))
-            records = [source[index] for index in indices]
-            for side in _SIDES:
-                images = np.stack([record[side] for record in records])
-                # The last batch is filled up, so that a compiled `encode` sees a single shape.
-                filled = np.pad(images, ((0, batch_size - len(images)), (0, 0), (0, 0), (0, 0)), mode="edge")
-                values = np.asarray(encode(filled))[: len(images)]
-                if values.dtype != np.float32 or values.ndim != 4:
-                    raise ValueError(f"encode gave {values.dtype} {list(values.shape)}, not float32 [B, h, w, Z]")
-                if not np.isfinite(values).all():
-                    raise UserError(
-                        f"the {side} features of examples {indices[0]} to {indices[-1]} are not finite; "
-                        f"check the tokenizer's weights"
-                    )
-                if side not in arrays:
-                    arrays[side] = np.lib.format.open_memmap(
-                        directory / f"{side}.npy", mode="w+", dtype=np.float32, shape=(count, *values.shape[1:])
-                    )
-                arrays[side][indices.start : indices.stop] = values
-            progress.update(len(records))
-    for array in arrays.values():
-        array.flush()  # type: ignore[attr-defined]  # a memory map
-    return arrays["source"].shape[1:]
+def _shards(source: ExampleSource, made_by: MadeBy) -> list[_Shard]:
+    shards, start = [], 0
+    for stored in source.stored:
+        directory = _directory(stored, made_by) / stored.split
+        for name, count in stored.shards:
+            files = directory / f"{name}.{made_by.dtype}", directory / f"{name}.npy"
+            shards.append(_Shard(*files, range(start, start + count)))
+            start += count
+    return shards
 
 
 def precompute(
-    directory: str | os.PathLike[str],
-    source: Images,
-    weights_hash: str,
-    encode: Callable[[NDArray[np.uint8]], ArrayLike],
+    source: ExampleSource,
+    made_by: MadeBy,
+    encode: EncodeImages,
+    encode_text: EncodeText | None,
     batch_size: int,
-) -> Features:
-    """Features of both images of every example of `source`, computed if `directory` does not hold them yet.
+    process_index: int = 0,
+    process_count: int = 1,
+) -> int:
+    """Computes what is missing of every `process_count`-th shard; returns the number of shards that it wrote.
 
-    `encode` maps images uint8 [batch_size, H, W, 3] to features float32 [batch_size, h, w, Z]; `weights_hash` names
-    its weights. The directory is written beside its final place and renamed when complete, so an interrupted run leaves
-    nothing that could be taken for features. Raises UserError if the directory holds features of other weights or of
-    another data set, if `source` is empty, or if a feature is not finite.
+    Both functions get whole batches of one shape, the last one filled up. Raises UserError if a feature is not finite,
+    the disk is full, or features of other data lie there.
     """
-    place = pathlib.Path(directory)
-    if not len(source):
-        raise UserError(f"no examples to compute features of for {place}; prepare the data set first")
-    if batch_size < 1:
-        raise UserError(f"the batch size is {batch_size}; it must be at least 1")
-    data_hash = _data_hash(source)
-    if place.exists():
-        features = load(place, weights_hash)
-        manifest = _read_manifest(place)
-        if (manifest.count, manifest.data_hash) != (len(source), data_hash):
-            raise UserError(
-                f"the features in {place} are of another data set of {manifest.count} examples, not of this one of "
-                f"{len(source)}; delete the directory or give another one"
-            )
-        return features
-    place.parent.mkdir(parents=True, exist_ok=True)
-    working = pathlib.Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
-    try:
-        shape = _write(working, source, encode, batch_size)
-        made = _Manifest(weights_hash=weights_hash, data_hash=data_hash, count=len(source), shape=shape)
-        (working / _MANIFEST).write_text(json.dumps(dataclasses.asdict(made), indent=2) + "\n")
-        working.chmod(0o755)  # mkdtemp makes a directory for its owner alone
+    for stored in source.stored:
+        _write_manifest(stored, made_by)
+    todo = [shard for shard in _shards(source, made_by)[process_index::process_count] if not shard.table.exists()]
+    with tqdm.tqdm(total=sum(len(shard.rows) for shard in todo), desc="features", unit="example") as progress:
+        for shard in todo:
+            make_directory(shard.table.parent)
+            with room_explained("features", shard.table.parent):
+                partial = shard.table.with_suffix(".partial")
+                with partial.open("wb") as file:
+                    writer = _Writer(file, made_by.dtype, encode, encode_text, batch_size)
+                    table = writer.write(source, shard.rows, progress)
+                partial.replace(shard.numbers)
+                with partial.open("wb") as file:
+                    np.save(file, table)
+                partial.replace(shard.table)
+    return len(todo)
+
+
+class _Writer(NamedTuple):
+    file: BinaryIO
+    dtype: str
+    encode: EncodeImages
+    encode_text: EncodeText | None
+    batch_size: int
+
+    def write(self, source: ExampleSource, rows: range, progress: Any) -> NDArray[np.int64]:
+        """Writes the features of some examples; returns where they are."""
+        table = np.full((len(rows), 6), -1, np.int64)
+        at = 0
+        for indices, examples in _read(source, rows, self.batch_size):
+            for index, pieces in zip(indices, self._pieces(examples), strict=False):
+                if not all(np.isfinite(piece.astype(np.float32)).all() for piece in pieces):
+                    raise UserError(f"features of example {index} are not finite; check the encoders' weights")
+                table[index - rows.start] = at, *pieces[0].shape, *pieces[2].shape
+                for piece in pieces:
+                    self.file.write(piece.astype(self.dtype).tobytes())
+                    at += piece.size
+            progress.update(len(examples))
+        return table
+
+    def _pieces(self, examples: list[Example]) -> Iterator[tuple[NDArray[Any], ...]]:
+        """Features of source, target and text of each, and more of the last one."""
+        if not examples:
+            return
+        filled = [*examples, *[examples[-1]] * (self.batch_size - len(examples))]
+        source, target = (np.asarray(self.encode(np.stack([example[side] for example in filled]))) for side in SIDES)
+        texts, lengths = np.zeros((self.batch_size, 0, 0), np.float32), np.zeros(self.batch_size, np.int32)
+        if self.encode_text is not None:
+            encoded, lengths = self.encode_text([example["instruction"] for example in filled])
+            texts = np.asarray(encoded)
+        for row in range(self.batch_size):
+            yield source[row], target[row], texts[row, : lengths[row]]
+
+
+def _read(source: ExampleSource, rows: range, batch_size: int) -> Iterator[tuple[list[int], list[Example]]]:
+    """Examples in batches of one bucket, with their indices; bad ones are left out."""
+
+    def load(index: int) -> Example | None:
         try:
-            working.rename(place)
-        except OSError:
-            if not place.exists():  # else another process was faster, and its features are used
-                raise
-    finally:
-        shutil.rmtree(working, ignore_errors=True)
-    return load(place, weights_hash)
+            return source[index]
+        except Damaged:
+            return None
+
+    buckets = source.buckets[rows.start : rows.stop]
+    batches = []
+    for bucket in np.unique(buckets):
+        members = rows.start + np.flatnonzero(buckets == bucket)
+        batches += [members[start : start + batch_size].tolist() for start in range(0, len(members), batch_size)]
+    with concurrent.futures.ThreadPoolExecutor(max(1, source.read_threads)) as pool:
+        ahead = [[pool.submit(load, index) for index in indices] for indices in batches[:2]]
+        for number, indices in enumerate(batches):
+            loaded = [future.result() for future in ahead.pop(0)]
+            if number + 2 < len(batches):
+                ahead.append([pool.submit(load, index) for index in batches[number + 2]])
+            good = [(index, example) for index, example in zip(indices, loaded, strict=True) if example is not None]
+            yield [index for index, _ in good], [example for _, example in good]
+
+
+class Features:
+    """The features of all examples of a source; reading a row reads the disk, or the system's cache of it."""
+
+    def __init__(self, source: ExampleSource, made_by: MadeBy) -> None:
+        """Opens them. Raises UserError if there are none of these weights, or some are missing."""
+        self._source, self._made_by = source, made_by
+        for stored in source.stored:
+            _check_manifest(stored, made_by)
+        self._shards = _shards(source, made_by)
+        self._starts = np.array([shard.rows.start for shard in self._shards])
+        self._table = np.concatenate([_read_table(shard, np.dtype(made_by.dtype).itemsize) for shard in self._shards])
+        self._maps: dict[int, NDArray[Any]] = {}
+        self.kept: NDArray[np.bool_] = self._table[:, 0] >= 0  # [n], False for those that could not be encoded
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens its own."""
+        return Features, (self._source, self._made_by)
+
+    def rows(self, indices: Sequence[int]) -> dict[str, NDArray[Any]]:
+        """Part of a batch: `source_features` and `target_features`, float32 [B, h, w, Z].
+
+        Where the text was encoded also `text_features` [B, T, E], of the type on disk, zero after the last token.
+        """
+        pieces = [self._row(index) for index in indices]
+        batch: dict[str, NDArray[Any]] = {
+            f"{side}_features": np.stack([piece[k] for piece in pieces]).astype(np.float32)
+            for k, side in enumerate(SIDES)
+        }
+        if self._made_by.text:
+            width = pieces[0][2].shape[-1]
+            batch["text_features"] = np.zeros((len(pieces), self._made_by.text_tokens, width), self._made_by.dtype)
+            for row, (_, _, text) in enumerate(pieces):
+                batch["text_features"][row, : len(text)] = text
+        return batch
+
+    def _row(self, index: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        numbers = self._maps.get(shard)
+        if numbers is None:
+            numbers = self._maps[shard] = np.memmap(self._shards[shard].numbers, self._made_by.dtype, "r")
+        at, h, w, channels, tokens, width = self._table[index].tolist()
+        shapes = (h, w, channels), (h, w, channels), (tokens, width)
+        ends = at + np.cumsum([0, *(math.prod(shape) for shape in shapes)])
+        source, target, text = (
+            numbers[begin:end].reshape(shape) for begin, end, shape in zip(ends[:-1], ends[1:], shapes, strict=True)
+        )
+        return source, target, text
+
+
+def _read_table(shard: _Shard, itemsize: int) -> NDArray[np.int64]:
+    """Raises UserError if the shard is missing or cut short."""
+    path = shard.table.with_suffix("")
+    try:
+        table = np.load(shard.table)
+        size = shard.numbers.stat().st_size
+    except (OSError, ValueError):
+        table = np.zeros((0, 6), np.int64)
+    if len(table) != len(shard.rows):
+        raise UserError(f"features of {path} are missing; compute them with experiments.precompute")
+    _, h, w, channels, tokens, width = table[table[:, 0] >= 0].T
+    expected = itemsize * int((2 * h * w * channels + tokens * width).sum())
+    if size != expected:
+        raise UserError(
+            f"features of {path} have {size} bytes, not {expected}; delete {shard.table.name} there and compute them "
+            f"again"
+        )
+    return table
+
+
+def _write_manifest(stored: StoredSplit, made_by: MadeBy) -> None:
+    path = _directory(stored, made_by) / MANIFEST
+    if path.exists():
+        _check_manifest(stored, made_by)
+        return
+    make_directory(path.parent)
+    with room_explained("features", path.parent):
+        draft = path.with_name(f".{uuid.uuid4().hex}.draft")  # other processes may be doing the same
+        draft.write_text(json.dumps(_manifest(stored, made_by), indent=2) + "\n")
+        draft.replace(path)
+
+
+def _manifest(stored: StoredSplit, made_by: MadeBy) -> dict[str, Any]:
+    return made_by.values() | {"index": stored.digest}
+
+
+def _check_manifest(stored: StoredSplit, made_by: MadeBy) -> None:
+    """Raises UserError if there are no features of some data, of these weights and settings."""
+    path = _directory(stored, made_by) / MANIFEST
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        others = sorted(other.parent.name for other in path.parent.parent.glob(f"*/{MANIFEST}"))
+        raise UserError(
+            f"{stored.directory} has no features of tokenizer weights {made_by.tokenizer[:16]} and text weights "
+            f"{made_by.text[:16] or 'none'} for this config (they would be {made_by.name}; there are "
+            f"{', '.join(others) or 'none'}); compute them with experiments.precompute"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}; delete its directory and compute the features again") from error
+    wanted = _manifest(stored, made_by)
+    different = [name for name in wanted if found.get(name) != wanted[name]]
+    if different:
+        raise UserError(
+            f"{path} has {different[0]} {found.get(different[0])!r}, not {wanted[different[0]]!r}: these features were "
+            f"made by something else; delete their directory and compute them again"
+        )

@@ -39,7 +39,6 @@ from data_pipelines.datasets import (
 from data_pipelines.features import Features
 from data_pipelines.plan import InOrder, Plan, Rows, Shuffled
 from data_pipelines.record import EXAMPLE_IDS
-from data_pipelines.record_features import RecordFeatures
 from varedit_jax.config import DataConfig
 from varedit_jax.errors import UserError
 
@@ -59,7 +58,6 @@ __all__ = [
 ]
 
 Batch = dict[str, NDArray[Any]]
-AnyFeatures = Features | RecordFeatures
 
 _CACHED_TEXTS = 200_000  # examples whose token ids a pipeline keeps, about 300 bytes each
 _ENDLESS = 2**48  # steps
@@ -90,9 +88,10 @@ class _Read:
     plan: Plan
     source: ExampleSource
     vocabulary: InstructionTokenizer
-    features: AnyFeatures | None
+    features: Features | None
     text_tokens: int
     rows: slice
+    random: bool  # with what is random about an example
     # Token ids, without padding, of examples read so far: most of the cost of a batch of features would be its text.
     # Threads may fill an entry twice, with the same value.
     tokens: dict[int, NDArray[np.int32]] = dataclasses.field(default_factory=dict)
@@ -150,10 +149,8 @@ class _Read:
         )
 
     def _example(self, index: int, number: int) -> Example | _Bad:
-        if not isinstance(self.source, RecordSource):
-            return self.source[index]
         try:
-            return self.source.draw(index, number)
+            return self.source.draw(index, number) if self.random else self.source[index]
         except Damaged as error:
             return _Bad(*self.source.name(index), str(error.reason), error.detail)
 
@@ -257,7 +254,7 @@ def _close(running: list[Any]) -> None:
 
 
 def _check(
-    data: DataConfig, source: ExampleSource, features: AnyFeatures | None, process_index: int, process_count: int
+    data: DataConfig, source: ExampleSource, features: Features | None, process_index: int, process_count: int
 ) -> None:
     if not 0 <= process_index < process_count:
         raise ValueError(f"process {process_index} of {process_count} does not exist")
@@ -266,26 +263,26 @@ def _check(
             f"data.batch_size {data.batch_size} does not divide over {process_count} processes; "
             f"give a multiple of {process_count}"
         )
-    if features is not None and features.examples != len(source):
+    if features is not None and len(features.kept) != len(source):
         raise UserError(
-            f"there are features of {features.examples} examples, but {len(source)} examples; "
+            f"there are features of {len(features.kept)} examples, but {len(source)} examples; "
             f"compute the features of this split"
         )
 
 
-def _columns(source: ExampleSource, features: AnyFeatures | None) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
-    """Bucket of each example, and whether it is used."""
-    if not isinstance(source, RecordSource):
-        return np.zeros(len(source), np.int8), None
+def _kept(source: ExampleSource, features: Features | None) -> NDArray[np.bool_] | None:
+    """False for the examples that are left out, [n]; None keeps all."""
     kept = source.kept
-    return source.buckets, kept & features.kept if isinstance(features, RecordFeatures) else kept
+    if features is None:
+        return kept
+    return features.kept if kept is None else kept & features.kept
 
 
 def training_batches(
     data: DataConfig,
     vocabulary: InstructionTokenizer,
     source: ExampleSource,
-    features: AnyFeatures | None = None,
+    features: Features | None = None,
     process_index: int = 0,
     process_count: int = 1,
     quarantine: str | os.PathLike[str] | None = None,
@@ -313,24 +310,20 @@ def training_batches(
             f"data.batch_size is {data.batch_size}, but {data.name} has only {len(source)} examples in this split; "
             f"give a smaller batch or a larger data set"
         )
-    buckets, kept = _columns(source, features)
-    datasets: NDArray[Any] = np.zeros(len(source), np.int8)
-    weights = [1.0]
-    if isinstance(source, RecordSource):
-        datasets, weights = source.datasets, [weight for _, weight in data.mixture]
     try:
-        plan = Shuffled(buckets, datasets, weights, data.batch_size, data.seed, kept)
+        kept = _kept(source, features)
+        plan = Shuffled(source.buckets, source.datasets, source.weights, data.batch_size, data.seed, kept)
     except ValueError as error:
         raise UserError(f"there is nothing to train on: {error}; see data.mixture") from error
-    read = _Read(plan, source, vocabulary, features, data.text_tokens, _rows(data, process_index, process_count))
-    return Batches(data, read, quarantine)
+    rows = _rows(data, process_index, process_count)
+    return Batches(data, _Read(plan, source, vocabulary, features, data.text_tokens, rows, random=True), quarantine)
 
 
 def evaluation_batches(
     data: DataConfig,
     vocabulary: InstructionTokenizer,
     source: ExampleSource,
-    features: AnyFeatures | None = None,
+    features: Features | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Batches:
@@ -345,16 +338,13 @@ def evaluation_batches(
     of another number of examples.
     """
     _check(data, source, features, process_index, process_count)
-    buckets, kept = _columns(source, features)
-    plan = InOrder(buckets, data.batch_size, kept)
+    plan = InOrder(source.buckets, data.batch_size, _kept(source, features))
     if not plan.steps:
         raise UserError(
             f"none of the {len(source)} held-out examples can be used; prepare more of them, by --validation"
         )
-    if isinstance(source, RecordSource):
-        source = dataclasses.replace(source, data=dataclasses.replace(source.data, flip=False))
-    read = _Read(plan, source, vocabulary, features, data.text_tokens, _rows(data, process_index, process_count))
-    return Batches(data, read, None)
+    rows = _rows(data, process_index, process_count)
+    return Batches(data, _Read(plan, source, vocabulary, features, data.text_tokens, rows, random=False), None)
 
 
 def _rows(data: DataConfig, process_index: int, process_count: int) -> slice:

@@ -17,7 +17,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
@@ -132,6 +132,11 @@ class ShardWriter:
 def _sha256(path: pathlib.Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_hash(path: pathlib.Path) -> str:
+    """Returns a short hash of a small file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def write_index(directory: str | os.PathLike[str]) -> dict[str, int]:
@@ -268,6 +273,15 @@ class Columns:
     kinds: tuple[str, ...]
 
 
+class StoredSplit(NamedTuple):
+    """Identity of a split on disk, beside which features lie."""
+
+    directory: str
+    split: str
+    digest: str  # changes when the data set is prepared anew
+    shards: tuple[tuple[str, int], ...]  # name and number of examples
+
+
 class Records:
     """A split of a prepared data set, to be read in any order, by any number of threads."""
 
@@ -283,7 +297,11 @@ class Records:
         entry = splits[split]
         try:
             self._files = [str(self.directory / split / shard["file"]) for shard in entry["shards"]]
-            self._starts = np.cumsum([0, *(shard["records"] for shard in entry["shards"])])
+            counts = [shard["records"] for shard in entry["shards"]]
+            self._starts = np.cumsum([0, *counts])
+            names = [shard["file"].removesuffix(".array_record") for shard in entry["shards"]]
+            digest = file_hash(self.directory / INDEX)
+            self.stored = StoredSplit(str(directory), split, digest, tuple(zip(names, counts, strict=True)))
             self.columns = self._read_columns(tuple(entry["datasets"]), tuple(entry["kinds"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"the index of {directory} is damaged: {error!r}; prepare the data set again") from error

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data_pipelines.datasets import image_sizes
-from data_pipelines.record_features import EncodeImages, EncodeText, MadeBy
+from data_pipelines.datasets import ExampleSource, image_sizes
+from data_pipelines.features import EncodeImages, EncodeText, Features, MadeBy, precompute
 from varedit_jax.config import RunConfig
+from varedit_jax.parallel import processes
 from varedit_jax.parameters import abstract_params
 from varedit_jax.text.t5 import T5Encoder
 from varedit_jax.text.vocabulary import Vocabulary
@@ -27,22 +28,35 @@ def load_encoders(config: RunConfig) -> tuple[Params, Params | None]:
 
 
 def made_by(config: RunConfig, tokenizer: Params, text: Params | None) -> MadeBy:
-    """Identifies what the features of a run's records are made by. The tokenizer's decoder has no part in it."""
+    """Identifies what the features of a run's data are made by. The tokenizer's decoder has no part in it."""
     data = config.data
     return MadeBy(
-        tokenizer=weights_hash(tokenizer["encoder"])
-        + f"-{config.tokenizer_precision}",  # the decoder has no part in it
+        tokenizer=f"{weights_hash(tokenizer['encoder'])}-{config.tokenizer_precision}",
         text="" if text is None else weights_hash(text) + f"-{config.text_dtype}",
         text_tokens=data.text_tokens,
         sizes=image_sizes(config.model, data.aspects),
         resize=data.resize,
+        dtype="bfloat16" if data.name == "records" else "float32",
     )
 
 
 @functools.cache
-def made_by_config(config: RunConfig) -> MadeBy:
-    """As `made_by`, of the weights that the config names."""
+def _made_by(config: RunConfig) -> MadeBy:
     return made_by(config, *load_encoders(config))
+
+
+def open_features(config: RunConfig, source: ExampleSource, split: str) -> Features | None:
+    """Features of a source, if the config asks for them; those of generated data are computed on first use.
+
+    Raises UserError as `load_encoders` and `Features`.
+    """
+    if config.data.features == "online":
+        return None
+    made = _made_by(config)
+    if config.data.name != "records":
+        with processes.first_process_first(f"features of {split}"):
+            precompute(source, made, *encoders(config, *load_encoders(config)), batch_size=64)
+    return Features(source, made)
 
 
 def encoders(config: RunConfig, tokenizer: Params, text: Params | None) -> tuple[EncodeImages, EncodeText | None]:

@@ -12,7 +12,7 @@ import dataclasses
 
 from absl import flags
 
-from data_pipelines import loader, record_features
+from data_pipelines import features, loader
 from experiments import feature_encoders, program
 from varedit_jax.config import RunConfig
 from varedit_jax.errors import UserError
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     made = feature_encoders.made_by(config, *weights)
     functions = feature_encoders.encoders(config, *weights)
     for split, source in sources.items():
-        written = record_features.precompute(source, made, *functions, _BATCH.value, index, count)
+        written = features.precompute(source, made, *functions, _BATCH.value, index, count)
         print(f"{split}: {written} shards written to features/{made.name} of each data set")
 
 

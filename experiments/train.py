@@ -20,28 +20,25 @@ import jax
 import numpy as np
 from absl import flags
 
-from data_pipelines import features as features_lib
 from data_pipelines import loader
 from data_pipelines.record import EXAMPLE_IDS
-from data_pipelines.record_features import RecordFeatures
-from experiments import feature_encoders, program, run_flags
+from experiments import program, run_flags
+from experiments.feature_encoders import open_features
 from experiments.shapes_scoring import sample_sheet
 from varedit_jax.config import RunConfig, to_dict
 from varedit_jax.conversion import convert
 from varedit_jax.errors import UserError
 from varedit_jax.parallel import processes
 from varedit_jax.parallel.mesh import batch_part, make_mesh
-from varedit_jax.parameters import abstract_params
 from varedit_jax.sampling.editor import Editor
 from varedit_jax.text.vocabulary import Vocabulary
-from varedit_jax.tokenizer.tokens import encode_images
 from varedit_jax.training import run_config
 from varedit_jax.training.metrics import flat_metrics
 from varedit_jax.training.optimizer import learning_rate
 from varedit_jax.training.replay import replay
 from varedit_jax.training.setup import MeshRun
 from varedit_jax.training.trainer import Job, Trainer
-from varedit_jax.weights.directory import load_directory, save_directory, weights_hash
+from varedit_jax.weights.directory import save_directory
 
 _CONFIG = program.config_flag(RunConfig)
 _VERIFY = flags.DEFINE_bool("verify", False, "compare the weights it starts from with their manifests first")
@@ -49,20 +46,6 @@ _REPLAY = flags.DEFINE_string("replay", "", "directory of a step, WORKDIR/replay
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where the environment has none")
 _PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "processes of the run; 1 looks for no others")
 _PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "index of this process, from 0")
-
-
-def _features(config: RunConfig, source: loader.TfdsSource | loader.RecordSource, split: str) -> Any:
-    """Returns the features of a split, if the config asks for them; those of `shapes` are computed on first use."""
-    if config.data.features == "online":
-        return None
-    if isinstance(source, loader.RecordSource):
-        return RecordFeatures(source, feature_encoders.made_by_config(config))
-    tokenizer = load_directory(config.tokenizer_weights, "tokenizer", abstract_params(config.model, "tokenizer"))
-    name = weights_hash(tokenizer["encoder"])  # features do not depend on the decoder
-    encode = jax.jit(lambda params, images: encode_images(params, images, config.model))
-    directory = pathlib.Path(source.directory) / "features" / f"{split}-{name[:16]}"
-    with processes.first_process_first(f"features of {split}"):
-        return features_lib.precompute(directory, source, name, lambda images: encode(tokenizer, images), batch_size=64)
 
 
 def _replay(run: MeshRun, step_fn: Callable[[int], Any]) -> None:
@@ -87,7 +70,7 @@ def _train(config: RunConfig) -> None:
     with jax.set_mesh(mesh):
         run = MeshRun(config, mesh)
         frozen = run.load_frozen()
-    train_features, held_out_features = (_features(config, train, "train"), _features(config, held_out, "test"))
+    train_features, held_out_features = (open_features(config, train, "train"), open_features(config, held_out, "test"))
 
     def evaluate(state: Any) -> dict[str, np.ndarray]:
         batches = loader.evaluation_batches(config.data, vocabulary, held_out, held_out_features, *part)

@@ -1,131 +1,220 @@
-"""Features computed once: complete or absent, reused for the same weights and data, refused for others."""
+"""Features beside records: of every good one, by any number of processes, refused where other weights made them."""
 
+import concurrent.futures
+import dataclasses
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from data_pipelines import features
+from data_pipelines import features as features_lib
+from data_pipelines import loader
+from data_pipelines.features import Features, MadeBy, precompute
+from data_pipelines.record import Record
+from data_pipelines.shards import ShardWriter, StoredSplit, shard_path, write_index
+from tests.data_pipelines.images import encoded
+from varedit_jax.config import DataConfig, EditorConfig
 from varedit_jax.errors import UserError
 
+MODEL = EditorConfig(pixel_budget="0.06M")
+COUNT = 22
+SIZES = ((32, 32), (64, 32))  # pixels, width and height
+MADE_BY = MadeBy(tokenizer="w1", text="t1", text_tokens=6, sizes={"1.0": (256, 256), "0.5": (176, 352)}, resize="crop")
 
-class Images:
-    """Random images in memory."""
 
-    def __init__(self, count: int, seed: int = 0) -> None:
-        self.images = np.random.default_rng(seed).integers(0, 256, (count, 2, 8, 8, 3), dtype=np.uint8)
+class Words:
+    """A vocabulary that counts words."""
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> dict[str, NDArray[np.uint8]]:
-        return dict(zip(("source", "target"), self.images[index], strict=True))
+    def encode(self, instructions: Sequence[str], length: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        return np.zeros((len(instructions), length), np.int32), np.array(
+            [len(x.split()) for x in instructions], np.int32
+        )
 
 
 def encode(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Images [B, 8, 8, 3] to features [B, 2, 2, 3]."""
-    return images.reshape(len(images), 2, 4, 2, 4, 3).mean((2, 4), dtype=np.float32)
+    """A cell for every 16 pixels: their mean, and a third that bfloat16 cannot hold."""
+    assert len(images) == 4
+    b, h, w, _ = images.shape
+    cells = images.reshape(b, h // 16, 16, w // 16, 16, 3).mean((2, 4)).astype(np.float32)
+    return np.concatenate([cells, np.full_like(cells[..., :1], 1 / 3)], axis=-1)
 
 
-def refuse(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    raise AssertionError("the stored features were not used")
+def encode_text(instructions: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """Every token is its place and the number that ends the instruction."""
+    lengths = np.array([len(text.split()) for text in instructions], np.int32)
+    numbers = np.array([int(text.split()[-1]) for text in instructions], np.float32)
+    tokens = np.stack(np.broadcast_arrays(np.arange(6, dtype=np.float32), numbers[:, None]), axis=-1)
+    return tokens, lengths
 
 
-def test_features_are_those_of_each_image_in_order(tmp_path: pathlib.Path) -> None:
-    data = Images(11)
-    batches: list[tuple[int, ...]] = []
-
-    def watched(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        batches.append(images.shape)
-        return encode(images)
-
-    made = features.precompute(tmp_path / "deep" / "features", data, "w1", watched, batch_size=4)
-    assert set(batches) == {(4, 8, 8, 3)}  # one shape, also for the 3 examples of the last batch
-    for found in (made, features.load(tmp_path / "deep" / "features", "w1")):
-        assert isinstance(found.source, np.memmap) and found.source.dtype == np.float32
-        np.testing.assert_array_equal(found.source, encode(data.images[:, 0]))
-        np.testing.assert_array_equal(found.target, encode(data.images[:, 1]))
-    manifest = json.loads((tmp_path / "deep" / "features" / "features.json").read_text())
-    assert (manifest["weights_hash"], manifest["count"], manifest["shape"]) == ("w1", 11, [2, 2, 3])
+@pytest.fixture
+def source(tmp_path: pathlib.Path) -> loader.RecordSource:
+    """22 records of two shapes in three shards; the eighth is broken."""
+    for shard in range(3):
+        with ShardWriter(shard_path(tmp_path / "train", "made", shard, 3)) as writer:
+            for number in range(COUNT * shard // 3, COUNT * (shard + 1) // 3):
+                size = SIZES[number % 2]
+                image = b"broken" if number == 7 else encoded(size, "PNG", seed=number)
+                text = " ".join(["word"] * (number % 3) + [str(number)])
+                record = Record(id=str(number), dataset="d", source=image, target=image, instructions=(text,))
+                writer.write(record, size)
+    write_index(tmp_path)
+    return loader.open_records(_data(tmp_path), "train", MODEL)
 
 
-def test_stored_features_are_reused_for_the_same_weights_and_data_only(tmp_path: pathlib.Path) -> None:
-    directory = tmp_path / "features"
-    features.precompute(directory, Images(5), "w1", encode, batch_size=4)
-    features.precompute(directory, Images(5), "w1", refuse, batch_size=4)
-    with pytest.raises(UserError, match="weights w1, not w2"):
-        features.precompute(directory, Images(5), "w2", refuse, batch_size=4)
-    with pytest.raises(UserError, match="weights w1, not w2"):
-        features.load(directory, "w2")
-    with pytest.raises(UserError, match="another data set of 5 examples, not of this one of 6"):
-        features.precompute(directory, Images(6), "w1", refuse, batch_size=4)
-    with pytest.raises(UserError, match="another data set"):
-        features.precompute(directory, Images(5, seed=1), "w1", refuse, batch_size=4)
+def _data(directory: pathlib.Path, **fields: Any) -> DataConfig:
+    return DataConfig(
+        name="records", mixture=((str(directory), 1.0),), aspects=("1.0", "0.5"), batch_size=3, text_tokens=6, **fields
+    )
 
 
-def test_an_interrupted_run_leaves_nothing(tmp_path: pathlib.Path) -> None:
+def test_what_is_read_is_what_was_made_whoever_made_it(source: loader.RecordSource) -> None:
+    assert [precompute(source, MADE_BY, encode, encode_text, 4, process, 2) for process in (0, 1)] == [2, 1]
+    assert precompute(source, MADE_BY, encode, encode_text, 4) == 0  # nothing is left to do
+    features = Features(source, MADE_BY)
+    assert len(features.kept) == COUNT and np.flatnonzero(~features.kept).tolist() == [7]
+    for index in (0, 1, 8, 21):
+        rows = features.rows([index])
+        example = source[index]
+        for side in ("source", "target"):
+            expected = encode(np.stack([example[side]] * 4))[0]
+            found = rows[f"{side}_features"][0]
+            assert found.dtype == np.float32 and found.shape == expected.shape
+            np.testing.assert_allclose(found, expected, rtol=2**-8)  # bfloat16
+            assert not np.array_equal(found, expected)
+        text = rows["text_features"][0].astype(np.float32)
+        words = index % 3 + 1
+        assert text.tolist() == [[float(t), float(index)] if t < words else [0.0, 0.0] for t in range(6)]
+
+
+def test_the_loader_gives_features_of_good_examples_alone(source: loader.RecordSource) -> None:
+    precompute(source, MADE_BY, encode, encode_text, 4)
+    data = dataclasses.replace(source.data, features="precomputed", batch_size=1)
+    batches = loader.training_batches(data, Words(), source, Features(source, MADE_BY))
+    seen = []
+    for _ in range(COUNT - 1):
+        batch = next(batches)
+        assert set(batch) == {
+            "source_features", "target_features", "text_features", "text_ids", "text_length", "example_ids"
+        }  # fmt: skip
+        [index] = batch["example_ids"].tolist()
+        assert batch["source_features"].shape == ((1, 16, 16, 4) if index % 2 == 0 else (1, 11, 22, 4))
+        seen.append(index)
+    assert sorted(seen) == [index for index in range(COUNT) if index != 7]
+
+
+def test_features_of_other_weights_settings_and_records_are_refused(source: loader.RecordSource) -> None:
+    with pytest.raises(UserError, match="no features of tokenizer weights w1 and text weights t1.*there are none"):
+        Features(source, MADE_BY)
+    precompute(source, MADE_BY, encode, encode_text, 4)
+    for other in ({"tokenizer": "w2"}, {"text": "t2"}, {"text_tokens": 5}, {"resize": "pad"}):
+        with pytest.raises(UserError, match=f"there are {MADE_BY.name}"):
+            Features(source, dataclasses.replace(MADE_BY, **other))
+    directory = source.parts[0].directory / "features" / MADE_BY.name
+    manifest = directory / "features.json"
+    written = manifest.read_text()
+    manifest.write_text(json.dumps(json.loads(written) | {"tokenizer": "w2"}))
+    with pytest.raises(UserError, match="has tokenizer 'w2', not 'w1'"):
+        Features(source, MADE_BY)
+    manifest.write_text(written)
+    (directory / "train" / "made-00001-of-00003.npy").unlink()
+    with pytest.raises(UserError, match="made-00001-of-00003 are missing"):
+        Features(source, MADE_BY)
+    assert precompute(source, MADE_BY, encode, encode_text, 4) == 1
+    index = source.parts[0].directory / "index.json"
+    index.write_text(index.read_text() + "\n")
+    source = loader.open_records(source.data, "train", MODEL)
+    with pytest.raises(UserError, match="has index"):
+        Features(source, MADE_BY)
+    with pytest.raises(UserError, match="has index"):  # nor are some of these records put beside some of those
+        precompute(source, MADE_BY, encode, encode_text, 4)
+
+
+def test_an_interrupted_job_resumes_with_the_shards_that_are_missing(source: loader.RecordSource) -> None:
     calls: list[int] = []
 
     def failing(images: NDArray[np.uint8]) -> NDArray[np.float32]:
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == 6:  # two sides of two batches are a shard
             raise KeyboardInterrupt
         return encode(images)
 
     with pytest.raises(KeyboardInterrupt):
-        features.precompute(tmp_path / "features", Images(9), "w1", failing, batch_size=2)
-    assert list(tmp_path.iterdir()) == []
-    made = features.precompute(tmp_path / "features", Images(9), "w1", encode, batch_size=2)
-    assert len(made.source) == 9 and [path.name for path in tmp_path.iterdir()] == ["features"]
+        precompute(source, MADE_BY, failing, encode_text, 4)
+    with pytest.raises(UserError, match="are missing"):
+        Features(source, MADE_BY)
+    assert precompute(source, MADE_BY, encode, encode_text, 4) == 2
+    assert len(Features(source, MADE_BY).kept) == COUNT
 
 
-def test_the_faster_of_two_runs_wins(tmp_path: pathlib.Path) -> None:
-    data, directory = Images(3), tmp_path / "features"
-    raced: list[features.Features] = []
-
-    def overtaken(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        if not raced:
-            raced.append(features.precompute(directory, data, "w1", encode, batch_size=4))
-        return encode(images)
-
-    made = features.precompute(directory, data, "w1", overtaken, batch_size=4)
-    np.testing.assert_array_equal(made.source, raced[0].source)
-    assert [path.name for path in tmp_path.iterdir()] == ["features"]
+def test_features_written_before_they_had_a_type_have_the_same_name() -> None:
+    assert MADE_BY.name == "32df5428f4dc7bb2"
 
 
-@pytest.mark.parametrize(
-    ("result", "error", "said"),
-    [
-        (lambda x: encode(x).astype(np.float64), ValueError, "float64"),
-        (lambda x: encode(x)[..., 0], ValueError, r"float32 \[4, 2, 2\]"),
-        (lambda x: encode(x) * np.float32(np.nan), UserError, "source features of examples 0 to 3 are not finite"),
-    ],
-)
-def test_bad_features_are_not_stored(
-    tmp_path: pathlib.Path, result: Callable[[Any], Any], error: type[Exception], said: str
-) -> None:
-    with pytest.raises(error, match=said):
-        features.precompute(tmp_path / "features", Images(5), "w1", result, batch_size=4)
-    assert list(tmp_path.iterdir()) == []
+class Generated(loader.ExampleSource):
+    """Random images in memory, of which files lie in a directory."""
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        self.images = np.random.default_rng(0).integers(0, 256, (11, 2, 32, 32, 3), dtype=np.uint8)
+        self.stored = (StoredSplit(str(directory), "test", "digest", (("test", 11),)),)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        source, target = self.images[index]
+        return {"source": source, "target": target, "instruction": self.instruction(index)}
+
+    def instruction(self, index: int) -> str:
+        return f"number {index}"
 
 
-def test_damaged_directories_are_named(tmp_path: pathlib.Path) -> None:
-    directory = tmp_path / "features"
-    with pytest.raises(UserError, match="holds no features"):
-        features.load(directory, "w1")
-    with pytest.raises(UserError, match="no examples"):
-        features.precompute(directory, Images(0), "w1", encode, batch_size=4)
-    features.precompute(directory, Images(5), "w1", encode, batch_size=4)
-    np.save(directory / "target.npy", np.zeros((4, 2, 2, 3), np.float32))
-    with pytest.raises(UserError, match=r"target.npy is float32 \[4, 2, 2, 3\]"):
-        features.load(directory, "w1")
-    (directory / "source.npy").write_bytes(b"no array")
-    with pytest.raises(UserError, match="cannot read .*source.npy"):
-        features.load(directory, "w1")
-    (directory / "features.json").write_text("{}")
-    with pytest.raises(UserError, match="cannot read .*features.json"):
-        features.load(directory, "w1")
+def test_features_in_float32_are_exact(tmp_path: pathlib.Path) -> None:
+    source, made_by = Generated(tmp_path), dataclasses.replace(MADE_BY, text="", dtype="float32")
+    assert precompute(source, made_by, encode, None, 4) == 1
+    rows = Features(source, made_by).rows(range(11))
+    assert set(rows) == {"source_features", "target_features"}
+    for side, name in enumerate(("source_features", "target_features")):
+        exact = np.concatenate([encode(np.stack([image] * 4))[:1] for image in source.images[:, side]])
+        np.testing.assert_array_equal(rows[name], exact)
+
+
+def test_many_processes_may_begin_at_once(source: loader.RecordSource) -> None:
+    for _ in range(20):
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda _: features_lib._write_manifest(source.stored[0], MADE_BY), range(8)))
+        [manifest] = (source.parts[0].directory / "features" / MADE_BY.name).iterdir()
+        manifest.unlink()
+
+
+def test_features_that_are_cut_short_are_told_at_once(source: loader.RecordSource) -> None:
+    precompute(source, MADE_BY, encode, encode_text, 4)
+    path = source.parts[0].directory / "features" / MADE_BY.name / "train" / "made-00001-of-00003.bfloat16"
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(UserError, match=r"have \d+ bytes, not \d+; delete made-00001-of-00003.npy"):
+        Features(source, MADE_BY)
+
+
+def test_shards_whose_names_have_dots_keep_apart(tmp_path: pathlib.Path) -> None:
+    for shard in range(2):
+        with ShardWriter(shard_path(tmp_path / "train", "made.v2", shard, 2)) as writer:
+            image = encoded(SIZES[0], "PNG", seed=shard)
+            texts = (f"word {shard}",)
+            writer.write(Record(id=str(shard), dataset="d", source=image, target=image, instructions=texts), SIZES[0])
+    write_index(tmp_path)
+    source = loader.open_records(_data(tmp_path), "train", MODEL)
+    assert precompute(source, MADE_BY, encode, encode_text, 4) == 2
+    rows = Features(source, MADE_BY).rows([0, 1])
+    assert rows["text_features"][:, 0, 1].astype(np.float32).tolist() == [0.0, 1.0]
+
+
+def test_features_that_are_no_numbers_end_the_job_and_leave_no_shard(source: loader.RecordSource) -> None:
+    with pytest.raises(UserError, match="features of example 0 are not finite"):
+        precompute(source, MADE_BY, lambda images: encode(images) * np.float32(np.nan), None, 4)
+    assert not list(source.parts[0].directory.rglob("*.npy.*")) and not list(
+        source.parts[0].directory.rglob("*.bfloat16")
+    )

@@ -21,7 +21,7 @@ COUNT = 22
 DATA = DataConfig(batch_size=4, text_tokens=6)
 
 
-class Numbered:
+class Numbered(loader.ExampleSource):
     """Example i has images of level i and 100 + i, and an instruction that names it."""
 
     def __init__(self, count: int = COUNT) -> None:
@@ -51,9 +51,15 @@ class Numbers:
         return ids, np.array([len(row) for row in rows], np.int32)
 
 
-def features_of(count: int = COUNT) -> Features:
-    values = np.arange(count, dtype=np.float32)[:, None, None, None] * np.ones((2, 2, 3), np.float32)
-    return Features(values, values + 100)
+class Levels(Features):
+    """Features of level i and 100 + i."""
+
+    def __init__(self, count: int = COUNT) -> None:
+        self.kept = np.ones(count, np.bool_)
+
+    def rows(self, indices: Sequence[int]) -> dict[str, NDArray[Any]]:
+        values = np.array(indices, np.float32)[:, None, None, None] * np.ones((2, 2, 3), np.float32)
+        return {"source_features": values, "target_features": values + 100}
 
 
 def indices(batch: loader.Batch) -> list[int]:
@@ -83,7 +89,7 @@ def test_images_and_text_of_an_example_stay_together(make: Any) -> None:
 def test_features_replace_images_which_are_then_not_decoded(make: Any) -> None:
     source = Numbered()
     with_images = list(itertools.islice(make(DATA, Numbers(), Numbered()), 5))
-    with_features = list(itertools.islice(make(DATA, Numbers(), source, features_of()), 5))
+    with_features = list(itertools.islice(make(DATA, Numbers(), source, Levels()), 5))
     for plain, batch in zip(with_images, with_features, strict=True):
         assert set(batch) == {"source_features", "target_features", "text_ids", "text_length", "example_ids"}
         assert batch["source_features"].shape == (4, 2, 2, 3) and batch["source_features"].dtype == np.float32
@@ -130,7 +136,7 @@ def test_evaluation_is_in_order_once_and_without_the_remainder() -> None:
     assert sorted(i for share in shares for batch in share for i in indices(batch)) == list(range(20))
 
 
-@pytest.mark.parametrize("features", [None, features_of()])
+@pytest.mark.parametrize("features", [None, Levels()])
 def test_a_restored_state_goes_on_exactly_across_an_epoch(features: Features | None) -> None:
     iterator = loader.training_batches(DATA, Numbers(), Numbered(), features)
     for _ in range(3):
@@ -166,7 +172,7 @@ def test_impossible_requests_say_what_to_change() -> None:
     with pytest.raises(UserError, match="batch_size is 23, but shapes has only 22 examples"):
         take(1, dataclasses.replace(DATA, batch_size=23))
     with pytest.raises(UserError, match="features of 21 examples, but 22 examples"):
-        take(1, features=features_of(21))
+        take(1, features=Levels(21))
     with pytest.raises(ValueError, match="process 2 of 2"):
         take(1, process_index=2, process_count=2)
 
