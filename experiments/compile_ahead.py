@@ -22,19 +22,15 @@ from absl import flags
 from experiments import program
 from varedit_jax.analysis.ahead import Target, compile_step, find_batch
 from varedit_jax.config import RunConfig
-from varedit_jax.errors import UserError
 from varedit_jax.parallel.mesh import parse_mesh
 from varedit_jax.parallel.processes import say
 
-_CONFIG = program.config_flag(RunConfig)
+_CONFIG = program.ConfigFlag(RunConfig)
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "machine: VERSION:SIDES, as in v5p:4x4x4, v5e:16x16, v6e:16x16", required=True
 )
 _SLICES = flags.DEFINE_integer("slices", 1, "number of machines, joined by DCN along the axis data")
-_GLOBAL_BATCH = flags.DEFINE_integer("global_batch", None, "examples per step; the config's by default", lower_bound=1)
-_ACCUMULATION = flags.DEFINE_integer(
-    "accumulation", None, "microbatches per step; the config's by default", lower_bound=1
-)
+_FIELDS = program.FieldFlags(RunConfig, {"global_batch": "data.batch_size", "accumulation": "optimizer.accumulation"})
 _MESH = flags.DEFINE_string("mesh", "", "sizes of the mesh's axes, as in fsdp=-1,tensor=4; the config's by default")
 _FIND_BATCH = flags.DEFINE_bool("find_batch", False, "find the largest batch of a chip that fits")
 _HBM_GIB = flags.DEFINE_float("hbm_gib", 0.0, "memory per chip, instead of its own", lower_bound=0.0)
@@ -43,18 +39,12 @@ _HBM_GIB = flags.DEFINE_float("hbm_gib", 0.0, "memory per chip, instead of its o
 def main(argv: list[str]) -> None:
     """Compiles and prints."""
     jax.config.update("jax_enable_compilation_cache", False)  # compiled programs could not run here
-    config = _CONFIG.value
-    accumulation = _ACCUMULATION.value or config.optimizer.accumulation
-    batch = _GLOBAL_BATCH.value or config.data.batch_size
-    try:
-        config = dataclasses.replace(
-            config,
-            data=dataclasses.replace(config.data, batch_size=accumulation if _FIND_BATCH.value else batch),
-            optimizer=dataclasses.replace(config.optimizer, accumulation=accumulation),
-            mesh=parse_mesh(_MESH.value) if _MESH.value else config.mesh,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    config = _FIELDS.override(_CONFIG.value)
+    if _FIND_BATCH.value:
+        data = dataclasses.replace(config.data, batch_size=config.optimizer.accumulation)
+        config = dataclasses.replace(config, data=data)
+    if _MESH.value:
+        config = dataclasses.replace(config, mesh=parse_mesh(_MESH.value))
     target = Target(topology=_TOPOLOGY.value, slices=_SLICES.value, hbm_gib=_HBM_GIB.value)
     row = find_batch(config, target, say) if _FIND_BATCH.value else compile_step(config, target)
     print(json.dumps(row))

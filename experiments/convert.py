@@ -15,11 +15,12 @@ complete or not at all, with a manifest of the SHA-256 of every tensor.
 
 import resource
 import time
+from typing import Any, get_args
 
 from absl import flags
 
 from experiments import program
-from varedit_jax.config import EditorConfig, TransformerConfig, preset
+from varedit_jax.config import PIXEL_BUDGETS, RopeLayout, preset
 from varedit_jax.conversion import convert
 from varedit_jax.conversion.infer_config import FAMILIES
 from varedit_jax.errors import UserError
@@ -39,11 +40,9 @@ _WEIGHTS = flags.DEFINE_enum(
 )
 _TOKENIZER_WEIGHTS = flags.DEFINE_enum("tokenizer_weights", "model", ["model", "ema"], "weights of its file to convert")
 _FAMILY = flags.DEFINE_enum("family", None, list(FAMILIES), "family of the transformer; by the name of its file")
-_ROPE = program.choice_flag(
-    "rope_layout", None, TransformerConfig, "rope_layout", "positions; by the family if not given"
-)
-_BUDGET = program.choice_flag(
-    "pixel_budget", None, EditorConfig, "pixel_budget", "resolution of the transformer; by the file's name, or 0.25M"
+_ROPE = flags.DEFINE_enum("rope_layout", None, list(get_args(RopeLayout)), "positions; by the family if not given")
+_BUDGET: flags.FlagHolder[Any] = flags.DEFINE_enum(
+    "pixel_budget", None, list(PIXEL_BUDGETS), "resolution of the transformer; by the file's name, or 0.25M"
 )
 _INPUT = flags.DEFINE_string(
     "input", "", "directory of weights, or of a training run, for --to=torch and --to=directory"

@@ -17,7 +17,7 @@ from experiments import feature_encoders, program
 from varedit_jax.config import RunConfig
 from varedit_jax.errors import UserError
 
-_CONFIG = program.config_flag(RunConfig)
+_CONFIG = program.ConfigFlag(RunConfig)
 _PROCESS_INDEX = flags.DEFINE_integer("process_index", 0, "which of several processes this is, from 0", lower_bound=0)
 _PROCESS_COUNT = flags.DEFINE_integer("process_count", 1, "processes that share the shards", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch", 32, "images that are encoded at a time", lower_bound=1)

@@ -2,7 +2,7 @@
 
 A program is
 
-    _CONFIG = program.config_flag(RunConfig)
+    _CONFIG = program.ConfigFlag(RunConfig)
     _WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run", required=True)
 
     def main(argv: list[str]) -> None:
@@ -32,7 +32,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, Literal, NoReturn, TypeVar
 
 # Before the first import of jax: XLA's own messages are for those who look for them.
@@ -85,29 +85,30 @@ def _without_late_reports(report: "sys.UnraisableHookArgs") -> None:
         sys.__unraisablehook__(report)
 
 
-class ConfigFlag(Generic[Config]):
-    """The --config flag of a program whose experiment configs return a `Config`, and a flag for each field of it.
+class FieldFlags(Generic[Config]):
+    """Flags for fields of a configuration, typed by their annotations.
 
     They are plain absl flags: config flags of ml_collections assign to the fields of what they override, and frozen
     dataclasses do not allow that; nor do they know fields of Literal or union types.
     """
 
-    def __init__(self, cls: type[Config]) -> None:
-        """Defines the flags."""
+    def __init__(self, cls: type[Config], fields: Mapping[str, str]) -> None:
+        """Defines a flag for each of `fields`: name of the flag -> dotted name of the field."""
         self._cls = cls
-        self._path = flags.DEFINE_string("config", None, "experiment config: PATH.py or PATH.py:variant", required=True)
+        hints = field_types(cls)
         self._fields = {
-            name: flags.DEFINE(_FieldParser(name, hint), f"config.{name}", None, in_words(hint), boolean=hint is bool)
-            for name, hint in field_types(cls).items()
+            field: flags.DEFINE(
+                _FieldParser(flag, hints[field]), flag, None, in_words(hints[field]), boolean=hints[field] is bool
+            )
+            for flag, field in fields.items()
         }
 
-    @functools.cached_property
-    def value(self) -> Config:
-        """The experiment config with the overrides of the command line; UserError if they do not go together."""
-        values = to_dict(load_config(self._path.value or "", self._cls))
-        for name, flag in self._fields.items():
+    def override(self, config: Config) -> Config:
+        """Returns a configuration with the fields of the command line; UserError if they do not go together."""
+        values = to_dict(config)
+        for field, flag in self._fields.items():
             if flag.present:
-                *groups, last = name.split(".")
+                *groups, last = field.split(".")
                 functools.reduce(dict.__getitem__, groups, values)[last] = flag.value
         try:
             return from_dict(self._cls, values)
@@ -115,18 +116,19 @@ class ConfigFlag(Generic[Config]):
             raise UserError(str(error)) from error
 
 
-def config_flag(cls: type[Config]) -> ConfigFlag[Config]:
-    """Defines `--config=PATH.py[:variant]` for experiment configs that return the configuration class `cls`.
+class ConfigFlag(Generic[Config]):
+    """`--config=PATH.py[:variant]`, for experiment configs that return a `Config`, with a flag for each field of it."""
 
-    Every field can be overridden by its dotted name: `--config.optimizer.learning_rate=1e-3`.
-    """
-    return ConfigFlag(cls)
+    def __init__(self, cls: type[Config]) -> None:
+        """Defines the flags."""
+        self._cls = cls
+        self._path = flags.DEFINE_string("config", None, "experiment config: PATH.py or PATH.py:variant", required=True)
+        self._fields = FieldFlags(cls, {f"config.{field}": field for field in field_types(cls)})
 
-
-def choice_flag(name: str, default: str | None, cls: type, field: str, about: str) -> flags.FlagHolder[Any]:
-    """Defines a flag that takes the choices of a field of a configuration class, by its dotted name."""
-    choices = [choice for choice in typing.get_args(field_types(cls)[field]) if choice]
-    return flags.DEFINE_enum(name, default, choices, about)
+    @functools.cached_property
+    def value(self) -> Config:
+        """The experiment config with the overrides of the command line. Raises UserError."""
+        return self._fields.override(load_config(self._path.value or "", self._cls))
 
 
 class _FieldParser(flags.ArgumentParser[Any]):
@@ -146,7 +148,7 @@ class _FieldParser(flags.ArgumentParser[Any]):
         if origin is tuple and not isinstance(value, tuple):
             value = (value,)
         if not allows(self._hint, value):
-            raise UserError(f"--config.{self._name} is {value!r}; it must be {in_words(self._hint)}")
+            raise UserError(f"--{self._name} is {value!r}; it must be {in_words(self._hint)}")
         return value
 
 

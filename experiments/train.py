@@ -40,7 +40,7 @@ from varedit_jax.training.setup import MeshRun
 from varedit_jax.training.trainer import Job, Trainer
 from varedit_jax.weights.directory import save_directory
 
-_CONFIG = program.config_flag(RunConfig)
+_CONFIG = program.ConfigFlag(RunConfig)
 _VERIFY = flags.DEFINE_bool("verify", False, "compare the weights it starts from with their manifests first")
 _REPLAY = flags.DEFINE_string("replay", "", "directory of a step, WORKDIR/replay/step_N, to repeat instead of training")
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where the environment has none")

@@ -23,7 +23,7 @@ from varedit_jax.training.stages import SingleStage
 from varedit_jax.training.trainer import Job, Trainer
 from varedit_jax.weights.directory import save_directory
 
-_CONFIG = program.config_flag(TokenizerRunConfig)
+_CONFIG = program.ConfigFlag(TokenizerRunConfig)
 
 
 def main(argv: list[str]) -> None:

@@ -135,22 +135,23 @@ def modules_of(module: str) -> frozenset[str]:
     return frozenset(known)
 
 
+def defined_flags(text: str) -> list[str]:
+    """Flags that a module defines: one by one, or for fields of a configuration."""
+    fields = "".join(re.findall(r"FieldFlags\(\s*\w+,\s*\{(.*?)\}", text, re.DOTALL))
+    return [*re.findall(r'DEFINE_\w+\(\s*"(\w+)"', text), *re.findall(r'"(\w+)":', fields)]
+
+
 @functools.cache
 def flags_of(module: str) -> frozenset[str]:
     """Flags that a program defines, in its module or in one that it imports; `modules_of` says which."""
     files = [file for name in modules_of(module) if (file := module_file(name))]
-    found = [re.findall(r'(?:DEFINE_\w+|choice_flag)\(\s*"(\w+)"', file.read_text()) for file in files]
-    return frozenset(name for names in found for name in names) | {"help"}
+    return frozenset(name for file in files for name in defined_flags(file.read_text())) | {"help"}
 
 
 @functools.cache
 def all_flags() -> frozenset[str]:
-    found = [
-        re.findall(r'(?:DEFINE_\w+|choice_flag)\(\s*"(\w+)"', path.read_text())
-        for p in PACKAGES
-        for path in (ROOT / p).rglob("*.py")
-    ]
-    return frozenset(name for names in found for name in names) | {"help"}
+    files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    return frozenset(name for file in files for name in defined_flags(file.read_text())) | {"help"}
 
 
 def is_field(path: str) -> bool:

@@ -14,7 +14,7 @@ after two warm-up calls. A program that needs more memory than there is becomes 
 
 import dataclasses
 import json
-from typing import Any
+from typing import Any, get_args
 
 import jax
 from absl import flags
@@ -23,7 +23,7 @@ from experiments import program
 from experiments.benchmarks import harness
 from varedit_jax import config as config_lib
 from varedit_jax.analysis.benchmark import Benchmark, Row, environment
-from varedit_jax.config import DataConfig, EditorConfig, OptimizerConfig, RunConfig
+from varedit_jax.config import ComputeType, DataConfig, RunConfig
 from varedit_jax.errors import UserError
 from varedit_jax.parallel.mesh import check_batch, make_mesh, parse_mesh
 from varedit_jax.scales import editor_pyramid, image_size
@@ -33,74 +33,49 @@ WHAT = ("train", "edit", "attention", "remat")
 BUDGETS: dict[int, config_lib.PixelBudget] = {256: "0.06M", 512: "0.25M", 768: "0.60M", 1024: "1M"}
 
 _PRESET = flags.DEFINE_enum("preset", "tiny", config_lib.PRESETS, "size of the editor")
-_DEPTH = flags.DEFINE_integer("depth", None, "blocks, instead of the preset's", lower_bound=1)
 _TEXT = flags.DEFINE_string("text", "", "Flan-T5 encoder: small, base, large, xl, xxl; the preset's own by default")
 _PIXELS = flags.DEFINE_integer("pixels", None, f"side of the images: {', '.join(map(str, BUDGETS))}; 512 by default")
-_TEXT_TOKENS = flags.DEFINE_integer("text_tokens", None, "T of a training batch; all the model has by default")
-_BATCH = flags.DEFINE_integer("batch", 1, "examples per step, all devices; images of the larger edit", lower_bound=1)
-_ACCUMULATION = flags.DEFINE_integer("accumulation", 1, "microbatches per step", lower_bound=1)
+_FIELDS = program.FieldFlags(
+    RunConfig,
+    {
+        "depth": "model.transformer.depth",
+        "text_tokens": "data.text_tokens",
+        "batch": "data.batch_size",
+        "accumulation": "optimizer.accumulation",
+        "features": "data.features",
+        "moments": "optimizer.moment_dtype",
+        "precision": "tokenizer_precision",
+        "remat": "model.transformer.remat",
+        "attention": "model.transformer.attention",
+    },
+)
+_DTYPE: flags.FlagHolder[Any] = flags.DEFINE_enum(
+    "dtype", None, list(get_args(ComputeType)), "of matmuls in the blocks and the text encoder; float32 on a CPU alone"
+)
 _WHAT = flags.DEFINE_list("what", ["train", "edit"], f"what to measure, of {', '.join(WHAT)}")
 _MESH = flags.DEFINE_string("mesh", "data=-1", "sizes of the mesh's axes, as in fsdp=-1,tensor=4")
-_FEATURES = program.choice_flag(
-    "features", "online", RunConfig, "data.features", "encode images in the step, or ahead of time"
-)
-_DTYPE = program.choice_flag(
-    "dtype", None, RunConfig, "text_dtype", "of matmuls in the blocks and the text encoder; float32 on a CPU alone"
-)
-_MOMENTS = program.choice_flag(
-    "moments", "float32", RunConfig, "optimizer.moment_dtype", "type of AdamW's first moment"
-)
-_PRECISION = program.choice_flag(
-    "precision", "highest", RunConfig, "tokenizer_precision", "of the tokenizer's convolutions"
-)
-_REMAT = program.choice_flag(
-    "remat", "named", RunConfig, "model.transformer.remat", "part of a block that the backward pass recomputes"
-)
-_ATTENTION = program.choice_flag(
-    "attention", "auto", RunConfig, "model.transformer.attention", "kernel of self-attention"
-)
 _REPEATS = flags.DEFINE_integer("repeats", 10, "timed calls of each program", lower_bound=1)
 _JSON = flags.DEFINE_string("json", "", "file for the figures")
 
 
-def _model() -> EditorConfig:
-    """Returns the preset with the changes of the flags."""
+def _run() -> RunConfig:
+    """Returns a run of the preset with the changes of the flags. Raises UserError if they do not go together."""
     model = config_lib.preset(_PRESET.value)
-    text, pixels = model.text, _PIXELS.value
-    if _TEXT.value:
-        text = config_lib.text_preset(_TEXT.value)
+    pixels, budget = _PIXELS.value, model.pixel_budget
     if pixels is not None:
         if model.grids or pixels not in BUDGETS:
-            raise UserError(
-                f"--pixels is {pixels}; give one of {', '.join(map(str, BUDGETS))}, and none with --preset=tiny"
-            )
-        model = dataclasses.replace(model, pixel_budget=BUDGETS[pixels])
+            known = ", ".join(map(str, BUDGETS))
+            raise UserError(f"--pixels is {pixels}; give one of {known}, and none with --preset=tiny")
+        budget = BUDGETS[pixels]
+    try:
+        text = config_lib.text_preset(_TEXT.value) if _TEXT.value else model.text
+    except ValueError as error:
+        raise UserError(str(error)) from error
     dtype: Any = _DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    transformer = dataclasses.replace(
-        model.transformer,
-        depth=_DEPTH.value or model.transformer.depth,
-        text_width=text.width,
-        dtype=dtype,
-        remat=_REMAT.value,
-        attention=_ATTENTION.value,
-    )
-    return dataclasses.replace(model, text=text, transformer=transformer)
-
-
-def _run() -> RunConfig:
-    model = _model()
-    return RunConfig(
-        name="benchmark",
-        model=model,
-        data=DataConfig(
-            batch_size=_BATCH.value,
-            text_tokens=_TEXT_TOKENS.value or model.transformer.unconditional_rows,
-            features=_FEATURES.value,
-        ),
-        optimizer=OptimizerConfig(accumulation=_ACCUMULATION.value, moment_dtype=_MOMENTS.value),
-        text_dtype=model.transformer.dtype,
-        tokenizer_precision=_PRECISION.value,
-    )
+    transformer = dataclasses.replace(model.transformer, text_width=text.width, dtype=dtype, remat="named")
+    model = dataclasses.replace(model, text=text, transformer=transformer, pixel_budget=budget)
+    data = DataConfig(batch_size=1, text_tokens=transformer.unconditional_rows)
+    return _FIELDS.override(RunConfig(name="benchmark", model=model, data=data, text_dtype=dtype))
 
 
 def _about(run: RunConfig) -> Row:
@@ -166,10 +141,7 @@ def main(argv: list[str]) -> None:
     unknown = sorted(set(_WHAT.value) - set(WHAT))
     if unknown:
         raise UserError(f"--what={unknown[0]} is unknown; give some of {', '.join(WHAT)}")
-    try:
-        run = _run()
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    run = _run()
     mesh = make_mesh(parse_mesh(_MESH.value))
     check_batch(mesh, run.data.batch_size, run.optimizer.accumulation)
     bench = Benchmark(run=run, mesh=mesh, repeats=_REPEATS.value)

@@ -19,7 +19,7 @@ import jax
 from varedit_jax.config import RunConfig, to_dict
 from varedit_jax.errors import UserError
 
-config = program.config_flag(RunConfig)
+config = program.ConfigFlag(RunConfig)
 
 def main(argv):
     value = config.value

@@ -18,6 +18,14 @@ class Checked:
                 raise ValueError(f"{cls.__name__}.{name} is {value!r}; it must be {in_words(hint)}")
 
 
+def check_least(config: object, least: float, *names: str) -> None:
+    """Raises ValueError for a field below `least`; names are dotted, as on a command line."""
+    for name in names:
+        value = getattr(config, name.rpartition(".")[2])
+        if not value >= least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}")
+
+
 @functools.cache
 def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)

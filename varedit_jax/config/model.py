@@ -13,7 +13,7 @@ Legend of dimension letters, used in the names of arrays everywhere (`tokens_BLC
 import dataclasses
 from typing import Literal, get_args
 
-from varedit_jax.config.annotations import Checked
+from varedit_jax.config.annotations import Checked, check_least
 
 Conditioning = Literal["sar", "finest", "full"]
 RopeLayout = Literal["released", "paper"]
@@ -91,6 +91,7 @@ class TransformerConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_least(self, 1, "model.transformer.depth", "model.transformer.heads")
         if self.width % self.heads or (self.width // self.heads) % 4:
             raise ValueError(
                 f"width {self.width} over {self.heads} heads gives a head size of "

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from varedit_jax.config.annotations import Checked
+from varedit_jax.config.annotations import Checked, check_least
 from varedit_jax.config.model import ComputeType, EditorConfig
 
 
@@ -31,8 +31,7 @@ class OptimizerConfig(Checked):
         super().__post_init__()
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"optimizer.ema_decay is {self.ema_decay}; it must be at least 0 and below 1")
-        if self.accumulation < 1:
-            raise ValueError(f"optimizer.accumulation is {self.accumulation}; it must be at least 1")
+        check_least(self, 1, "optimizer.accumulation")
         if self.decay_steps < 0 or (self.decay_steps and self.schedule != "cosine"):
             raise ValueError(
                 f"optimizer.decay_steps is {self.decay_steps} with schedule {self.schedule!r}; "
@@ -84,6 +83,7 @@ class DataConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_least(self, 1, "data.batch_size", "data.text_tokens")
         if (self.name == "records") != bool(self.mixture):
             raise ValueError(f"data.mixture is {self.mixture!r}, and data.name {self.name!r}; `records` alone has one")
         if self.flip and self.features == "precomputed":
@@ -164,15 +164,8 @@ class Cadence(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), 1 if field.name == "keep_checkpoints" else 0
-            if not value >= least:
-                raise ValueError(f"cadence.{field.name} is {value}; it must be at least {least}")
-
-
-def _check_steps(steps: int) -> None:
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; it must be at least 1")
+        check_least(self, 0, *(f"cadence.{field.name}" for field in dataclasses.fields(self)))
+        check_least(self, 1, "cadence.keep_checkpoints")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -206,7 +199,7 @@ class RunConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_steps(self.steps)
+        check_least(self, 1, "steps")
         if self.data.batch_size % self.optimizer.accumulation:
             raise ValueError(
                 f"data.batch_size {self.data.batch_size} does not divide into "
@@ -251,4 +244,4 @@ class TokenizerRunConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_steps(self.steps)
+        check_least(self, 1, "steps")
