@@ -34,6 +34,10 @@ os.environ |= {
     "HF_HOME": os.path.join(_SCRATCH.name, "huggingface"),
     "HF_HUB_OFFLINE": "1",
     "XDG_CACHE_HOME": os.path.join(_SCRATCH.name, "cache"),
+    # The emulator of Google's store has no gRPC and asks for no credentials.
+    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+    "FSSPEC_GCS_TOKEN": "anon",
+    "NO_GCE_CHECK": "true",
 }
 
 from absl import flags  # noqa: E402

@@ -1,0 +1,91 @@
+"""One writer per directory, on every kind of storage."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from varedit_jax.errors import UserError
+from varedit_jax.storage import lock
+from varedit_jax.storage.lock import Lock
+from varedit_jax.storage.paths import child_names, is_remote
+
+ME = f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def test_a_second_one_is_refused_and_told_who(directory: pathlib.Path) -> None:
+    with Lock(directory), pytest.raises(UserError, match=f"is in use by {ME}; wait for it, .* another --output"):
+        Lock(directory, flag="--output").__enter__()
+    with Lock(directory):
+        pass
+    assert child_names(directory) == ([] if is_remote(directory) else ["lock"])
+
+
+def test_whoever_does_not_hold_it_takes_nothing(directory: pathlib.Path) -> None:
+    with Lock(directory), Lock(directory, held=False):
+        pass
+
+
+@pytest.mark.subprocess
+def test_a_killed_holder_gives_it_back(tmp_path: pathlib.Path) -> None:
+    code = """
+import os, sys
+from varedit_jax.storage.lock import Lock
+with Lock(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"is in use by process {holder.pid} on "):
+            Lock(tmp_path).__enter__()
+        holder.kill()
+    with Lock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["gs", "s3"])
+def test_a_lease_expires_with_its_holder(
+    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A holder that died is waited for until its lease has expired; one that lives renews it."""
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.2)
+    monkeypatch.setattr(lock, "EXPIRY_SECONDS", 3.0)
+    directory = lock.resolve(request.getfixturevalue(f"{kind}_bucket") + "/run")
+    dead = {"host": "gone", "pid": 7, "id": "x", "renewed": time.time()}
+    (directory / "lock").write_text(json.dumps(dead))
+    with pytest.raises(UserError, match="is in use by process 7 on gone"):
+        Lock(directory).__enter__()
+    (directory / "lock").write_text(json.dumps(dead | {"renewed": time.time() - 4}))
+    with Lock(directory):
+        time.sleep(3.5)
+        with pytest.raises(UserError, match=f"is in use by {ME}"):
+            Lock(directory).__enter__()
+        assert json.loads((directory / "lock").read_text())["pid"] == os.getpid()
+
+
+def test_a_lost_lease_ends_the_holder(gs_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever finds another owner stops, as by SIGTERM, before both write."""
+    killed: list[tuple[int, int]] = []
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(os, "kill", lambda *arguments: killed.append(arguments))
+    directory = lock.resolve(gs_bucket + "/run")
+    with Lock(directory):
+        (directory / "lock").write_text(json.dumps({"host": "h", "pid": 1, "id": "other", "renewed": time.time()}))
+        deadline = time.monotonic() + 10
+        while not killed and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert killed == [(os.getpid(), 15)]
+    assert json.loads((directory / "lock").read_text())["id"] == "other"
+
+
+def test_a_directory_that_cannot_be_locked(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "lock").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*/lock: Is a directory"):
+        Lock(tmp_path).__enter__()
