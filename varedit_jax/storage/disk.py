@@ -1,0 +1,116 @@
+"""Errors of the machine: full disks, too little room, and what must never be taken for damage of the data."""
+
+import contextlib
+import errno
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Iterator
+
+from varedit_jax.errors import UserError
+from varedit_jax.storage.paths import is_remote
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_MACHINE = _FULL | {
+    errno.EMFILE, errno.ENFILE, errno.EIO, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.ESTALE, errno.EROFS,
+    errno.EAGAIN, errno.EINTR, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENOTCONN,
+    errno.ETIMEDOUT, errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE, errno.ENXIO, errno.ENODEV, errno.EBUSY,
+}  # fmt: skip
+# Libraries that read over a network raise their own errors, whose modules begin so.
+_NETWORK_MODULES = ("aiohttp", "botocore", "aiobotocore", "google", "gcsfs", "requests", "urllib3")
+
+
+def error_number(error: BaseException) -> int | None:
+    """Returns the system's error number inside of an error, or None.
+
+    Orbax and TensorStore report a failed write in their own words and of various types, with the number in the text.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    text = str(error)
+    if found := re.search(r"os_error_code='(\d+)'", text):
+        return int(found.group(1))
+    numbers = {errno.ENOSPC: "No space left on device", errno.EDQUOT: "Disk quota exceeded"}
+    numbers |= {errno.EMFILE: "Too many open files"}
+    return next((number for number, words in numbers.items() if words in text), None)
+
+
+def is_full(error: BaseException) -> bool:
+    """Returns True if an error says that the disk, a quota or the largest file is reached."""
+    return error_number(error) in _FULL
+
+
+def is_machine_error(error: BaseException | None) -> bool:
+    """Returns True if an error, or one that led to it, is the machine's, not the data's.
+
+    Open files, permissions, memory, a failing disk or network: the data may be sound, and reading them later may work.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, (MemoryError, TimeoutError, ConnectionError)) or error_number(error) in _MACHINE:
+            return True
+        if type(error).__module__.split(".")[0] in _NETWORK_MODULES:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def reason(error: BaseException) -> str:
+    """Returns what a system's error says, in a few words."""
+    number = error_number(error)
+    return os.strerror(number) if number is not None else " ".join(str(error).split()) or type(error).__name__
+
+
+@contextlib.contextmanager
+def explained(what: str, directory: os.PathLike[str] | str) -> Iterator[None]:
+    """Turns a failure of the machine to write `what` in `directory` into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if is_full(error):
+            raise UserError(
+                f"writing the {what} failed in {directory}: {reason(error)}; what was complete before is intact; make "
+                f"room and run the same command again"
+            ) from error
+        if isinstance(error, OSError) or is_machine_error(error):
+            raise UserError(
+                f"writing the {what} failed in {directory}: {reason(error)}; put that right and run the same command "
+                f"again"
+            ) from error
+        raise
+
+
+@contextlib.contextmanager
+def read_explained(what: str) -> Iterator[None]:
+    """Turns an error of the machine while reading `what` into a UserError, so that nothing sound is called damaged."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not is_machine_error(error):
+            raise
+        raise UserError(
+            f"cannot read {what}: {reason(error)}; put that right and run the same command again"
+        ) from error
+
+
+def check_room(directory: pathlib.Path, needed: int, what: str) -> None:
+    """Raises UserError if `needed` bytes of `what` have no room in `directory`; object stores have room for all."""
+    if is_remote(directory):
+        return
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise UserError(
+            f"{what} takes up to {size_text(needed)}, but only {size_text(free)} are free in {directory}; make room "
+            f"and run the same command again"
+        )
+
+
+def size_text(count: float) -> str:
+    """Returns bytes as text, in MB or GB."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,157 @@
+"""Files and directories that appear complete or not at all.
+
+Locally what is new is written beside its place, made durable, and renamed. In an object store a single object is atomic
+by itself; a directory is written in place, with a marker in it while it is not complete.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from typing import Any, BinaryIO, cast
+
+from varedit_jax.errors import UserError
+from varedit_jax.storage import disk
+from varedit_jax.storage.paths import child_names, files_below, is_remote
+
+INCOMPLETE = "_INCOMPLETE"  # in an object store: the directory is still being written, or whoever wrote it has died
+
+
+def make_directory(directory: pathlib.Path) -> None:
+    """Creates a directory where needed. Raises UserError if that cannot be."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        file = next((path for path in (directory, *directory.parents) if path.is_file()), directory)
+        raise UserError(f"{file} is a file, where a directory should be") from error
+    except Exception as error:
+        if not isinstance(error, OSError) and not disk.is_machine_error(error):
+            raise
+        raise UserError(f"cannot create {directory}: {disk.reason(error)}") from error
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
+    """Yields a binary file that takes the place of `path` when the block ends, and nothing otherwise."""
+    if is_remote(path):
+        with tempfile.TemporaryFile() as file:
+            yield cast(BinaryIO, file)
+            file.seek(0)
+            with path.open("wb") as target:
+                shutil.copyfileobj(file, target, 2**24)
+        return
+    draft = path.with_name(f".{uuid.uuid4().hex}.draft")
+    try:
+        with draft.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        with contextlib.suppress(OSError):  # gone already where all went well
+            draft.unlink()
+
+
+def write_bytes(path: pathlib.Path, data: bytes | memoryview) -> None:
+    """Replaces a file at once or not at all."""
+    with replacing(path) as file:
+        file.write(data)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Replaces a text file at once or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: pathlib.Path, value: Any, indent: int | None = 2) -> None:
+    """Replaces a JSON file at once or not at all."""
+    write_text(path, json.dumps(value, indent=indent) + "\n")
+
+
+def staging_of(target: pathlib.Path) -> pathlib.Path:
+    """Returns the directory that `target` is written in until `commit`: beside it, or, in an object store, itself."""
+    return target if is_remote(target) else target.with_name(f".{target.name}.partial")
+
+
+def begin(target: pathlib.Path) -> pathlib.Path:
+    """Creates the staging directory of `target` unless it is there from an earlier attempt, and returns it."""
+    staging = staging_of(target)
+    make_directory(staging)
+    if is_remote(target):
+        (staging / INCOMPLETE).write_text("incomplete: run the same command again, or delete the directory\n")
+    return staging
+
+
+def commit(target: pathlib.Path) -> None:
+    """Makes what lies in the staging directory of `target` complete, at once."""
+    if is_remote(target):
+        (target / INCOMPLETE).unlink()
+    else:
+        staging_of(target).rename(target)
+
+
+def is_complete(directory: pathlib.Path) -> bool:
+    """Returns True unless a directory of an object store is still being written, or its writer has died."""
+    return not is_remote(directory) or not (directory / INCOMPLETE).exists()
+
+
+def exists(target: pathlib.Path) -> bool:
+    """Returns True if there is something complete at `target`."""
+    return target.exists() and is_complete(target)
+
+
+@contextlib.contextmanager
+def new_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields an empty local directory that becomes `target` when the block ends, and nothing otherwise.
+
+    Raises UserError if `target` exists.
+    """
+    if exists(target):
+        raise UserError(f"{target} exists; give a new directory or remove it first")
+    if is_remote(target):
+        with tempfile.TemporaryDirectory() as name:
+            yield pathlib.Path(name)
+            upload(pathlib.Path(name), target)
+        return
+    staging = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        make_directory(staging)
+        yield staging
+        staging.rename(target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def upload(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Copies a local directory to an object store, where it is complete at once, when all is there."""
+    begin(target)
+    for path in files_below(source):
+        copy(path, target / path.relative_to(source).as_posix())
+    commit(target)
+
+
+def copy(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Copies a file from anywhere to anywhere, at once or not at all."""
+    with source.open("rb") as data, replacing(target) as file:
+        shutil.copyfileobj(data, file, 2**24)
+
+
+def remove_directory(directory: pathlib.Path) -> None:
+    """Removes a directory and all in it; nothing where there is none."""
+    if is_remote(directory):
+        if directory.exists():
+            cast(Any, directory).rmtree()
+    else:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def listing(directory: pathlib.Path) -> str:
+    """Returns what a directory holds, in a few words."""
+    names = child_names(directory)
+    if not names:
+        return "nothing"
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,0 +1,135 @@
+"""One writer per directory: a lock that goes with its holder, however that ends."""
+
+import contextlib
+import json
+import os
+import pathlib
+import socket
+import threading
+import time
+import uuid
+from typing import Any, Self
+
+import filelock
+
+from varedit_jax.errors import UserError
+from varedit_jax.storage import disk
+from varedit_jax.storage.files import make_directory, write_json
+from varedit_jax.storage.paths import PathLike, is_remote, resolve
+
+LOCK_FILE = "lock"
+HEARTBEAT_SECONDS = 20.0
+EXPIRY_SECONDS = 90.0  # of a lease without a heartbeat; its holder has died, or has lost the network for so long
+
+
+class Lock:
+    """A directory is in use while this is entered. A context manager.
+
+    Locally it is a kernel's lock on DIRECTORY/lock, gone with the process; where the file system knows none, there is
+    no lock. In an object store it is a lease: an object that names its owner and is renewed by a thread. Stores have no
+    lock of their own, so that two processes that start within the same second are told apart by who wrote last.
+    """
+
+    def __init__(self, directory: PathLike, *, flag: str = "--workdir", held: bool = True) -> None:
+        """Takes nothing yet.
+
+        Args:
+          directory: created if needed.
+          flag: what the user would change, in the sentence of a refusal.
+          held: False in processes that leave it to another to hold the lock for all.
+        """
+        self._directory, self._flag, self._held = resolve(directory), flag, held
+        self._file: filelock.BaseFileLock | None = None
+        self._lease: _Lease | None = None
+
+    def __enter__(self) -> Self:
+        """Takes the lock. Raises UserError if another process has it, or the directory cannot be made."""
+        if not self._held:
+            return self
+        make_directory(self._directory)
+        path = self._directory / LOCK_FILE
+        if is_remote(path):
+            self._lease = _Lease(path)
+            if (owner := self._lease.take()) is not None:
+                raise self._refusal(owner)
+            return self
+        try:
+            self._file = filelock.UnixFileLock(path, timeout=0, fallback_to_soft=False)
+            self._file.acquire()
+        except filelock.Timeout as error:
+            raise self._refusal(_read(path)) from error
+        except NotImplementedError:  # no locks on this file system
+            self._file = None
+            return self
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {disk.reason(error)}") from error
+        with contextlib.suppress(OSError):
+            path.write_text(json.dumps(_me()))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Gives the lock back. A local file stays: removing it could take the lock of whoever waits for it."""
+        if self._file is not None:
+            self._file.release()
+        if self._lease is not None:
+            self._lease.give_back()
+
+    def _refusal(self, owner: dict[str, Any]) -> UserError:
+        who = f"process {owner['pid']} on {owner['host']}" if {"pid", "host"} <= owner.keys() else "another run"
+        return UserError(f"{self._directory} is in use by {who}; wait for it, end it, or use another {self._flag}")
+
+
+class _Lease:
+    """An object that names its owner and says when it was last renewed."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self._path = path
+        self._id = uuid.uuid4().hex
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+
+    def take(self) -> dict[str, Any] | None:
+        """Takes the lease and begins renewing it; returns the owner of one that has not expired instead."""
+        owner = _read(self._path)
+        if time.time() - float(owner.get("renewed", 0)) < EXPIRY_SECONDS:
+            return owner
+        self._write()
+        time.sleep(1)  # of two that found it free, the one that wrote last has it
+        owner = _read(self._path)
+        if owner.get("id") != self._id:
+            return owner
+        self._thread.start()
+        return None
+
+    def give_back(self) -> None:
+        """Ends the renewal and removes the lease, if it is still this one."""
+        if not self._thread.is_alive():
+            return
+        self._ended.set()
+        self._thread.join()
+        if _read(self._path).get("id") == self._id:
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+
+    def _write(self) -> None:
+        write_json(self._path, {**_me(), "id": self._id, "renewed": time.time()}, indent=None)
+
+    def _renew(self) -> None:
+        while not self._ended.wait(HEARTBEAT_SECONDS):
+            with contextlib.suppress(Exception):  # a network that fails for a moment; the next beat makes up for it
+                if _read(self._path).get("id", self._id) != self._id:
+                    os.kill(os.getpid(), 15)  # another process took it over: end as by SIGTERM, before two write
+                    return
+                self._write()
+
+
+def _me() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid()}
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    """Returns what a lock's file says of its holder; {} if it is just taken, absent or broken."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
