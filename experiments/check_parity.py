@@ -6,13 +6,13 @@ Prints the largest absolute error of every tensor; exits with 1 if one is beyond
 """
 
 import jax
-from absl import flags
 
 from experiments import program
+from varedit_jax import command
 from varedit_jax.analysis import parity
 from varedit_jax.errors import UserError
 
-_GOLDEN = flags.DEFINE_string(
+_GOLDEN = command.DEFINE_path(
     "golden", None, "directory with config.json, state dicts and golden.safetensors", required=True
 )
 

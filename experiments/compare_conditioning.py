@@ -15,13 +15,15 @@ from absl import flags
 from experiments import program
 from experiments.benchmarks import harness
 from experiments.configs import shapes
+from varedit_jax import command
 from varedit_jax.config import Conditioning, RunConfig
+from varedit_jax.storage import paths
 from varedit_jax.training.metrics import read_metrics
 
 _SEEDS = flags.DEFINE_integer("seeds", 2, "runs of each conditioning", lower_bound=1)
 _EXAMPLES = flags.DEFINE_integer("examples", 200, "held-out edits to judge", lower_bound=1)
-_DIRECTORY = flags.DEFINE_string("directory", "runs/conditioning", "directory of the runs")
-_OUTPUT = flags.DEFINE_string("output", "", "Markdown file for the table")
+_DIRECTORY = command.DEFINE_path("directory", "runs/conditioning", "directory of the runs", local=True)
+_OUTPUT = command.DEFINE_path("output", "", "Markdown file for the table")
 _CONFIG = "experiments/configs/shapes.py:compare"
 _RUN = typing.cast(RunConfig, shapes.get_config("compare"))
 
@@ -30,7 +32,7 @@ CONDITIONINGS = typing.get_args(Conditioning)
 
 def _result(conditioning: str, seed: int) -> dict[str, float]:
     """Trains and scores one run: held-out loss and bit accuracy, share of exact edits, seconds per step."""
-    workdir = harness.local_path(_DIRECTORY.value) / f"{conditioning}-{seed}"
+    workdir = paths.local(_DIRECTORY.value, "--directory") / f"{conditioning}-{seed}"
     scores = workdir / f"scores-{_EXAMPLES.value}.json"
     if not scores.exists():
         harness.run_program(

@@ -7,8 +7,8 @@ compiled again, so that an interrupted program resumes: remove lines to compile 
 compiled without one: they are compiled for as many chips of v5p with the GPU's memory, and marked as a stand-in.
 """
 
+import contextlib
 import json
-import pathlib
 import subprocess
 import sys
 from typing import Any
@@ -19,12 +19,13 @@ from absl import flags
 from experiments import program
 from experiments.benchmarks import harness
 from experiments.configs.published import LAYOUTS, MACHINES
-from varedit_jax import hardware
+from varedit_jax import command, hardware
 from varedit_jax.errors import UserError
 from varedit_jax.parallel.processes import say
+from varedit_jax.storage import files, jsonl, paths
 
-_ROWS = flags.DEFINE_string("rows", "results/compile_ahead.jsonl", "JSONL file of the lines")
-_TABLE = flags.DEFINE_string("table", "", "Markdown file for the table; standard output by default")
+_ROWS = command.DEFINE_path("rows", "results/compile_ahead.jsonl", "JSONL file of the lines")
+_TABLE = command.DEFINE_path("table", "", "Markdown file for the table; standard output by default")
 _ONLY = flags.DEFINE_list("only", [], "parts of CONFIG:MACHINE, any of which has to match; everything by default")
 
 STAND_IN = "v5p:4x4x4"  # 64 devices, as h100_64
@@ -110,22 +111,19 @@ def main(argv: list[str]) -> None:
     ]
     if not wanted:
         raise UserError(f"--only={','.join(_ONLY.value)} matches no layout; configs are {', '.join(LAYOUTS)}")
-    path = pathlib.Path(_ROWS.value)
-    rows = {}
-    if path.exists():
-        rows = {row["layout"]: row for row in map(json.loads, path.read_text().splitlines())}
+    path = paths.resolve(_ROWS.value)
+    rows = {row["layout"]: row for row in jsonl.read_lines(path)}
     for config, machine in tqdm.tqdm(wanted, unit="layout"):
         if f"{config}:{machine}" in rows:
             continue
         row = rows[f"{config}:{machine}"] = compile_layout(config, machine)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        with contextlib.closing(jsonl.LineWriter(path)) as lines:
+            lines.append(row)
         say(f"{row['layout']}: {'fits' if row['fits'] else 'does not fit'}")
     order = [f"{config}:{machine}" for config, machines in LAYOUTS.items() for machine in machines]
     text = harness.table(HEAD, [table_row(rows[layout]) for layout in order if layout in rows])
     if _TABLE.value:
-        harness.write_text(_TABLE.value, f"{text}\n")
+        files.write_text(paths.resolve(_TABLE.value), f"{text}\n")
     else:
         print(text)
 

@@ -20,6 +20,7 @@ from typing import Any, get_args
 from absl import flags
 
 from experiments import program
+from varedit_jax import command
 from varedit_jax.config import PIXEL_BUDGETS, RopeLayout, preset
 from varedit_jax.conversion import convert
 from varedit_jax.conversion.infer_config import FAMILIES
@@ -29,11 +30,11 @@ from varedit_jax.weights.export_source import open_source
 from varedit_jax.weights.manifest import size_text
 
 _TO = flags.DEFINE_enum("to", "jax", ["jax", "torch", "directory"], "what to write")
-_OUTPUT = flags.DEFINE_string("output", "", "new directory")
+_OUTPUT = command.DEFINE_path("output", "", "new directory")
 _FILES = {
-    "transformer": flags.DEFINE_string("transformer", "", "published transformer: .pth, .safetensors or shards"),
-    "tokenizer": flags.DEFINE_string("tokenizer", "", "published BSQ tokenizer"),
-    "text": flags.DEFINE_string("text", "", "Flan-T5 of any size: file or directory as on Hugging Face"),
+    "transformer": command.DEFINE_path("transformer", "", "published transformer: .pth, .safetensors or shards"),
+    "tokenizer": command.DEFINE_path("tokenizer", "", "published BSQ tokenizer"),
+    "text": command.DEFINE_path("text", "", "Flan-T5 of any size: file or directory as on Hugging Face"),
 }
 _WEIGHTS = flags.DEFINE_enum(
     "weights", "model", ["model", "ema"], "parameters or their EMA, of a trainer's checkpoint or of a run"
@@ -44,7 +45,7 @@ _ROPE = flags.DEFINE_enum("rope_layout", None, list(get_args(RopeLayout)), "posi
 _BUDGET: flags.FlagHolder[Any] = flags.DEFINE_enum(
     "pixel_budget", None, list(PIXEL_BUDGETS), "resolution of the transformer; by the file's name, or 0.25M"
 )
-_INPUT = flags.DEFINE_string(
+_INPUT = command.DEFINE_path(
     "input", "", "directory of weights, or of a training run, for --to=torch and --to=directory"
 )
 _PARTS = flags.DEFINE_multi_enum("parts", [], list(PARTS), "parts to write, one per flag; all by default")
@@ -55,7 +56,7 @@ _CHUNKS = flags.DEFINE_integer("chunks", None, "chunks of blocks in published na
 _LICENSE = flags.DEFINE_string("license", "", "what the model card states, as in apache-2.0")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "print every mapping, one published tensor per line, and write nothing")
 _PRESET = flags.DEFINE_string("preset", "", "size of a dry run that needs no weights, as in 8b")
-_VERIFY = flags.DEFINE_string(
+_VERIFY = command.DEFINE_path(
     "verify", "", "directory whose tensors are compared with its manifest; nothing is written"
 )
 

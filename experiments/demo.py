@@ -18,14 +18,16 @@ from absl import flags
 from experiments import program
 from experiments.benchmarks import harness
 from experiments.configs import shapes
+from varedit_jax import command
 from varedit_jax.errors import UserError
 from varedit_jax.evaluation.curves import Panel, curve_sheet
 from varedit_jax.images import write_image
+from varedit_jax.storage import paths
 from varedit_jax.training.metrics import read_metrics
 
 _FULL = flags.DEFINE_bool("full", False, "train the shipped tokenizer and editor anew, and score 1000 edits")
-_DIRECTORY = flags.DEFINE_string(
-    "directory", "", "directory of the runs, images and scores; runs/demo or runs/demo-full by default"
+_DIRECTORY = command.DEFINE_path(
+    "directory", "", "directory of the runs, images and scores; runs/demo or runs/demo-full by default", local=True
 )
 _CONFIG = "experiments/configs/shapes.py"
 _STOP_AFTER = 1000  # steps before the demo stops its own training, to show that it resumes
@@ -125,7 +127,7 @@ def _full(directory: pathlib.Path) -> None:
 def main(argv: list[str]) -> None:
     """Runs the demo."""
     del argv
-    directory = harness.local_path(_DIRECTORY.value or ("runs/demo-full" if _FULL.value else "runs/demo"))
+    directory = paths.local(_DIRECTORY.value or ("runs/demo-full" if _FULL.value else "runs/demo"), "--directory")
     directory.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(".cache/jax").absolute()))
     (_full if _FULL.value else _demo)(directory)

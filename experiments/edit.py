@@ -13,25 +13,25 @@ from typing import Any
 from absl import flags
 
 from experiments import program
-from varedit_jax import images
+from varedit_jax import command, images
 from varedit_jax.config import SamplingConfig
 from varedit_jax.conversion import convert
 from varedit_jax.sampling.editor import Editor
 
 _SHIPPED = str(importlib.resources.files("varedit_jax") / "data" / "shapes")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", _SHIPPED, "directory of weights, or of a training run")
-_IMAGE = flags.DEFINE_string("image", None, "image to edit", required=True)
+_CHECKPOINT = command.DEFINE_path("checkpoint", _SHIPPED, "directory of weights, or of a training run")
+_IMAGE = command.DEFINE_path("image", None, "image to edit", required=True)
 _INSTRUCTION = flags.DEFINE_string("instruction", None, "what to do, in words", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "image to write (.png, .jpg, .webp)", required=True)
+_OUTPUT = command.DEFINE_path("output", None, "image to write (.png, .jpg, .webp)", required=True)
 _SEED = flags.DEFINE_integer("seed", 0, "of sampling", lower_bound=0, upper_bound=2**32 - 1)
 _GUIDANCE = flags.DEFINE_float("guidance", None, "classifier-free guidance; 1 = off; the checkpoint's own by default")
 _TEMPERATURE = flags.DEFINE_float("temperature", None, "of sampling; the checkpoint's own by default", lower_bound=1e-3)
 _TOP_P = flags.DEFINE_float("top_p", None, "0.97 leaves out bits of probability <= 0.03", lower_bound=0, upper_bound=1)
 _GREEDY = flags.DEFINE_bool("greedy", None, "most likely bits; the checkpoint's own by default")
-_TOKENIZER = flags.DEFINE_string(
+_TOKENIZER = command.DEFINE_path(
     "tokenizer", "", "directory of the tokenizer, where the checkpoint has none or it moved"
 )
-_TEXT = flags.DEFINE_string("text", "", "directory of the text encoder, likewise")
+_TEXT = command.DEFINE_path("text", "", "directory of the text encoder, likewise")
 _VERIFY = flags.DEFINE_bool(
     "verify", False, "compare every tensor of these directories with its manifest before it is used"
 )

@@ -25,17 +25,18 @@ from absl import flags
 
 from experiments import compare_runs, program
 from experiments.benchmarks import harness
+from varedit_jax import command
 from varedit_jax.errors import UserError
 from varedit_jax.training.goodput import run_shares
 from varedit_jax.training.lock import LOCK_FILE
 from varedit_jax.training.metrics import read_metrics
 from varedit_jax.weights import run_directory
 
-_DIRECTORY = flags.DEFINE_string("directory", None, "new directory to work in", required=True)
+_DIRECTORY = command.DEFINE_path("directory", None, "new directory to work in", local=True, required=True)
 _KILLS = flags.DEFINE_integer("kills", 20, "number of kills", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 200, "of the run; it must not end before the last kill", lower_bound=10)
 _SEED = flags.DEFINE_integer("seed", 0, "of the moments")
-_OUTPUT = flags.DEFINE_string("output", "", "Markdown file for the figures")
+_OUTPUT = command.DEFINE_path("output", "", "Markdown file for the figures")
 
 CONFIG = "experiments/configs/shapes.py:tiny"
 SAVE_EVERY = 3

@@ -25,13 +25,15 @@ from absl import flags
 from experiments import compare_runs, program
 from experiments.benchmarks import harness
 from experiments.configs import shapes
+from varedit_jax import command
 from varedit_jax.errors import UserError
+from varedit_jax.storage import files, paths
 from varedit_jax.training.metrics import duration
 
-_DIRECTORY = flags.DEFINE_string("directory", "runs/pod_demo", "directory of the runs; emptied first")
+_DIRECTORY = command.DEFINE_path("directory", "runs/pod_demo", "directory of the runs; emptied first", local=True)
 _STEPS = flags.DEFINE_integer("steps", 24, "of the run", lower_bound=8)
 _VICTIM = flags.DEFINE_integer("victim", 2, "the process that is killed", lower_bound=0, upper_bound=3)
-_OUTPUT = flags.DEFINE_string("output", "", "Markdown file for the figures")
+_OUTPUT = command.DEFINE_path("output", "", "Markdown file for the figures")
 
 CONFIG = "experiments/configs/shapes.py:tiny"
 PROCESSES = 4
@@ -171,7 +173,7 @@ def main(argv: list[str]) -> None:
     del argv
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # and so the processes end, too
     begin = time.monotonic()
-    shutil.rmtree(harness.local_path(_DIRECTORY.value), ignore_errors=True)
+    shutil.rmtree(paths.local(_DIRECTORY.value, "--directory"), ignore_errors=True)
     directory, steps = harness.new_directory(_DIRECTORY.value), _STEPS.value
     values, seconds = settings(directory, steps), {}
     whole, killed = directory / "whole", directory / "killed"
@@ -187,7 +189,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"NOT EQUAL: the run that was killed ended otherwise: {', '.join(differ)} differ")
     seconds["all"] = time.monotonic() - begin
     if _OUTPUT.value:
-        harness.write_text(_OUTPUT.value, report(seconds, story, steps))
+        files.write_text(paths.resolve(_OUTPUT.value), report(seconds, story, steps))
     print(
         f"EQUAL, bit for bit, after {steps} steps: parameters, moments, position in the data and metrics of the killed "
         f"run and of the uninterrupted one; {duration(seconds['all'])} in all"

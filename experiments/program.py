@@ -46,7 +46,9 @@ from varedit_jax.config import from_dict, to_dict
 from varedit_jax.config.annotations import allows, field_types, in_words
 from varedit_jax.config.serialize import tuples
 from varedit_jax.errors import UserError
+from varedit_jax.storage import paths
 
+flags.disclaim_key_flags()  # flags that are defined here belong to the program that asks for them
 Config = TypeVar("Config")
 _READERS: dict[Any, Callable[[str], Any]] = {
     bool: flags.BooleanParser().parse,
@@ -154,8 +156,9 @@ class _FieldParser(flags.ArgumentParser[Any]):
 
 def load_config(path: str, cls: type[Config]) -> Config:
     """Returns what the experiment config at `PATH[:variant]` gives. UserError if that is not a `cls`."""
+    paths.local(path, "--config")
     file, _, variant = path.partition(":")
-    module = _load_module(pathlib.Path(file))
+    module = _load_module(pathlib.Path(file).expanduser())
     get_config = getattr(module, "get_config", None)
     if get_config is None:
         raise UserError(f"{file} is not an experiment config: it has no function get_config")

@@ -2,11 +2,12 @@
 
 from absl import flags
 
+from varedit_jax import command
 from varedit_jax.training.profile import parse_steps
 from varedit_jax.training.trainer import Launch
 from varedit_jax.weights.directory import STORED_TYPES
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run: checkpoints, metrics, images", required=True)
+_WORKDIR = command.DEFINE_path("workdir", None, "directory of the run: checkpoints, metrics, images", required=True)
 _RESUME = flags.DEFINE_enum(
     "resume", "auto", ["auto", "yes", "no"], "yes: only resume a run; no: only start one; auto: whichever it is"
 )
@@ -17,7 +18,7 @@ _PROFILE_STEPS = flags.DEFINE_string("profile_steps", "", "A:B traces steps A to
 _DUMP_STEP = flags.DEFINE_integer(
     "dump_step", None, "a step whose state and batch are written to WORKDIR/replay, for --replay", lower_bound=0
 )
-EXPORT = flags.DEFINE_string("export", "", "new directory for the finished weights")
+EXPORT = command.DEFINE_path("export", "", "new directory for the finished weights")
 EXPORT_TYPE = flags.DEFINE_enum("export_type", "float16", list(STORED_TYPES), "type of exported weights")
 
 

@@ -12,7 +12,6 @@ Several processes find each other by their environment (TPU VMs, GKE, SLURM) or 
 import itertools
 import json
 import math
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -25,12 +24,14 @@ from data_pipelines.record import EXAMPLE_IDS
 from experiments import program, run_flags
 from experiments.feature_encoders import open_features
 from experiments.shapes_scoring import sample_sheet
+from varedit_jax import command
 from varedit_jax.config import RunConfig, to_dict
 from varedit_jax.conversion import convert
 from varedit_jax.errors import UserError
 from varedit_jax.parallel import processes
 from varedit_jax.parallel.mesh import batch_part, make_mesh
 from varedit_jax.sampling.editor import Editor
+from varedit_jax.storage import paths
 from varedit_jax.text.vocabulary import Vocabulary
 from varedit_jax.training import run_config
 from varedit_jax.training.metrics import flat_metrics
@@ -42,7 +43,7 @@ from varedit_jax.weights.directory import save_directory
 
 _CONFIG = program.ConfigFlag(RunConfig)
 _VERIFY = flags.DEFINE_bool("verify", False, "compare the weights it starts from with their manifests first")
-_REPLAY = flags.DEFINE_string("replay", "", "directory of a step, WORKDIR/replay/step_N, to repeat instead of training")
+_REPLAY = command.DEFINE_path("replay", "", "directory of a step, WORKDIR/replay/step_N, to repeat instead of training")
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where the environment has none")
 _PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "processes of the run; 1 looks for no others")
 _PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "index of this process, from 0")
@@ -50,7 +51,7 @@ _PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "index of this proc
 
 def _replay(run: MeshRun, step_fn: Callable[[int], Any]) -> None:
     """Prints the metrics of a repeated step."""
-    run_config.check_config(pathlib.Path(_REPLAY.value).absolute().parent.parent, to_dict(run.config))
+    run_config.check_config(paths.resolve(_REPLAY.value).parent.parent, to_dict(run.config))
     key = jax.random.key(run.config.seed)
     metrics = replay(
         _REPLAY.value, key=key, abstract_state=run.abstract_state, step_fn=step_fn, put=run.put, ids_field=EXAMPLE_IDS
@@ -82,7 +83,7 @@ def _train(config: RunConfig) -> None:
         editor = Editor(config.model, {**frozen, **state.params}, config.sampling)
         return {"held_out": np.asarray(sample_sheet(editor, shown))} if shown else {}
 
-    quarantine = pathlib.Path(run_flags.workdir()) / "quarantine" / f"process_{jax.process_index()}.jsonl"
+    quarantine = paths.resolve(run_flags.workdir()) / "quarantine" / f"process_{jax.process_index()}.jsonl"
     batches = loader.training_batches(config.data, vocabulary, train, train_features, *part, quarantine=quarantine)
     with jax.set_mesh(mesh), run.stages(frozen) as stages:
         if _REPLAY.value:

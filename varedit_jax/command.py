@@ -8,7 +8,9 @@ from typing import Any, NoReturn
 from absl import app, flags
 
 from varedit_jax.errors import UserError
+from varedit_jax.storage import paths
 
+flags.disclaim_key_flags()  # flags that are defined here belong to the program that asks for them
 _INTERRUPTED = 130  # exit code of a program that Ctrl-C ended, as shells have it
 
 
@@ -33,6 +35,28 @@ def run(main: Callable[[list[str]], Any], sentence: Callable[[str], str | None] 
 
     app.run(guarded, flags_parser=lambda argv: _parse_flags(argv, sentence))
     raise AssertionError("app.run does not return")
+
+
+def DEFINE_path(
+    name: str, default: str | None, about: str, *, local: bool = False, required: bool = False
+) -> flags.FlagHolder[str]:
+    """Defines a flag for a path: local, gs:// or s3://, or `local` alone. Its value is the text, for `paths.resolve`.
+
+    A path that cannot be used, for want of an extra, say, ends the program as any mistaken flag does.
+    """
+    return flags.DEFINE(_PathParser(name, local), name, default, about, required=required)
+
+
+class _PathParser(flags.ArgumentParser[str]):
+    def __init__(self, name: str, local: bool) -> None:
+        super().__init__()
+        self._name, self._local = name, local
+
+    def parse(self, text: str) -> str:
+        """Returns the text. Raises UserError if it is no path."""
+        if text:
+            paths.local(text, f"--{self._name}") if self._local else paths.resolve(text)
+        return text
 
 
 def _parse_flags(argv: list[str], sentence: Callable[[str], str | None]) -> list[str]:

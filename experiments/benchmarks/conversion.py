@@ -22,6 +22,7 @@ from absl import flags
 
 from experiments import program
 from experiments.benchmarks import harness
+from varedit_jax import command
 from varedit_jax.config import preset
 from varedit_jax.conversion import convert
 from varedit_jax.conversion.writer import Planned, PthFile
@@ -30,10 +31,10 @@ from varedit_jax.weights.manifest import read_manifest
 from varedit_jax.weights.names import BUFFERS
 
 _PRESET = flags.DEFINE_string("preset", "2b", "size of the transformer")
-_DIRECTORY = flags.DEFINE_string("directory", None, "new directory to work in", required=True)
+_DIRECTORY = command.DEFINE_path("directory", None, "new directory to work in", local=True, required=True)
 _ZEROS = flags.DEFINE_bool("zeros", False, "weights of zeros: a file that takes no room on the disk")
 _BRIEF = flags.DEFINE_bool("brief", False, "no killed conversion, and .pth alone")
-_OUTPUT = flags.DEFINE_string("output", "", "Markdown file for the table")
+_OUTPUT = command.DEFINE_path("output", "", "Markdown file for the table")
 
 _CONVERT = "experiments.convert"
 

@@ -30,18 +30,20 @@ from data_pipelines.shards import Records, ShardWriter, shard_path, write_index
 from experiments import program
 from experiments.benchmarks import data_peer as peer
 from experiments.benchmarks import harness
+from varedit_jax import command
 from varedit_jax.config import DataConfig, EditorConfig, PixelBudget
 from varedit_jax.errors import UserError
 from varedit_jax.scales import aspect_templates
+from varedit_jax.storage import paths
 from varedit_jax.text.vocabulary import Vocabulary
 
-_DIRECTORY = flags.DEFINE_string("directory", None, "new directory to work in", required=True)
-_PEER = flags.DEFINE_string("peer_python", "", "Python of an environment with torch, webdataset and pillow")
+_DIRECTORY = command.DEFINE_path("directory", None, "new directory to work in", local=True, required=True)
+_PEER = command.DEFINE_path("peer_python", "", "Python of an environment with torch, webdataset and pillow", local=True)
 _PAIRS = flags.DEFINE_integer("pairs", 512, "pairs on disk")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "turns of each contestant, whose median counts")
 _BATCHES = flags.DEFINE_integer("batches", 32, "batches that are timed in a turn")
 _RECORDS = flags.DEFINE_integer("records", 1_000_000, "small records, for index and resume")
-_OUTPUT = flags.DEFINE_string("output", "", "Markdown file for the tables")
+_OUTPUT = command.DEFINE_path("output", "", "Markdown file for the tables")
 _TURN = flags.DEFINE_string("turn", "", "of one contestant, as the program itself calls it: threads|workers:BUDGET")
 
 BATCH = 16
@@ -97,7 +99,7 @@ def _open(directory: pathlib.Path, budget: PixelBudget, **fields: Any) -> loader
 def _turn(kind: str, budget: Any) -> dict[str, float]:
     """The turn of one contestant of ours."""
     fields = {"read_threads": CORES} if kind == "threads" else {"read_threads": 1, "workers": CORES}
-    batches = _open(pathlib.Path(_DIRECTORY.value) / "records", budget, **fields)
+    batches = _open(paths.local(_DIRECTORY.value, "--directory") / "records", budget, **fields)
     for _ in range(WARM_UP):
         next(batches)
     wall, cpu = time.perf_counter(), peer.cpu_seconds()
@@ -127,11 +129,12 @@ def _race(directory: pathlib.Path, size: int) -> list[tuple[object, ...]]:
     }
     if _PEER.value:
         title = "PyTorch DataLoader over WebDataset"
-        contestants[title] = [_PEER.value, peer.__file__, "webdataset", str(directory), *numbers]
+        python = paths.local(_PEER.value, "--peer_python")
+        contestants[title] = [str(python), peer.__file__, "webdataset", str(directory), *numbers]
     turns: dict[str, list[dict[str, float]]] = {title: [] for title in contestants}
     for _ in tqdm.trange(_ROUNDS.value, desc=f"{size} px", unit="round"):
-        for title, command in contestants.items():
-            turns[title].append(_call(*command))
+        for title, arguments in contestants.items():
+            turns[title].append(_call(*arguments))
     images = 2 * BATCH * _BATCHES.value
     rates = {
         title: [statistics.median(images / turn[clock] for turn in taken) for clock in ("seconds", "cpu_seconds")]

@@ -19,6 +19,7 @@ import psutil
 from absl import flags
 
 from varedit_jax.errors import UserError
+from varedit_jax.storage import files, paths
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -97,16 +98,9 @@ def timed(
     return time.perf_counter() - start, result
 
 
-def local_path(path: str) -> pathlib.Path:
-    """Returns the absolute path of a directory to work in. Raises UserError if it is in an object store."""
-    if "://" in path:
-        raise UserError(f"--directory={path} is in an object store; this program works in a local directory alone")
-    return pathlib.Path(path).expanduser().absolute()
-
-
 def new_directory(path: str) -> pathlib.Path:
     """Creates a local directory. Raises UserError if it exists, or is in an object store."""
-    directory = local_path(path)
+    directory = paths.local(path, "--directory")
     try:
         directory.mkdir(parents=True)
     except FileExistsError as error:
@@ -157,9 +151,4 @@ def publish(text: str, output: str) -> None:
     """Prints a report, and writes it to the file `output`, if one is given."""
     print(f"\n{text}", end="", flush=True)
     if output:
-        write_text(output, text)
-
-
-def write_text(path: str, text: str) -> None:
-    """Writes a file that a flag names."""
-    pathlib.Path(path).write_text(text)
+        files.write_text(paths.resolve(output), text)

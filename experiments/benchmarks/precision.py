@@ -21,6 +21,7 @@ from data_pipelines import loader
 from experiments import program
 from experiments.benchmarks import harness
 from experiments.configs import shapes
+from varedit_jax import command
 from varedit_jax.analysis import parity
 from varedit_jax.analysis.precision import bits_at, changed_bits
 from varedit_jax.config import ComputeType, DataConfig, EditorConfig, RunConfig
@@ -32,7 +33,7 @@ from varedit_jax.training.setup import make_evaluate
 
 _GOLDEN = flags.DEFINE_list("golden", [], "directories of golden models to measure too")
 _EXAMPLES = flags.DEFINE_integer("examples", 64, "held-out images of shapes", lower_bound=1)
-_OUTPUT = flags.DEFINE_string("output", "", "Markdown file for the tables")
+_OUTPUT = command.DEFINE_path("output", "", "Markdown file for the tables")
 
 
 def _tokenizers(editor: Editor, images: jax.Array) -> Iterator[tuple[str, Any, jax.Array, EditorConfig, Pyramid]]:

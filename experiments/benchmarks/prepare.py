@@ -30,9 +30,9 @@ from varedit_jax import command
 from varedit_jax.errors import UserError
 
 _RECORDS = flags.DEFINE_list("records", ["20000", "100000"], "sizes of data sets")
-_DIRECTORY = flags.DEFINE_string("directory", None, "new directory to work in", required=True)
+_DIRECTORY = command.DEFINE_path("directory", None, "new directory to work in", local=True, required=True)
 _WORKERS = flags.DEFINE_integer("workers", 1, "processes of prepare")
-_OUTPUT = flags.DEFINE_string("output", "", "Markdown file for the table")
+_OUTPUT = command.DEFINE_path("output", "", "Markdown file for the table")
 
 _TAR = 10_000  # records
 _SIDE = 32  # pixels

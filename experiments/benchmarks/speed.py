@@ -20,13 +20,14 @@ import jax
 from absl import flags
 
 from experiments import program
-from experiments.benchmarks import harness
+from varedit_jax import command
 from varedit_jax import config as config_lib
 from varedit_jax.analysis.benchmark import Benchmark, Row, environment
 from varedit_jax.config import ComputeType, DataConfig, RunConfig
 from varedit_jax.errors import UserError
 from varedit_jax.parallel.mesh import check_batch, make_mesh, parse_mesh
 from varedit_jax.scales import editor_pyramid, image_size
+from varedit_jax.storage import files, paths
 from varedit_jax.training.flops import CONVENTION, run_flops
 
 WHAT = ("train", "edit", "attention", "remat")
@@ -55,7 +56,7 @@ _DTYPE: flags.FlagHolder[Any] = flags.DEFINE_enum(
 _WHAT = flags.DEFINE_list("what", ["train", "edit"], f"what to measure, of {', '.join(WHAT)}")
 _MESH = flags.DEFINE_string("mesh", "data=-1", "sizes of the mesh's axes, as in fsdp=-1,tensor=4")
 _REPEATS = flags.DEFINE_integer("repeats", 10, "timed calls of each program", lower_bound=1)
-_JSON = flags.DEFINE_string("json", "", "file for the figures")
+_JSON = command.DEFINE_path("json", "", "file for the figures")
 
 
 def _run() -> RunConfig:
@@ -154,7 +155,7 @@ def main(argv: list[str]) -> None:
         print(_line(row), flush=True)
         if _JSON.value:  # after every row: a run that is cut short keeps what it has
             figures: dict[str, Any] = {"about": about, "device": device, "rows": rows}
-            harness.write_text(_JSON.value, json.dumps(figures, indent=2) + "\n")
+            files.write_text(paths.resolve(_JSON.value), json.dumps(figures, indent=2) + "\n")
 
     if "train" in _WHAT.value:
         measured(bench.train())

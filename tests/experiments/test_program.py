@@ -16,10 +16,15 @@ pytestmark = pytest.mark.subprocess
 SETUP = """
 import types
 import jax
+from varedit_jax import command
 from varedit_jax.config import RunConfig, to_dict
 from varedit_jax.errors import UserError
+from varedit_jax.storage import paths
 
 config = program.ConfigFlag(RunConfig)
+anywhere = command.DEFINE_path("anywhere", "", "a path")
+here = command.DEFINE_path("here", "", "a local path", local=True)
+paths.EXTRAS["s3"] = ("s3", "no_such_package")
 
 def main(argv):
     value = config.value
@@ -29,7 +34,8 @@ def main(argv):
         raise KeyboardInterrupt
     if value.name == "broken":
         raise ZeroDivisionError
-    print(json.dumps({"config": to_dict(value), "cache": jax.config.jax_compilation_cache_dir}))
+    cache = jax.config.jax_compilation_cache_dir
+    print(json.dumps({"config": to_dict(value), "anywhere": anywhere.value, "cache": cache}))
 
 module = types.SimpleNamespace(main=main)
 """
@@ -171,12 +177,29 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["--config=tiny.py", "--config.model.transformer.heads=3"],
         "width 32 over 3 heads gives a head size of 10.6667; it must be a multiple of 4 for 2-D RoPE",
     ),
+    "config in a bucket": (
+        ["--config=gs://bucket/a.py"],
+        "--config is gs://bucket/a.py, but it has to be on a local disk; give a local path",
+    ),
+    "local path in a bucket": (
+        ["--config=tiny.py", "--here=gs://bucket/a"],
+        "--here is gs://bucket/a, but it has to be on a local disk; give a local path",
+    ),
+    "scheme": (
+        ["--config=tiny.py", "--anywhere=s4://bucket/a"],
+        "'s4://bucket/a' has the scheme s4://; paths are local",
+    ),
+    "package for a scheme": (
+        ["--config=tiny.py", "--anywhere=s3://bucket/a"],
+        "s3://bucket/a needs the package no_such_package; install it with pip install 'varedit-jax[s3]'",
+    ),
     "unknown flag": (["--config=tiny.py", "--speed=1"], "Unknown command line flag 'speed'"),
     "no flag": (["--config=tiny.py", "fast"], "unexpected argument 'fast'; this program takes flags only, see --help"),
     "mistake found by the program": (["--config=tiny.py", "--config.name=mistaken"], "no such image: x.png"),
 }
 
 OTHERS = {
+    "path": ["--config=tiny.py", "--anywhere=~/a/../b", "--here=../c"],
     "interrupted": ["--config=tiny.py", "--config.name=interrupted"],
     "broken": ["--config=tiny.py", "--config.name=broken"],
 }
@@ -239,6 +262,11 @@ def test_interrupt_is_clean_and_a_defect_is_not(answers: dict[str, Answer]) -> N
     assert answers["interrupted"] == (130, "", "error: interrupted\n")
     code, _, err = answers["broken"]
     assert code == 1 and "Traceback" in err and "ZeroDivisionError" in err
+
+
+def test_a_path_is_the_text_of_the_user(answers: dict[str, Answer]) -> None:
+    code, out, err = answers["path"]
+    assert (code, err, json.loads(out)["anywhere"]) == (0, "", "~/a/../b")
 
 
 def test_compiled_programs_are_kept_in_the_working_directory(answers: dict[str, Answer]) -> None:

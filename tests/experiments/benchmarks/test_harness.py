@@ -50,7 +50,7 @@ def test_a_scratch_directory_is_new_and_goes(tmp_path: pathlib.Path) -> None:
         with pytest.raises(UserError, match="a/b exists; give a new directory"):
             harness.new_directory(str(directory))
     assert not directory.exists() and directory.parent.exists()
-    with pytest.raises(UserError, match="--directory=gs://bucket/x is in an object store; this program works in"):
+    with pytest.raises(UserError, match="--directory is gs://bucket/x, but it has to be on a local disk"):
         harness.new_directory("gs://bucket/x")
 
 
