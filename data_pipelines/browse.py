@@ -9,7 +9,6 @@ import itertools
 import json
 import pathlib
 import random
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,15 +16,17 @@ import tqdm
 from absl import flags
 
 from data_pipelines.damage import Damaged, check_record
-from data_pipelines.preparation.staging import new_directory
 from data_pipelines.record import BrokenRecord
 from data_pipelines.shards import Records, read_index
 from data_pipelines.transforms import preview
 from varedit_jax import command
-from varedit_jax.errors import UserError
+from varedit_jax.storage.disk import explained
+from varedit_jax.storage.files import new_directory
+from varedit_jax.storage.paths import PathLike, resolve
 
 _INPUT = flags.DEFINE_string("input", None, "directory that prepare wrote", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "new directory for the page", required=True)
+_CACHE = flags.DEFINE_string("cache_directory", "", "local directory for copies of shards, where --input is a bucket")
 _SAMPLES = flags.DEFINE_integer("samples", 400, "records to show", lower_bound=1)
 _SIDE = flags.DEFINE_integer("side", 384, "pixels of the long side of images on the page", lower_bound=16)
 _SEED = flags.DEFINE_integer("seed", 0, "of the choice of records")
@@ -47,30 +48,23 @@ def choose(records: Records, count: int, seed: int) -> list[int]:
 
 
 def write_page(
-    directory: pathlib.Path, output: pathlib.Path, *, samples: int = 400, side: int = 384, seed: int = 0
+    directory: PathLike,
+    output: PathLike,
+    *,
+    samples: int = 400,
+    side: int = 384,
+    seed: int = 0,
+    cache_directory: str = "",
 ) -> int:
     """Writes index.html and its images for the prepared data set in `directory`; returns the number of samples.
 
     Records that cannot be read are passed over. Raises UserError if `output` exists or cannot be written, or
     `directory` holds no data set.
     """
-    if output.exists():
-        raise UserError(f"{output} exists; give a new directory, or remove it first")
-    splits = {split: Records(directory, split) for split in read_index(directory)["splits"]}
-    try:
-        return _write(directory, output, splits, samples, side, seed)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {output}: {error.strerror or error}; make room, or give another directory"
-        ) from error
-
-
-def _write(
-    directory: pathlib.Path, output: pathlib.Path, splits: Mapping[str, Records], samples: int, side: int, seed: int
-) -> int:
+    splits = {split: Records(directory, split, cache_directory) for split in read_index(directory)["splits"]}
     total = sum(map(len, splits.values()))
     entries: list[dict[str, Any]] = []
-    with new_directory(output) as partial:
+    with explained("page", resolve(output)), new_directory(resolve(output)) as partial:
         (partial / "images").mkdir()
         for split, records in splits.items():
             share = max(1, round(samples * len(records) / max(total, 1)))
@@ -79,7 +73,7 @@ def _write(
                     entries.append(_entry(partial, len(entries), records, index, side) | {"split": split})
                 except (BrokenRecord, Damaged):
                     continue
-        data = {"title": directory.absolute().name, "total": total, "samples": entries}
+        data = {"title": resolve(directory).name, "total": total, "samples": entries}
         text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # so that no text can end the script
         page = _TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/null", text)
         (partial / "index.html").write_text(page, encoding="utf-8")
@@ -110,9 +104,15 @@ def _entry(page: pathlib.Path, number: int, records: Records, index: int, side: 
 def main(argv: list[str]) -> None:
     """Writes the page."""
     del argv
-    output = pathlib.Path(_OUTPUT.value)
-    count = write_page(pathlib.Path(_INPUT.value), output, samples=_SAMPLES.value, side=_SIDE.value, seed=_SEED.value)
-    print(f"{count} samples: open {output / 'index.html'} in a browser")
+    count = write_page(
+        _INPUT.value,
+        _OUTPUT.value,
+        samples=_SAMPLES.value,
+        side=_SIDE.value,
+        seed=_SEED.value,
+        cache_directory=_CACHE.value,
+    )
+    print(f"{count} samples: open {resolve(_OUTPUT.value) / 'index.html'} in a browser")
 
 
 if __name__ == "__main__":

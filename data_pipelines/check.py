@@ -17,6 +17,7 @@ from data_pipelines.shards import read_index
 from varedit_jax import command
 
 _INPUT = flags.DEFINE_string("input", None, "directory of a prepared data set", required=True)
+_CACHE = flags.DEFINE_string("cache_directory", "", "local directory for copies of shards, where --input is a bucket")
 _PROCESSES = flags.DEFINE_integer("processes", os.cpu_count() or 1, "that decode at a time", lower_bound=1)
 
 
@@ -24,7 +25,7 @@ def main(argv: list[str]) -> None:
     """Checks all splits."""
     del argv
     for split in read_index(_INPUT.value)["splits"]:
-        counts = check_split(_INPUT.value, split, _PROCESSES.value)
+        counts = check_split(_INPUT.value, split, _PROCESSES.value, _CACHE.value)
         told = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
         print(f"{split}: {counts.total()} records cannot be used{f': {told}' if told else ''}")
 

@@ -6,7 +6,7 @@ The loader needs `ExampleSource` of them.
 import abc
 import contextlib
 import functools
-import pathlib
+import posixpath
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +17,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from data_pipelines.bad_records import kept_records
 from data_pipelines.damage import Damaged, check_record
+from data_pipelines.local_files import LocalFiles
 from data_pipelines.reasons import Reason
 from data_pipelines.record import BrokenRecord
 from data_pipelines.shapes.builder import SPLITS, TEST_EXAMPLES, TRAIN_EXAMPLES, Shapes
@@ -25,6 +26,7 @@ from data_pipelines.transforms import draw_flip, fitted
 from varedit_jax.config import DataConfig, EditorConfig
 from varedit_jax.errors import UserError
 from varedit_jax.scales import aspect_templates, editor_pyramid, image_size
+from varedit_jax.storage.paths import is_remote, local, resolve
 
 Example = dict[str, Any]
 
@@ -84,11 +86,9 @@ class TfdsSource(ExampleSource):
         """Raises UserError for a split that the data set does not have."""
         if split not in builder.info.splits:
             raise UserError(f"{builder.name} has no split {split!r}; it has {', '.join(builder.info.splits)}")
-        directory = str(builder.data_dir)
-        info = pathlib.Path(directory) / "dataset_info.json"
-        self.stored = (
-            StoredSplit(directory, split, file_hash(info), ((split, builder.info.splits[split].num_examples),)),
-        )
+        directory = resolve(builder.data_dir)
+        files = LocalFiles(directory, file_hash(directory / "dataset_info.json"))
+        self.stored = (StoredSplit(files, split, ((split, builder.info.splits[split].num_examples),)),)
         self._decoded = builder.as_data_source(split)
         # For instructions alone. TFDS would decode every feature of the record, which takes about five times as long.
         self._stored = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
@@ -193,7 +193,7 @@ class RecordSource(ExampleSource):
 
 def _shapes(data: DataConfig) -> tfds.core.DatasetBuilder:
     return Shapes(
-        data_dir=data.directory or _DEFAULT_DIRECTORY,
+        data_dir=local(data.directory or _DEFAULT_DIRECTORY, "the directory of generated data"),
         train_examples=data.train_examples or TRAIN_EXAMPLES,
         test_examples=data.eval_examples or TEST_EXAMPLES,
     )
@@ -213,7 +213,7 @@ def open_split(data: DataConfig, split: str) -> TfdsSource:
     except OSError as error:
         builder = make()
         # Several processes may start on an unprepared directory; the first to finish wins.
-        if not pathlib.Path(builder.data_dir).exists():
+        if not resolve(builder.data_dir).exists():
             raise UserError(
                 f"cannot prepare {data.name} under {data.directory or _DEFAULT_DIRECTORY}: {error}; "
                 f"give a writable data.directory"
@@ -242,7 +242,10 @@ def open_records(data: DataConfig, split: str, model: EditorConfig) -> RecordSou
     """
     if split not in _RECORD_SPLITS:
         raise UserError(f"prepared records have no split {split!r}; they have {', '.join(_RECORD_SPLITS)}")
-    directories = [pathlib.Path(data.directory) / directory for directory, _ in data.mixture]
+    directories = [
+        name if is_remote(name) or not data.directory else posixpath.join(data.directory, name)
+        for name, _ in data.mixture
+    ]
     name = _RECORD_SPLITS[split]
     if split == "test":
         directories = [directory for directory in directories if name in read_index(directory)["splits"]]
@@ -250,7 +253,7 @@ def open_records(data: DataConfig, split: str, model: EditorConfig) -> RecordSou
             raise UserError(
                 f"none of the data sets of data.mixture has a split {name!r}; prepare one with a larger --validation"
             )
-    parts = tuple(Records(directory, name) for directory in directories)
+    parts = tuple(Records(directory, name, data.cache_directory) for directory in directories)
     return RecordSource(data, parts, image_sizes(model, data.aspects))
 
 

@@ -16,7 +16,6 @@ import hashlib
 import json
 import math
 import pathlib
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -27,9 +26,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from data_pipelines.damage import SIDES, Damaged
 from data_pipelines.datasets import Example, ExampleSource
+from data_pipelines.local_files import LocalFiles
 from data_pipelines.shards import StoredSplit
 from varedit_jax.errors import UserError
-from varedit_jax.training.run_config import make_directory, room_explained
+from varedit_jax.storage.disk import explained, read_explained
+from varedit_jax.storage.files import make_directory, replacing, write_json
+from varedit_jax.storage.paths import child_names, size
 
 MANIFEST = "features.json"
 DIRECTORY = "features"
@@ -61,22 +63,23 @@ class MadeBy:
 
 
 class _Shard(NamedTuple):
-    numbers: pathlib.Path
-    table: pathlib.Path
+    files: LocalFiles
+    numbers: str  # names of the files
+    table: str
     rows: range  # of the source
 
-
-def _directory(stored: StoredSplit, made_by: MadeBy) -> pathlib.Path:
-    return pathlib.Path(stored.directory) / DIRECTORY / made_by.name
+    def path(self, name: str) -> pathlib.Path:
+        """File of that name, where it is written."""
+        return self.files.directory / name
 
 
 def _shards(source: ExampleSource, made_by: MadeBy) -> list[_Shard]:
     shards, start = [], 0
     for stored in source.stored:
-        directory = _directory(stored, made_by) / stored.split
-        for name, count in stored.shards:
-            files = directory / f"{name}.{made_by.dtype}", directory / f"{name}.npy"
-            shards.append(_Shard(*files, range(start, start + count)))
+        for shard, count in stored.shards:
+            name = f"{DIRECTORY}/{made_by.name}/{stored.split}/{shard}"
+            rows = range(start, start + count)
+            shards.append(_Shard(stored.files, f"{name}.{made_by.dtype}", f"{name}.npy", rows))
             start += count
     return shards
 
@@ -97,19 +100,18 @@ def precompute(
     """
     for stored in source.stored:
         _write_manifest(stored, made_by)
-    todo = [shard for shard in _shards(source, made_by)[process_index::process_count] if not shard.table.exists()]
+    shards = _shards(source, made_by)[process_index::process_count]
+    todo = [shard for shard in shards if not shard.path(shard.table).exists()]
     with tqdm.tqdm(total=sum(len(shard.rows) for shard in todo), desc="features", unit="example") as progress:
         for shard in todo:
-            make_directory(shard.table.parent)
-            with room_explained("features", shard.table.parent):
-                partial = shard.table.with_suffix(".partial")
-                with partial.open("wb") as file:
+            numbers, table = shard.path(shard.numbers), shard.path(shard.table)
+            make_directory(table.parent)
+            with explained("features", table.parent):
+                with replacing(numbers) as file:
                     writer = _Writer(file, made_by.dtype, encode, encode_text, batch_size)
-                    table = writer.write(source, shard.rows, progress)
-                partial.replace(shard.numbers)
-                with partial.open("wb") as file:
-                    np.save(file, table)
-                partial.replace(shard.table)
+                    entries = writer.write(source, shard.rows, progress)
+                with replacing(table) as file:
+                    np.save(file, entries)
     return len(todo)
 
 
@@ -183,7 +185,7 @@ class Features:
             _check_manifest(stored, made_by)
         self._shards = _shards(source, made_by)
         self._starts = np.array([shard.rows.start for shard in self._shards])
-        self._table = np.concatenate([_read_table(shard, np.dtype(made_by.dtype).itemsize) for shard in self._shards])
+        self._table = np.concatenate([_read_table(shard) for shard in self._shards])
         self._maps: dict[int, NDArray[Any]] = {}
         self.kept: NDArray[np.bool_] = self._table[:, 0] >= 0  # [n], False for those that could not be encoded
 
@@ -212,7 +214,8 @@ class Features:
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         numbers = self._maps.get(shard)
         if numbers is None:
-            numbers = self._maps[shard] = np.memmap(self._shards[shard].numbers, self._made_by.dtype, "r")
+            files, name, *_ = self._shards[shard]
+            numbers = self._maps[shard] = np.memmap(files.get(name), self._made_by.dtype, "r")
         at, h, w, channels, tokens, width = self._table[index].tolist()
         shapes = (h, w, channels), (h, w, channels), (tokens, width)
         ends = at + np.cumsum([0, *(math.prod(shape) for shape in shapes)])
@@ -222,54 +225,61 @@ class Features:
         return source, target, text
 
 
-def _read_table(shard: _Shard, itemsize: int) -> NDArray[np.int64]:
+def _read_table(shard: _Shard) -> NDArray[np.int64]:
     """Raises UserError if the shard is missing or cut short."""
-    path = shard.table.with_suffix("")
+    path, kind = shard.path(shard.table).with_suffix(""), shard.numbers.rpartition(".")[2]
     try:
-        table = np.load(shard.table)
-        size = shard.numbers.stat().st_size
+        with read_explained(str(path)):
+            table = np.load(shard.files.get(shard.table))
+            found = size(shard.path(shard.numbers))
+    except UserError:
+        raise
     except (OSError, ValueError):
         table = np.zeros((0, 6), np.int64)
     if len(table) != len(shard.rows):
         raise UserError(f"features of {path} are missing; compute them with experiments.precompute")
     _, h, w, channels, tokens, width = table[table[:, 0] >= 0].T
-    expected = itemsize * int((2 * h * w * channels + tokens * width).sum())
-    if size != expected:
+    expected = np.dtype(kind).itemsize * int((2 * h * w * channels + tokens * width).sum())
+    if found != expected:
         raise UserError(
-            f"features of {path} have {size} bytes, not {expected}; delete {shard.table.name} there and compute them "
+            f"features of {path} have {found} bytes, not {expected}; delete {path.name}.npy there and compute them "
             f"again"
         )
     return table
 
 
 def _write_manifest(stored: StoredSplit, made_by: MadeBy) -> None:
-    path = _directory(stored, made_by) / MANIFEST
+    path = stored.files.directory / DIRECTORY / made_by.name / MANIFEST
     if path.exists():
         _check_manifest(stored, made_by)
         return
     make_directory(path.parent)
-    with room_explained("features", path.parent):
-        draft = path.with_name(f".{uuid.uuid4().hex}.draft")  # other processes may be doing the same
-        draft.write_text(json.dumps(_manifest(stored, made_by), indent=2) + "\n")
-        draft.replace(path)
+    with explained("features", path.parent):
+        write_json(path, _manifest(stored, made_by))  # other processes may be doing the same
 
 
 def _manifest(stored: StoredSplit, made_by: MadeBy) -> dict[str, Any]:
-    return made_by.values() | {"index": stored.digest}
+    return made_by.values() | {"index": stored.files.digest}
 
 
 def _check_manifest(stored: StoredSplit, made_by: MadeBy) -> None:
     """Raises UserError if there are no features of some data, of these weights and settings."""
-    path = _directory(stored, made_by) / MANIFEST
+    directory = stored.files.directory
+    path = directory / DIRECTORY / made_by.name / MANIFEST
     try:
-        found = json.loads(path.read_text())
+        with read_explained(str(path)):
+            found = json.loads(path.read_text())
     except FileNotFoundError:
-        others = sorted(other.parent.name for other in path.parent.parent.glob(f"*/{MANIFEST}"))
+        others = [
+            name for name in child_names(directory / DIRECTORY) if (directory / DIRECTORY / name / MANIFEST).exists()
+        ]
         raise UserError(
-            f"{stored.directory} has no features of tokenizer weights {made_by.tokenizer[:16]} and text weights "
+            f"{directory} has no features of tokenizer weights {made_by.tokenizer[:16]} and text weights "
             f"{made_by.text[:16] or 'none'} for this config (they would be {made_by.name}; there are "
             f"{', '.join(others) or 'none'}); compute them with experiments.precompute"
         ) from None
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}; delete its directory and compute the features again") from error
     wanted = _manifest(stored, made_by)

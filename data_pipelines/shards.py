@@ -8,11 +8,14 @@ Columns are memory maps, so that opening a million records takes no time and pro
 written one by one, by any number of processes; `write_index` comes last. The same records give the same bytes.
 """
 
+import collections
 import dataclasses
+import errno
 import hashlib
 import json
 import os
 import pathlib
+import posixpath
 import re
 import threading
 from collections import Counter
@@ -23,15 +26,22 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from numpy.typing import NDArray
 
+from data_pipelines.local_files import LocalFiles
 from data_pipelines.record import BrokenRecord, Record, decode, encode
 from varedit_jax.errors import UserError
 from varedit_jax.scales import aspect_templates, nearest_aspect
+from varedit_jax.storage.disk import read_explained
+from varedit_jax.storage.files import replacing, write_json
+from varedit_jax.storage.paths import PathLike, resolve
 
 INDEX = "index.json"
 INDEX_VERSION = 1
 COLUMNS = "columns"
 
 _SHARD_NAME = re.compile(r"(?P<name>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})\.array_record")
+# ArrayRecord has the system's words for a failure, in an exception of one type for everything.
+_SYSTEM_ERROR = re.compile(r"\w+\(\) failed: ([^;]+)")
+_ERROR_NUMBERS = {os.strerror(number): number for number in errno.errorcode}
 _NUMBERS = {
     "width": np.int32, "height": np.int32, "aspect": np.int8, "turn": np.int32, "nbytes": np.int64
 }  # fmt: skip
@@ -52,7 +62,7 @@ def _notes(path: pathlib.Path) -> pathlib.Path:
 
 
 def is_written(path: str | os.PathLike[str]) -> bool:
-    """Whether a ShardWriter finished the shard at `path`, so that a job that was ended need not write it again."""
+    """Returns True if a ShardWriter finished the shard at `path`, so that a job need not write it again."""
     return pathlib.Path(path).is_file() and _notes(pathlib.Path(path)).is_file()
 
 
@@ -68,7 +78,6 @@ class ShardWriter:
         if not _SHARD_NAME.fullmatch(self.path.name):
             raise ValueError(f"{self.path.name} is not the name of a shard")
         self._partial = self.path.with_name(f".{self.path.name}.partial")
-        self._half_notes = self._partial.with_name(f"{self._partial.name}.npz")
         self._rows: dict[str, list[Any]] = {name: [] for name in (*_NUMBERS, *_TEXTS, *_CATEGORIES)}
 
     def __enter__(self) -> "ShardWriter":
@@ -116,16 +125,18 @@ class ShardWriter:
             notes[name] = np.array([codes[value] for value in self._rows[name]], np.int32)
             notes[f"{name}_names"] = np.frombuffer(json.dumps(names).encode(), np.uint8)
         notes["sha256"] = np.frombuffer(bytes.fromhex(_sha256(self._partial)), np.uint8)
-        self._do(lambda: np.savez(self._half_notes, **notes))
         self._partial.replace(self.path)
-        self._half_notes.replace(_notes(self.path))
+        self._do(lambda: self._write_notes(notes))
+
+    def _write_notes(self, notes: dict[str, Any]) -> None:
+        with replacing(_notes(self.path)) as file:
+            np.savez(file, **notes)
 
     def _do(self, work: Callable[[], object]) -> None:
         try:
             work()
         except (OSError, RuntimeError) as error:  # RuntimeError is what ArrayRecord has for a full disk
             self._partial.unlink(missing_ok=True)
-            self._half_notes.unlink(missing_ok=True)
             raise UserError(f"writing {self.path} failed: {error}; make room and run the same command again") from error
 
 
@@ -153,9 +164,7 @@ def write_index(directory: str | os.PathLike[str]) -> dict[str, int]:
             written += shards
     if not splits:
         raise UserError(f"{directory} has no shards in any subdirectory; prepare a data set there first")
-    partial = directory / f".{INDEX}.partial"
-    partial.write_text(json.dumps({"version": INDEX_VERSION, "splits": splits}, indent=1) + "\n")
-    partial.replace(directory / INDEX)
+    write_json(directory / INDEX, {"version": INDEX_VERSION, "splits": splits}, indent=1)
     for path in written:
         _notes(path).unlink()
     return {split: entry["records"] for split, entry in splits.items()}
@@ -225,16 +234,19 @@ def _index_split(directory: pathlib.Path, shards: Sequence[pathlib.Path]) -> dic
     }
 
 
-def read_index(directory: str | os.PathLike[str]) -> dict[str, Any]:
+def read_index(directory: PathLike) -> dict[str, Any]:
     """index.json of a prepared data set. Raises UserError if there is none, it is damaged or of a newer version."""
-    path = pathlib.Path(directory) / INDEX
+    path = resolve(directory) / INDEX
     try:
-        index = json.loads(path.read_text())
-        version, _ = int(index["version"]), index["splits"]
+        with read_explained(str(path)):
+            index = json.loads(path.read_text())
+            version, _ = int(index["version"]), index["splits"]
     except FileNotFoundError:
         raise UserError(
             f"{directory} holds no prepared data set: {INDEX} is missing; prepare one there first"
         ) from None
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error!r}; prepare the data set again") from error
     if version > INDEX_VERSION:
@@ -276,41 +288,84 @@ class Columns:
 class StoredSplit(NamedTuple):
     """Identity of a split on disk, beside which features lie."""
 
-    directory: str
+    files: LocalFiles
     split: str
-    digest: str  # changes when the data set is prepared anew
     shards: tuple[tuple[str, int], ...]  # name and number of examples
+
+
+class _Readers:
+    """Open readers of shards, of which each has a file descriptor; the least recently used is closed.
+
+    A reader closes when the last thread that reads with it lets it go.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._readers: collections.OrderedDict[str, ArrayRecordReader] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, path: str, row: int) -> bytes:
+        """Bytes of a record. Raises OSError where the system fails, RuntimeError or ValueError where the data do."""
+        try:
+            [data] = self._reader(path).read([row])
+        except RuntimeError as error:
+            if found := _SYSTEM_ERROR.match(str(error)):
+                with self._lock:
+                    self._readers.pop(path, None)
+                raise OSError(_ERROR_NUMBERS.get(found[1], errno.EIO), found[1], path) from error
+            raise
+        return data
+
+    def _reader(self, path: str) -> ArrayRecordReader:
+        with self._lock:
+            if path not in self._readers:
+                options = "readahead_buffer_size:0,max_parallelism:0"
+                self._readers[path] = ArrayRecordReader(path, options, file_reader_buffer_size=32768)
+            self._readers.move_to_end(path)
+            while len(self._readers) > self._most:
+                self._readers.popitem(last=False)
+            return self._readers[path]
+
+    def close(self) -> None:
+        """Lets all readers go."""
+        with self._lock:
+            self._readers.clear()
+
+
+_READERS = _Readers(256)  # of all data sets of this process
 
 
 class Records:
     """A split of a prepared data set, to be read in any order, by any number of threads."""
 
-    def __init__(self, directory: str | os.PathLike[str], split: str) -> None:
+    def __init__(self, directory: PathLike, split: str, cache_directory: str = "") -> None:
         """Opens the index; a shard is opened when it is first read.
 
-        Raises UserError if `directory` holds no such split, or its index is damaged or of a newer version.
+        Files of a bucket are copied to `cache_directory` (`LocalFiles`). Raises UserError if `directory` holds no such
+        split, or its index is damaged or of a newer version.
         """
-        self.directory, self.split = pathlib.Path(directory), split
+        self.directory, self.split = resolve(directory), split
         splits = read_index(directory)["splits"]
         if split not in splits:
             raise UserError(f"{directory} has no split {split!r}; it has {', '.join(splits)}")
         entry = splits[split]
+        files = LocalFiles(self.directory, file_hash(self.directory / INDEX), cache_directory)
         try:
-            self._files = [str(self.directory / split / shard["file"]) for shard in entry["shards"]]
-            counts = [shard["records"] for shard in entry["shards"]]
-            self._starts = np.cumsum([0, *counts])
-            names = [shard["file"].removesuffix(".array_record") for shard in entry["shards"]]
-            digest = file_hash(self.directory / INDEX)
-            self.stored = StoredSplit(str(directory), split, digest, tuple(zip(names, counts, strict=True)))
-            self.columns = self._read_columns(tuple(entry["datasets"]), tuple(entry["kinds"]))
+            with read_explained(f"the index of {directory}"):
+                self._shards = [(f"{split}/{shard['file']}", shard["bytes"]) for shard in entry["shards"]]
+                counts = [shard["records"] for shard in entry["shards"]]
+                self._starts = np.cumsum([0, *counts])
+                names = [shard["file"].removesuffix(".array_record") for shard in entry["shards"]]
+                self.stored = StoredSplit(files, split, tuple(zip(names, counts, strict=True)))
+                self.columns = self._read_columns(tuple(entry["datasets"]), tuple(entry["kinds"]))
+        except UserError:
+            raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"the index of {directory} is damaged: {error!r}; prepare the data set again") from error
-        self._readers: dict[int, ArrayRecordReader] = {}
-        self._lock = threading.Lock()
 
     def _read_columns(self, datasets: tuple[str, ...], kinds: tuple[str, ...]) -> Columns:
         def column(name: str) -> NDArray[Any]:
-            path = self.directory / self.split / COLUMNS / f"{name}.npy"
+            path = self.stored.files.get(f"{self.split}/{COLUMNS}/{name}.npy")
             # A memory map of nothing is not possible, and a data set may be empty, or without ids.
             return np.load(path, mmap_mode="r") if path.stat().st_size > 128 else np.load(path)
 
@@ -327,30 +382,40 @@ class Records:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process opens its own: readers cannot travel, memory maps need not."""
-        return Records, (self.directory, self.split)
+        return Records, (str(self.directory), self.split, self.stored.files.cache_directory)
 
     def __len__(self) -> int:
         """Number of records."""
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> Record:
-        """One record. Raises BrokenRecord if its shard is missing, short or damaged there, IndexError past the end."""
+        """One record.
+
+        Raises BrokenRecord if its shard is missing, short or damaged there, UserError if the machine cannot read it,
+        IndexError past the end.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        row = int(index - self._starts[shard])
+        name, size = self._shards[shard]
         try:
-            [data] = self._reader(shard).read([int(index - self._starts[shard])])
-        except (RuntimeError, ValueError) as error:
-            name = pathlib.Path(self._files[shard]).name
-            raise BrokenRecord(f"record {index - self._starts[shard]} of {name} cannot be read: {error}") from error
-        return decode(data)
+            with read_explained(f"{self.directory / name}"):
+                return decode(self._read(name, size, row))
+        except (BrokenRecord, UserError):
+            raise
+        except (OSError, RuntimeError, ValueError) as error:
+            raise BrokenRecord(f"record {row} of {posixpath.basename(name)} cannot be read: {error}") from error
 
-    def _reader(self, shard: int) -> ArrayRecordReader:
-        with self._lock:
-            if shard not in self._readers:
-                options = "readahead_buffer_size:0,max_parallelism:0"
-                self._readers[shard] = ArrayRecordReader(self._files[shard], options, file_reader_buffer_size=32768)
-            return self._readers[shard]
+    def _read(self, name: str, size: int, row: int) -> bytes:
+        path = str(self.stored.files.get(name, size))
+        try:
+            return _READERS.read(path, row)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+        _READERS.close()  # as many as there may be are open: once more with none
+        return _READERS.read(path, row)
 
     def id(self, index: int) -> str:
         """`Record.id`, known even where the record is broken."""
@@ -363,16 +428,3 @@ class Records:
     def instruction(self, index: int) -> str:
         """The default instruction of a record; cheap, as the record is not read."""
         return self.columns.instruction[index]
-
-
-def damaged_shards(directory: str | os.PathLike[str]) -> list[str]:
-    """Shards, as SPLIT/NAME, that are not what the index says of them: missing, of another size or SHA-256."""
-    directory = pathlib.Path(directory)
-    found = []
-    for split, entry in read_index(directory)["splits"].items():
-        for shard in entry["shards"]:
-            path = directory / split / shard["file"]
-            same = path.is_file() and path.stat().st_size == shard["bytes"] and _sha256(path) == shard["sha256"]
-            if not same:
-                found.append(f"{split}/{shard['file']}")
-    return found

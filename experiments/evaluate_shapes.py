@@ -7,8 +7,6 @@ counts as exact if the image shows the asked change and everything else unchange
 """
 
 import dataclasses
-import json
-import pathlib
 import time
 
 import numpy as np
@@ -23,6 +21,9 @@ from varedit_jax.errors import UserError
 from varedit_jax.images import check_output, write_image
 from varedit_jax.sampling.editor import Editor
 from varedit_jax.scales import editor_pyramid, image_size
+from varedit_jax.storage.disk import explained
+from varedit_jax.storage.files import write_json
+from varedit_jax.storage.paths import is_remote, resolve
 
 _SHOWN = 14  # edits on the sheet
 
@@ -43,8 +44,8 @@ def main(argv: list[str]) -> None:
     del argv
     if _SHEET.value:
         check_output(_SHEET.value)
-    output = pathlib.Path(_OUTPUT.value)
-    if not output.parent.is_dir():
+    output = resolve(_OUTPUT.value) if _OUTPUT.value else None
+    if output is not None and not is_remote(output) and not output.parent.is_dir():
         raise UserError(f"the directory {output.parent} of {output} does not exist; create it first")
     editor = Editor.load(_CHECKPOINT.value)
     data = dataclasses.replace(shapes.DATA, directory=_DATA.value, train_examples=1)  # the test split alone is used
@@ -63,9 +64,10 @@ def main(argv: list[str]) -> None:
     seconds = time.perf_counter() - start
     print(scoring.table(scores))
     print(f"{len(records)} edits in {seconds:.0f} s, compilation included")
-    if _OUTPUT.value:
+    if output is not None:
         values = {who: {group: dataclasses.asdict(s) for group, s in groups.items()} for who, groups in scores.items()}
-        output.write_text(json.dumps(values, indent=1) + "\n")
+        with explained("scores", output.parent):
+            write_json(output, values, indent=1)
     if _SHEET.value:
         shown = range(len(records))[:: max(len(records) // _SHOWN, 1)][:_SHOWN]
         heading = f"shapes: {scores['editor']['all'].exact:.1%} of {len(records)} held-out edits exact"

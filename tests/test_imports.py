@@ -34,7 +34,7 @@ def _may_import(package: str, room: str, other: list[str]) -> bool:
     return below and (room not in ALONE or other[1] not in ALONE - {room})
 
 
-@pytest.mark.parametrize("package", ["varedit_jax"])
+@pytest.mark.parametrize("package", ["varedit_jax", "data_pipelines"])
 def test_imports_go_downwards(package: str) -> None:
     wrong = []
     for path in sorted((ROOT / package).rglob("*.py")):

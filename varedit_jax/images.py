@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from varedit_jax.errors import UserError
+from varedit_jax.storage.disk import is_machine_error, read_explained
 
 ImageSource = str | os.PathLike[str] | BinaryIO | Image.Image | np.ndarray
 
@@ -116,7 +117,7 @@ def read_image(source: ImageSource, max_pixels: int = _DEFAULT.max_pixels) -> np
 
 def _pixels(source: BinaryIO | Image.Image, name: str, limits: Limits) -> np.ndarray:
     # PIL warns of odd metadata, and of sizes that are refused.
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings(action="ignore"), read_explained(name):
         if isinstance(source, Image.Image):
             _check_opened(source, name, limits)
             image = source
@@ -178,9 +179,11 @@ def _decoding(name: str) -> Iterator[None]:
     """Turns what a decoder throws into ImageError: damaged data give every kind of exception."""
     try:
         yield
-    except (UnidentifiedImageError, Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError):
+    except (UnidentifiedImageError, Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise
     except Exception as error:
+        if is_machine_error(error):
+            raise
         text = str(error) or type(error).__name__
         fault = Fault.TRUNCATED if "truncated" in text.lower() else Fault.DECODING
         sentence = f"{name} is damaged or cut short ({text}); copy or save it again"

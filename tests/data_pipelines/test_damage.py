@@ -1,6 +1,7 @@
 """Every kind of damage is told by its reason, and written down once."""
 
 import base64
+import contextlib
 import dataclasses
 import pathlib
 import subprocess
@@ -10,11 +11,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from data_pipelines.damage import Damaged, Quarantine, check_record, read_quarantine
+from data_pipelines.damage import Damaged, Quarantine, check_record
 from data_pipelines.reasons import Reason
 from data_pipelines.record import Record
 from tests.data_pipelines.images import DAMAGE, encoded
 from varedit_jax.images import load_image, upright_size
+from varedit_jax.storage.jsonl import read_lines
 
 
 def _record(**fields: Any) -> Record:
@@ -62,17 +64,17 @@ def test_lack_of_memory_is_no_damage() -> None:
 
 def test_quarantine_keeps_each_record_once_and_goes_on(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "new" / "bad.jsonl"
-    with Quarantine(path) as first:
+    with contextlib.closing(Quarantine(path)) as first:
         first.add(id="1", dataset="d", reason=Reason.BOMB, detail="9000 x 9000")
         first.add(id="2\u2028\x85", dataset="d", reason=Reason.SIZE)  # what else ends a line
         first.add(id="1", dataset="d", reason=Reason.BOMB)
         assert first.summary() == "2 too many pixels, 1 absurd size"
     path.write_bytes(path.read_bytes() + b'{"id": "cut')
-    with Quarantine(path) as second:
+    with contextlib.closing(Quarantine(path)) as second:
         second.add(id="2\u2028\x85", dataset="d", reason=Reason.SIZE)
         second.add(id="2", dataset="e", reason="of another step")
         assert second.counts == {"absurd size": 1, "of another step": 1}
-    assert [(line["dataset"], line["id"], line["reason"]) for line in read_quarantine(path)] == [
+    assert [(line["dataset"], line["id"], line["reason"]) for line in read_lines(path)] == [
         ("d", "1", "too many pixels"), ("d", "2\u2028\x85", "absurd size"), ("e", "2", "of another step")
     ]  # fmt: skip
 

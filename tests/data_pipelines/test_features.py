@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from data_pipelines import features as features_lib
 from data_pipelines import loader
 from data_pipelines.features import Features, MadeBy, precompute
+from data_pipelines.local_files import LocalFiles
 from data_pipelines.record import Record
 from data_pipelines.shards import ShardWriter, StoredSplit, shard_path, write_index
 from tests.data_pipelines.images import encoded
@@ -160,7 +161,7 @@ class Generated(loader.ExampleSource):
 
     def __init__(self, directory: pathlib.Path) -> None:
         self.images = np.random.default_rng(0).integers(0, 256, (11, 2, 32, 32, 3), dtype=np.uint8)
-        self.stored = (StoredSplit(str(directory), "test", "digest", (("test", 11),)),)
+        self.stored = (StoredSplit(LocalFiles(directory, "digest"), "test", (("test", 11),)),)
 
     def __len__(self) -> int:
         return len(self.images)

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_pipelines import bad_records, loader
-from data_pipelines.damage import read_quarantine
 from data_pipelines.record import Record
 from data_pipelines.shards import Records, ShardWriter, shard_path, write_index
 from tests.data_pipelines.images import DAMAGE
 from varedit_jax.config import DataConfig, EditorConfig
 from varedit_jax.errors import UserError
+from varedit_jax.storage.jsonl import read_lines
 
 SIZES = ((64, 64), (96, 64), (60, 100))  # pixels, width and height: of three templates
 ASPECTS = ("1.0", "0.666", "1.75")
@@ -246,9 +246,9 @@ def test_damage_is_passed_over_by_all_processes_alike_and_written_down(
     bad = {int(name) for name in reasons}
     assert sorted(index for index in ids if index >= 0) == sorted(set(range(240)) - bad)
     assert sum(index < 0 for index in ids) == len(bad)
-    lines = read_quarantine(tmp_path / "one.jsonl")
+    lines = read_lines(tmp_path / "one.jsonl")
     assert {line["id"]: line["reason"] for line in lines} == reasons
-    of_parts = [line["id"] for part in range(2) for line in read_quarantine(tmp_path / f"{part}.jsonl")]
+    of_parts = [line["id"] for part in range(2) for line in read_lines(tmp_path / f"{part}.jsonl")]
     assert sorted(of_parts) == sorted(reasons)
     assert one.metrics() == {
         f"data/bad/{reason.replace(' ', '_')}": count for reason, count in sorted(Counter(reasons.values()).items())
@@ -280,7 +280,7 @@ def test_shards_that_are_short_or_gone_cost_their_own_records(tmp_path: pathlib.
     batches = _batches(_data([str(directory)], bad_share=0.5), quarantine=tmp_path / "bad.jsonl")
     ids = [index for batch in itertools.islice(batches, 48 // 4) for index in batch["example_ids"].tolist()]
     assert sorted(index for index in ids if index >= 0) == sorted(set(range(48)) - bad)
-    lines = {int(line["id"]): line for line in read_quarantine(tmp_path / "bad.jsonl")}
+    lines = {int(line["id"]): line for line in read_lines(tmp_path / "bad.jsonl")}
     assert set(lines) == bad
     assert {line["reason"] for line in lines.values()} == {"unreadable record"}
     assert all(f"set-0000{1 if number < 16 else 4}-of-00006" in line["detail"] for number, line in lines.items())

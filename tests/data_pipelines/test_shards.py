@@ -3,6 +3,7 @@ import hashlib
 import pathlib
 import pickle
 import time
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ from data_pipelines.record import BrokenRecord, Record
 from data_pipelines.shards import (
     Records,
     ShardWriter,
-    damaged_shards,
     is_written,
     read_index,
     shard_path,
@@ -116,8 +116,8 @@ def test_a_full_disk_is_told_to_the_user_and_leaves_nothing(tmp_path: pathlib.Pa
 
 
 def test_half_of_the_notes_do_not_make_a_shard_whole(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(path: pathlib.Path, **notes: object) -> None:
-        path.write_bytes(b"half")
+    def fail(file: BinaryIO, **notes: object) -> None:
+        file.write(b"half")
         raise OSError("No space left on device")
 
     path = _write(tmp_path) / "train" / "made-00000-of-00003.array_record"
@@ -126,7 +126,7 @@ def test_half_of_the_notes_do_not_make_a_shard_whole(tmp_path: pathlib.Path, mon
     with pytest.raises(UserError, match="make room"), ShardWriter(path) as writer:
         writer.write(_record(0), (10, 10))
     assert path.exists() and not is_written(path)
-    assert not [name for name in _files(tmp_path) if "partial" in name]
+    assert not [name for name in _files(tmp_path) if "partial" in name or "draft" in name]
 
 
 def test_as_many_kinds_as_records_cost_no_more_than_few(tmp_path: pathlib.Path) -> None:
@@ -149,8 +149,7 @@ def test_a_missing_shard_is_told_before_an_index_is_written(tmp_path: pathlib.Pa
     assert not (tmp_path / "index.json").exists()
 
 
-def test_damage_costs_the_records_it_is_in_and_is_found(directory: pathlib.Path) -> None:
-    assert damaged_shards(directory) == []
+def test_damage_costs_the_records_it_is_in(directory: pathlib.Path) -> None:
     broken = shard_path(directory / "train", "made", 0, 3)
     data = bytearray(broken.read_bytes())
     at = data.index(b"source1source1")
@@ -165,10 +164,6 @@ def test_damage_costs_the_records_it_is_in_and_is_found(directory: pathlib.Path)
         except BrokenRecord as error:
             lost.append((records.id(i), "cannot be read" in str(error)))
     assert lost == [("n1", True), ("n3", True), ("n4", True)]
-    assert damaged_shards(directory) == [
-        "train/made-00000-of-00003.array_record",
-        "train/made-00002-of-00003.array_record",
-    ]
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"version": 1, "splits": {"train": {}}}'])

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.damage import read_quarantine
 from varedit_jax.config import EditorConfig
 from varedit_jax.scales import editor_pyramid
+from varedit_jax.storage.jsonl import read_lines
 from varedit_jax.training.flops import example_flops
 from varedit_jax.training.goodput import read_goodput
 from varedit_jax.training.metrics import read_metrics
@@ -94,5 +94,5 @@ def test_records_train_an_editor_of_several_aspects(prepared: pathlib.Path, tmp_
     assert tokens == {example_flops(MODEL, editor_pyramid(MODEL, aspect), 32).tokens for aspect in ("1.0", "0.666")}
     assert lines[-1]["data/bad/cut_short"] == 1
     bad = workdir / "quarantine" / "process_0.jsonl"
-    assert [line["id"] for line in read_quarantine(bad)] == [str(BAD)]
+    assert [line["id"] for line in read_lines(bad)] == [str(BAD)]
     assert read_goodput(workdir)[-1].step == 6

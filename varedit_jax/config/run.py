@@ -64,6 +64,7 @@ class DataConfig(Checked):
     # Parent of the directories of `mixture`; of `shapes`, where it is prepared and read ("": data/ in the working
     # directory).
     directory: str = ""
+    cache_directory: str = ""  # local one, for copies of `records` that lie in an object store
     train_examples: int = 0  # size of the training split, for data sets that are generated
     eval_examples: int = 0  # size of the held-out split, likewise
     # Of `records`: directories of prepared data sets, and how many times an epoch shows each of their examples. A data

@@ -12,16 +12,16 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from data_pipelines.damage import read_quarantine
 from data_pipelines.preparation import pipeline, scan
 from data_pipelines.preparation.pipeline import prepare
 from data_pipelines.preparation.settings import Settings
 from data_pipelines.reasons import Reason
 from data_pipelines.record import Record
-from data_pipelines.shards import Records, damaged_shards, read_index
+from data_pipelines.shards import Records, read_index
 from tests.data_pipelines.preparation.corpus import SETTINGS, write_corpus
 from tests.data_pipelines.sources import layouts
 from varedit_jax.errors import UserError
+from varedit_jax.storage.jsonl import read_lines
 
 OPTIONS = {"dataset": "made"}
 
@@ -54,7 +54,7 @@ def _files(directory: pathlib.Path) -> dict[str, bytes]:
 
 
 def test_each_record_stays_or_leaves_for_its_reason(corpus: Corpus) -> None:
-    left = {line["id"]: line["reason"] for line in read_quarantine(corpus.output / "report" / "quarantine.jsonl")}
+    left = {line["id"]: line["reason"] for line in read_lines(corpus.output / "report" / "quarantine.jsonl")}
     stay = {record.id for _, record in _all(corpus.output)}
     assert stay.isdisjoint(left) and stay | left.keys() == corpus.stay | corpus.left.keys()
     copies = {id: left.pop(id) for id in left.keys() - corpus.left.keys()}
@@ -65,7 +65,7 @@ def test_each_record_stays_or_leaves_for_its_reason(corpus: Corpus) -> None:
 
 
 def test_a_duplicate_names_the_record_that_it_is_like(corpus: Corpus) -> None:
-    lines = {line["reason"]: line for line in read_quarantine(corpus.output / "report" / "quarantine.jsonl")}
+    lines = {line["reason"]: line for line in read_lines(corpus.output / "report" / "quarantine.jsonl")}
     pair = {lines[Reason.EXACT]["id"], lines[Reason.EXACT]["detail"].removeprefix("of made/")}
     assert pair == {"good-3", "exact-copy"}
     assert {lines[Reason.NEAR]["id"], lines[Reason.NEAR]["detail"].removeprefix("of made/")} == {"good-4", "near-copy"}
@@ -77,7 +77,6 @@ def test_records_are_as_they_were_published_and_know_their_image(corpus: Corpus)
     records = [record for _, record in _all(corpus.output)]
     assert all(record.source in published and record.target in published for record in records)
     assert all(len(record.original) == 64 for record in records)
-    assert damaged_shards(corpus.output) == []
 
 
 def test_no_image_is_in_training_and_in_validation(corpus: Corpus) -> None:
@@ -140,7 +139,7 @@ def test_other_settings_begin_anew_and_mistakes_are_told(corpus: Corpus, tmp_pat
         corpus.prepare(output, dataclasses.replace(SETTINGS, min_side=90))
     everything = Settings(decode=False, exact=False, validation=0)
     corpus.prepare(output, everything)
-    left = {line["id"]: line["reason"] for line in read_quarantine(output / "report" / "quarantine.jsonl")}
+    left = {line["id"]: line["reason"] for line in read_lines(output / "report" / "quarantine.jsonl")}
     assert left == {"silent": "empty instruction"}
     assert list(read_index(output)["splits"]) == ["train"]
     with pytest.raises(UserError, match="exists; give a new directory"):
@@ -180,7 +179,7 @@ def test_ids_that_come_twice_are_kept_once(tmp_path: pathlib.Path) -> None:
     ids = Records(tmp_path / "out", "train").columns.id
     names = [ids[index] for index in range(len(ids))]
     assert len(names) == len(set(names))
-    lines = read_quarantine(tmp_path / "out" / "report" / "quarantine.jsonl")
+    lines = read_lines(tmp_path / "out" / "report" / "quarantine.jsonl")
     again = {line["id"] for line in lines if line["reason"] == Reason.SAME_ID}
     assert again >= set(names) and again >= stay
 
@@ -216,7 +215,7 @@ def test_texts_are_utf_8_whatever_the_machine_takes_for_usual(corpus: Corpus, tm
         PYTHONCOERCECLOCALE="0",
     )
     assert done.returncode == 0, done.stderr
-    [line] = read_quarantine(tmp_path / "out" / "report" / "quarantine.jsonl")
+    [line] = read_lines(tmp_path / "out" / "report" / "quarantine.jsonl")
     assert line["id"] == "狗"
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from data_pipelines.damage import read_quarantine
 from data_pipelines.preparation import vision_filter
 from data_pipelines.preparation.pipeline import prepare
 from data_pipelines.preparation.settings import Settings, Vision
@@ -18,6 +17,7 @@ from data_pipelines.reasons import Reason
 from data_pipelines.record import Record
 from tests.data_pipelines.preparation.corpus import edited, jpeg, photo
 from varedit_jax.errors import UserError
+from varedit_jax.storage.jsonl import read_lines
 
 CUT = 0  # in place of a status: an answer that ends too early
 
@@ -183,7 +183,7 @@ def test_prepare_leaves_out_what_the_model_refuses_and_goes_on_after_the_endpoin
     assert len(endpoint.questions) >= 5
     assert prepare("manifest", [source], tmp_path / "out", settings) == {"train": 4}
     assert len(endpoint.questions) == 2 * 4 + 1 + 2  # none of them twice
-    left = read_quarantine(tmp_path / "out" / "report" / "quarantine.jsonl")
+    left = read_lines(tmp_path / "out" / "report" / "quarantine.jsonl")
     assert {line["id"]: line["reason"] for line in left} == {"n1": Reason.NOT_DONE, "n3": Reason.NOT_KEPT}
     asked = len(endpoint.questions)
     stricter = dataclasses.replace(settings, min_side=8)

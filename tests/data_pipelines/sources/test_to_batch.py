@@ -8,7 +8,6 @@ import pytest
 from numpy.typing import NDArray
 
 from data_pipelines import loader
-from data_pipelines.damage import read_quarantine
 from data_pipelines.preparation.pipeline import prepare
 from data_pipelines.preparation.settings import Settings
 from data_pipelines.shapes.builder import Shapes
@@ -19,6 +18,7 @@ from tests.data_pipelines.images import opened
 from tests.data_pipelines.sources import archive_layouts, layouts
 from tests.data_pipelines.sources.layouts import Download, Expected, draw
 from varedit_jax.config import DataConfig, EditorConfig
+from varedit_jax.storage.jsonl import read_lines
 
 
 def shapes(directory: pathlib.Path) -> Download:
@@ -67,7 +67,7 @@ def test_each_layout_becomes_a_batch_with_exactly_its_records(source: str, tmp_p
     assert counts == {"train": len(layout.records)}
     records = Records(output, "train")
     assert sorted(records.id(i) for i in range(len(records))) == sorted(layout.records)
-    quarantine = read_quarantine(output / "report" / "quarantine.jsonl")
+    quarantine = read_lines(output / "report" / "quarantine.jsonl")
     assert {line["id"]: line["reason"] for line in quarantine} == layout.refused
 
     model = EditorConfig(pixel_budget="", grids=((1, 1), (2, 2)))
