@@ -52,7 +52,9 @@ directory = pathlib.Path(sys.argv[1])
         ("print(tests._epoch(directory, read_threads=0))", str(list(range(COUNT)))),
     ],
 )
-def test_more_shards_than_files_may_be_open_are_read_all_the_same(directory: pathlib.Path, work: str, said: str) -> None:
+def test_more_shards_than_files_may_be_open_are_read_all_the_same(
+    directory: pathlib.Path, work: str, said: str
+) -> None:
     root = pathlib.Path(__file__).parents[2]
     command = [sys.executable, "-c", LIMITED + work, str(directory)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
