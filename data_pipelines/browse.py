@@ -81,7 +81,7 @@ def write_page(
 
 
 def _entry(page: pathlib.Path, number: int, records: Records, index: int, side: int) -> dict[str, Any]:
-    """What the page knows of a record, whose images are written."""
+    """Writes the images of a record; returns what the page shows of it."""
     record = records[index]
     small = check_record(record, lambda _, image: preview(image, side, quality=85))
     paths = {name: f"images/{number:05d}-{name}.jpg" for name in small}

@@ -216,7 +216,7 @@ class Batches(grain.DatasetIterator[Batch]):
         return batch
 
     def metrics(self) -> dict[str, float]:
-        """How many examples could not be used since this process began, by reason."""
+        """Number of examples that could not be used since this process began, by reason."""
         counts = self._quarantine.counts
         return {f"data/bad/{reason.replace(' ', '_')}": float(count) for reason, count in sorted(counts.items())}
 
@@ -225,7 +225,7 @@ class Batches(grain.DatasetIterator[Batch]):
         return {"next_step": self._step, "plan": self._read.plan.digest}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on at a step. Raises UserError if the state is of other data."""
+        """Continues at a step. Raises UserError if the state is of other data."""
         if state["plan"] != self._read.plan.digest:
             raise UserError(
                 f"the data of {self._data.name} or its mixture are not those of the checkpoint: examples were added, "
@@ -291,7 +291,7 @@ def training_batches(
 
     A process gets `data.batch_size / process_count` rows of a step's batch; together, the processes get the rows that
     a single one would, in their order. The iterator's state (`get_state`, `set_state`) is the number of the next step,
-    so a run goes on with any number of processes and of workers. With `features`, no image is decoded.
+    so a run continues with any number of processes and of workers. With `features`, no image is decoded.
 
     Args:
       data: `data` of the run's config.

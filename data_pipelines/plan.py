@@ -1,4 +1,4 @@
-"""Which examples form which batch: a pure function of the step.
+"""The plan of batches: which examples each has is a pure function of the step.
 
 An epoch shows every example as often as the weight of its data set says, in an order of its own. Every batch is of one
 bucket (an aspect template), so that all of its images have one shape. Examples of a bucket follow each other without
@@ -41,7 +41,7 @@ class Plan(Protocol):
 
     @property
     def steps(self) -> int | None:
-        """How many there are; None is endless."""
+        """Number of them; None is endless."""
 
     def __call__(self, step: int) -> Rows:
         """The examples of a step."""
@@ -198,7 +198,7 @@ class Shuffled:
         return indices[order], passes[order]
 
     def _kept(self, key: tuple[int, int], make: Any) -> Any:
-        """What is kept under a key, or made and kept; the oldest goes."""
+        """Returns the value kept under a key, made if there is none; the oldest goes."""
         with self._lock:
             if key not in self._orders:
                 self._orders[key] = make()

@@ -4,7 +4,7 @@ import enum
 
 
 class Reason(enum.StrEnum):
-    """Why something that a data set lists is not used. Files hold the values, so those never change."""
+    """Reason why something that a data set lists is not used. Files hold the values, so those never change."""
 
     # What a source lists, but is no record.
     ARCHIVE = "damaged archive"  # or table, or list: what it held from there on is lost

@@ -53,17 +53,17 @@ def shard_path(directory: str | os.PathLike[str], name: str, index: int, count: 
     """File of shard `index` of `count`."""
     if not 0 <= index < count <= 99_999:
         raise ValueError(f"there is no shard {index} of {count}")
-    return pathlib.Path(directory) / f"{name}-{index:05d}-of-{count:05d}.array_record"
+    return resolve(directory) / f"{name}-{index:05d}-of-{count:05d}.array_record"
 
 
 def _notes(path: pathlib.Path) -> pathlib.Path:
-    """What a shard's writer leaves for the index; its presence says that the shard is whole."""
+    """File that a shard's writer leaves for the index; its presence says that the shard is whole."""
     return path.with_name(f".{path.name}.npz")
 
 
 def is_written(path: str | os.PathLike[str]) -> bool:
     """Returns True if a ShardWriter finished the shard at `path`, so that a job need not write it again."""
-    return pathlib.Path(path).is_file() and _notes(pathlib.Path(path)).is_file()
+    return resolve(path).is_file() and _notes(resolve(path)).is_file()
 
 
 class ShardWriter:
@@ -74,7 +74,7 @@ class ShardWriter:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """`path` is of `shard_path`. Raises UserError if it cannot be written."""
-        self.path = pathlib.Path(path)
+        self.path = resolve(path)
         if not _SHARD_NAME.fullmatch(self.path.name):
             raise ValueError(f"{self.path.name} is not the name of a shard")
         self._partial = self.path.with_name(f".{self.path.name}.partial")
@@ -155,7 +155,7 @@ def write_index(directory: str | os.PathLike[str]) -> dict[str, int]:
 
     Raises UserError if there are no shards, or some of a set are missing or unfinished.
     """
-    directory = pathlib.Path(directory)
+    directory = resolve(directory)
     splits: dict[str, Any] = {}
     written: list[pathlib.Path] = []
     for below in sorted(path for path in directory.iterdir() if path.is_dir()):
@@ -270,7 +270,7 @@ class Texts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Columns:
-    """What is known of each record without reading it: memory maps, a row a record."""
+    """Facts of each record that are known without reading it: memory maps, a row per record."""
 
     width: NDArray[np.int32]  # pixels of the source, upright
     height: NDArray[np.int32]

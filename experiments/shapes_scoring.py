@@ -21,7 +21,7 @@ BATCH = 50  # edits a call; one compiled program
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """How many of some edits were right."""
+    """Shares of some edits that were right."""
 
     edits: int
     done: float  # share in which the asked change was made

@@ -291,7 +291,7 @@ def _from_array(array: np.ndarray, limits: Limits) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where an image lies in the one that the model sees: at the top left, with white around."""
+    """The place of an image in the one that the model sees: at the top left, with white around."""
 
     original_hw: tuple[int, int]  # pixels of the image as given
     fitted_hw: tuple[int, int]  # pixels of the model's image

@@ -175,18 +175,18 @@ class Edit:
 
 
 def scene_held_out(scene: Scene) -> bool:
-    """Whether the scene is kept out of training; about one in `HELD_OUT_SCENES` is, on every machine the same."""
+    """Returns True if the scene is kept out of training, as one in `HELD_OUT_SCENES` is, on every machine the same."""
     digest = hashlib.blake2b(scene.encode().encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % HELD_OUT_SCENES == 0
 
 
 def combination_held_out(kind: Kind, subject: str) -> bool:
-    """Whether edits of this kind and subject are kept out of training."""
+    """Returns True if edits of this kind and subject are kept out of training."""
     return any(subject == str(item) for item in HELD_OUT_COMBINATIONS.get(kind, ()))
 
 
 def novelty_of(edit: Edit) -> Novelty | None:
-    """What is new to an editor that saw only training edits; None if more than one thing is.
+    """Returns what is new to an editor that saw only training edits; None if more than one thing is.
 
     In a `train` edit neither scene nor combination is held out. A `scene` edit starts from a held-out scene; a
     `combination` edit has a held-out combination, on scenes that are not.

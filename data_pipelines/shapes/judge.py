@@ -50,7 +50,7 @@ _VALUES = 3 * CELL * CELL  # numbers in the image of a cell
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What became of an edit."""
+    """The outcome of an edit."""
 
     done: bool  # everything the instruction changes has the value of the target
     kept: bool  # everything else is as in the source
@@ -126,7 +126,7 @@ def _read(images: NDArray[np.uint8]) -> list[Scene | None]:
 
 
 def read_scenes(images: NDArray[np.uint8]) -> list[Scene | None]:
-    """What each image of a batch uint8 [B, 32, 32, 3] shows; None where an image shows nothing clearly.
+    """Reads what each image of a batch uint8 [B, 32, 32, 3] shows; None where an image shows nothing clearly.
 
     Raises UserError for another shape or type.
     """
@@ -138,7 +138,7 @@ def read_scenes(images: NDArray[np.uint8]) -> list[Scene | None]:
 
 
 def read_scene(image: NDArray[np.uint8]) -> Scene | None:
-    """What one image uint8 [32, 32, 3] shows; None if some part of it is not clearly one of the renderings."""
+    """Reads what one image uint8 [32, 32, 3] shows; None if some part of it is not clearly one of the renderings."""
     return read_scenes(image[None])[0]
 
 
@@ -159,7 +159,7 @@ def _verdict(reading: Scene | None, source: Scene, target: Scene) -> Verdict:
 
 
 def judge(image: NDArray[np.uint8], source: Scene, target: Scene) -> Verdict:
-    """Whether `image` uint8 [32, 32, 3] is what the edit from `source` to `target` asks for.
+    """Judges `image` uint8 [32, 32, 3] against the edit from `source` to `target`.
 
     An image that cannot be read is neither done nor kept.
     """

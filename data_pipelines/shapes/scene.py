@@ -69,7 +69,7 @@ class Object:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What an image shows: up to four objects on a background, in a style.
+    """The content of an image: up to four objects on a background, in a style.
 
     Raises UserError for an unknown shape, color, background or style, and for a wrong number of cells.
     """
