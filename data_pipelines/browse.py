@@ -24,9 +24,9 @@ from varedit_jax.storage.disk import explained
 from varedit_jax.storage.files import new_directory
 from varedit_jax.storage.paths import PathLike, resolve
 
-_INPUT = flags.DEFINE_string("input", None, "directory that prepare wrote", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "new directory for the page", required=True)
-_CACHE = flags.DEFINE_string("cache_directory", "", "local directory for copies of shards, where --input is a bucket")
+_INPUT = command.DEFINE_path("input", None, "directory that prepare wrote", required=True)
+_OUTPUT = command.DEFINE_path("output", None, "new directory for the page", required=True)
+_CACHE = command.DEFINE_path("cache_directory", "", "for copies of shards, where --input is a bucket", local=True)
 _SAMPLES = flags.DEFINE_integer("samples", 400, "records to show", lower_bound=1)
 _SIDE = flags.DEFINE_integer("side", 384, "pixels of the long side of images on the page", lower_bound=16)
 _SEED = flags.DEFINE_integer("seed", 0, "of the choice of records")

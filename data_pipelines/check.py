@@ -16,8 +16,8 @@ from data_pipelines.bad_records import check_split
 from data_pipelines.shards import read_index
 from varedit_jax import command
 
-_INPUT = flags.DEFINE_string("input", None, "directory of a prepared data set", required=True)
-_CACHE = flags.DEFINE_string("cache_directory", "", "local directory for copies of shards, where --input is a bucket")
+_INPUT = command.DEFINE_path("input", None, "directory of a prepared data set", required=True)
+_CACHE = command.DEFINE_path("cache_directory", "", "for copies of shards, where --input is a bucket", local=True)
 _PROCESSES = flags.DEFINE_integer("processes", os.cpu_count() or 1, "that decode at a time", lower_bound=1)
 
 

@@ -17,6 +17,7 @@ from data_pipelines import loader
 from experiments import program
 from experiments import shapes_scoring as scoring
 from experiments.configs import shapes
+from varedit_jax import command
 from varedit_jax.errors import UserError
 from varedit_jax.images import check_output, write_image
 from varedit_jax.sampling.editor import Editor
@@ -27,11 +28,11 @@ from varedit_jax.storage.paths import is_remote, resolve
 
 _SHOWN = 14  # edits on the sheet
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", shapes.SHIPPED, "directory of weights, or of a training run")
+_CHECKPOINT = command.DEFINE_path("checkpoint", shapes.SHIPPED, "directory of weights, or of a training run")
 _EXAMPLES = flags.DEFINE_integer("examples", 200, "held-out edits to judge", lower_bound=1)
-_SHEET = flags.DEFINE_string("sheet", "", f"image to write: {_SHOWN} edits, scale by scale")
-_OUTPUT = flags.DEFINE_string("output", "", "JSON file to write the scores to")
-_DATA = flags.DEFINE_string("data", "", "directory of the prepared data; data/ by default")
+_SHEET = command.DEFINE_path("sheet", "", f"image to write: {_SHOWN} edits, scale by scale")
+_OUTPUT = command.DEFINE_path("output", "", "JSON file to write the scores to")
+_DATA = command.DEFINE_path("data", "", "directory of the prepared data; data/ by default", local=True)
 
 
 def _spread(count: int, examples: int) -> np.ndarray:

@@ -5,8 +5,6 @@ import dataclasses
 import enum
 import io
 import os
-import pathlib
-import uuid
 import warnings
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
@@ -15,9 +13,11 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from varedit_jax.errors import UserError
-from varedit_jax.storage.disk import is_machine_error, read_explained
+from varedit_jax.storage.disk import explained, is_machine_error, read_explained, reason
+from varedit_jax.storage.files import write_bytes
+from varedit_jax.storage.paths import PathLike, is_remote, resolve
 
-ImageSource = str | os.PathLike[str] | BinaryIO | Image.Image | np.ndarray
+ImageSource = PathLike | BinaryIO | Image.Image | np.ndarray
 
 
 class Limits(NamedTuple):
@@ -98,12 +98,11 @@ def read_image(source: ImageSource, max_pixels: int = _DEFAULT.max_pixels) -> np
     if isinstance(source, (str, os.PathLike)):
         name = os.fspath(source)
         try:
-            file = open(source, "rb")  # noqa: SIM115 - closed below, once the reasons for failing here are told
+            file = resolve(source).open("rb")  # closed below, once the reasons for failing here are told
         except FileNotFoundError as error:
             raise UserError(f"there is no image {name}; check the path") from error
-        except (OSError, ValueError) as error:  # ValueError: a null character in the path
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"cannot read the image {name!r}: {reason}; check the path") from error
+        except OSError as error:
+            raise UserError(f"cannot read the image {name!r}: {reason(error)}; check the path") from error
         with file:
             return _pixels(file, name, limits)
     if hasattr(source, "read"):
@@ -345,11 +344,13 @@ def _shape_of(image: np.ndarray) -> tuple[int, int]:
     return image.shape[0], image.shape[1]
 
 
-def check_output(path: str | os.PathLike[str]) -> None:
+def check_output(path: PathLike) -> None:
     """Raises UserError if `write_image` could not write to `path`; meant to be asked before a long edit."""
-    target = pathlib.Path(path)
+    target = resolve(path)
     if target.suffix.lower() not in _FORMATS:
         raise UserError(f"cannot tell the kind of image from the name {target}; end it in {', '.join(_FORMATS)}")
+    if is_remote(target):
+        return
     if target.is_dir():
         raise UserError(f"{target} is a directory; give the name of an image file")
     if not target.parent.is_dir():
@@ -358,15 +359,15 @@ def check_output(path: str | os.PathLike[str]) -> None:
         raise UserError(f"the directory {target.parent} may not be written to; choose another one for {target.name}")
 
 
-def write_image(path: str | os.PathLike[str], image_HW3: np.ndarray) -> None:
+def write_image(path: PathLike, image_HW3: np.ndarray) -> None:
     """Writes uint8 [H, W, 3] as the kind of image that the suffix of `path` names.
 
-    The file appears whole or not at all: it is written under a temporary name beside `path`, then renamed. Raises
-    UserError for an unknown suffix, a missing directory, a full disk, or an image too large for its kind.
+    The file appears whole or not at all. Raises UserError for an unknown suffix, a missing directory, a full disk, or
+    an image too large for its kind.
     """
     _shape_of(image_HW3)
     check_output(path)
-    target = pathlib.Path(path)
+    target = resolve(path)
     kind, options = _FORMATS[target.suffix.lower()]
     encoded = io.BytesIO()
     try:
@@ -376,18 +377,5 @@ def write_image(path: str | os.PathLike[str], image_HW3: np.ndarray) -> None:
             f"{target}: {kind} cannot hold an image of {image_HW3.shape[1]} x {image_HW3.shape[0]} pixels ({error}); "
             f"write a .png"
         ) from error
-    partial = target.with_name(f".{uuid.uuid4().hex}.part")
-    try:
-        with open(partial, "xb") as file:
-            file.write(encoded.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {target}: {error.strerror or error}; nothing was written, make room or choose another "
-            f"directory"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):  # it is gone already where all went well
-            partial.unlink()
+    with explained(f"image {target.name}", target.parent):
+        write_bytes(target, encoded.getbuffer())

@@ -6,8 +6,11 @@ import os
 import numpy as np
 import pytest
 
+from tests.emulators import gs_bucket, gs_server
 from varedit_jax import images
 from varedit_jax.errors import UserError
+
+__all__ = ["gs_bucket", "gs_server"]
 
 
 def image(height: int = 20, width: int = 30) -> np.ndarray:
@@ -72,7 +75,7 @@ def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, c
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, call, full)
-    with pytest.raises(UserError, match="cannot write .*out.png: No space left on device; nothing was written"):
+    with pytest.raises(UserError, match="writing the image out.png failed in .*: No space left on device; .*make room"):
         images.write_image(path, image())
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["out.png"]
@@ -88,3 +91,10 @@ def test_image_too_large_for_its_kind(tmp_path, suffix, width):
 def test_write_takes_pixels_only(tmp_path):
     with pytest.raises(ValueError, match="expected uint8"):
         images.write_image(tmp_path / "out.png", np.zeros((4, 4, 3), np.float32))
+
+
+def test_images_in_a_bucket(gs_bucket):
+    with pytest.raises(UserError, match="there is no image"):
+        images.read_image(f"{gs_bucket}/new/out.png")
+    images.write_image(f"{gs_bucket}/new/out.png", image())
+    np.testing.assert_array_equal(images.read_image(f"{gs_bucket}/new/out.png"), image())
