@@ -24,6 +24,10 @@ from varedit_jax.errors import UserError
 _SOURCE = flags.DEFINE_string("source", None, f"format: {', '.join(SOURCES)}", required=True)
 _INPUT = flags.DEFINE_list("input", None, "files and directories as downloaded, with commas between", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "new directory", required=True)
+_STAGING = flags.DEFINE_string(
+    "staging", "", "local directory for what is read on the way; by default beside the output, or in the working "
+    "directory if the output is in an object store"
+)  # fmt: skip
 _OPTIONS = flags.DEFINE_list("source_options", [], "NAME=VALUE,... of the format")
 _RUNNER = flags.DEFINE_string("runner", "DirectRunner", "Beam's runner; DirectRunner is this machine")
 _WORKERS = flags.DEFINE_integer("workers", 0, "processes on this machine; 0 is one a core", lower_bound=0)
@@ -102,6 +106,7 @@ def main(argv: list[str]) -> None:
         runner=_RUNNER.value,
         workers=_WORKERS.value or len(os.sched_getaffinity(0)),
         runner_options=_RUNNER_OPTIONS.value,
+        staging_directory=_STAGING.value,
         say=lambda sentence: print(sentence, file=sys.stderr, flush=True),
     )
     said = ", ".join(f"{count} for {split}" for split, count in counts.items())

@@ -15,9 +15,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipelines.preparation.fingerprints import Facts, PartFiles
+from data_pipelines.preparation.fingerprints import Facts, PartFiles, save_array
 from data_pipelines.preparation.perceptual_hash import alike
-from data_pipelines.preparation.staging import new_file
 from data_pipelines.reasons import Reason
 
 BUCKET = 1 << 17  # records of a bucket, about
@@ -48,8 +47,7 @@ def search(task: SearchTask) -> None:
     """Finds the duplicates of a bucket."""
     facts = Facts([PartFiles(directory) for directory in task.parts])
     found = _near(facts, task) if task.reason is Reason.NEAR else _same(facts, task)
-    with new_file(task.found) as partial, partial.open("wb") as file:
-        np.save(file, found)
+    save_array(task.found, found)
 
 
 def left(facts: Facts, verdicts: NDArray[np.uint8]) -> Iterator[tuple[NDArray[np.int64], NDArray]]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from data_pipelines.preparation.perceptual_hash import COLORS
 from data_pipelines.record import Record
+from varedit_jax.storage.files import make_directory, replacing
 
 PIECE = 1 << 17  # rows in memory at a time
 
@@ -38,6 +39,13 @@ FACTS = np.dtype(
         ("dataset", "<i4"),  # index into the part's list of names
     ]
 )
+
+
+def save_array(path: pathlib.Path, array: NDArray[Any]) -> None:
+    """Writes an .npy file at once or not at all."""
+    make_directory(path.parent)
+    with replacing(path) as file:
+        np.save(file, array)
 
 
 def digest(*pieces: bytes) -> int:

@@ -5,23 +5,26 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.preparation import duplicates, vision_filter
-from data_pipelines.preparation.fingerprints import FACTS, Facts, PartFiles, rows_so_far
+from data_pipelines.preparation.fingerprints import FACTS, Facts, PartFiles, rows_so_far, save_array
 from data_pipelines.preparation.scan import ScanTask, scan
 from data_pipelines.preparation.settings import Settings
 from data_pipelines.preparation.split import find_leaks
 from data_pipelines.preparation.stages import StageRunner
-from data_pipelines.preparation.staging import Staging, new_file
+from data_pipelines.preparation.staging import Staging
 from data_pipelines.preparation.summary import count, write_report
 from data_pipelines.preparation.write import lay_out, shard_tasks, write
 from data_pipelines.reasons import Reason
 from data_pipelines.shards import write_index
 from data_pipelines.sources import Part, find_parts
 from varedit_jax.errors import UserError
+from varedit_jax.storage import disk
+from varedit_jax.storage.paths import PathLike, is_remote, resolve, stamp
 
 VERDICTS = (*Reason,)  # a verdict is 0 for a record that stays, otherwise 1 + index here
 
@@ -29,59 +32,70 @@ VERDICTS = (*Reason,)  # a verdict is 0 for a record that stays, otherwise 1 + i
 def prepare(
     source: str,
     inputs: Sequence[str],
-    output: str | os.PathLike[str],
+    output: PathLike,
     settings: Settings,
     *,
     source_options: Mapping[str, str] = {},
     runner: str = "DirectRunner",
     workers: int = 1,
     runner_options: Sequence[str] = (),
+    staging_directory: str = "",
     say: Callable[[str], object] = print,
 ) -> dict[str, int]:
     """Turns a data set as downloaded into shards with an index and a report; returns records by split.
 
     The same inputs and settings give the same bytes, whatever the runner and the number of workers. What was ended
-    goes on when it is called again. Answers of a vision-language model are kept beside the output, in OUTPUT.answers.
+    resumes when it is called again. Answers of a vision-language model are kept beside the output, in OUTPUT.answers.
 
     Raises UserError for inputs that cannot be read, settings that leave nothing, and an output that exists or lies in
     an input.
     """
-    for path in map(pathlib.Path, inputs):
-        if path.is_dir() and pathlib.Path(output).resolve().is_relative_to(path.resolve()):
-            raise UserError(
-                f"{output} lies below {path}, and would be taken for a part of it when the same command goes on; "
-                f"give a directory beside it"
-            )
-    parts = find_parts(source, inputs, source_options)
-    job = {
-        "facts": FACTS.descr,  # what an earlier version of this package read has other rows
-        "settings": dataclasses.asdict(settings),
-        "parts": [(part.source, part.name, dict(part.options), _stamps(part)) for part in parts],
-    }
-    with Staging(output, job) as staging:
-        stages = StageRunner(runner, workers, runner_options, staging.directory)
-        steps = _Steps(staging.directory, parts, settings, stages)
-        steps.read()
-        say(f"read: {len(steps.facts)} records may stay")
-        steps.check_some_are_left()
-        for reason in (Reason.SAME_ID, Reason.EXACT, Reason.NEAR):
-            steps.compare(reason)
-        steps.part_ways()
-        if settings.vision:
-            steps.ask(pathlib.Path(f"{staging.output}.answers"))
-        steps.check_some_are_left()
-        out = staging.directory / "out"
-        steps.write(out, source)
-        counts = write_index(out)
-        write_report(out / "report", steps.facts, steps.verdicts, steps.twins, settings.validation)
-        staging.finish()
+    with disk.explained("data set", output):
+        _check_apart(inputs, resolve(output))
+        parts = find_parts(source, inputs, source_options)
+        job = {
+            "facts": FACTS.descr,  # what an earlier version of this package read has other rows
+            "settings": dataclasses.asdict(settings),
+            "parts": [(part.source, part.name, dict(part.options), _stamps(part)) for part in parts],
+        }
+        with Staging(output, job, staging_directory) as staging:
+            stages = StageRunner(runner, workers, runner_options, staging.directory)
+            steps = _Steps(staging.directory, parts, settings, stages)
+            steps.read()
+            say(f"read: {len(steps.facts)} records may stay")
+            steps.check_some_are_left()
+            for reason in (Reason.SAME_ID, Reason.EXACT, Reason.NEAR):
+                steps.compare(reason)
+            steps.part_ways()
+            if settings.vision:
+                beside = staging.directory if is_remote(staging.output) else staging.output
+                steps.ask(beside.with_name(f"{beside.name}.answers"))
+            steps.check_some_are_left()
+            out = staging.directory / "out"
+            steps.write(out, source)
+            counts = write_index(out)
+            write_report(out / "report", steps.facts, steps.verdicts, steps.twins, settings.validation)
+            staging.finish()
     return counts
 
 
-def _stamps(part: Part) -> list[tuple[str, int, int]]:
+def _check_apart(inputs: Sequence[str], output: pathlib.Path) -> None:
+    """Raises UserError if the output lies in an input."""
+
+    def real(path: pathlib.Path) -> str:
+        return str(path) if is_remote(path) else os.path.realpath(path)
+
+    for path in map(resolve, inputs):
+        if f"{real(output)}/".startswith(f"{real(path)}/"):
+            raise UserError(
+                f"{output} lies below {path}, and would be taken for a part of it when the same command resumes; "
+                f"give a directory beside it"
+            )
+
+
+def _stamps(part: Part) -> list[Any]:
     """Files of a part with size and time of change; directories, which some parts read by name, without."""
-    stats = [(file, os.stat(file)) for file in part.files]
-    return [(file, stat.st_size, stat.st_mtime_ns) if os.path.isfile(file) else (file, 0, 0) for file, stat in stats]
+    return [[str(path), 0, 0] if path.is_dir() else stamp(path) for path in map(resolve, part.files)]
 
 
 class _Steps:
@@ -121,8 +135,7 @@ class _Steps:
             self.twins[verdict] = (numbers, twins[first])
 
     def _save_verdicts(self) -> pathlib.Path:
-        with new_file(self._verdicts_file) as partial, partial.open("wb") as file:
-            np.save(file, self.verdicts)
+        save_array(self._verdicts_file, self.verdicts)
         return self._verdicts_file
 
     def compare(self, reason: Reason) -> None:

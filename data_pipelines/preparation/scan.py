@@ -5,11 +5,9 @@ A part becomes a directory, with the files of `facts.PartFiles`. One record is i
 
 import collections
 import dataclasses
-import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,12 +21,11 @@ from data_pipelines.preparation.fingerprints import FACTS, FactsWriter, PartFile
 from data_pipelines.preparation.perceptual_hash import Look
 from data_pipelines.preparation.samples import SampleKeeper
 from data_pipelines.preparation.settings import Settings
-from data_pipelines.preparation.staging import new_directory
 from data_pipelines.reasons import LeftOut
 from data_pipelines.record import Record, encode
 from data_pipelines.sources import Part, Refused, read_part
-from varedit_jax.errors import UserError
 from varedit_jax.images import load_image, upright_rgb, upright_size
+from varedit_jax.storage.files import new_directory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,18 +79,11 @@ def scan(task: ScanTask) -> None:
                         datasets.append(entry.dataset)
                     data = encode(entry)
                     row["dataset"], row["nbytes"] = datasets.index(entry.dataset), len(data)
-                    _stored(files, functools.partial(writer.write, data))
+                    writer.write(data)
                     facts.write(entry, row)
         finally:
-            _stored(files, writer.close)
+            writer.close()
         files.counts.write_text(json.dumps({"datasets": datasets, "counts": counts}))
-
-
-def _stored(files: PartFiles, work: Callable[[], object]) -> None:
-    try:
-        work()
-    except RuntimeError as error:  # what ArrayRecord has for a full disk
-        raise UserError(f"writing {files.records} failed: {error}; make room and run the same command again") from error
 
 
 def examine(record: Record, settings: Settings) -> NDArray[Any]:

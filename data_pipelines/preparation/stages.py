@@ -5,7 +5,6 @@ data set under any runner (Beam's local one keeps in memory what it groups), and
 tasks that are left. Inputs and the output have to be where every worker sees them under the same path.
 """
 
-import errno
 import pathlib
 import shlex
 import sys
@@ -17,8 +16,9 @@ from typing import Any, Protocol, TypeVar
 import tqdm
 
 from data_pipelines.preparation import beam
-from data_pipelines.preparation.staging import new_file
 from varedit_jax.errors import UserError
+from varedit_jax.storage import disk
+from varedit_jax.storage.files import write_text
 
 _LOCAL = ("DirectRunner", "FnApiRunner")
 
@@ -102,14 +102,10 @@ class _Do(beam.DoFn):
         if task.is_done() or any(self._directory.glob("*.error")):
             return
         try:
-            self._work(task)
-        except (UserError, OSError) as error:
-            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            if not full and not isinstance(error, UserError):
-                raise
-            text = f"writing failed: {error}; make room and run the same command again" if full else str(error)
-            with new_file(self._directory / f"{uuid.uuid4().hex}.error") as partial:
-                partial.write_text(text, encoding="utf-8")
+            with disk.explained("data set", self._directory):
+                self._work(task)
+        except UserError as error:
+            write_text(self._directory / f"{uuid.uuid4().hex}.error", str(error))
 
 
 class _Watch:

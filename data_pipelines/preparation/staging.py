@@ -1,103 +1,97 @@
-"""The staging directory of a data set on its way, which has its name only once it is whole.
+"""The staging directory of a data set that is being prepared, which gets its name only once it is complete.
 
     .OUT.partial/job.json           what is being prepared; other settings begin anew
                  scan/00000/        what was read of a part, see scan.py
                  step/...           what the steps that compare records found
                  out/               the data set, which becomes OUT
 
-What a task has written appears under its name at once, so that a task that is found done is not done again.
+It is local, since shards are written to local files. Where OUT is in an object store it lies in the working directory,
+and `out` is uploaded at the end. What a task has written appears under its name at once, so that a task that is found
+done is not done again.
 """
 
-import contextlib
-import fcntl
+import hashlib
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
-from typing import IO, Any
+from collections.abc import Mapping
+from typing import Any, Self
 
 from varedit_jax.errors import UserError
+from varedit_jax.storage import files
+from varedit_jax.storage.files import copy
+from varedit_jax.storage.lock import LOCK_FILE, Lock
+from varedit_jax.storage.paths import PathLike, children, files_below, is_remote, local, resolve, size
 
 _JOB = "job.json"
-_LOCK = "lock"
+
+
+def staging_directory(output: pathlib.Path, chosen: str = "") -> pathlib.Path:
+    """Returns the local directory for an output's staging: the one chosen, or one by the output's name."""
+    if chosen:
+        return local(chosen, "the staging directory")
+    if not is_remote(output):
+        return files.staging_of(output)
+    digest = hashlib.sha256(os.fspath(output).encode()).hexdigest()[:8]
+    return resolve(f".{output.name}-{digest}.partial")
 
 
 class Staging:
     """The directory, as a context manager that one process at a time can hold."""
 
-    def __init__(self, output: str | os.PathLike[str], job: Mapping[str, Any]) -> None:
-        """`job` is what must be the same for an earlier attempt to be gone on with.
+    def __init__(self, output: PathLike, job: Mapping[str, Any], directory: str = "") -> None:
+        """`job` is what must be the same for an earlier attempt to be resumed; `directory` is that of the staging.
 
         Raises UserError if the output exists.
         """
-        self.output = pathlib.Path(output).absolute()
-        if self.output.exists() or self.output.is_symlink():
+        self.output = resolve(output)
+        if files.exists(self.output) or os.path.islink(self.output):
             raise UserError(f"{self.output} exists; give a new directory, or remove it first")
-        self.directory = self.output.with_name(f".{self.output.name}.partial")
+        self.directory = staging_directory(self.output, directory)
         self._job = json.loads(json.dumps(job))  # tuples become lists, as in the file
-        self._lock: IO[bytes] | None = None
+        self._lock = Lock(self.directory, flag="--output")
 
-    def __enter__(self) -> "Staging":
-        """Opens the directory, and empties it if it is of another job."""
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.directory / _LOCK).open("wb")
-        except OSError as error:
-            raise UserError(f"cannot write {self.output}: {error.strerror}; give another directory") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            raise UserError(f"another process prepares {self.output}; wait for it, or end it first") from error
+    def __enter__(self) -> Self:
+        """Takes the directory, and empties it if it is of another job."""
+        self._lock.__enter__()
         path = self.directory / _JOB
         if not path.exists() or json.loads(path.read_text()) != self._job:
-            for other in self.directory.iterdir():
-                if other.is_dir():
-                    shutil.rmtree(other)
-                elif other.name != _LOCK:
-                    other.unlink()
-            with new_file(path) as partial:
-                partial.write_text(json.dumps(self._job))
-        for unfinished in self.directory.glob("*/.*.partial"):
-            shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
+            for other in children(self.directory):
+                if other.name != LOCK_FILE:
+                    _remove(other)
+            if is_remote(self.output):  # what an upload that was ended left of another job
+                files.remove_directory(self.output)
+            files.write_json(path, self._job)
+        for unfinished in (*self.directory.glob("*/.*.partial"), *self.directory.glob("*/.*.draft")):
+            _remove(unfinished)
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Leaves what is there, to be gone on with."""
-        assert self._lock is not None
-        self._lock.close()
+        """Leaves what is there, to be resumed."""
+        self._lock.__exit__(*error)
 
     def finish(self) -> None:
-        """Gives the data set its name, and removes the rest."""
-        (self.directory / "out").rename(self.output)
+        """Gives the data set its name, or uploads it, and removes the rest."""
+        if is_remote(self.output):
+            _upload(self.directory / "out", self.output)
+        else:
+            (self.directory / "out").rename(self.output)
         shutil.rmtree(self.directory)
 
 
-@contextlib.contextmanager
-def new_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A path to write to in the block; what is there at its end gets the name `path`, whole or not at all.
-
-    Two tasks that do the same, as runners may let them, do not meet.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    yield partial
-    partial.replace(path)
-
-
-@contextlib.contextmanager
-def new_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Likewise a directory."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if path.exists():  # another worker was faster
-        shutil.rmtree(partial)
+def _remove(path: pathlib.Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
     else:
-        partial.rename(path)
+        path.unlink()
+
+
+def _upload(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Uploads a directory, without the files that an earlier attempt uploaded; it is complete at once."""
+    files.begin(target)
+    for path in files_below(source):
+        there = target / path.relative_to(source).as_posix()
+        if not (there.exists() and size(there) == size(path)):
+            copy(path, there)
+    files.commit(target)

@@ -25,9 +25,8 @@ from collections.abc import Generator, Iterator
 
 import numpy as np
 
-from data_pipelines.preparation.fingerprints import Facts, PartFiles
+from data_pipelines.preparation.fingerprints import Facts, PartFiles, save_array
 from data_pipelines.preparation.settings import Vision
-from data_pipelines.preparation.staging import new_file
 from data_pipelines.preparation.write import StagedRecords
 from data_pipelines.reasons import Reason
 from data_pipelines.record import Record
@@ -94,8 +93,7 @@ def ask(task: QuestionTask) -> None:
                     f"{task.vision.model} answered {clear} of {_FIRST} questions with yes or no, the last one with "
                     f"{model.last!r}; give a model that sees images"
                 )
-    with new_file(task.found) as partial, partial.open("wb") as file:
-        np.save(file, np.array(found, np.int64).reshape(-1, 2))
+    save_array(task.found, np.array(found, np.int64).reshape(-1, 2))
 
 
 class Model:

@@ -10,11 +10,11 @@ from array_record.python.array_record_module import ArrayRecordReader
 from numpy.typing import NDArray
 
 from data_pipelines.preparation.duplicates import left
-from data_pipelines.preparation.fingerprints import Facts, PartFiles
+from data_pipelines.preparation.fingerprints import Facts, PartFiles, save_array
 from data_pipelines.preparation.split import SPLITS, in_validation
-from data_pipelines.preparation.staging import new_file
 from data_pipelines.record import Record, decode
 from data_pipelines.shards import ShardWriter, is_written, shard_path
+from varedit_jax.storage.files import replacing
 
 _OPEN = 128  # parts that are open at a time
 
@@ -54,7 +54,7 @@ def lay_out(
     plan = ShardPlan(directory=directory, shards=dict(zip(SPLITS, counts.tolist(), strict=True)))
     starts = np.concatenate([[0], np.cumsum(counts)])
     runs = []
-    with new_file(plan.placed) as partial, partial.open("wb") as file:
+    with replacing(plan.placed) as file:
         for numbers, rows in left(facts, verdicts):
             split = in_validation(rows["original"], validation).astype(np.int64)
             shards = starts[split] + (rows["key"] % counts[split].astype(np.uint64)).astype(np.int64)
@@ -65,8 +65,7 @@ def lay_out(
             placed["number"] = numbers
             runs.append(file.tell() // _PLACED.itemsize + np.searchsorted(shards[order], np.arange(starts[-1] + 1)))
             placed[order].tofile(file)
-    with new_file(plan.offsets) as partial, partial.open("wb") as file:
-        np.save(file, np.array(runs, np.int64))
+    save_array(plan.offsets, np.array(runs, np.int64))
     return plan
 
 

@@ -17,7 +17,6 @@ What is in memory at a time is one triple, and beside it what a source's own tex
    bounds in memory and in temporary files
 """
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 
 from data_pipelines.sources import (
@@ -38,6 +37,7 @@ from data_pipelines.sources import (
 from data_pipelines.sources.entries import Entry, Part, Refused, SourceFormat
 from data_pipelines.sources.files import ReadError
 from varedit_jax.errors import UserError
+from varedit_jax.storage.paths import PathLike, resolve
 
 __all__ = ["SOURCES", "Entry", "Part", "Refused", "SourceFormat", "find_parts", "read", "read_part"]
 
@@ -50,7 +50,7 @@ SOURCES: dict[str, SourceFormat] = {
 }  # fmt: skip
 
 
-def find_parts(source: str, inputs: Sequence[str | os.PathLike[str]], options: Mapping[str, str] = {}) -> list[Part]:
+def find_parts(source: str, inputs: Sequence[PathLike], options: Mapping[str, str] = {}) -> list[Part]:
     """Parts of a data set, in order: each is read on its own, and its name stays the same from run to run.
 
     Raises UserError for an unknown source or option, and where nothing of the format is found.
@@ -63,7 +63,7 @@ def find_parts(source: str, inputs: Sequence[str | os.PathLike[str]], options: M
         if name not in known:
             raise UserError(f"{source} has no option {name!r}; it has {', '.join(known) or 'none'}")
     try:
-        return SOURCES[source].parts([os.path.normpath(path) for path in inputs], options)
+        return SOURCES[source].parts([str(resolve(path)) for path in inputs], options)
     except ReadError as error:
         raise UserError(str(error)) from error
 
@@ -79,7 +79,7 @@ def read_part(part: Part) -> Iterator[Entry]:
         raise UserError(str(error)) from error
 
 
-def read(source: str, inputs: Sequence[str | os.PathLike[str]], options: Mapping[str, str] = {}) -> Iterator[Entry]:
+def read(source: str, inputs: Sequence[PathLike], options: Mapping[str, str] = {}) -> Iterator[Entry]:
     """Entries of all parts, one after the other."""
     for part in find_parts(source, inputs, options):
         yield from read_part(part)

@@ -14,13 +14,16 @@ import stat
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import fsspec
+
 from data_pipelines.reasons import Reason
 from data_pipelines.sources.entries import MAX_FILE_BYTES, Refused
 from varedit_jax.errors import UserError
+from varedit_jax.storage import disk, paths
 
 _BUFFER = 1 << 17
 _SPACE = " \t\r\n"
-# Of a name that no file has; some texts in place of a name are too long for one.
+# Of a name that no file has; a text in place of a name may be too long for one.
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 _OUTSIDE = re.compile(r"^/|^[A-Za-z]:|[\\\0]")  # absolute paths, and characters that other systems take for more
 
@@ -38,8 +41,9 @@ def reading(path: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # clients of networks have classes of their own
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise ReadError(f"cannot read {path}: {reason}; put it right and run the same command again") from error
+        raise ReadError(
+            f"cannot read {path}: {disk.reason(error)}; put it right and run the same command again"
+        ) from error
 
 
 class Volume(io.RawIOBase):
@@ -55,7 +59,7 @@ class Volume(io.RawIOBase):
         sizes = []
         for file in files:
             with reading(file):
-                sizes.append(os.path.getsize(file))
+                sizes.append(paths.size(paths.resolve(file)))
         self._starts = list(itertools.accumulate(sizes, initial=0))
 
     def readable(self) -> bool:
@@ -84,7 +88,7 @@ class Volume(io.RawIOBase):
         with reading(self._files[index]):
             if self._open is None or self._open[0] != index:
                 self.release()
-                self._open = (index, open(self._files[index], "rb", buffering=0))  # noqa: SIM115 - closed by release()
+                self._open = (index, _open(self._files[index]))
             file = self._open[1]
             file.seek(self._position - self._starts[index])
             count = file.readinto(buffer)
@@ -101,6 +105,10 @@ class Volume(io.RawIOBase):
         """Closes the file that is open."""
         self.release()
         super().close()
+
+
+def _open(path: str) -> Any:
+    return paths.resolve(path).open("rb") if paths.is_remote(path) else open(path, "rb", buffering=0)
 
 
 def open_input(*files: str, buffer: int = _BUFFER) -> io.BufferedReader:
@@ -128,21 +136,34 @@ def find(inputs: Sequence[str], *patterns: str) -> list[str]:
     """
     found = set()
     for path in inputs:
-        if not os.path.exists(path):
-            raise UserError(f"there is no {path}; give files or directories as they were downloaded")
-        for file in _walk(path) if os.path.isdir(path) else [path]:
-            if any(fnmatch.fnmatchcase(f"/{file}", f"*/{pattern}") for pattern in patterns) and os.path.isfile(file):
+        for file in _walk(path):
+            matches = any(fnmatch.fnmatchcase(f"/{file}", f"*/{pattern}") for pattern in patterns)
+            if matches and (paths.is_remote(file) or os.path.isfile(file)):  # neither a pipe nor a broken link
                 found.add(file)
     return sorted(found, key=lambda file: file.split("/"))
 
 
-def _walk(directory: str) -> Iterator[str]:
+def _walk(text: str) -> Iterator[str]:
+    """Files below a directory, or a file itself."""
+    path = paths.resolve(text)
+    with reading(text):
+        exists, is_directory = path.exists(), path.is_dir()
+    if not exists:
+        raise UserError(f"there is no {text}; give files or directories as they were downloaded")
+    if not is_directory:
+        yield text
+        return
+
     def refuse(error: OSError) -> None:
         raise error
 
-    with reading(directory):
-        for above, _, names in os.walk(directory, onerror=refuse):
-            yield from (posixpath.join(above, name) for name in names)
+    with reading(text):
+        if paths.is_remote(path):
+            store, bare = fsspec.core.url_to_fs(text)
+            yield from (store.unstrip_protocol(name) for name in store.find(bare))  # one listing, without directories
+        else:
+            for above, _, names in os.walk(path, onerror=refuse):
+                yield from (posixpath.join(above, name) for name in names)
 
 
 def distinct(files: Sequence[str]) -> Sequence[str]:
@@ -266,20 +287,43 @@ def read_below(directories: Sequence[str], name: object) -> bytes | Reason:
     plain = safe_name(name)
     if plain is None:
         return Reason.UNSAFE if name else Reason.MISSING
-    for directory in directories:
+    for directory in directories if _can_be(plain) else ():
         path = posixpath.join(directory, plain)
         with reading(path):
-            try:
-                status = os.stat(path)
-            except (OSError, UnicodeEncodeError) as error:
-                if isinstance(error, OSError) and error.errno not in _NO_FILE:
-                    raise
-                continue
-            if stat.S_ISREG(status.st_mode):
-                if not _lies_in(path, directory):
-                    return Reason.UNSAFE
-                if status.st_size > MAX_FILE_BYTES:
-                    return Reason.SIZE
-                with open(path, "rb") as file:
-                    return file.read()
+            found = _read_object(path) if paths.is_remote(path) else _read_local(path, directory)
+        if found is not Reason.MISSING:
+            return found
     return Reason.MISSING
+
+
+def _can_be(name: str) -> bool:
+    """Returns True unless a text in place of a name cannot be one on any system."""
+    try:
+        return max(map(len, name.encode().split(b"/"))) <= 255
+    except UnicodeEncodeError:
+        return False
+
+
+def _read_object(path: str) -> bytes | Reason:
+    try:
+        with _open(path) as file:
+            return file.read() if file.size <= MAX_FILE_BYTES else Reason.SIZE
+    except (FileNotFoundError, IsADirectoryError):
+        return Reason.MISSING
+
+
+def _read_local(path: str, directory: str) -> bytes | Reason:
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        if error.errno in _NO_FILE:
+            return Reason.MISSING
+        raise
+    if not stat.S_ISREG(status.st_mode):
+        return Reason.MISSING
+    if not _lies_in(path, directory):
+        return Reason.UNSAFE
+    if status.st_size > MAX_FILE_BYTES:
+        return Reason.SIZE
+    with open(path, "rb") as file:
+        return file.read()

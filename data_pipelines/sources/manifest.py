@@ -6,7 +6,6 @@ be said of a record: `id`, `instructions` (other wordings), `kind`, `turn`, `sco
 the name of the list.
 """
 
-import os
 import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,14 +15,15 @@ from data_pipelines.record import finite_scores
 from data_pipelines.sources.entries import Entry, Part, Refused, SourceFormat, make_entry
 from data_pipelines.sources.files import distinct, find, read_below, read_lines, relative_name, stem
 from varedit_jax.errors import UserError
+from varedit_jax.storage.paths import resolve
 
 
 def _parts(inputs: Sequence[str], options: Mapping[str, str]) -> list[Part]:
     files = distinct(find(inputs, "*.jsonl"))
     if not files:
         raise UserError(f"there is no *.jsonl under {', '.join(inputs)}; give a list of images")
-    root = options.get("root")
-    if root and not os.path.isdir(root):
+    root = resolve(options["root"]) if options.get("root") else None
+    if root and not root.is_dir():
         raise UserError(f"root is {root}, which is no directory; give the one that names of images are relative to")
     return [Part(source="manifest", name=relative_name(file, inputs), files=(file,), options=options) for file in files]
 
@@ -31,7 +31,7 @@ def _parts(inputs: Sequence[str], options: Mapping[str, str]) -> list[Part]:
 def _read(part: Part) -> Iterator[Entry]:
     [file] = part.files
     dataset = part.options.get("dataset") or stem(file)
-    root = os.path.abspath(part.options.get("root") or posixpath.dirname(file))
+    root = str(resolve(part.options.get("root") or posixpath.dirname(file)))
     for place, value in read_lines(file, dataset):
         yield value if isinstance(value, Refused) else _convert(value, place, dataset, root)
 

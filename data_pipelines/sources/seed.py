@@ -12,7 +12,6 @@ of the session's start as their identity.
 
 import itertools
 import json
-import os
 import posixpath
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,7 +46,7 @@ def _parts(inputs: Sequence[str], options: Mapping[str, str]) -> list[Part]:
         if not archives:
             raise UserError(f"there is no *.tar.gz.part-* or *.tar.gz under {directory}; download the images too")
         lists = find([directory], "annotations/*.jsonl", "annotations_GPT4V/*.jsonl")
-        parts.append(Part(source=_NAME, name=posixpath.basename(os.path.abspath(directory)), files=(*lists, *archives)))
+        parts.append(Part(source=_NAME, name=posixpath.basename(directory), files=(*lists, *archives)))
     return parts
 
 

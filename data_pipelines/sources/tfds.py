@@ -17,6 +17,7 @@ from data_pipelines.reasons import Reason
 from data_pipelines.sources.entries import Entry, Part, Refused, SourceFormat, make_entry
 from data_pipelines.sources.files import ReadError, find
 from varedit_jax.errors import UserError
+from varedit_jax.storage.paths import local
 
 _NAME = "tfds"
 _FAILED_CALL = re.compile(r"\w+\(\) failed: ")  # ArrayRecord: "open() failed: Too many open files; opening ..."
@@ -30,6 +31,8 @@ def _builder(directory: str) -> tfds.core.DatasetBuilder:
 
 def _parts(inputs: Sequence[str], options: Mapping[str, str]) -> list[Part]:
     directories = [posixpath.dirname(file) for file in find(inputs, "dataset_info.json")]
+    for directory in directories:
+        local(directory, "a prepared TFDS data set")
     if not directories:
         raise UserError(
             f"there is no dataset_info.json under {', '.join(inputs)}; "

@@ -159,7 +159,7 @@ def test_a_full_disk_is_one_sentence_for_the_user(
     corpus: Corpus, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scan, "ArrayRecordWriter", lambda path, options: ArrayRecordWriter("/dev/full", options))
-    with pytest.raises(UserError, match=r"writing .*records\.array_record failed: .*; make room"):
+    with pytest.raises(UserError, match="writing the data set failed in .*: No space left on device; .*; make room"):
         prepare("manifest", [str(corpus.inputs[0])], tmp_path / "out", SETTINGS)
 
 
