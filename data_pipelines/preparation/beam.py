@@ -1,4 +1,4 @@
-"""What is used of Apache Beam, imported without its warning about clients of services that nobody asked for."""
+"""The used part of Apache Beam, imported without its warning about clients of services that nobody asked for."""
 
 import logging
 

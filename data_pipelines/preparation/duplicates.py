@@ -39,7 +39,7 @@ class SearchTask:
     found: pathlib.Path  # Pairs, as .npy
 
     def is_done(self) -> bool:
-        """Whether it has been searched."""
+        """Returns True if it has been searched."""
         return self.found.exists()
 
 

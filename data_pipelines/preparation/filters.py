@@ -7,7 +7,7 @@ from data_pipelines.record import Record
 
 
 def check_text(record: Record, settings: Settings) -> None:
-    """What can be seen without opening an image: the turn and the scores. Raises LeftOut."""
+    """Checks what is known without opening an image: the turn and the scores. Raises LeftOut."""
     if settings.first_turn and record.turn > 0:
         raise LeftOut(Reason.TURN, f"turn {record.turn}")
     for name, least in settings.min_scores:
@@ -28,7 +28,7 @@ def check_size(side: str, size: tuple[int, int], settings: Settings) -> None:
 
 
 def check_change(source: Look, target: Look, settings: Settings) -> None:
-    """Whether the edit shows. Raises LeftOut."""
+    """Checks that the edit shows. Raises LeftOut."""
     levels = change(source, target)
     if levels < settings.min_change:
         raise LeftOut(Reason.UNCHANGED, f"by {levels:.2f} levels, below {settings.min_change:g}")

@@ -1,4 +1,4 @@
-"""What steps that compare records know of each: a row of fixed size, in files that are read a piece at a time.
+"""Facts by which records are compared: a row of fixed size, in files that are read a piece at a time.
 
 Records are numbered through all parts, in the order in which they were read. Hashes are the first 64 bits of a
 SHA-256: among ten million records two that differ have the same with a probability of 3e-6.

@@ -1,4 +1,4 @@
-"""What an image looks like, in a few bytes: to tell near-duplicates, and edits that changed nothing.
+"""The look of an image in a few bytes: to tell near-duplicates, and edits that changed nothing.
 
 Everything is integer arithmetic on an image reduced to 32 x 32 cells, so that every machine gets the same bits.
 """
@@ -52,7 +52,7 @@ class Look:
 
 
 def change(source: Look, target: Look) -> float:
-    """How far the cell that changed most did, in levels of 255: small for what compression alone does.
+    """Change of the cell that changed most, in levels of 255: small for what compression alone does.
 
     The mean over the whole image would not tell a small object that was removed from noise.
     """
@@ -67,7 +67,7 @@ def alike(
     colors_b: NDArray[np.uint8],
     bits: int,
 ) -> NDArray[np.bool_]:
-    """Whether images are near-duplicates: at most `bits` of their shapes differ, and their colors hardly.
+    """True where images are near-duplicates: at most `bits` of their shapes differ, and their colors hardly.
 
     Shapes broadcast with one another to [...], colors to [..., 12].
     """

@@ -82,7 +82,7 @@ class SampleKeeper:
 
 
 def read_samples(path: pathlib.Path) -> list[SampledRecord]:
-    """What a keeper wrote."""
+    """Reads the file of a keeper."""
     return [
         SampledRecord(*values[:-1], images=tuple(values[-1]))  # type: ignore[misc]
         for values in msgpack.unpackb(path.read_bytes())

@@ -1,9 +1,11 @@
 """The first step: a part of a data set is read, each record looked at alone, and what stays is kept for the others.
 
-A part becomes a directory, with the files of `facts.PartFiles`. One record is in memory at a time, and the few samples.
+A part becomes a directory with the files of `fingerprints.PartFiles`. One record is in memory at a time, and the few
+samples.
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -21,11 +23,11 @@ from data_pipelines.preparation.fingerprints import FACTS, FactsWriter, PartFile
 from data_pipelines.preparation.perceptual_hash import Look
 from data_pipelines.preparation.samples import SampleKeeper
 from data_pipelines.preparation.settings import Settings
-from data_pipelines.reasons import LeftOut
+from data_pipelines.reasons import LeftOut, Reason
 from data_pipelines.record import Record, encode
 from data_pipelines.sources import Part, Refused, read_part
 from varedit_jax.images import load_image, upright_rgb, upright_size
-from varedit_jax.storage.files import new_directory
+from varedit_jax.storage.files import new_directory, write_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,53 +39,59 @@ class ScanTask:
     directory: pathlib.Path  # of its files
 
     def is_done(self) -> bool:
-        """Whether it has been read."""
+        """Returns True if it has been read."""
         return self.directory.exists()
 
 
 def scan(task: ScanTask) -> None:
-    """Reads a part. Raises UserError if its files are of another format, or the disk is full."""
-    with new_directory(task.directory) as directory:
-        files = PartFiles(directory)
-        counts: dict[str, collections.Counter[str]] = {}
-        datasets: list[str] = []
-        writer = ArrayRecordWriter(str(files.records), "group_size:1,uncompressed")
-        try:
-            with (
-                FactsWriter(files) as facts,
-                files.left.open("w", encoding="utf-8") as left,
-                SampleKeeper(files.samples) as samples,
-            ):
+    """Reads a part. Raises UserError if its files are of another format, or cannot be read."""
+    with new_directory(task.directory) as directory, _PartWriter(PartFiles(directory)) as part:
+        for entry in read_part(task.part):
+            part.counts[entry.dataset]["read"] += 1
+            if isinstance(entry, Refused):
+                part.leave(entry.id, entry.dataset, entry.reason, entry.detail)
+                continue
+            try:
+                row = examine(entry, task.settings)
+            except LeftOut as left_out:
+                part.leave(entry.id, entry.dataset, left_out.reason, left_out.detail)
+                if not isinstance(left_out, Damaged):
+                    part.samples.offer(entry, left_out.reason)
+                continue
+            part.keep(entry, row)
 
-                def leave(id: str, dataset: str, reason: str, detail: str) -> None:
-                    counts[dataset][reason] += 1
-                    line = {"id": id, "dataset": dataset, "reason": reason, "detail": detail}
-                    left.write(json.dumps(line, ensure_ascii=False) + "\n")
 
-                for entry in read_part(task.part):
-                    counts.setdefault(entry.dataset, collections.Counter())["read"] += 1
-                    if isinstance(entry, Refused):
-                        leave(entry.id, entry.dataset, str(entry.reason), entry.detail)
-                        continue
-                    try:
-                        row = examine(entry, task.settings)
-                    except LeftOut as left_out:
-                        leave(entry.id, entry.dataset, str(left_out.reason), left_out.detail)
-                        if not isinstance(left_out, Damaged):
-                            samples.offer(entry, str(left_out.reason))
-                        continue
-                    if not entry.original:
-                        entry = dataclasses.replace(entry, original=hashlib.sha256(entry.source).hexdigest())
-                        row["original"] = hashes(entry)["original"]
-                    if entry.dataset not in datasets:
-                        datasets.append(entry.dataset)
-                    data = encode(entry)
-                    row["dataset"], row["nbytes"] = datasets.index(entry.dataset), len(data)
-                    writer.write(data)
-                    facts.write(entry, row)
-        finally:
-            writer.close()
-        files.counts.write_text(json.dumps({"datasets": datasets, "counts": counts}))
+class _PartWriter(contextlib.ExitStack):
+    """Writes the files of a part."""
+
+    def __init__(self, files: PartFiles) -> None:
+        super().__init__()
+        self.counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)  # by data set
+        self._datasets: list[str] = []
+        self.callback(lambda: write_json(files.counts, {"datasets": self._datasets, "counts": self.counts}))
+        self._records = ArrayRecordWriter(str(files.records), "group_size:1,uncompressed")
+        self.callback(self._records.close)
+        self._facts = self.enter_context(FactsWriter(files))
+        self._left = self.enter_context(files.left.open("w", encoding="utf-8"))
+        self.samples = self.enter_context(SampleKeeper(files.samples))
+
+    def leave(self, id: str, dataset: str, reason: Reason, detail: str) -> None:
+        """Counts what is left out, and notes it."""
+        self.counts[dataset][reason] += 1
+        line = {"id": id, "dataset": dataset, "reason": reason, "detail": detail}
+        self._left.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def keep(self, record: Record, row: NDArray[Any]) -> None:
+        """Stores a record and its row of FACTS, [], to which what only the stored record has is added."""
+        if not record.original:
+            record = dataclasses.replace(record, original=hashlib.sha256(record.source).hexdigest())
+            row["original"] = hashes(record)["original"]
+        if record.dataset not in self._datasets:
+            self._datasets.append(record.dataset)
+        data = encode(record)
+        row["dataset"], row["nbytes"] = self._datasets.index(record.dataset), len(data)
+        self._records.write(data)
+        self._facts.write(record, row)
 
 
 def examine(record: Record, settings: Settings) -> NDArray[Any]:

@@ -1,4 +1,4 @@
-"""What prepare is asked to do."""
+"""Settings of prepare."""
 
 import dataclasses
 import math
@@ -33,7 +33,7 @@ class Vision:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Which records are left out, and how the others are laid out. Defaults leave out what cannot be used."""
+    """Choice of the records that are left out, and layout of the others. Defaults leave out what cannot be used."""
 
     decode: bool = True  # decode both images of every record
     min_side: int = 0  # pixels of the short side of source and target
@@ -68,5 +68,5 @@ class Settings:
 
     @property
     def looks(self) -> bool:
-        """Whether it matters what images look like."""
+        """True if it matters what images look like."""
         return self.min_change > 0 or self.near_bits >= 0

@@ -12,7 +12,7 @@ _SIDES = ("source", "target")
 
 
 def in_validation(images: NDArray[np.uint64], share: float) -> NDArray[np.bool_]:
-    """Whether images, known by the hash of their identity, are for validation.
+    """True where images, known by the hash of their identity, are for validation.
 
     The hash alone decides, so that an image that two data sets have under one name, or the same bytes, is in the same
     split of both, and stays there when a data set grows.

@@ -24,10 +24,10 @@ _LOCAL = ("DirectRunner", "FnApiRunner")
 
 
 class StageTask(Protocol):
-    """What can be sent to a worker."""
+    """Work that can be sent to a worker."""
 
     def is_done(self) -> bool:
-        """Whether what it writes is there."""
+        """Returns True if its output is there."""
 
 
 T = TypeVar("T", bound=StageTask)

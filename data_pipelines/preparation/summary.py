@@ -1,4 +1,4 @@
-"""What came in, what left and why, and what some of it looks like.
+"""The report on a data set: what came in, what left and why, and what some of it looks like.
 
     report/report.json       counts by data set: read, each reason, train, validation
     report/report.md         the same for people

@@ -65,7 +65,7 @@ class QuestionTask:
     found: pathlib.Path  # [n, 2] int64: number of a record that leaves, and index of its reason in REASONS
 
     def is_done(self) -> bool:
-        """Whether all have been asked about."""
+        """Returns True if all have been asked about."""
         return self.found.exists()
 
 
@@ -121,7 +121,7 @@ class Model:
             self._answers.close()
 
     def reasons(self, records: Iterator[tuple[int, Record]]) -> Generator[tuple[int, Reason | None], None, None]:
-        """Why each record leaves, None if it does not; in order, a few at a time."""
+        """Yields the reason why each record leaves, or None, in order; a few are asked about at a time."""
         with concurrent.futures.ThreadPoolExecutor(self._vision.parallel) as pool:
             waiting: list[tuple[int, concurrent.futures.Future[Reason | None]]] = []
             try:
@@ -138,7 +138,7 @@ class Model:
                     future.cancel()
 
     def reason(self, record: Record) -> Reason | None:
-        """Why a record leaves, if it does. Raises UserError if the endpoint does not answer."""
+        """Returns why a record leaves, or None. Raises UserError if the endpoint does not answer."""
         images: list[str] = []
         for reason, question in QUESTIONS.items():
             text = question.format(instruction=record.instructions[0])

@@ -23,7 +23,7 @@ _PLACED = np.dtype([("key", "<u8"), ("number", "<i8"), ("width", "<i4"), ("heigh
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShardPlan:
-    """How many shards each split has, and which records go into each."""
+    """Number of shards of each split, and the records that go into each."""
 
     directory: pathlib.Path
     shards: dict[str, int]  # by split
@@ -86,7 +86,7 @@ class ShardTask:
         return shard_path(self.output / self.split, self.name, self.index, self.plan.shards[self.split])
 
     def is_done(self) -> bool:
-        """Whether the shard is whole."""
+        """Returns True if the shard is complete."""
         return is_written(self.path)
 
 

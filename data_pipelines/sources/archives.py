@@ -71,7 +71,7 @@ def _part_number(part: str) -> int:
 
 
 def is_compressed(files: Sequence[str]) -> bool:
-    """Whether an archive is compressed with gzip, whatever its name."""
+    """Returns True if an archive is compressed with gzip, regardless of its name."""
     with open_input(files[0], buffer=16) as file:
         return file.read(2) == b"\x1f\x8b"
 
@@ -135,7 +135,7 @@ def tail(name: str, components: int = 2) -> str:
 
 
 class TarIndex:
-    """Where the files of an uncompressed archive lie, so that they can be read in any order.
+    """Places of the files in an uncompressed archive, so that they can be read in any order.
 
     Files are known by the last two components of their paths, since what archives have above differs from what
     annotations say. The index takes about 250 bytes of memory a file.

@@ -1,4 +1,4 @@
-"""What sources give: records, and what they had to leave out with the reason."""
+"""Records as sources give them, and what they had to leave out with the reason."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,7 +30,7 @@ Entry = Record | Refused
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
-    """What is read in one go, independently of other parts and in any process."""
+    """A piece of a data set that is read in one go, independently of others and in any process."""
 
     source: str  # name in SOURCES
     name: str  # unique in the data set and the same on every machine

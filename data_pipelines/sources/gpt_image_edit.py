@@ -103,7 +103,7 @@ def _wanted(id: str, above: str, value: Mapping[str, Any]) -> Wanted | Refused:
 
 
 def _first_words(conversations: Any) -> str | None:
-    """What the human says first, without the place holder of the image."""
+    """First words of the human, without the placeholder of the image."""
     first = conversations[0] if isinstance(conversations, list) and conversations else {}
     text = first.get("value") if isinstance(first, dict) else None
     return text.replace("<image>", "") if isinstance(text, str) else None

@@ -24,9 +24,8 @@ from data_pipelines.sources.files import (
     read_below,
     relative_name,
     safe_name,
-    stem,
 )
-from data_pipelines.sources.tables import image_bytes, read_table
+from data_pipelines.sources.tables import convert_rows, image_bytes
 from varedit_jax.errors import UserError
 
 _NAME = "instruct_pix2pix"
@@ -54,7 +53,7 @@ def _parts(inputs: Sequence[str], options: Mapping[str, str]) -> list[Part]:
 
 def _read(part: Part) -> Iterator[Entry]:
     if len(part.files) == 1:
-        yield from _read_table(part)
+        yield from convert_rows(part, _convert_row, ("original_image", "edit_prompt", "edited_image"))
         return
     seeds, store = part.files
     try:
@@ -66,18 +65,14 @@ def _read(part: Part) -> Iterator[Entry]:
         yield Refused(id=part.name, dataset=_NAME, reason=Reason.ARCHIVE, detail=str(error))
 
 
-def _read_table(part: Part) -> Iterator[Entry]:
-    for number, row in read_table(part, ("original_image", "edit_prompt", "edited_image")):
-        if isinstance(row, Refused):
-            yield row
-        else:
-            yield make_entry(
-                id=f"{stem(part.files[0])}/{number}",
-                dataset=_NAME,
-                source=image_bytes(row["original_image"]),
-                target=image_bytes(row["edited_image"]),
-                instructions=[row["edit_prompt"]],
-            )
+def _convert_row(row: dict[str, Any], table: str, number: int) -> Entry:
+    return make_entry(
+        id=f"{table}/{number}",
+        dataset=_NAME,
+        source=image_bytes(row["original_image"]),
+        target=image_bytes(row["edited_image"]),
+        instructions=[row["edit_prompt"]],
+    )
 
 
 class _Files(Protocol):

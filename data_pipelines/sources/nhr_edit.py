@@ -9,8 +9,8 @@ from typing import Any
 
 from data_pipelines.reasons import Reason
 from data_pipelines.sources.entries import Entry, Part, Refused, SourceFormat, make_entry
-from data_pipelines.sources.files import find, read_below, read_lines, relative_name, stem
-from data_pipelines.sources.tables import image_bytes, read_table
+from data_pipelines.sources.files import find, read_below, read_lines, relative_name
+from data_pipelines.sources.tables import convert_rows, image_bytes
 from varedit_jax.errors import UserError
 
 _NAME, _LICENSE = "nhr_edit", "Apache-2.0"
@@ -27,22 +27,20 @@ def _parts(inputs: Sequence[str], options: Mapping[str, str]) -> list[Part]:
 
 
 def _read(part: Part) -> Iterator[Entry]:
-    yield from _read_table(part) if part.files[0].endswith(".parquet") else _read_list(part)
+    if part.files[0].endswith(".parquet"):
+        return convert_rows(part, _convert_row, ("source_image", "edit_instruction", "edited_image"))
+    return _read_list(part)
 
 
-def _read_table(part: Part) -> Iterator[Entry]:
-    for number, row in read_table(part, ("source_image", "edit_instruction", "edited_image")):
-        if isinstance(row, Refused):
-            yield row
-            continue
-        yield make_entry(
-            id=f"{stem(part.name)}/{number}",
-            dataset=_NAME,
-            source=image_bytes(row["source_image"]),
-            target=image_bytes(row["edited_image"]),
-            instructions=[row["edit_instruction"]],
-            license=_LICENSE,
-        )
+def _convert_row(row: dict[str, Any], table: str, number: int) -> Entry:
+    return make_entry(
+        id=f"{table}/{number}",
+        dataset=_NAME,
+        source=image_bytes(row["source_image"]),
+        target=image_bytes(row["edited_image"]),
+        instructions=[row["edit_instruction"]],
+        license=_LICENSE,
+    )
 
 
 def _read_list(part: Part) -> Iterator[Entry]:

@@ -72,7 +72,7 @@ def _read(part: Part) -> Iterator[Entry]:
 
 
 def _packed(edit: Mapping[str, Any], directories: Sequence[str], archives: Mapping[str, Any]) -> bool:
-    """Whether the source has to come out of an archive."""
+    """Returns True if the source has to come out of an archive."""
     named = bool(edit["sources"]) and safe_name(edit["sources"][0]) is not None
     return bool(archives) and named and _source(edit, directories) is Reason.MISSING
 

@@ -79,7 +79,7 @@ def _canonical(name: str) -> str:
 
 
 def _rewritten(files: Iterator[str]) -> dict[tuple[Any, Any], str]:
-    """What GPT-4V made of instructions, by source and target; a small part of all."""
+    """Instructions that GPT-4V rewrote, by source and target; a small part of all."""
     found = {}
     for _, value in itertools.chain.from_iterable(read_lines(file, _NAME) for file in files):
         if not isinstance(value, Refused) and isinstance(value.get("instruction_new"), str):
@@ -134,7 +134,7 @@ def _wanted(
 
 
 def _side_of_target(name: str) -> int:
-    """Which stream has it. Edits that were turned around have their target among the sources."""
+    """Number of the stream that has a target. Edits that were turned around have their target among the sources."""
     return 0 if name.startswith("source_images/") else 1
 
 

@@ -20,6 +20,9 @@ _BUFFER = 1 << 20  # bytes of a column that are read ahead
 _DAMAGE = (OSError, pa.ArrowException)  # Arrow's OSErrors are of its formats: reading raises ReadError
 
 
+Convert = Callable[[dict[str, Any], str, int], Entry]  # a row, the stem of its file's name, its number in there
+
+
 def image_bytes(value: Any) -> bytes | None:
     """An image of a table as it was published: bytes, or a struct with `bytes`; None if there are none."""
     if isinstance(value, Mapping):
@@ -30,15 +33,12 @@ def image_bytes(value: Any) -> bytes | None:
 def table_source(
     name: str,
     license: str,
-    convert: Callable[[dict[str, Any], str, int], Entry],
+    convert: Convert,
     needed: Sequence[str],
     optional: Sequence[str] = (),
     pattern: str = "*.parquet",
 ) -> SourceFormat:
-    """A data set whose rows are its records, and whose parts are its files.
-
-    `convert` gets a row, the stem of its file's name, and its number in there.
-    """
+    """A data set whose rows are its records, and whose parts are its files."""
 
     def parts(inputs: Sequence[str], options: Mapping[str, str]) -> list[Part]:
         files = distinct(find(inputs, pattern))
@@ -47,10 +47,15 @@ def table_source(
         return [Part(source=name, name=relative_name(file, inputs), files=(file,)) for file in files]
 
     def read(part: Part) -> Iterator[Entry]:
-        for number, row in read_table(part, needed, optional):
-            yield row if isinstance(row, Refused) else convert(row, stem(part.files[0]), number)
+        return convert_rows(part, convert, needed, optional)
 
     return SourceFormat(name=name, license=license, parts=parts, read=read)
+
+
+def convert_rows(part: Part, convert: Convert, needed: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Entry]:
+    """Entries of the part's file, a row each; `needed` and `optional` are as of `read_table`."""
+    for number, row in read_table(part, needed, optional):
+        yield row if isinstance(row, Refused) else convert(row, stem(part.files[0]), number)
 
 
 def read_table(

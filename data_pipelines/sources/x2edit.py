@@ -7,13 +7,12 @@ The JSON says how the triple was made: its keys differ from builder to builder, 
 import ast
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from data_pipelines.record import finite_scores
-from data_pipelines.sources.entries import Entry, Part, Refused, SourceFormat, make_entry
-from data_pipelines.sources.varedit import image, tar_parts
-from data_pipelines.sources.webdataset import groups
+from data_pipelines.sources.entries import Entry, make_entry
+from data_pipelines.sources.webdataset import image, tar_source
 
 _NAME, _LICENSE = "x2edit", "Apache-2.0"
 _INSTRUCTIONS = ("instruction", "instruction_en", "caption_en", "instruction_zh")
@@ -21,30 +20,22 @@ _LONGEST = 500  # characters of scores as text; the parser has no memory for tho
 _KINDS = ("task", "label_fine", "label")
 
 
-def _read(part: Part) -> Iterator[Entry]:
-    for item in groups(part.files, _NAME):
-        if isinstance(item, Refused):
-            yield item
-            continue
-        key, group = item
-        about: Any = {}
-        with contextlib.suppress(ValueError, RecursionError):  # without it, the text alone has to do
-            about = json.loads(group.get("json", b"{}"))
-        about = about if isinstance(about, dict) else {}
-        yield make_entry(
-            id=f"{part.name}/{key}",
-            dataset=_NAME,
-            source=image(group, "1.0") or image(group, "1"),
-            target=image(group, "2"),
-            instructions=[
-                *(about.get(name) for name in _INSTRUCTIONS),
-                group.get("txt", b"").decode("utf-8", "replace"),
-            ],
-            kind=next((about[name] for name in _KINDS if isinstance(about.get(name), str)), ""),
-            scores=_scores(about),
-            mask=image(group, "1.1"),
-            license=_LICENSE,
-        )
+def _convert(id: str, group: Mapping[str, bytes]) -> Entry:
+    about: Any = {}
+    with contextlib.suppress(ValueError, RecursionError):  # without it, the text alone has to do
+        about = json.loads(group.get("json", b"{}"))
+    about = about if isinstance(about, dict) else {}
+    return make_entry(
+        id=id,
+        dataset=_NAME,
+        source=image(group, "1.0") or image(group, "1"),
+        target=image(group, "2"),
+        instructions=[*(about.get(name) for name in _INSTRUCTIONS), group.get("txt", b"").decode("utf-8", "replace")],
+        kind=next((about[name] for name in _KINDS if isinstance(about.get(name), str)), ""),
+        scores=_scores(about),
+        mask=image(group, "1.1"),
+        license=_LICENSE,
+    )
 
 
 def _scores(about: Mapping[str, Any]) -> dict[str, float]:
@@ -63,4 +54,4 @@ def _scores(about: Mapping[str, Any]) -> dict[str, float]:
     return finite_scores(found)
 
 
-SOURCE = SourceFormat(name=_NAME, license=_LICENSE, parts=lambda inputs, _: tar_parts(_NAME, inputs), read=_read)
+SOURCE = tar_source(_NAME, _LICENSE, _convert)
