@@ -3,10 +3,11 @@
     python -m data_pipelines.prepare --source=omniedit --input=downloads/OmniEdit --output=data/omniedit \
         --min_side=256 --min_score=o_score:7 --near_bits=3 --min_change=3
 
-    --runner=DataflowRunner --runner_options=--project=P,--region=R    any of Beam's runners; inputs and output lie
-                                                                       where every worker sees them under the same path
+    --output=gs://bucket/omniedit    inputs and output are local, gs:// or s3://; what lies in a bucket is streamed
+    --runner=DataflowRunner --runner_options=--project=P,--region=R    any of Beam's runners; inputs and the staging
+                                                                       directory have one path for every worker
 
-The output appears whole or not at all; the same command goes on with what was ended. The same inputs and flags give the
+The output appears whole or not at all; the same command resumes what was ended. The same inputs and flags give the
 same bytes. An image, source or target, is in training or in validation, never in both. See preparation/ for the steps.
 """
 
@@ -23,10 +24,10 @@ from varedit_jax.errors import UserError
 
 _SOURCE = flags.DEFINE_string("source", None, f"format: {', '.join(SOURCES)}", required=True)
 _INPUT = flags.DEFINE_list("input", None, "files and directories as downloaded, with commas between", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "new directory", required=True)
-_STAGING = flags.DEFINE_string(
-    "staging", "", "local directory for what is read on the way; by default beside the output, or in the working "
-    "directory if the output is in an object store"
+_OUTPUT = command.DEFINE_path("output", None, "new directory", required=True)
+_STAGING = command.DEFINE_path(
+    "staging_directory", "", "local directory for what is read on the way; by default beside the output, or in the "
+    "working directory where that is a bucket", local=True
 )  # fmt: skip
 _OPTIONS = flags.DEFINE_list("source_options", [], "NAME=VALUE,... of the format")
 _RUNNER = flags.DEFINE_string("runner", "DirectRunner", "Beam's runner; DirectRunner is this machine")
