@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# The 8B run on TPU VMs (tpu_vm.md): makes the machine, sets it up, trains, and does so again until the run is finished.
+# The 8B run on TPU VMs (tpu_vm.md): creates the machine, sets it up and trains, again and again until the run is done.
 #
-#   NAME=varedit ZONE=us-east5-a DISK=10.0.0.2:/varedit experiments/launch/tpu_vm.sh
+#   NAME=varedit ZONE=us-east5-a BUCKET=gs://my-varedit experiments/launch/tpu_vm.sh
 set -euo pipefail
 
 NAME=${NAME:?name of the TPU, and of the request for it}
 ZONE=${ZONE:?zone, as in us-east5-a}
-DISK=${DISK:?NFS export that all hosts mount, HOST:/PATH: weights, data and working directories}
+BUCKET=${BUCKET:?bucket of weights, data and runs, as in gs://my-varedit}
+CACHE=${CACHE:-/tmp/varedit_data} # on a disk of each host, for a copy of the data
 ACCELERATOR=${ACCELERATOR:-v5p-256} # 128 chips
 RUNTIME=${RUNTIME:-v2-alpha-tpuv5}
 CONFIG=${CONFIG:-experiments/configs/varedit_8b_512.py:v5p_256}
@@ -33,23 +34,23 @@ make_machine() {
 set_up() {
   # The machine's own Python is 3.10.
   on_all_hosts "sudo add-apt-repository -y ppa:deadsnakes/ppa >/dev/null && \
-    sudo apt-get install -qq -y nfs-common python3.11-venv && sudo mkdir -p /disk && \
-    (mountpoint -q /disk || sudo mount -t nfs '$DISK' /disk) && rm -rf varedit_jax"
+    sudo apt-get install -qq -y python3.11-venv && rm -rf varedit_jax"
   gcloud compute tpus tpu-vm scp --recurse "$here" "$NAME":varedit_jax --zone="$ZONE" --worker=all
   on_all_hosts "cd varedit_jax && python3.11 -m venv ../venv && \
-    ../venv/bin/pip install -q -c constraints.txt -e '.[tpu]'"
+    ../venv/bin/pip install -q -c constraints.txt -e '.[tpu,gcs]'"
 }
 
 train() {
-  on_all_hosts "cd varedit_jax && JAX_COMPILATION_CACHE_DIR=/disk/cache ../venv/bin/python -m experiments.train \
-    --config=$CONFIG --workdir=/disk/runs/$RUN \
-    --config.tokenizer_weights=/disk/weights/bsq_14bit --config.text_weights=/disk/weights/flan_t5_xl \
-    --config.init_from=/disk/weights/infinity_8b --config.data.directory=/disk/data \
+  on_all_hosts "cd varedit_jax && JAX_COMPILATION_CACHE_DIR=$BUCKET/cache ../venv/bin/python -m experiments.train \
+    --config=$CONFIG --workdir=$BUCKET/runs/$RUN \
+    --config.tokenizer_weights=$BUCKET/weights/bsq_14bit --config.text_weights=$BUCKET/weights/flan_t5_xl \
+    --config.init_from=$BUCKET/weights/infinity_8b --config.data.directory=$BUCKET/data \
+    --config.data.cache_directory=$CACHE \
     --config.cadence.save_minutes=15 --config.guard.hang_minutes=30"
 }
 
-# A machine that is gone is made again. One that is there and fails three times in a row, within ten minutes each, has
-# something that a restart does not help against.
+# A machine that is gone is created again. One that is there and fails three times in a row, within ten minutes each,
+# has a fault that a restart does not cure.
 quick=0
 while true; do
   if [[ $(state) != READY ]]; then
@@ -63,6 +64,6 @@ while true; do
     echo "the run fails at once; the last lines above say why" >&2
     exit 1
   fi
-  echo "the run ended before it was finished, and goes on from its newest checkpoint" >&2
+  echo "the run ended before it was finished, and resumes from its newest checkpoint" >&2
   sleep 30
 done

@@ -42,7 +42,7 @@ def test_a_page_shows_the_command_of_its_script(script: str, page: str) -> None:
         command = (DIRECTORY / name).read_text().partition("experiments.train")[2]
         return set(re.findall(r"--(?:config\.)?[\w.]*\w=", command.partition("\n\n")[0]))
 
-    assert flags(page) <= flags(script) and len(flags(page)) == 8
+    assert flags(page) <= flags(script) and len(flags(page)) == 9
 
 
 @pytest.mark.subprocess
@@ -57,6 +57,7 @@ def test_slurm_puts_a_job_in_the_queue_again(tmp_path: pathlib.Path) -> None:
         environment = {
             "PATH": f"{tmp_path}:{os.environ['PATH']}",
             "DISK": str(tmp_path),
+            "SLURM_SUBMIT_DIR": str(tmp_path),
             "CODE": str(code),
             "SLURM_JOB_ID": "7",
             "SLURM_RESTART_COUNT": str(restarts),
