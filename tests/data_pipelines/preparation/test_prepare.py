@@ -18,8 +18,10 @@ from data_pipelines.preparation.settings import Settings
 from data_pipelines.reasons import Reason
 from data_pipelines.record import Record
 from data_pipelines.shards import Records, read_index
+from data_pipelines.sources import files as input_files
 from tests.data_pipelines.preparation.corpus import SETTINGS, write_corpus
 from tests.data_pipelines.sources import layouts
+from tests.data_pipelines.sources.test_machine_errors import Disk
 from varedit_jax.errors import UserError
 from varedit_jax.storage.jsonl import read_lines
 
@@ -161,6 +163,19 @@ def test_a_full_disk_is_one_sentence_for_the_user(
     monkeypatch.setattr(scan, "ArrayRecordWriter", lambda path, options: ArrayRecordWriter("/dev/full", options))
     with pytest.raises(UserError, match="writing the data set failed in .*: No space left on device; .*; make room"):
         prepare("manifest", [str(corpus.inputs[0])], tmp_path / "out", SETTINGS)
+
+
+def test_a_disk_that_fails_while_it_is_read_is_one_sentence_and_no_damage(
+    corpus: Corpus, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(input_files, "open", Disk(fails_at=30).open, raising=False)
+        with pytest.raises(
+            UserError, match="cannot read .*: Input/output error; put it right and run the same command"
+        ):
+            corpus.prepare(tmp_path / "out")
+    corpus.prepare(tmp_path / "out")
+    assert _files(tmp_path / "out") == _files(corpus.output)
 
 
 def test_an_output_inside_of_the_input_is_told_to_the_user(corpus: Corpus) -> None:
