@@ -32,19 +32,10 @@ STAND_IN = "v5p:4x4x4"  # 64 devices, as h100_64
 GPU_SHARE = 0.92  # of a GPU's memory for the program: XLA_PYTHON_CLIENT_MEM_FRACTION of experiments/launch/slurm.sbatch
 
 HEAD = (
-    "config:machine",
-    "mesh",
-    "batch (microbatches x a device)",
-    "needed of HBM, GiB",
-    "arguments + temporaries",
-    "again",
-    "parameters gathered, GiB (count)",
-    "gradients scattered + reduced",
-    "over `tensor`",
-    "activations gathered",
-    "links, s at least",
-    "compiled, s",
-)
+    "config:machine", "mesh", "batch (microbatches x per device)", "needed of HBM, GiB", "arguments + temporaries",
+    "recomputed", "parameters gathered, GiB (count)", "gradients scattered + reduced", "over `tensor`",
+    "activations gathered", "links, s at least", "compiled, s",
+)  # fmt: skip
 
 
 def compile_layout(config: str, machine: str) -> dict[str, Any]:

@@ -56,21 +56,13 @@ def _curves(workdir: pathlib.Path, path: pathlib.Path) -> None:
     def series(name: str) -> list[tuple[float, float]]:
         return [(line["step"], line[name]) for line in lines if name in line]
 
+    metrics = (("loss (nats per bit)", "loss", True), ("bit accuracy", "bit_accuracy", False))
     panels = [
-        Panel(
-            title="loss (nats per bit)", lines={"training": series("loss"), "held out": series("eval/loss")}, log_y=True
-        ),
-        Panel(
-            title="bit accuracy",
-            lines={"training": series("bit_accuracy"), "held out": series("eval/bit_accuracy")},
-        ),
-        Panel(
-            title="tokens right, held out",
-            lines={
-                f"scale {k}": series(f"eval/scale_token_accuracy/scale_{k}") for k in range(len(shapes.MODEL.grids))
-            },
-        ),
+        Panel(title=title, lines={"training": series(name), "held out": series(f"eval/{name}")}, log_y=log_y)
+        for title, name, log_y in metrics
     ]
+    scales = {f"scale {k}": series(f"eval/scale_token_accuracy/scale_{k}") for k in range(len(shapes.MODEL.grids))}
+    panels.append(Panel(title="tokens right, held out", lines=scales))
     write_image(path, np.asarray(curve_sheet(panels, heading="shapes: training")))
 
 

@@ -6,9 +6,8 @@
 
 Nobody has published this run, so it has no result. 7,000 steps at rate 1.875e-5 are those of 2B's second stage; batch
 512, at 14,617 tokens an example, has as many tokens as 2,111 examples of 512 px.
-Variant `tiny` has the same settings over the smallest model, batch 8 and the `shapes` data, for a CPU. Variants
-`v5p_128`, `v5p_256`, `v6e_256`, `v5e_256` and `h100_64` are layouts for those machines; what each
-needs, compiled ahead, is in results/compile_ahead.md.
+Variants (published.py): `tiny`, for a CPU; `v5p_128`, `v5p_256`, `v6e_256`, `v5e_256` and `h100_64`, layouts for those
+machines, whose needs are in results/compile_ahead.md.
 """
 
 from experiments.configs import published

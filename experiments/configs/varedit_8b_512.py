@@ -5,9 +5,8 @@
         --config.init_from=weights/infinity_8b
 
 Recipe: 60,000 steps, batch 1536, rate 6e-5. Published result on EMU-Edit / PIE-Bench (GPT-Balance): 7.892 / 8.105.
-Variant `tiny` has the same settings over the smallest model, batch 8 and the `shapes` data, for a CPU. Variants
-`v5p_128`, `v5p_256`, `v6e_256`, `v5e_256` and `h100_64` are layouts for those machines; what each
-needs, compiled ahead, is in results/compile_ahead.md.
+Variants (published.py): `tiny`, for a CPU; `v5p_128`, `v5p_256`, `v6e_256`, `v5e_256` and `h100_64`, layouts for those
+machines, whose needs are in results/compile_ahead.md.
 """
 
 from experiments.configs import published

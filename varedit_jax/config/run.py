@@ -170,24 +170,35 @@ class Cadence(Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunConfig(Checked):
-    """One training run of an editor, as an experiment config returns it."""
+class _Run(Checked):
+    """Fields that every training run has."""
 
     name: str
-    model: EditorConfig
+    model: EditorConfig  # a tokenizer's run uses its tokenizer and its pyramid
     optimizer: OptimizerConfig = OptimizerConfig()
-    loss: LossConfig = LossConfig()
     data: DataConfig = DataConfig()
-    sampling: SamplingConfig = SamplingConfig()
-    mesh: MeshConfig = MeshConfig()
     guard: GuardConfig = GuardConfig()
     cadence: Cadence = Cadence()
     steps: int = 8000
+    seed: int = 0
+    init_from: str = ""  # directory of weights (an editor's trained parts, a tokenizer) that the run starts from
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, 1, "steps")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig(_Run):
+    """One training run of an editor, as an experiment config returns it."""
+
+    loss: LossConfig = LossConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    mesh: MeshConfig = MeshConfig()
     # (steps, scales): stages before the whole pyramid, each of which trains the first scales alone, many times cheaper,
     # on features area-resized to the last of them. It is the recipe's way from 256 px to 512 px within one run: the
     # same parameters serve every pyramid.
     stages: tuple[tuple[int, int], ...] = ()
-    seed: int = 0
     train_text: bool = False  # train the text encoder too, instead of keeping it frozen
     text_dtype: ComputeType = "float32"  # of a frozen text encoder: weights and matmuls
     # Of the frozen tokenizer's convolutions. A bit is the sign of a small difference: one bfloat16 pass (a TPU's
@@ -195,12 +206,10 @@ class RunConfig(Checked):
     tokenizer_precision: Literal["default", "high", "highest"] = "highest"
     tokenizer_weights: str = ""  # directory of the frozen tokenizer
     text_weights: str = ""  # directory of the frozen text encoder; unused with train_text
-    init_from: str = ""  # directory of an editor whose trained parts the run starts from
     eval_batches: int = 4  # of an evaluation
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(self, 1, "steps")
         if self.data.batch_size % self.optimizer.accumulation:
             raise ValueError(
                 f"data.batch_size {self.data.batch_size} does not divide into "
@@ -221,18 +230,11 @@ class RunConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenizerRunConfig(Checked):
+class TokenizerRunConfig(_Run):
     """One training run of a tokenizer."""
 
-    name: str
-    model: EditorConfig  # its tokenizer and its pyramid are used
-    optimizer: OptimizerConfig = OptimizerConfig()
-    data: DataConfig = DataConfig()
-    guard: GuardConfig = GuardConfig()
     cadence: Cadence = Cadence(eval_every=0, keep_checkpoints=2)
     steps: int = 2000
-    seed: int = 0
-    init_from: str = ""  # directory of a tokenizer that the run starts from
     noise_max: float = 0.0  # largest share of bits flipped before decoding; >0 makes the decoder robust to wrong bits
     partial_share: float = 0.0  # of images decoded from their first scales alone: moves detail to coarse bits
     train_encoder: bool = True  # False: the decoder alone learns; features and bits stay as they are
@@ -242,7 +244,3 @@ class TokenizerRunConfig(Checked):
     commitment_weight: float = 0.25
     entropy_weight: float = 0.02
     entropy_temperature: float = 1.0  # of the soft bits in the entropy term
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_least(self, 1, "steps")
