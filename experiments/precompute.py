@@ -8,8 +8,6 @@ same command again to go on. Training with the same config and --config.data.fea
 refuses those of other weights.
 """
 
-import dataclasses
-
 from absl import flags
 
 from data_pipelines import features, loader
@@ -32,8 +30,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"data.name is {config.data.name!r}; experiments.train computes features of it by itself")
     if index >= count:
         raise UserError(f"there is no --process_index={index} of --process_count={count}; the first one is 0")
-    data = dataclasses.replace(config.data, flip=False)
-    sources = {split: loader.open_records(data, split, config.model) for split in ("train", "test")}
+    sources = {split: loader.open_records(config.data, split, config.model) for split in ("train", "test")}
     weights = feature_encoders.load_encoders(config)
     made = feature_encoders.made_by(config, *weights)
     functions = feature_encoders.encoders(config, *weights)

@@ -54,8 +54,8 @@ def _batches(directory: str, **fields: Any) -> loader.Batches:
 
 
 def test_batches_and_lists_are_those_of_a_local_data_set(bucket: str, prepared: pathlib.Path, cache: str) -> None:
-    for checked in (False, True):
-        local, remote = _batches(str(prepared)), _batches(bucket, cache_directory=cache)
+    for checked in (0, 1):
+        local, remote = _batches(str(prepared)), _batches(bucket, cache_directory=cache, workers=checked)
         assert local.get_state() == remote.get_state()
         for one, other in itertools.islice(zip(local, remote, strict=True), 6):
             _same(one, other)

@@ -110,6 +110,20 @@ def test_a_worker_hands_its_sentence_on(directory: pathlib.Path) -> None:
             _epoch(directory, workers=1)
 
 
+@pytest.mark.subprocess
+def test_processes_that_check_hand_their_sentence_on(directory: pathlib.Path) -> None:
+    last = shard_path(directory / "train", "set", COUNT - 1, COUNT)
+    content = last.read_bytes()
+    with tempfile.TemporaryDirectory() as short, socket.socket(socket.AF_UNIX) as server:
+        server.bind(f"{short}/s")
+        os.replace(f"{short}/s", last)
+        with pytest.raises(UserError, match="cannot read .*00059-of-.*: No such device or address; put that right"):
+            bad_records.check_split(directory, "train", processes=2)
+    last.unlink()
+    last.write_bytes(content[:-1])
+    assert bad_records.check_split(directory, "train", processes=2) == {"unreadable record": 1}
+
+
 def test_a_check_resumes_after_a_failure(directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bad_records, "CHUNK", 20)
     read, seen = Records.__getitem__, []

@@ -341,7 +341,9 @@ def test_config_that_may_change_and_that_may_not(tmp_path: pathlib.Path) -> None
     write_config(tmp_path, record)
     assert read_config(tmp_path)["model"]["transformer"]["width"] == 32
     check_config(tmp_path, record)  # tuples of grids included
-    check_config(tmp_path, record | {"name": "b", "steps": 20, "data": {"seed": 0, "directory": "/elsewhere"}})
+    check_config(
+        tmp_path, record | {"name": "b", "steps": 20, "data": {"seed": 0, "directory": "/d", "cache_directory": "/c"}}
+    )
     with pytest.raises(UserError, match=r"holds a run with data.seed = 0, but this one has 1; use another --workdir"):
         check_config(tmp_path, record | {"data": {"seed": 1, "directory": ""}})
     grids = record["model"] | {"grids": ((1, 1), (3, 3), (4, 4))}
