@@ -27,8 +27,8 @@ from experiments import compare_runs, program
 from experiments.benchmarks import harness
 from varedit_jax import command
 from varedit_jax.errors import UserError
+from varedit_jax.storage.lock import LOCK_FILE
 from varedit_jax.training.goodput import run_shares
-from varedit_jax.training.lock import LOCK_FILE
 from varedit_jax.training.metrics import read_metrics
 from varedit_jax.weights import run_directory
 

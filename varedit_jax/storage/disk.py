@@ -18,7 +18,16 @@ _MACHINE = _FULL | {
     errno.ETIMEDOUT, errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE, errno.ENXIO, errno.ENODEV, errno.EBUSY,
 }  # fmt: skip
 # Libraries that read over a network raise their own errors, whose modules begin so.
-_NETWORK_MODULES = ("aiohttp", "botocore", "aiobotocore", "google", "gcsfs", "requests", "urllib3")
+_NETWORK_MODULES = (
+    "aiohttp.",
+    "botocore.",
+    "aiobotocore.",
+    "google.api_core.",
+    "google.auth.",
+    "gcsfs.",
+    "requests.",
+    "urllib3.",
+)
 
 
 def error_number(error: BaseException) -> int | None:
@@ -51,7 +60,7 @@ def is_machine_error(error: BaseException | None) -> bool:
         seen.add(id(error))
         if isinstance(error, (MemoryError, TimeoutError, ConnectionError)) or error_number(error) in _MACHINE:
             return True
-        if type(error).__module__.split(".")[0] in _NETWORK_MODULES:
+        if f"{type(error).__module__}.".startswith(_NETWORK_MODULES):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -99,15 +108,18 @@ def read_explained(what: str) -> Iterator[None]:
         ) from error
 
 
-def check_room(directory: pathlib.Path, needed: int, what: str) -> None:
-    """Raises UserError if `needed` bytes of `what` have no room in `directory`; object stores have room for all."""
+def check_room(directory: pathlib.Path, needed: int, what: str, then: str = "") -> None:
+    """Raises UserError, ending in `then`, if `needed` bytes of `what` have no room in `directory`.
+
+    Object stores have room for all.
+    """
     if is_remote(directory):
         return
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise UserError(
             f"{what} takes up to {size_text(needed)}, but only {size_text(free)} are free in {directory}; make room "
-            f"and run the same command again"
+            f"and run the same command again{then}"
         )
 
 

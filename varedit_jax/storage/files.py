@@ -128,6 +128,7 @@ def new_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
 
 def upload(source: pathlib.Path, target: pathlib.Path) -> None:
     """Copies a local directory to an object store, where it is complete at once, when all is there."""
+    remove_directory(target)  # of what an interrupted attempt left
     begin(target)
     for path in files_below(source):
         copy(path, target / path.relative_to(source).as_posix())

@@ -1,9 +1,11 @@
 """One writer per directory: a lock that goes with its holder, however that ends."""
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
+import signal
 import socket
 import threading
 import time
@@ -26,8 +28,9 @@ class Lock:
     """A directory is in use while this is entered. A context manager.
 
     Locally it is a kernel's lock on DIRECTORY/lock, gone with the process; where the file system knows none, there is
-    no lock. In an object store it is a lease: an object that names its owner and is renewed by a thread. Stores have no
-    lock of their own, so that two processes that start within the same second are told apart by who wrote last.
+    no lock. In an object store it is a lease: an object that names its owner and is renewed by a thread. Of two
+    processes that take a free one at once, the one that wrote last has it; a holder that cannot renew it until it would
+    have expired ends itself.
     """
 
     def __init__(self, directory: PathLike, *, flag: str = "--workdir", held: bool = True) -> None:
@@ -58,10 +61,10 @@ class Lock:
             self._file.acquire()
         except filelock.Timeout as error:
             raise self._refusal(_read(path)) from error
-        except NotImplementedError:  # no locks on this file system
-            self._file = None
-            return self
         except OSError as error:
+            self._file = None
+            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # no locks on this file system
+                return self
             raise UserError(f"cannot write {path}: {disk.reason(error)}") from error
         with contextlib.suppress(OSError):
             path.write_text(json.dumps(_me()))
@@ -115,12 +118,17 @@ class _Lease:
         write_json(self._path, {**_me(), "id": self._id, "renewed": time.time()}, indent=None)
 
     def _renew(self) -> None:
+        renewed = time.monotonic()
         while not self._ended.wait(HEARTBEAT_SECONDS):
+            lost = time.monotonic() - renewed > EXPIRY_SECONDS
             with contextlib.suppress(Exception):  # a network that fails for a moment; the next beat makes up for it
-                if _read(self._path).get("id", self._id) != self._id:
-                    os.kill(os.getpid(), 15)  # another process took it over: end as by SIGTERM, before two write
-                    return
-                self._write()
+                lost = lost or _read(self._path).get("id", self._id) != self._id
+                if not lost:
+                    self._write()
+                    renewed = time.monotonic()
+            if lost:  # another process has it, or may take it: end as by SIGTERM, before two write
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
 
 
 def _me() -> dict[str, Any]:

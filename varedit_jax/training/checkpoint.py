@@ -10,10 +10,8 @@ What was saved on one mesh by so many processes can be restored on another by an
 
 import dataclasses
 import json
-import os
 import pathlib
 import re
-import shutil
 import types
 from typing import Any, Self
 
@@ -24,10 +22,12 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from varedit_jax.errors import UserError
+from varedit_jax.storage import disk, files
+from varedit_jax.storage.disk import explained
+from varedit_jax.storage.orbax import check_directory, checkpointer, quiet_orbax, support_object_stores
+from varedit_jax.storage.paths import PathLike, child_names, children, resolve
 from varedit_jax.training.metrics import read_metrics
-from varedit_jax.training.run_config import make_directory, room_explained, write_json
 from varedit_jax.training.state import TrainState
-from varedit_jax.weights.manifest import size_text
 from varedit_jax.weights.run_directory import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -35,9 +35,7 @@ from varedit_jax.weights.run_directory import (
     check_version,
     checkpoint_steps,
     damage_explained,
-    listing,
     placed,
-    quiet_orbax,
     read_checkpoint,
     read_fields,
     stored_fields,
@@ -45,15 +43,14 @@ from varedit_jax.weights.run_directory import (
 
 SAVED_FILE = "saved.json"
 
-_OURS = re.compile(
-    r"\d+|\d+\.orbax-checkpoint-tmp.*|\..*"
-)  # names in a directory of checkpoints; .nfs... comes with NFS
+# Names in a directory of checkpoints; .nfs... comes with NFS.
+_OURS = re.compile(r"\d+|\d+\.orbax-checkpoint-tmp.*|\..*")
 
 
 class Checkpoints:
     """The checkpoints of one run. A context manager: leaving it finishes a save under way."""
 
-    def __init__(self, workdir: str | os.PathLike[str], *, keep: int = 3, keep_every: int = 0) -> None:
+    def __init__(self, workdir: PathLike, *, keep: int = 3, keep_every: int = 0) -> None:
         """Opens, and creates where needed, `workdir`/checkpoints.
 
         Of the checkpoints there, the newest `keep` stay, and those of steps that are multiples of `keep_every` (0: no
@@ -64,13 +61,17 @@ class Checkpoints:
         if keep_every < 0:
             raise UserError(f"keep_every is {keep_every}; it is a number of steps, or 0 for none")
         quiet_orbax()
-        self.directory = pathlib.Path(workdir).absolute() / CHECKPOINTS
+        support_object_stores()
+        self.directory = resolve(workdir) / CHECKPOINTS
+        check_directory(self.directory)
         # The save that was begun last, until it is known to be complete: its step, and whether that was evaluated.
         self._saving: tuple[int, bool] | None = None
-        make_directory(self.directory)
-        foreign = [path for path in sorted(self.directory.iterdir()) if not _OURS.fullmatch(path.name)]
+        files.make_directory(self.directory)
+        foreign = [name for name in child_names(self.directory) if not _OURS.fullmatch(name)]
         if foreign:
-            raise UserError(f"{foreign[0]} is no checkpoint; use another --workdir, where no one else keeps files")
+            raise UserError(
+                f"{self.directory / foreign[0]} is no checkpoint; use another --workdir, where no one else keeps files"
+            )
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -94,7 +95,7 @@ class Checkpoints:
         """
         self.wait()
         self._check_room(state)
-        with room_explained(f"checkpoint of step {step}", self.directory):
+        with explained(f"checkpoint of step {step}", self.directory):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -118,7 +119,7 @@ class Checkpoints:
         if step not in checkpoint_steps(self.directory.parent):
             raise UserError(
                 f"{self.directory / str(step)} is no checkpoint of a run: it holds "
-                f"{listing(self.directory / str(step))} "
+                f"{files.listing(self.directory / str(step))} "
                 f"instead of state and data; use another --workdir"
             )
         state = restore_state(self.directory.parent, abstract_state, step)
@@ -130,7 +131,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when the last save is complete. Raises UserError if the disk was full."""
-        with room_explained("checkpoint", self.directory):
+        with explained("checkpoint", self.directory):
             self._manager.wait_until_finished()
             if self._saving is not None:
                 self._note(*self._saving)
@@ -147,18 +148,12 @@ class Checkpoints:
 
     def _note(self, step: int | None, evaluated: bool) -> None:
         if jax.process_index() == 0:
-            write_json(self.directory.parent / SAVED_FILE, {"step": step, "evaluated": evaluated})
+            files.write_json(self.directory.parent / SAVED_FILE, {"step": step, "evaluated": evaluated})
 
     def _check_room(self, state: TrainState) -> None:
         """Refuses to start a save that the disk has no room for."""
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(_fields(state)))
-        free = shutil.disk_usage(self.directory).free
-        if free < needed:
-            raise UserError(
-                f"a checkpoint takes up to {size_text(needed)}, but only {size_text(free)} are free in "
-                f"{self.directory}; "
-                f"make room and run the same command again{_going_on(self.latest())}"
-            )
+        disk.check_room(self.directory, needed, "a checkpoint", _resuming(self.latest()))
 
     def __enter__(self) -> Self:
         """Self."""
@@ -177,10 +172,10 @@ class Checkpoints:
             self._manager.close()
 
 
-def restore_state(directory: str | os.PathLike[str], abstract_state: TrainState, step: int) -> TrainState:
+def restore_state(directory: PathLike, abstract_state: TrainState, step: int) -> TrainState:
     """The state alone of the checkpoint of `step` of a run: as `Checkpoints.restore`, with the same errors."""
     quiet_orbax()
-    checkpoints = pathlib.Path(directory).absolute() / CHECKPOINTS
+    checkpoints = resolve(directory) / CHECKPOINTS
     check_version(checkpoints.parent)
     wanted = _fields(abstract_state)
     starts_ema = "ema" in wanted and not stored_fields(checkpoints, step).get("ema")
@@ -199,40 +194,40 @@ def restore_state(directory: str | os.PathLike[str], abstract_state: TrainState,
     return dataclasses.replace(abstract_state, **restored)
 
 
-def data_place(directory: str | os.PathLike[str], step: int) -> dict[str, Any]:
+def data_place(directory: PathLike, step: int) -> dict[str, Any]:
     """The state of the data iterator in a run's checkpoint: what this process saved, or what all did.
 
     Raises UserError if it is damaged, or was saved by another number of processes, and not all at the same place.
     """
-    checkpoints = pathlib.Path(directory).absolute() / CHECKPOINTS
+    checkpoints = resolve(directory) / CHECKPOINTS
     with damage_explained(checkpoints, step):
-        files = {path.name: path.read_text() for path in (checkpoints / str(step) / "data").glob("process_*-of-*.json")}
-        if not files:
+        saved = {
+            path.name: path.read_text() for path in children(checkpoints / str(step) / "data", "process_*-of-*.json")
+        }
+        if not saved:
             raise ValueError("it does not say which batch comes next")
         own = f"process_{jax.process_index()}-of-{jax.process_count()}.json"
-        if own not in files and len(set(files.values())) > 1:
+        if own not in saved and len(set(saved.values())) > 1:
             raise UserError(
-                f"{checkpoints / str(step)} was saved by {len(files)} processes, each at its own place in the data; "
+                f"{checkpoints / str(step)} was saved by {len(saved)} processes, each at its own place in the data; "
                 f"there are {jax.process_count()} now: resume with as many"
             )
-        return json.loads(files.get(own, next(iter(files.values()))))
+        return json.loads(saved.get(own, next(iter(saved.values()))))
 
 
 def save_tree(directory: pathlib.Path, state: TrainState) -> None:
     """Writes a state alone to a directory of its own, as `read_tree` reads it. Returns when it is complete."""
-    quiet_orbax()
-    with room_explained("state", directory.parent), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        checkpointer.save(directory.absolute(), args=ocp.args.StandardSave(_fields(state)), force=True)
+    with explained("state", directory.parent), checkpointer(ocp.StandardCheckpointHandler()) as saver:
+        saver.save(directory, args=ocp.args.StandardSave(_fields(state)), force=True)
 
 
 def read_tree(directory: pathlib.Path, abstract_state: TrainState) -> TrainState:
     """Reads what `save_tree` wrote. Raises UserError if it is damaged."""
-    quiet_orbax()
     with damage_explained(directory.parent, directory.name):
-        return dataclasses.replace(abstract_state, **read_fields(directory.absolute(), _fields(abstract_state)))
+        return dataclasses.replace(abstract_state, **read_fields(directory, _fields(abstract_state)))
 
 
-def check_resume(workdir: str | os.PathLike[str], resume: bool | None) -> None:
+def check_resume(workdir: PathLike, resume: bool | None) -> None:
     """Refuses to resume, or to start anew, where that cannot be intended.
 
     Args:
@@ -243,7 +238,7 @@ def check_resume(workdir: str | os.PathLike[str], resume: bool | None) -> None:
     Raises:
       UserError: says what to do instead.
     """
-    root = pathlib.Path(workdir)
+    root = resolve(workdir)
     steps = checkpoint_steps(root)
     if resume is False and steps:
         raise UserError(
@@ -283,5 +278,5 @@ def _fields(state: TrainState) -> dict[str, Any]:
     return {name: value for name, value in vars(state).items() if value is not None}
 
 
-def _going_on(step: int | None) -> str:
+def _resuming(step: int | None) -> str:
     return "" if step is None else f"; it resumes from step {step}"

@@ -19,7 +19,6 @@ Lines are written as often as the log, and what a process did between two lines 
 
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import time
@@ -29,7 +28,8 @@ from typing import Any
 import jax
 
 from varedit_jax.errors import UserError
-from varedit_jax.training.run_config import writing
+from varedit_jax.storage.jsonl import LineWriter, read_lines
+from varedit_jax.storage.paths import PathLike, resolve
 
 GOODPUT_FILE = "goodput.jsonl"
 
@@ -95,7 +95,7 @@ class Goodput:
 
     def __init__(
         self,
-        workdir: str | os.PathLike[str],
+        workdir: PathLike,
         clock: Stopwatch,
         first_step: int,
         *,
@@ -113,9 +113,10 @@ class Goodput:
         """
         self._writes = jax.process_index() == 0
         self._clock, self._first_step, self._now = clock, first_step, now
+        self._closed = False
         if not self._writes:
             return
-        path = pathlib.Path(workdir) / GOODPUT_FILE
+        path = resolve(workdir) / GOODPUT_FILE
         earlier = read_goodput(workdir)
         start = process_start() if start is None else start
         # A process can resume a run twice; its second time begins where the first ended.
@@ -123,13 +124,7 @@ class Goodput:
         self._process = f"{os.getpid()}-{now():.6f}"
         self._before = _totals(earlier, first_step, self._start)
         self._startup = max(now() - self._start - sum(clock.seconds.values()), 0.0)
-        self._directory = path.parent
-        with writing(self._directory):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-            self._file = path.open("ab", buffering=0)  # what is written is safe from a kill
-            if torn:
-                self._file.write(b"\n")
+        self._lines = LineWriter(path)
         self._step = first_step
         self.record(first_step)
 
@@ -154,14 +149,14 @@ class Goodput:
             step=step,
             seconds={kind: round(value, 3) for kind, value in seconds.items()},
         )
-        with writing(self._directory):
-            self._file.write(json.dumps(dataclasses.asdict(moment)).encode() + b"\n")
+        self._lines.append(dataclasses.asdict(moment))
         return _shares({kind: self._before[kind] + seconds[kind] for kind in KINDS})
 
     def close(self) -> None:
         """Writes the last line: to be called when all is saved."""
-        if self._writes and not self._file.closed:
-            with contextlib.closing(self._file), contextlib.suppress(UserError):  # that has been said before
+        if self._writes and not self._closed:
+            self._closed = True
+            with contextlib.closing(self._lines), contextlib.suppress(UserError):  # that has been said before
                 self.record(self._step)
 
     def __enter__(self) -> "Goodput":
@@ -171,24 +166,21 @@ class Goodput:
         self.close()
 
 
-def read_goodput(workdir: str | os.PathLike[str]) -> list[Moment]:
+def read_goodput(workdir: PathLike) -> list[Moment]:
     """The lines of a run's goodput.jsonl in order; a line that was cut short by a kill is left out."""
-    path = pathlib.Path(workdir) / GOODPUT_FILE
     moments = []
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        try:
-            moments.append(Moment(**json.loads(line)))
-        except (ValueError, TypeError):  # cut short, or by chance still JSON
-            continue
+    for line in read_lines(resolve(workdir) / GOODPUT_FILE):
+        with contextlib.suppress(TypeError):  # cut short, and by chance still JSON
+            moments.append(Moment(**line))
     return moments
 
 
-def run_seconds(workdir: str | os.PathLike[str]) -> Seconds:
+def run_seconds(workdir: PathLike) -> Seconds:
     """Seconds of a whole run by kind, up to its last line; together the time since its first process started."""
     return _totals(read_goodput(workdir), None, None)
 
 
-def run_shares(workdir: str | os.PathLike[str]) -> Seconds:
+def run_shares(workdir: PathLike) -> Seconds:
     """The same as shares, summing to 1; `productive` is the goodput. All 0 for a run without lines."""
     return _shares(run_seconds(workdir))
 

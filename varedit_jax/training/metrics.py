@@ -3,12 +3,11 @@
 import collections
 import contextlib
 import dataclasses
-import json
 import math
-import os
 import pathlib
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
@@ -21,9 +20,12 @@ from tensorboardX import SummaryWriter
 
 from varedit_jax import hardware
 from varedit_jax.parallel.processes import say
+from varedit_jax.storage.disk import explained
+from varedit_jax.storage.files import copy, make_directory, replacing
+from varedit_jax.storage.jsonl import LineWriter, keep_lines, read_lines
+from varedit_jax.storage.paths import PathLike, children, is_remote, resolve
 from varedit_jax.training.flops import Flops
 from varedit_jax.training.goodput import Goodput, Stopwatch
-from varedit_jax.training.run_config import writing
 from varedit_jax.types import Metrics
 
 METRICS_FILE = "metrics.jsonl"
@@ -36,9 +38,7 @@ class MetricsWriter:
     Only the first process writes; the others' calls do nothing.
     """
 
-    def __init__(
-        self, workdir: str | os.PathLike[str], *, first_step: int, steps: int, screen: TextIO | None = None
-    ) -> None:
+    def __init__(self, workdir: PathLike, *, first_step: int, steps: int, screen: TextIO | None = None) -> None:
         """Opens the metrics of a run that resumes at `first_step` (0 for a new one) towards `steps`.
 
         Drops what an earlier process logged for `first_step` and later, for it comes again.
@@ -50,18 +50,18 @@ class MetricsWriter:
         self._bar: tqdm.tqdm | None = None
         if not self._writes:
             return
-        self._directory = pathlib.Path(workdir)
-        with writing(self._directory):
-            self._directory.mkdir(parents=True, exist_ok=True)
-            _drop_from(self._directory / METRICS_FILE, first_step)
-            # Unbuffered: nothing written is lost, whatever ends the process, and a full disk is noticed at once.
-            self._lines = (self._directory / METRICS_FILE).open("ab", buffering=0)
-            self._board = SummaryWriter(
-                str(self._directory),
-                purge_step=first_step or None,  # hides what an earlier process wrote from this step on
-                filename_suffix=f".{first_step}",
-                flush_secs=30,
-            )
+        self._directory = resolve(workdir)
+        path = self._directory / METRICS_FILE
+        keep_lines(path, lambda line: line["step"] < first_step)
+        self._lines = LineWriter(path)
+        # TensorBoard's file grows by bytes: for an object store it lies on this machine, and is copied as it flushes.
+        self._local = tempfile.TemporaryDirectory() if is_remote(path) else None
+        self._board = SummaryWriter(
+            self._local.name if self._local else str(self._directory),
+            purge_step=first_step or None,  # hides what an earlier process wrote from this step on
+            filename_suffix=f".{first_step}",
+            flush_secs=30,
+        )
         if self._screen.isatty():
             self._bar = tqdm.tqdm(
                 total=steps,
@@ -77,8 +77,7 @@ class MetricsWriter:
             return
         values = dict(flat_metrics(metrics))
         line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in values.items()}
-        with writing(self._directory):
-            self._lines.write(json.dumps(line).encode() + b"\n")
+        self._lines.append(line)
         for name, value in values.items():
             if math.isfinite(value):  # the library warns of others on the screen
                 self._board.add_scalar(name, value, step)
@@ -90,9 +89,10 @@ class MetricsWriter:
         for name, image in images.items():
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
                 raise ValueError(f"image {name!r} is {image.dtype}{list(image.shape)}, not uint8[y, x, 3]")
-            with writing(self._directory):
-                (self._directory / SAMPLES).mkdir(exist_ok=True)
-                PIL.Image.fromarray(image).save(self._directory / SAMPLES / f"{name}_{step:07d}.png")
+            make_directory(self._directory / SAMPLES)
+            path = self._directory / SAMPLES / f"{name}_{step:07d}.png"
+            with explained("samples", path.parent), replacing(path) as file:
+                PIL.Image.fromarray(image).save(file, "PNG")
             self._board.add_image(name, image, step, dataformats="HWC")
 
     def progress(
@@ -127,15 +127,27 @@ class MetricsWriter:
         else:
             say(sentence, self._screen)
 
+    def flush(self) -> None:
+        """Makes what was written so far safe from a kill, in an object store too."""
+        if self._writes:
+            self._lines.flush()
+            self._board.flush()
+            if self._local:
+                for path in children(pathlib.Path(self._local.name)):
+                    copy(path, self._directory / path.name)
+
     def close(self) -> None:
-        """Writes out what is pending."""
+        """Writes what is pending."""
         if not self._writes:
             return
         if self._bar is not None:
             self._bar.close()
-        self._lines.close()
         with contextlib.suppress(OSError):  # of what a full disk did not take, which has been said
             self._board.close()
+        self.flush()
+        self._lines.close()
+        if self._local:
+            self._local.cleanup()
 
 
 def flat_metrics(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -151,18 +163,9 @@ def flat_metrics(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             raise ValueError(f"metric {name!r} has shape {list(array.shape)}; metrics are scalars or vectors [K]")
 
 
-def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, in order; a last line that was cut short is left out."""
-    path = pathlib.Path(workdir) / METRICS_FILE
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:  # the process was killed while writing it
-            continue
-    return lines
+def read_metrics(workdir: PathLike) -> list[dict[str, Any]]:
+    """Returns the lines of a run's metrics.jsonl, in order; a last line that was cut short is left out."""
+    return [line for line in read_lines(resolve(workdir) / METRICS_FILE) if "step" in line]
 
 
 def duration(seconds: float) -> str:
@@ -173,16 +176,6 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _drop_from(path: pathlib.Path, first_step: int) -> None:
-    """Removes the lines of `first_step` and later."""
-    if not path.exists():
-        return
-    kept = [line for line in read_metrics(path.parent) if line["step"] < first_step]
-    draft = path.with_suffix(".draft")
-    draft.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    draft.replace(path)
 
 
 RECENT_STEPS = 50  # whose median says how long the rest takes

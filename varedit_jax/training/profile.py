@@ -1,13 +1,15 @@
 """A profile of a few steps on demand, for TensorBoard, XProf or Perfetto."""
 
-import os
 import pathlib
 import re
+import tempfile
 from typing import Any
 
 import jax
 
 from varedit_jax.errors import UserError
+from varedit_jax.storage.files import make_directory, upload
+from varedit_jax.storage.paths import PathLike, is_remote, resolve
 
 PROFILE = "profile"
 
@@ -18,9 +20,10 @@ class Profiler:
     Regions named by `jax.named_scope` are part of the names of operations in it.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], first: int, last: int) -> None:
+    def __init__(self, workdir: PathLike, first: int, last: int) -> None:
         """Nothing happens before `step`. An empty range is never traced."""
-        self._directory = pathlib.Path(workdir) / PROFILE
+        self._directory = resolve(workdir) / PROFILE
+        self._local: tempfile.TemporaryDirectory[str] | None = None
         self._first, self._last = first, last
         self._waits = jax.process_index() == 0 and first < last
         self._tracing = False
@@ -38,11 +41,10 @@ class Profiler:
         """
         if self._waits and self._first <= step < self._last:
             self._waits = False
-            try:
-                self._directory.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"no profile can be written in {self._directory}: {error.strerror}") from error
-            jax.profiler.start_trace(self._directory)
+            make_directory(self._directory)
+            if is_remote(self._directory):  # the profiler writes to local disks alone
+                self._local = tempfile.TemporaryDirectory()
+            jax.profiler.start_trace(self._local.name if self._local else self._directory)
             self._tracing = True
         if self._tracing and step >= self._last:
             self.close(state)
@@ -59,6 +61,9 @@ class Profiler:
         jax.block_until_ready(state)
         self._end_step()
         jax.profiler.stop_trace()
+        if self._local:
+            upload(pathlib.Path(self._local.name), self._directory)
+            self._local.cleanup()
 
     def _end_step(self) -> None:
         if self._annotation is not None:

@@ -8,8 +8,6 @@
 """
 
 import json
-import os
-import pathlib
 import zipfile
 from collections.abc import Callable
 from typing import Any
@@ -20,8 +18,10 @@ import numpy as np
 
 from varedit_jax.errors import UserError
 from varedit_jax.parallel.processes import say
+from varedit_jax.storage.disk import explained
+from varedit_jax.storage.files import make_directory, replacing, write_json
+from varedit_jax.storage.paths import PathLike, child_names, resolve
 from varedit_jax.training import checkpoint
-from varedit_jax.training.run_config import make_directory, room_explained
 from varedit_jax.training.state import TrainState
 from varedit_jax.weights import run_directory
 
@@ -34,10 +34,10 @@ Batch = dict[str, np.ndarray]
 class Inputs:
     """Keeps the last two batches, for a step is known to be bad when the next one has been dispatched already."""
 
-    def __init__(self, workdir: str | os.PathLike[str]) -> None:
+    def __init__(self, workdir: PathLike) -> None:
         """Dumps go to `workdir`/replay, which is created when there is one."""
-        self._directory = pathlib.Path(workdir).absolute() / REPLAY
-        self._dumped = len(list(self._directory.glob("step_*")))  # by earlier processes too
+        self._directory = resolve(workdir) / REPLAY
+        self._dumped = len(child_names(self._directory, "step_*"))  # by earlier processes too
         self._batches: dict[int, Batch] = {}
 
     def keep(self, step: int, batch: Batch) -> None:
@@ -56,30 +56,27 @@ class Inputs:
         directory = self._directory / f"step_{step}"
         make_directory(directory)
         process = f"{jax.process_index()}-of-{jax.process_count()}"
-        with room_explained("inputs of a step", directory):
-            path = directory / f"inputs_process_{process}.npz"
-            draft = path.with_suffix(".draft")
-            with draft.open("wb") as file:
+        with explained("inputs of a step", directory):
+            with replacing(directory / f"inputs_process_{process}.npz") as file:
                 np.savez(file, allow_pickle=False, **self._batches[step])
-            draft.replace(path)
             if jax.process_index() == 0:
-                (directory / "step.json").write_text(json.dumps({"step": step, "reason": reason}) + "\n")
+                write_json(directory / "step.json", {"step": step, "reason": reason}, indent=None)
         if state is not None:
             checkpoint.save_tree(directory / "state", state)
 
 
-def read_inputs(directory: str | os.PathLike[str], ids_field: str = "") -> tuple[int, Batch, np.ndarray | None]:
+def read_inputs(directory: PathLike, ids_field: str = "") -> tuple[int, Batch, np.ndarray | None]:
     """The number of the step dumped in `directory`, its batch without `ids_field`, and that;
     of this process.
 
     Raises UserError if it is no such directory, or was written by another number of processes.
     """
-    root = pathlib.Path(directory)
+    root = resolve(directory)
     try:
         step = int(json.loads((root / "step.json").read_text())["step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{directory} holds no inputs of a step; give a directory as RUN/{REPLAY}/step_12") from error
-    files = sorted(path.name for path in root.glob("inputs_process_*.npz"))
+    files = child_names(root, "inputs_process_*.npz")
     own = f"inputs_process_{jax.process_index()}-of-{jax.process_count()}.npz"
     if own not in files:
         raise UserError(
@@ -97,7 +94,7 @@ def read_inputs(directory: str | os.PathLike[str], ids_field: str = "") -> tuple
 
 
 def replay(
-    directory: str | os.PathLike[str],
+    directory: PathLike,
     *,
     key: jax.Array,
     abstract_state: TrainState,
@@ -123,7 +120,7 @@ def replay(
       UserError: no such directory, or no checkpoint to do the step from.
     """
     step, batch, ids = read_inputs(directory, ids_field)
-    root = pathlib.Path(directory).absolute()
+    root = resolve(directory)
     if (root / "state").is_dir():
         state = checkpoint.read_tree(root / "state", abstract_state)
         say(f"replaying step {step} from the state before it")

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -15,10 +14,12 @@ from jax.experimental import multihost_utils
 from varedit_jax.config import Cadence, GuardConfig
 from varedit_jax.errors import UserError
 from varedit_jax.parallel.processes import say
+from varedit_jax.storage.lock import Lock
+from varedit_jax.storage.orbax import check_directory
+from varedit_jax.storage.paths import PathLike, resolve
 from varedit_jax.training import checkpoint, run_config
 from varedit_jax.training.goodput import Goodput, Stopwatch
 from varedit_jax.training.guard import Guard, was_skipped
-from varedit_jax.training.lock import Lock
 from varedit_jax.training.metrics import MetricsWriter, StepReport, Work, read_metrics
 from varedit_jax.training.profile import Profiler
 from varedit_jax.training.replay import Inputs
@@ -57,7 +58,7 @@ class Job:
 class Launch:
     """The part of a run that a process's flags decide."""
 
-    workdir: str | os.PathLike[str]  # directory of the run, which all processes see
+    workdir: PathLike  # directory of the run, which all processes see
     stop_after: int | None = None  # end, after saving, when this process has made so many steps
     resume: bool | None = None  # True: only resume; False: only start anew; None: whichever is possible
     profile_steps: tuple[int, int] = (0, 0)  # steps [first, last) that are traced into `workdir`/profile
@@ -124,8 +125,9 @@ class Trainer:
 
     def _open(self, stack: contextlib.ExitStack) -> None:
         """Takes the work directory, if it may hold this run, and starts watching for signals and hangs."""
-        job, workdir = self.job, self.launch.workdir
-        stack.enter_context(Lock(workdir))
+        job, workdir = self.job, resolve(self.launch.workdir)
+        check_directory(workdir)
+        stack.enter_context(Lock(workdir, held=jax.process_index() == 0))
         run_config.check_config(workdir, job.record)
         checkpoint.check_resume(workdir, self.launch.resume)
         self._watchdog = stack.enter_context(Watchdog(job.guard.hang_minutes, workdir))
@@ -207,6 +209,7 @@ class Trainer:
         """Saves state and iterator; `evaluated` is False where this step's evaluation or sample is still to be made."""
         self._report.finish()  # so that a run with broken numbers ends before it is saved
         with self._phase("save"):
+            self._writer.flush()
             self._checkpoints.save(self.step, self.state, self.job.batches, evaluated=evaluated)
         self._timer.saved()
 

@@ -5,9 +5,12 @@ import faulthandler
 import os
 import pathlib
 import sys
+import tempfile
 import threading
 import time
 from typing import Self, TextIO
+
+from varedit_jax.storage.paths import PathLike, is_remote, resolve
 
 EXIT_CODE = 75  # of a process that the watchdog ended: EX_TEMPFAIL, "try again": the same command resumes
 _CHECKS = 20  # looks at the clock in the time it allows
@@ -26,10 +29,13 @@ class Watchdog:
     and with code 1.
     """
 
-    def __init__(self, minutes: float, workdir: str | os.PathLike[str]) -> None:
+    def __init__(self, minutes: float, workdir: PathLike) -> None:
         """Does nothing where `minutes` is 0. Stacks go to `workdir`/hang_PID.txt and to standard error."""
         self._seconds = minutes * 60
-        self._path = pathlib.Path(workdir) / f"hang_{os.getpid()}.txt"
+        directory = resolve(workdir)
+        # A network may be what hangs: for an object store the file is on this machine.
+        directory = pathlib.Path(tempfile.gettempdir()) if is_remote(directory) else directory
+        self._path = directory / f"hang_{os.getpid()}.txt"
         self._last = time.monotonic()
         self._phase = "starting"
         self._ended = threading.Event()

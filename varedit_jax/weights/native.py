@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from varedit_jax.errors import UserError
+from varedit_jax.storage.orbax import quiet_orbax
 from varedit_jax.types import Params
 from varedit_jax.weights import manifest, run_directory
 from varedit_jax.weights.names import flat, tree
@@ -164,7 +165,7 @@ class OrbaxPart:
     def begin(self) -> None:
         """Creates the checkpoint with empty arrays, unless it is there from an earlier attempt."""
         if not self.directory.exists():
-            run_directory.quiet_orbax()
+            quiet_orbax()
             draft = self.directory.with_name(f".{self.directory.name}.draft")
             # Orbax writes what describes the tree, with one number for each array; the arrays then take their place.
             numbers = tree({path: np.zeros((), leaf.dtype) for path, leaf in self._leaves.items()})

@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import logging
-import os
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
@@ -14,6 +12,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from varedit_jax.errors import UserError
+from varedit_jax.storage.disk import is_machine_error, reason
+from varedit_jax.storage.files import listing
+from varedit_jax.storage.orbax import checkpointer
+from varedit_jax.storage.paths import PathLike, child_names, is_remote, resolve
 
 CONFIG_FILE = "config.json"
 
@@ -21,10 +23,10 @@ CONFIG_FILE = "config.json"
 FORMAT_VERSION = 1  # of a run's directory, in its config.json; older directories say nothing of it
 
 
-def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
+def read_config(directory: PathLike) -> dict[str, Any]:
     """The configuration in the config.json of a run's directory. Raises UserError if there is none, it is
     broken, or a newer version wrote it."""
-    path = pathlib.Path(directory) / CONFIG_FILE
+    path = resolve(directory) / CONFIG_FILE
     try:
         values = json.loads(path.read_text())
     except FileNotFoundError as error:
@@ -45,9 +47,7 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
 CHECKPOINTS = "checkpoints"
 
 
-def restore_params(
-    directory: str | os.PathLike[str], abstract_params: Any, step: int | None = None, *, ema: bool = False
-) -> Any:
+def restore_params(directory: PathLike, abstract_params: Any, step: int | None = None, *, ema: bool = False) -> Any:
     """The parameters alone of a run's checkpoint; nothing of the optimizer is read.
 
     Args:
@@ -60,8 +60,7 @@ def restore_params(
       UserError: no such directory, no checkpoint in it, no such step, another model's parameters, no average, a newer
         version's checkpoint, or damaged files.
     """
-    quiet_orbax()
-    root = pathlib.Path(directory).absolute()
+    root = resolve(directory)
     if not root.is_dir():
         raise UserError(f"there is no directory {directory}")
     steps = checkpoint_steps(root)
@@ -85,10 +84,13 @@ def restore_params(
     return read_checkpoint(checkpoints, step, {field: abstract_params})[field]
 
 
-def checkpoint_steps(directory: str | os.PathLike[str]) -> list[int]:
+def checkpoint_steps(directory: PathLike) -> list[int]:
     """Steps of the complete checkpoints of the run in `directory`, ascending; empty if there are none."""
-    found = pathlib.Path(directory).glob(f"{CHECKPOINTS}/*/state/_METADATA")
-    return sorted(int(path.parts[-3]) for path in found if path.parts[-3].isdecimal())
+    checkpoints = resolve(directory) / CHECKPOINTS
+    # In an object store, where nothing is renamed, Orbax marks what is complete.
+    last = "commit_success.txt" if is_remote(checkpoints) else "state/_METADATA"
+    names = [name for name in child_names(checkpoints) if name.isdecimal()]
+    return sorted(int(name) for name in names if (checkpoints / name / last).exists())
 
 
 def placed(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -114,8 +116,8 @@ def check_version(root: pathlib.Path) -> None:
 
 def stored_fields(checkpoints: pathlib.Path, step: int) -> dict[str, Any]:
     """What a checkpoint holds: trees of what is known of each array, by field of TrainState."""
-    with damage_explained(checkpoints, step), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        metadata = checkpointer.metadata(checkpoints / str(step) / "state").item_metadata
+    with damage_explained(checkpoints, step), checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        metadata = reader.metadata(checkpoints / str(step) / "state").item_metadata
         if metadata is None:
             raise ValueError("it does not say what it holds")
         return dict(metadata.tree)
@@ -149,8 +151,8 @@ def read_checkpoint(checkpoints: pathlib.Path, step: int, fields: Mapping[str, A
 def read_fields(directory: pathlib.Path, fields: Mapping[str, Any]) -> dict[str, Any]:
     """These fields (abstract trees) of the state that lies in `directory`, and nothing else of it."""
     item = jax.tree.map(placed, dict(fields))
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        restored = checkpointer.restore(
+    with checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        restored = reader.restore(
             directory,
             args=ocp.args.PyTreeRestore(
                 item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
@@ -163,14 +165,6 @@ def _shape_text(found: tuple[tuple[int, ...], np.dtype] | None) -> str:
     return "absent" if found is None else f"{found[1]}{list(found[0])}"
 
 
-def listing(directory: pathlib.Path) -> str:
-    """What a directory holds, in a few words."""
-    names = sorted(path.name for path in directory.iterdir())
-    if not names:
-        return "nothing"
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
 @contextlib.contextmanager
 def damage_explained(checkpoints: pathlib.Path, step: int | str) -> Iterator[None]:
     """Turns a failure to read a complete checkpoint into a UserError that says how to get past it."""
@@ -181,20 +175,13 @@ def damage_explained(checkpoints: pathlib.Path, step: int | str) -> Iterator[Non
         damage = isinstance(error, (OSError, ValueError, KeyError, TypeError)) or type(error) is Exception
         if not damage or isinstance(error, UserError):
             raise
-        reason = re.split(r"\n|\. See full | \[tensorstore_spec", str(error).strip())[0]
+        if is_machine_error(error):
+            raise UserError(
+                f"cannot read {checkpoints / str(step)}: {reason(error)}; run the same command again"
+            ) from error
+        words = re.split(r"\n|\. See full | \[tensorstore_spec", str(error).strip())[0]
         raise UserError(
-            f"{checkpoints / str(step)} cannot be read ({reason}); if its files are damaged, delete that "
+            f"{checkpoints / str(step)} cannot be read ({words}); if its files are damaged, delete that "
             f"directory to go "
             f"on from the checkpoint before it"
         ) from error
-
-
-def quiet_orbax() -> None:
-    """Keeps Orbax's log lines off the screen: what it has to say to the user reaches him as an error."""
-    logger = logging.getLogger("absl")
-    if _not_from_orbax not in logger.filters:
-        logger.addFilter(_not_from_orbax)
-
-
-def _not_from_orbax(record: logging.LogRecord) -> bool:
-    return f"{os.sep}orbax{os.sep}" not in record.pathname

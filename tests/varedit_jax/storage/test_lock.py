@@ -1,5 +1,6 @@
 """One writer per directory, on every kind of storage."""
 
+import errno
 import json
 import os
 import pathlib
@@ -83,6 +84,37 @@ def test_a_lost_lease_ends_the_holder(gs_bucket: str, monkeypatch: pytest.Monkey
             time.sleep(0.05)
     assert killed == [(os.getpid(), 15)]
     assert json.loads((directory / "lock").read_text())["id"] == "other"
+
+
+def test_a_holder_that_does_not_say_who_it_is(tmp_path: pathlib.Path) -> None:
+    with Lock(tmp_path):
+        (tmp_path / "lock").write_text("")
+        with pytest.raises(UserError, match="is in use by another run; wait"):
+            Lock(tmp_path).__enter__()
+
+
+def test_a_file_system_without_locks(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with Lock(tmp_path), Lock(tmp_path):
+        pass
+
+
+def test_a_lease_that_cannot_be_renewed_ends_the_holder(gs_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut off from the store for as long as a lease lasts, it may have been taken over."""
+    killed: list[tuple[int, int]] = []
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(lock, "EXPIRY_SECONDS", 0.5)
+    monkeypatch.setattr(os, "kill", lambda *arguments: killed.append(arguments))
+    directory = lock.resolve(gs_bucket + "/run")
+    with Lock(directory):
+        monkeypatch.setattr(lock, "write_json", lambda *_, **__: 1 / 0)
+        deadline = time.monotonic() + 10
+        while not killed and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert killed == [(os.getpid(), 15)]
 
 
 def test_a_directory_that_cannot_be_locked(tmp_path: pathlib.Path) -> None:

@@ -72,7 +72,7 @@ def batches() -> grain.DatasetIterator:
 class Run:
     """A run that can be started again and again in one directory."""
 
-    workdir: pathlib.Path
+    workdir: pathlib.Path | str
     steps: int = 12
     step_fn: Callable = step_fn
     record: dict = dataclasses.field(default_factory=lambda: {"model": {"width": WIDTH}, "steps": 12})
@@ -107,7 +107,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(ours), jax.device_get(theirs))
 
 
-def without_times(workdir: pathlib.Path) -> list[dict[str, Any]]:
+def without_times(workdir: pathlib.Path | str) -> list[dict[str, Any]]:
     """Metrics that do not depend on the clock or the machine."""
     return [
         {name: value for name, value in line.items() if not name.startswith(("time/", "memory/"))}

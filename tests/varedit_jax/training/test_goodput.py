@@ -32,7 +32,7 @@ class Process:
         self.spend("restore", restore)
         self.time += startup
         self.goodput = Goodput(workdir, self.clock, first_step, start=start, now=lambda: self.time)
-        Process.files.append(self.goodput._file)
+        Process.files.append(self.goodput._lines)
 
     def spend(self, part, seconds):
         self.time += seconds
@@ -167,11 +167,13 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
 def test_a_full_disk_is_one_sentence(tmp_path):
     """The device that is always full stands for the disk."""
     process = Process(tmp_path, 0.0, 0)
-    process.goodput._file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
-    with pytest.raises(UserError, match=r"writing in .* failed: No space left on device"):
-        process.goodput.record(1)
-    process.goodput.close()
-    assert process.goodput._file.closed
+    process.goodput._lines.close()
+    with open("/dev/full", "wb", buffering=0) as full:
+        process.goodput._lines._file = full
+        with pytest.raises(UserError, match=r"writing the goodput.jsonl failed in .*: No space left on device"):
+            process.goodput.record(1)
+        process.goodput.close()
+        assert full.closed
 
 
 LOOP = """

@@ -120,15 +120,17 @@ def test_a_full_disk_is_one_sentence(tmp_path: pathlib.Path) -> None:
     """The device that is always full stands for the disk."""
     writer = MetricsWriter(tmp_path, first_step=0, steps=10)
     writer._lines.close()
-    with open("/dev/full", "wb", buffering=0) as writer._lines:
-        with pytest.raises(UserError, match=r"writing in .* failed: No space left on device; put that right and run"):
+    with open("/dev/full", "wb", buffering=0) as writer._lines._file:
+        with pytest.raises(
+            UserError, match=r"writing the metrics.jsonl failed in .*: No space left on device; .* room"
+        ):
             writer.scalars(0, {"loss": 1.0})
         writer.close()
 
 
 def test_a_directory_that_is_a_file(tmp_path: pathlib.Path) -> None:
     (tmp_path / "run").touch()
-    with pytest.raises(UserError, match=r"writing in .*/run failed: File exists"):
+    with pytest.raises(UserError, match=r"/run is a file, where a directory should be"):
         MetricsWriter(tmp_path / "run", first_step=0, steps=10)
 
 
