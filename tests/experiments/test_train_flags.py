@@ -52,7 +52,7 @@ def test_a_run_changes_its_mesh(alone: pathlib.Path) -> None:
     moved = alone / "moved"
     train(alone, f"--workdir={moved}", *MESH, "--stop_after=3", "--resume=no", XLA_FLAGS=FOUR)
     resumed = train(alone, f"--workdir={moved}", "--stop_after=1", "--resume=yes")
-    assert "going on from the checkpoint of step 3" in resumed.stderr
+    assert "resuming from the checkpoint of step 3" in resumed.stderr
     assert checkpoint_steps(moved)[-1] == checkpoint_steps(alone / "alone")[-1] == 4
     ours, whole = ([line["loss"] for line in read_metrics(run)] for run in (moved, alone / "alone"))
     assert len(ours) == len(whole) == 4
