@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import shutil
+import sqlite3
 from collections.abc import Iterator
 
 from varedit_jax.errors import UserError
@@ -17,6 +18,7 @@ _MACHINE = _FULL | {
     errno.EAGAIN, errno.EINTR, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENOTCONN,
     errno.ETIMEDOUT, errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE, errno.ENXIO, errno.ENODEV, errno.EBUSY,
 }  # fmt: skip
+_MACHINE_TYPES = (MemoryError, TimeoutError, ConnectionError, sqlite3.OperationalError)
 # Libraries that read over a network raise their own errors, whose modules begin so.
 _NETWORK_MODULES = (
     "aiohttp.",
@@ -33,16 +35,14 @@ _NETWORK_MODULES = (
 def error_number(error: BaseException) -> int | None:
     """Returns the system's error number inside of an error, or None.
 
-    Orbax and TensorStore report a failed write in their own words and of various types, with the number in the text.
+    Orbax, TensorStore and ArrayRecord raise types of their own, with the number or the system's words in the text.
     """
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     text = str(error)
     if found := re.search(r"os_error_code='(\d+)'", text):
         return int(found.group(1))
-    numbers = {errno.ENOSPC: "No space left on device", errno.EDQUOT: "Disk quota exceeded"}
-    numbers |= {errno.EMFILE: "Too many open files"}
-    return next((number for number, words in numbers.items() if words in text), None)
+    return next((number for number in _MACHINE if os.strerror(number) in text), None)
 
 
 def is_full(error: BaseException) -> bool:
@@ -58,7 +58,7 @@ def is_machine_error(error: BaseException | None) -> bool:
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        if isinstance(error, (MemoryError, TimeoutError, ConnectionError)) or error_number(error) in _MACHINE:
+        if isinstance(error, _MACHINE_TYPES) or error_number(error) in _MACHINE:
             return True
         if f"{type(error).__module__}.".startswith(_NETWORK_MODULES):
             return True

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, cast
 
+import fsspec
 from etils import epath
 
 from varedit_jax.errors import UserError
@@ -101,6 +102,11 @@ def children(directory: pathlib.Path, pattern: str = "*") -> list[pathlib.Path]:
 
 def files_below(directory: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields every file in a directory and its subdirectories, in the order of their paths."""
+    if is_remote(directory):  # in one listing, instead of a question per object
+        scheme, _, root = os.fspath(directory).partition("://")
+        names = sorted(fsspec.filesystem(scheme).find(root)) if directory.exists() else []
+        yield from (directory / name.removeprefix(f"{root}/") for name in names)
+        return
     for path in children(directory):
         if path.is_dir():
             yield from files_below(path)

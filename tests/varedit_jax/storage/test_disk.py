@@ -3,6 +3,7 @@
 import errno
 import os
 import pathlib
+import sqlite3
 
 import pytest
 
@@ -29,6 +30,8 @@ def wrapped(cause: BaseException) -> BaseException:
         MemoryError(),
         ValueError("Error reading: [os_error_code='24']"),
         RuntimeError("UNKNOWN: Too many open files; path"),
+        RuntimeError("open() failed: Input/output error; reading /x"),
+        sqlite3.OperationalError("disk I/O error"),
         wrapped(OSError(errno.EIO, "I/O error")),
     ],
 )
