@@ -25,9 +25,9 @@ from varedit_jax.config import PIXEL_BUDGETS, RopeLayout, preset
 from varedit_jax.conversion import convert
 from varedit_jax.conversion.infer_config import FAMILIES
 from varedit_jax.errors import UserError
+from varedit_jax.storage.disk import size_text
 from varedit_jax.weights.directory import PARTS, STORED_TYPES
 from varedit_jax.weights.export_source import open_source
-from varedit_jax.weights.manifest import size_text
 
 _TO = flags.DEFINE_enum("to", "jax", ["jax", "torch", "directory"], "what to write")
 _OUTPUT = command.DEFINE_path("output", "", "new directory")

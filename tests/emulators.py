@@ -3,6 +3,7 @@
 import contextlib
 import http.server
 import logging
+import threading
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,7 @@ class _Server(http.server.ThreadingHTTPServer):
     """Serves connections side by side: clients keep some open that others would wait for."""
 
     daemon_threads = True
+    request_queue_size = 128  # clients open dozens at once
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Passes over clients that leave before an answer is complete."""
@@ -26,15 +28,31 @@ def google() -> Iterator[dict[str, str]]:
     """Runs the emulator of Google's store; yields the environment of programs that use it."""
     from gcp_storage_emulator import server as emulator
 
+    handle, download, one_at_a_time = emulator.Router.handle, emulator.objects.download, threading.Lock()
+
+    def handle_alone(router: Any, method: str) -> None:
+        with one_at_a_time:  # the emulator loses uploads that come side by side
+            handle(router, method)
+
+    def download_with_generation(request: Any, response: Any, storage: Any, *rest: Any) -> None:
+        """Answers with the header that TensorStore reads again and writes on condition by."""
+        download(request, response, storage, *rest)
+        if response.status.value < 300:
+            place = request.params["bucket_name"], request.params["object_id"]
+            response["x-goog-generation"] = storage.get_file_obj(*place)["generation"]
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(emulator.server, "HTTPServer", _Server)
-        server = emulator.create_server("127.0.0.1", 0, in_memory=True)
-        server.start()
-    try:
-        host, port = server._api._httpd.server_address[:2]
-        yield dict.fromkeys(GS_VARIABLES, f"http://{host}:{port}")
-    finally:
-        server.stop()
+        patch.setattr(emulator.Router, "handle", handle_alone)
+        patch.setattr(emulator.objects, "download", download_with_generation)
+        with pytest.MonkeyPatch.context() as starting:
+            starting.setattr(emulator.server, "HTTPServer", _Server)
+            server = emulator.create_server("127.0.0.1", 0, in_memory=True)
+            server.start()
+        try:
+            host, port = server._api._httpd.server_address[:2]
+            yield dict.fromkeys(GS_VARIABLES, f"http://{host}:{port}")
+        finally:
+            server.stop()
 
 
 @contextlib.contextmanager
@@ -58,7 +76,7 @@ def amazon() -> Iterator[dict[str, str]]:
         server.stop()
 
 
-def _bucket(scheme: str) -> str:
+def create_bucket(scheme: str) -> str:
     """Creates a bucket of its own; returns its URL."""
     import fsspec
 
@@ -87,10 +105,10 @@ def s3_server() -> Iterator[None]:
 @pytest.fixture
 def gs_bucket(gs_server: None) -> str:
     """URL of an empty bucket on the emulator of Google's store."""
-    return _bucket("gs")
+    return create_bucket("gs")
 
 
 @pytest.fixture
 def s3_bucket(s3_server: None) -> str:
     """URL of an empty bucket on the emulator of Amazon's store."""
-    return _bucket("s3")
+    return create_bucket("s3")

@@ -1,5 +1,6 @@
 """Command lines: flags, one-line errors, exit codes."""
 
+import logging
 import re
 import sys
 from collections.abc import Callable
@@ -33,6 +34,8 @@ def run(main: Callable[[list[str]], Any], sentence: Callable[[str], str | None] 
         except KeyboardInterrupt:
             _fail("interrupted", _INTERRUPTED)
 
+    for library in ("fsspec", "gcsfs", "s3fs"):  # absl would print how they read and write
+        logging.getLogger(library).setLevel(logging.WARNING)
     app.run(guarded, flags_parser=lambda argv: _parse_flags(argv, sentence))
     raise AssertionError("app.run does not return")
 

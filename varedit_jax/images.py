@@ -98,7 +98,8 @@ def read_image(source: ImageSource, max_pixels: int = _DEFAULT.max_pixels) -> np
     if isinstance(source, (str, os.PathLike)):
         name = os.fspath(source)
         try:
-            file = resolve(source).open("rb")  # closed below, once the reasons for failing here are told
+            with read_explained(name):
+                file = resolve(source).open("rb")  # closed below, once the reasons for failing here are told
         except FileNotFoundError as error:
             raise UserError(f"there is no image {name}; check the path") from error
         except OSError as error:
@@ -133,6 +134,8 @@ def _seekable(file: BinaryIO, name: str) -> BinaryIO:
         file.seek(0)
         start: object = file.read(0)
     except (OSError, TypeError, ValueError) as error:  # ValueError: a closed file; TypeError: read() gave text
+        if is_machine_error(error):
+            raise
         raise UserError(f"cannot read {name}: {error}; give a file opened in binary mode") from error
     if not isinstance(start, bytes):
         raise UserError(f"{name} is opened as text; open it in binary mode, 'rb'")

@@ -43,7 +43,7 @@ def _make(path: pathlib.Path) -> int:
     """Writes random weights; returns their bytes."""
     mapped = convert.mapping_of(preset(_PRESET.value), ["transformer"])
     file = PthFile(path, [Planned(m.link.name, m.link.shape, m.dtype) for m in mapped])
-    file.begin()
+    file.create()
     draw = np.random.default_rng(0)
     checksums = {}
     for line in tqdm.tqdm(mapped, desc="weights", unit="tensor"):

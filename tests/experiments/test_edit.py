@@ -9,9 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.emulators import create_bucket, gs_server
 from varedit_jax.config import SamplingConfig, preset
+from varedit_jax.images import read_image
 from varedit_jax.parameters import abstract_params
+from varedit_jax.storage import files
+from varedit_jax.storage.paths import resolve
 from varedit_jax.weights.directory import PARTS, save_directory
+
+__all__ = ["gs_server"]
 
 pytestmark = pytest.mark.subprocess
 
@@ -23,12 +29,15 @@ EDITS = {
     "same seed": {"output": "same.png", "seed": "0"},
     "other seed": {"output": "other.jpg", "seed": "1"},
     "greedy": {"output": "greedy.webp", "greedy": "true"},
+    "parent": {"checkpoint": "none/../tiny", "image": "tiny/../in.png", "output": "tiny/../parent.png"},
 }
 
 MISTAKES = {
     "no image": ({"image": "none.png"}, "there is no image"),
     "not an image": ({"image": "text.png"}, "text.png is not an image of a known kind"),
     "kind of output": ({"output": "x.docx"}, "cannot tell the kind of image from the name"),
+    "scheme of output": ({"output": "hdfs://x.png"}, "'hdfs://x.png' has the scheme hdfs://"),
+    "name of output": ({"output": f"{'x' * 256}.png"}, "the path has a name of 260 bytes"),
     "directory of output": ({"output": "none/x.png"}, "does not exist; create it first"),
     "no instruction": ({"instruction": " "}, "the instruction ' ' is empty"),
     "flag left out": ({"instruction": None}, "--instruction is missing; see --help"),
@@ -43,7 +52,10 @@ MISTAKES = {
 
 def line(directory: pathlib.Path, changes: Mapping[str, str | None]) -> list[str]:
     values = USUAL | changes
-    paths = {name: directory / values[name] for name in ("checkpoint", "image", "output")}
+    paths = {
+        name: values[name] if "://" in values[name] else directory / values[name]
+        for name in ("checkpoint", "image", "output")
+    }
     return [f"--{name}={value}" for name, value in (values | paths).items() if value is not None]
 
 
@@ -64,8 +76,18 @@ def directory(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def answers(directory, run_program) -> dict[str, tuple[int, str, str]]:
+def bucket(directory, gs_server) -> str:
+    """The weights and the image."""
+    bucket = create_bucket("gs")
+    files.upload(directory / "tiny", resolve(f"{bucket}/tiny"))
+    files.copy(directory / "in.png", resolve(f"{bucket}/in.png"))
+    return bucket
+
+
+@pytest.fixture(scope="module")
+def answers(directory, bucket, run_program) -> dict[str, tuple[int, str, str]]:
     cases = EDITS | {name: changes for name, (changes, _) in MISTAKES.items()}
+    cases["bucket"] = {name: f"{bucket}/{USUAL[name]}" for name in ("checkpoint", "image", "output")}
     return run_program("edit", {name: line(directory, changes) for name, changes in cases.items()})
 
 
@@ -85,6 +107,13 @@ def test_seed_and_sampling_decide_the_result(answers, directory):
     np.testing.assert_array_equal(output(directory, "same seed"), plain)
     for name in ("other seed", "greedy"):  # beyond what JPEG and WebP change
         assert np.abs(output(directory, name) - plain).mean() > 10
+
+
+def test_weights_and_images_in_a_bucket(answers, directory, bucket):
+    """The same result as from this disk."""
+    assert answers["bucket"] == (0, f"{bucket}/x.png: 24 x 16 px\n", "")
+    np.testing.assert_array_equal(read_image(f"{bucket}/x.png"), output(directory, "plain"))
+    np.testing.assert_array_equal(output(directory, "parent"), output(directory, "plain"))
 
 
 @pytest.mark.parametrize("name", MISTAKES)

@@ -10,7 +10,6 @@ with the SHA-256 of every tensor, on both sides.
 
 import dataclasses
 import importlib.resources
-import os
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,9 +25,12 @@ from varedit_jax.conversion.model_card import model_card
 from varedit_jax.conversion.writer import Planned, PthFile, SafetensorsFile, TensorFile, safetensors_shards, shard_index
 from varedit_jax.errors import UserError
 from varedit_jax.parameters import abstract_params
+from varedit_jax.storage import files as storage_files
+from varedit_jax.storage.disk import is_machine_error
+from varedit_jax.storage.paths import PathLike, resolve, stamp
 from varedit_jax.weights import names, native
 from varedit_jax.weights.directory import CONFIG, STORED_TYPES, VOCABULARY, read_config
-from varedit_jax.weights.export_source import Source, stamp
+from varedit_jax.weights.export_source import Source
 from varedit_jax.weights.manifest import MANIFEST, check_finite, check_float, read_manifest, sha256
 from varedit_jax.weights.reader import WeightsFile, open_weights
 
@@ -165,7 +167,7 @@ def _stored_type(dtypes: set[np.dtype]) -> np.dtype:
     return np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
 
 
-def to_jax(request: Published, output: str | os.PathLike[str], quiet: bool = False) -> int:
+def to_jax(request: Published, output: PathLike, quiet: bool = False) -> int:
     """Converts published files to a directory of weights; returns its bytes.
 
     Every tensor keeps its type; a stack whose entries differ in type takes one that holds all of them exactly.
@@ -192,7 +194,7 @@ def to_jax(request: Published, output: str | os.PathLike[str], quiet: bool = Fal
         staging_parts.append((part, file, links, leaves))
         record["dialects"][part] = dataclasses.asdict(names.dialect_of(file))
     paths = [path for file in opened.files.values() for path in file.paths]
-    fingerprint = {"to": "jax", "files": stamp(paths), "request": dataclasses.asdict(request)}
+    fingerprint = {"to": "jax", "files": [stamp(path) for path in paths], "request": dataclasses.asdict(request)}
     if not quiet:
         print(opened)
     with stream.Job(output, fingerprint) as job:
@@ -201,9 +203,9 @@ def to_jax(request: Published, output: str | os.PathLike[str], quiet: bool = Fal
             writers.append(writer)
             tasks += [_import_task(part, file, link, leaves, writer) for link in links]
         size = sum(task.nbytes for task in tasks)
-        job.check_room(tasks, size)
+        job.begin(size, tasks, [writer.create for writer in writers])
         for writer in writers:
-            writer.begin()
+            writer.open()
         job.run(tasks, opened.release, quiet)
         _describe(job.staging, opened.config, SamplingConfig())
         record["sources"] = [str(path.name) for path in paths]
@@ -245,14 +247,14 @@ def _record(part: str, link: names.Link, tensor: np.ndarray) -> stream.Record:
 
 def _describe(directory: pathlib.Path, config: EditorConfig, sampling: SamplingConfig) -> None:
     """config.json and the vocabulary of a directory of weights."""
-    stream.write_json(directory / CONFIG, {"model": to_dict(config), "sampling": to_dict(sampling)})
+    storage_files.write_json(directory / CONFIG, {"model": to_dict(config), "sampling": to_dict(sampling)}, indent=1)
     text = importlib.resources.files(varedit_jax).joinpath("text", VOCABULARY).read_bytes()
-    (directory / VOCABULARY).write_bytes(text)
+    storage_files.write_bytes(directory / VOCABULARY, text)
 
 
 def to_torch(
     source: Source,
-    output: str | os.PathLike[str],
+    output: PathLike,
     file_format: str = "pth",
     shard_bytes: int = 5 * 10**9,
     dtype: str = "",
@@ -277,7 +279,7 @@ def to_torch(
     """
     fingerprint = {
         "to": "torch",
-        "source": [str(source.directory.absolute()), *source.stamp()],
+        "source": [str(source.directory), *source.stamp()],
         "options": [list(source.parts), file_format, shard_bytes, dtype, chunks],
     }
     mapping = mapping_from(source, dtype, chunks)
@@ -301,18 +303,17 @@ def to_torch(
                 for link, tensor in zip(links, planned, strict=True)
             ]
         size = sum(file.size for _, group in files for file in group)
-        job.check_room(tasks, size)
-        for _, group in files:
-            for file in group:
-                file.begin()
+        job.begin(size, tasks, [file.create for _, group in files for file in group])
         job.run(tasks, lambda: None, quiet)
         for part, group in files:
             for file in group:
                 file.finish({tensor.name: job.done[f"{part}/{tensor.name}"]["crc32"] for tensor in file.tensors})
             if len(group) > 1:
-                stream.write_json(group[0].path.parent / "model.safetensors.index.json", shard_index(group))
+                index = group[0].path.with_name("model.safetensors.index.json")
+                storage_files.write_json(index, shard_index(group), indent=1)
             if part == "text":
-                stream.write_json(group[0].path.parent / CONFIG, infer_config.hugging_face_config(source.config.text))
+                described = infer_config.hugging_face_config(source.config.text)
+                storage_files.write_json(group[0].path.with_name(CONFIG), described, indent=1)
         job.finish({"form": "torch", "tensors": [job.done[task.key] for task in tasks]})
     return size
 
@@ -391,16 +392,14 @@ def _rounded(tensor: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     return rounded
 
 
-def to_directory(
-    source: Source, output: str | os.PathLike[str], dtype: str = "", license: str = "", quiet: bool = False
-) -> int:
+def to_directory(source: Source, output: PathLike, dtype: str = "", license: str = "", quiet: bool = False) -> int:
     """Writes parts as safetensors with our own names, config.json, vocabulary and a model card; returns their bytes.
 
     `dtype` as in `to_torch`; `license` goes into the model card. Raises UserError as `to_torch` does.
     """
     fingerprint = {
         "to": "directory",
-        "source": [str(source.directory.absolute()), *source.stamp()],
+        "source": [str(source.directory), *source.stamp()],
         "options": [list(source.parts), dtype, license],
     }
     with stream.Job(output, fingerprint) as job:
@@ -417,16 +416,13 @@ def to_directory(
                 for index in (range(tensor.shape[0]) if native.is_stack(tensor.name) else (None,))
             ]
         size = sum(file.size for file in files)
-        job.check_room(tasks, size)
-        for file in files:
-            file.begin()
+        job.begin(size, tasks, [file.create for file in files])
         job.run(tasks, lambda: None, quiet)
         for file in files:
             file.finish({})
         _describe(job.staging, source.config, source.sampling)
-        (job.staging / "README.md").write_text(
-            model_card(source.config, source.parts, source.run, source.step, size, license)
-        )
+        card = model_card(source.config, source.parts, source.run, source.step, size, license)
+        storage_files.write_text(job.staging / "README.md", card)
         job.finish({"form": "safetensors", "tensors": [job.done[task.key] for task in tasks]})
     return size
 
@@ -443,12 +439,13 @@ def _copy_task(part: str, planned: Planned, index: int | None, leaf: native.Leaf
     return stream.Task(f"{part}/{planned.name}/{index}", nbytes, work)
 
 
-def verify(directory: str | os.PathLike[str]) -> int:
+def verify(directory: PathLike) -> int:
     """Reads every tensor of an output again and compares its checksum; returns their number.
 
-    Raises UserError naming every tensor that differs, or if there is no manifest.
+    Raises UserError naming every tensor that differs, or if there is no manifest, or the directory is not complete.
     """
-    root = pathlib.Path(directory)
+    root = resolve(directory)
+    storage_files.check_complete(root)
     manifest = read_manifest(root)
     if manifest is None:
         raise UserError(f"{root} has no {MANIFEST}: there is nothing to verify it by")
@@ -477,6 +474,8 @@ def _checksums(root: pathlib.Path, form: str, tensors: Sequence[stream.Record]) 
                     name = f"{part}/{entry['path']}" + ("" if entry["index"] is None else f"[{entry['index']}]")
                     try:
                         found = sha256(np.asarray(leaves[entry["path"]].read(entry["index"])))
-                    except UserError:  # a chunk is missing or cut short
+                    except UserError as error:  # a chunk is missing or cut short
+                        if is_machine_error(error):
+                            raise
                         found = ""
                     yield name, entry["ours"], found

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from varedit_jax.config import EditorConfig, RunConfig
-from varedit_jax.weights.manifest import size_text
+from varedit_jax.storage.disk import size_text
 
 _TEMPLATE = """---
 license: {license}

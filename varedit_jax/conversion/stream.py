@@ -5,19 +5,19 @@ again, as long as its inputs are the same.
 """
 
 import concurrent.futures
-import errno
-import fcntl
+import contextlib
 import json
-import os
-import pathlib
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import tqdm
 
 from varedit_jax.errors import UserError
-from varedit_jax.weights.manifest import MANIFEST, MANIFEST_VERSION, size_text
+from varedit_jax.storage import disk, files
+from varedit_jax.storage.jsonl import LineWriter, read_lines
+from varedit_jax.storage.lock import LOCK_FILE, Lock
+from varedit_jax.storage.paths import PathLike, children, is_remote, resolve
+from varedit_jax.weights.manifest import MANIFEST, MANIFEST_VERSION
 
 _JOURNAL = "journal.jsonl"
 _WORKERS = 2  # tensors on their way at a time; each takes up to four times its size of memory
@@ -36,99 +36,97 @@ class Task(NamedTuple):
 class Job:
     """The staging directory of an output, and its journal: a context manager that holds the directory alone."""
 
-    def __init__(self, output: str | os.PathLike[str], fingerprint: Mapping[str, Any]) -> None:
-        """`fingerprint` is what must be the same for an earlier attempt to be gone on with.
+    def __init__(self, output: PathLike, fingerprint: Mapping[str, Any]) -> None:
+        """`fingerprint` is what must be the same for an earlier attempt to be resumed.
 
         Raises UserError if the output exists.
         """
-        self.output = pathlib.Path(output)
-        if self.output.exists() or self.output.is_symlink():
-            raise UserError(f"{self.output} exists; give a new directory, or remove it first")
-        self.staging = self.output.absolute().with_name(f".{self.output.name}.partial")
+        self.output = resolve(output)
+        self.staging = files.staging_of(self.output)
+        self._check_new()
         self._fingerprint = json.loads(json.dumps(fingerprint))  # tuples become lists, as in the journal
+        self._held = contextlib.ExitStack()
         self.done: dict[str, Record] = {}
+
+    def _check_new(self) -> None:
+        with disk.read_explained(str(self.output)):
+            if files.exists(self.output) or (not is_remote(self.output) and self.output.is_symlink()):
+                raise UserError(f"{self.output} exists; give a new directory, or remove it first")
 
     def __enter__(self) -> "Job":
         """Opens the staging directory; what an earlier attempt with the same fingerprint did is in `done`."""
-        try:
-            self.staging.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write {self.output}: {error.strerror}") from error
-        path = self.staging / _JOURNAL
-        self._journal = path.open("a")  # and nothing changed before it is known that nobody else writes here
-        try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._journal.close()
-            raise UserError(f"another conversion is writing {self.output}; wait for it, or end it first") from error
-        lines, end = _read_lines(path)
-        if lines and lines[0] == {"job": self._fingerprint}:
-            self._journal.truncate(end)  # the last line may have been cut short
-        else:
-            lines = []
-            self._journal.truncate(0)
-            for other in self.staging.iterdir():
-                if other != path:
-                    shutil.rmtree(other) if other.is_dir() else other.unlink()
-            self._write({"job": self._fingerprint})
-        self.done = {line["key"]: line["record"] for line in lines[1:]}
+        with contextlib.ExitStack() as held, disk.explained("journal", self.output):
+            held.enter_context(Lock(self.output.with_name(f".{self.output.name}.partial"), flag="--output"))
+            self._check_new()  # by another conversion, meanwhile
+            files.begin(self.output)
+            lines = read_lines(self.staging / _JOURNAL)
+            if lines[:1] != [{"job": self._fingerprint}]:
+                lines = []
+                self._clear()
+            self._journal = LineWriter(self.staging / _JOURNAL)
+            held.callback(self._journal.close)
+            if not lines:
+                self._write({"job": self._fingerprint})
+            self._held = held.pop_all()
+        self._is_begun = len(lines) > 1
+        self.done = {line["key"]: line["record"] for line in lines if "key" in line}
         return self
 
+    def _clear(self) -> None:
+        for path in children(self.staging):
+            if path.name not in (LOCK_FILE, files.INCOMPLETE):
+                files.remove_directory(path) if path.is_dir() else path.unlink()
+
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        """Leaves the directory as it is, to be gone on with; but nothing after an input that cannot be converted."""
-        self._journal.close()
-        if isinstance(error, UserError) and not isinstance(error, _NoRoom):
-            shutil.rmtree(self.staging, ignore_errors=True)
+        """Leaves the directory as it is, to be resumed; but nothing after an input that cannot be converted."""
+        self._held.close()
+        if isinstance(error, UserError) and not disk.is_machine_error(error):
+            files.remove_directory(self.staging)
 
     def _write(self, line: Record) -> None:
-        self._journal.write(json.dumps(line) + "\n")
-        self._journal.flush()  # the tensor is durable already; a line that a crash of the machine loses is done again
+        # The tensor is durable already; a line that a crash of the machine loses is done again.
+        self._journal.append(line)
 
-    def check_room(self, tasks: Sequence[Task], size: int) -> None:
-        """Raises UserError if the disk has no room for what is left of an output of `size` bytes."""
+    def begin(self, size: int, tasks: Sequence[Task], create: Sequence[Callable[[], None]]) -> None:
+        """Calls `create`, which make the files of an output of `size` bytes, unless an earlier attempt got past that.
+
+        Raises UserError if the disk has no room for what is left to do.
+        """
         whole = sum(task.nbytes for task in tasks)
         left = sum(task.nbytes for task in tasks if task.key not in self.done)
-        needed, free = size * left // max(whole, 1), shutil.disk_usage(self.staging).free
-        if needed > free:
-            raise _NoRoom(
-                f"{self.output} takes {size_text(needed)} more, but only {size_text(free)} are free there; "
-                f"make room, or write to another disk"
-            )
+        disk.check_room(self.staging, size * left // max(whole, 1), f"the rest of {self.output}")
+        if not self._is_begun:
+            with disk.explained("weights", self.output):
+                for one in create:
+                    one()
+            self._write({"begun": True})
+            self._journal.flush()
 
     def run(self, tasks: Sequence[Task], release: Callable[[], object], quiet: bool = False) -> None:
         """Does the tasks that are not yet done; `release` is called after each.
 
-        Raises UserError if the disk runs full.
+        Raises UserError if the disk runs full, or fails otherwise.
         """
         todo = [task for task in tasks if task.key not in self.done]
         whole, left = (sum(task.nbytes for task in some) for some in (tasks, todo))
         if len(todo) < len(tasks) and not quiet:
             print(f"{len(tasks) - len(todo)} of {len(tasks)} tensors were done by an earlier attempt")
         bar = tqdm.tqdm(total=whole, initial=whole - left, unit="B", unit_scale=True, disable=quiet, desc="tensors")
-        with bar, concurrent.futures.ThreadPoolExecutor(_WORKERS) as pool:
-            try:
-                for task, record in _in_flight(pool, todo):
-                    self._write({"key": task.key, "record": record})
-                    self.done[task.key] = record
-                    release()
-                    bar.update(task.nbytes)
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                    raise
-                raise _NoRoom(
-                    f"writing {self.output} failed: {error.strerror}; make room and run the same command again, "
-                    f"it goes on from here"
-                ) from error
+        with bar, disk.explained("weights", self.output), concurrent.futures.ThreadPoolExecutor(_WORKERS) as pool:
+            for task, record in _in_flight(pool, todo):
+                self._write({"key": task.key, "record": record})
+                self.done[task.key] = record
+                release()
+                bar.update(task.nbytes)
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
         """Writes the manifest, and lets the output appear under its name."""
-        write_json(self.staging / MANIFEST, {"version": MANIFEST_VERSION, **manifest})
-        (self.staging / _JOURNAL).unlink()
-        self.staging.rename(self.output)
-
-
-class _NoRoom(UserError):
-    """A disk that is full: what has been done stays, and can be gone on with."""
+        with disk.explained("weights", self.output):
+            self._journal.close()
+            files.write_json(self.staging / MANIFEST, {"version": MANIFEST_VERSION, **manifest}, indent=1)
+            for name in (_JOURNAL, LOCK_FILE):
+                (self.staging / name).unlink(missing_ok=True)
+            files.commit(self.output)
 
 
 def _in_flight(pool: concurrent.futures.Executor, tasks: Sequence[Task]) -> Iterator[tuple[Task, Record]]:
@@ -146,21 +144,3 @@ def _in_flight(pool: concurrent.futures.Executor, tasks: Sequence[Task]) -> Iter
     finally:
         for _, future in waiting:
             future.cancel()
-
-
-def _read_lines(path: pathlib.Path) -> tuple[list[Record], int]:
-    """The whole lines of a journal, and where they end in bytes: the last may be cut short."""
-    lines: list[Record] = []
-    end = 0
-    if path.exists():
-        for text in path.read_bytes().splitlines(keepends=True):
-            if not text.endswith(b"\n"):
-                break
-            lines.append(json.loads(text))
-            end += len(text)
-    return lines, end
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """JSON, indented one space."""
-    path.write_text(json.dumps(value, indent=1) + "\n")

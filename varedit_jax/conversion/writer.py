@@ -17,6 +17,8 @@ from typing import NamedTuple
 import numpy as np
 
 from varedit_jax.errors import UserError
+from varedit_jax.storage import files, paths
+from varedit_jax.storage.paths import is_remote
 from varedit_jax.weights.reader import SAFETENSORS_TYPES, STORAGES
 
 _STORAGE_NAMES = {np.dtype(dtype): name for name, dtype in STORAGES.items()}
@@ -40,11 +42,16 @@ class Planned(NamedTuple):
 
 
 class TensorFile:
-    """A file of tensors in the making: all places are known ahead."""
+    """A file of tensors in the making: all places are known ahead.
+
+    An object store writes nothing inside of an object: there what lies at a place is an object of its own, named by
+    the place in bytes, until `finish` joins them.
+    """
 
     def __init__(self, path: pathlib.Path, tensors: Sequence[Planned]) -> None:
-        """Lays the file out; nothing is written before `begin`."""
+        """Lays the file out; nothing is written before `create`."""
         self.path, self.tensors = path, tensors
+        self._pieces = path.with_name(f".{path.name}.pieces")
         self._starts: dict[str, int] = {}
         self.size = self._lay_out()
 
@@ -56,27 +63,49 @@ class TensorFile:
         """What lies between and around the tensors: (offset, bytes); needs the CRC-32 of each tensor."""
         raise NotImplementedError
 
-    def begin(self) -> None:
-        """Creates the file at its full size, unless it is there from an earlier attempt."""
-        if not self.path.exists():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+    def create(self) -> None:
+        """Creates the file at its full size."""
+        files.make_directory(self.path.parent)
+        if not is_remote(self.path):
             with self.path.open("wb") as file:
                 file.truncate(self.size)
 
     def write(self, name: str, data: np.ndarray, start: int = 0) -> int:
         """Writes the bytes of a tensor (or of a part that begins at byte `start`) durably; returns their CRC-32."""
         view = memoryview(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
-        with self.path.open("r+b", buffering=0) as file:
-            _write_at(file.fileno(), self._starts[name] + start, view)
-            os.fdatasync(file.fileno())
+        place = self._starts[name] + start
+        if not is_remote(self.path):
+            with self.path.open("r+b", buffering=0) as file:
+                _write_at(file.fileno(), place, view)
+                os.fdatasync(file.fileno())
+        elif view:
+            files.write_bytes(self._pieces / str(place), view)
         return zlib.crc32(view)
 
     def finish(self, checksums: Mapping[str, int]) -> None:
         """Makes the file readable, and durable; `checksums` are what `write` returned for each tensor."""
+        if is_remote(self.path):
+            self._join(dict(self._frame(checksums)))
+            return
         with self.path.open("r+b", buffering=0) as file:
             for offset, data in self._frame(checksums):
                 _write_at(file.fileno(), offset, memoryview(data))
             os.fsync(file.fileno())
+
+    def _join(self, frame: Mapping[int, bytes]) -> None:
+        """Writes the object that the pieces and `frame` are, unless an earlier attempt did, and removes the pieces."""
+        if not self.path.exists() or paths.size(self.path) != self.size:
+            parts: dict[int, bytes | pathlib.Path] = {int(piece.name): piece for piece in paths.children(self._pieces)}
+            parts |= frame
+            place = 0
+            with self.path.open("wb") as file:
+                for start, part in sorted(parts.items()):
+                    if start != place:
+                        raise UserError(f"{self._pieces} lacks what lies at {place}; convert again")
+                    data = part if isinstance(part, bytes) else part.read_bytes()
+                    file.write(data)
+                    place += len(data)
+        files.remove_directory(self._pieces)
 
 
 def _write_at(descriptor: int, offset: int, data: memoryview) -> None:

@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from varedit_jax.parallel.mesh import replicated
 from varedit_jax.parameters import abstract_params
 from varedit_jax.sampling import sampler
 from varedit_jax.scales import Pyramid, editor_pyramid, image_size, nearest_aspect
+from varedit_jax.storage.paths import PathLike, resolve
 from varedit_jax.text.vocabulary import Vocabulary
 from varedit_jax.types import Params
 from varedit_jax.weights import run_directory
@@ -38,7 +38,7 @@ class Editor:
         self.vocabulary = Vocabulary.load()
 
     @classmethod
-    def load(cls, directory: str | os.PathLike[str], tokenizer: str = "", text: str = "") -> "Editor":
+    def load(cls, directory: PathLike, tokenizer: str = "", text: str = "") -> "Editor":
         """Loads a directory of weights, or the newest checkpoint of a training run.
 
         Args:
@@ -48,7 +48,7 @@ class Editor:
         Raises:
           UserError: nothing there, something else there, or weights that do not fit their configuration.
         """
-        directory = pathlib.Path(directory)
+        directory = resolve(directory)
         if is_directory(directory):
             config, sampling = read_config(directory)
             directories = {"tokenizer": tokenizer, "text": text}

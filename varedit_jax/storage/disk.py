@@ -30,6 +30,8 @@ _NETWORK_MODULES = (
     "requests.",
     "urllib3.",
 )
+# Codes with which what TensorStore says of a store or network begins.
+_STATUS = re.compile(r"(ABORTED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAUTHENTICATED): ")
 
 
 def error_number(error: BaseException) -> int | None:
@@ -60,7 +62,7 @@ def is_machine_error(error: BaseException | None) -> bool:
         seen.add(id(error))
         if isinstance(error, _MACHINE_TYPES) or error_number(error) in _MACHINE:
             return True
-        if f"{type(error).__module__}.".startswith(_NETWORK_MODULES):
+        if f"{type(error).__module__}.".startswith(_NETWORK_MODULES) or _STATUS.match(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -120,7 +122,7 @@ def check_room(directory: pathlib.Path, needed: int, what: str, then: str = "") 
         raise UserError(
             f"{what} takes up to {size_text(needed)}, but only {size_text(free)} are free in {directory}; make room "
             f"and run the same command again{then}"
-        )
+        ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def size_text(count: float) -> str:

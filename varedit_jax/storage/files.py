@@ -99,6 +99,15 @@ def is_complete(directory: pathlib.Path) -> bool:
     return not is_remote(directory) or not (directory / INCOMPLETE).exists()
 
 
+def check_complete(directory: pathlib.Path) -> None:
+    """Raises UserError if a directory of an object store is still being written, or its writer has died."""
+    if not is_complete(directory):
+        raise UserError(
+            f"{directory} is incomplete: it is still being written, or what wrote it was interrupted; run the command "
+            f"that writes it again"
+        )
+
+
 def exists(target: pathlib.Path) -> bool:
     """Returns True if there is something complete at `target`."""
     return target.exists() and is_complete(target)
@@ -117,7 +126,8 @@ def new_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
             yield pathlib.Path(name)
             upload(pathlib.Path(name), target)
         return
-    staging = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
+    staging = staging_of(target)
+    shutil.rmtree(staging, ignore_errors=True)  # of a writer that was killed
     try:
         make_directory(staging)
         yield staging

@@ -3,14 +3,14 @@
 import dataclasses
 import functools
 import importlib.resources
-import os
-import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 import tokenizers
 
 from varedit_jax.errors import UserError
+from varedit_jax.storage.disk import read_explained
+from varedit_jax.storage.paths import PathLike, resolve
 
 PAD_ID = 0  # `<pad>`
 END_ID = 1  # `</s>`, the last token of every instruction
@@ -22,7 +22,8 @@ def _tokenizer(path: str) -> tokenizers.Tokenizer:
     """Tokenizer read from file `path`, or the one that comes with the package if that is empty."""
     if path:
         try:
-            text = pathlib.Path(path).read_text(encoding="utf-8")
+            with read_explained(path):
+                text = resolve(path).read_bytes().decode()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the vocabulary {path}: {error}; give the tokenizer.json of a T5") from error
     else:
@@ -57,9 +58,9 @@ class Vocabulary:
     path: str = ""  # a tokenizer.json; "" means the one that comes with the package
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str] | None = None) -> "Vocabulary":
+    def load(cls, path: PathLike | None = None) -> "Vocabulary":
         """The vocabulary of a tokenizer.json at `path`, or of the package. Raises UserError if it is none of T5."""
-        vocabulary = cls("" if path is None else os.fspath(path))
+        vocabulary = cls("" if path is None else str(resolve(path)))
         _tokenizer(vocabulary.path)
         return vocabulary
 

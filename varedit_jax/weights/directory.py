@@ -5,20 +5,19 @@ The form in which editors and tokenizers are shipped, shared, and started from.
 
 import hashlib
 import json
-import os
-import pathlib
-import shutil
 from typing import Any
 
 import flax.traverse_util
 import jax
 import ml_dtypes
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from varedit_jax.config import EditorConfig, SamplingConfig, from_dict, to_dict
 from varedit_jax.errors import UserError
+from varedit_jax.storage import files
+from varedit_jax.storage.disk import explained, read_explained
+from varedit_jax.storage.paths import PathLike, resolve
 from varedit_jax.types import Params
 from varedit_jax.weights import native
 
@@ -29,7 +28,7 @@ VOCABULARY = "t5_tokenizer.json"  # of the prompts, where a directory brings its
 
 
 def save_directory(
-    directory: str | os.PathLike[str],
+    directory: PathLike,
     config: EditorConfig,
     params: Params,
     stored_type: str = "float32",
@@ -41,13 +40,8 @@ def save_directory(
     float16.
     Raises UserError if the directory exists, the disk is full, or a value does not fit `stored_type`.
     """
-    target = pathlib.Path(directory)
-    if target.exists():
-        raise UserError(f"{target} exists; give a new directory or remove it first")
-    staging = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        staging.mkdir(parents=True)
+    target = resolve(directory)
+    with explained("weights", target), files.new_directory(target) as staging:
         for part, tree in params.items():
             flat = flax.traverse_util.flatten_dict(jax.device_get(tree), sep="/")
             with np.errstate(over="ignore"):  # what becomes infinite is refused below, by name
@@ -59,37 +53,36 @@ def save_directory(
                     raise UserError(f"{part}/{name} holds values that are not finite in {stored_type}")
             safetensors.numpy.save_file(tensors, staging / f"{part}.safetensors")
         record = {"model": to_dict(config), "sampling": to_dict(sampling or SamplingConfig())}
-        (staging / CONFIG).write_text(json.dumps(record, indent=1) + "\n")
-        staging.rename(target)
-    except (OSError, safetensors.SafetensorError) as error:  # safetensors wraps what the system says
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write {target}: {reason}; nothing was left behind") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        files.write_json(staging / CONFIG, record, indent=1)
 
 
-def is_directory(directory: str | os.PathLike[str]) -> bool:
-    """Whether `directory` looks like a directory of weights."""
-    path = pathlib.Path(directory)
-    return (path / CONFIG).is_file() and any(native.is_part(path, part) for part in PARTS)
+def is_directory(directory: PathLike) -> bool:
+    """Whether `directory` looks like a directory of weights. Raises UserError if it is incomplete."""
+    path = resolve(directory)
+    with read_explained(str(path)):
+        files.check_complete(path)
+        return (path / CONFIG).is_file() and any(native.is_part(path, part) for part in PARTS)
 
 
-def read_config(directory: str | os.PathLike[str]) -> tuple[EditorConfig, SamplingConfig]:
+def read_config(directory: PathLike) -> tuple[EditorConfig, SamplingConfig]:
     """The editor recorded in a directory of weights, and the sampling it is used with.
 
     Raises UserError if there is none, or it is not one of ours.
     """
-    path = pathlib.Path(directory) / CONFIG
-    if not path.is_file():
-        raise UserError(f"{directory} is not a directory of weights: it has no {CONFIG}")
+    path = resolve(directory) / CONFIG
+    with read_explained(str(path)):
+        if not path.is_file():
+            raise UserError(f"{directory} is not a directory of weights: it has no {CONFIG}")
+        files.check_complete(path.parent)
+        text = path.read_bytes()
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(text)
         return from_dict(EditorConfig, record["model"]), from_dict(SamplingConfig, record["sampling"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} does not describe an editor of this package: {error}") from error
 
 
-def load_directory(directory: str | os.PathLike[str], part: str, expected: Any) -> Params:
+def load_directory(directory: PathLike, part: str, expected: Any) -> Params:
     """One part of a directory of weights, as float32 numpy arrays in the tree `expected` (of jax.ShapeDtypeStruct).
 
     Raises UserError for a missing or damaged part, and for weights of another model, naming what differs.

@@ -1,6 +1,5 @@
 """Weights of ours that are to be exported: a directory of them, or a run."""
 
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,6 +7,7 @@ from typing import Any, NamedTuple
 from varedit_jax.config import EditorConfig, RunConfig, SamplingConfig, from_dict
 from varedit_jax.errors import UserError
 from varedit_jax.parameters import abstract_params
+from varedit_jax.storage.paths import PathLike, resolve, stamp
 from varedit_jax.weights import native, run_directory
 from varedit_jax.weights.directory import CONFIG, PARTS, is_directory, read_config
 from varedit_jax.weights.manifest import MANIFEST, read_manifest
@@ -35,17 +35,17 @@ class Source(NamedTuple):
         return [
             self.step,
             self.average,
-            *stamp([self.directory / name for name in described if (self.directory / name).is_file()]),
+            *(stamp(self.directory / name) for name in described if (self.directory / name).is_file()),
         ]
 
 
-def open_source(directory: str | os.PathLike[str], parts: Sequence[str] = (), weights: str = "model") -> Source:
+def open_source(directory: PathLike, parts: Sequence[str] = (), weights: str = "model") -> Source:
     """Opens weights of ours; of a run, the parts that it trained. `parts` chooses among them.
 
     `weights` "ema" takes the running average that a run kept. Raises UserError if there are none, or a part is not
     among them.
     """
-    root = pathlib.Path(directory)
+    root = resolve(directory)
     run = step = manifest = None
     if is_directory(root):
         config, sampling = read_config(root)
@@ -67,8 +67,3 @@ def open_source(directory: str | os.PathLike[str], parts: Sequence[str] = (), we
     if weights == "ema" and (run is None or not run.optimizer.ema_decay):
         raise UserError(f"{root} holds no average of its parameters; only a run with optimizer.ema_decay keeps one")
     return Source(root, config, sampling, tuple(parts) or found, run, step, manifest, average=weights == "ema")
-
-
-def stamp(paths: Sequence[pathlib.Path]) -> list[Any]:
-    """What tells whether files are the same as at an earlier attempt."""
-    return [[str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]

@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import os
-import pathlib
 from typing import Any
 
 import numpy as np
 
 from varedit_jax.errors import UserError
+from varedit_jax.storage.disk import read_explained
+from varedit_jax.storage.paths import PathLike, resolve
 
 MANIFEST = "manifest.json"
 
@@ -37,21 +37,18 @@ def check_finite(tensor: np.ndarray, name: str) -> None:
         )
 
 
-def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
+def read_manifest(directory: PathLike) -> dict[str, Any] | None:
     """The manifest of a directory; None if it has none. Raises UserError if it is damaged, or of a newer version."""
-    path = pathlib.Path(directory) / MANIFEST
-    if not path.is_file():
-        return None
+    path = resolve(directory) / MANIFEST
+    with read_explained(str(path)):
+        if not path.is_file():
+            return None
+        text = path.read_bytes()
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(text)
         version = int(manifest["version"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
     if version > MANIFEST_VERSION:
         raise UserError(f"{path} is of version {version}; this package reads up to {MANIFEST_VERSION}, use a newer one")
     return manifest
-
-
-def size_text(count: float) -> str:
-    """Bytes as text, in MB or GB."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

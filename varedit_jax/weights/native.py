@@ -8,10 +8,8 @@ Forms, of a part (tokenizer, text, transformer) in a directory:
     checkpoints/{step}/state    of a training run; the newest step
 """
 
-import errno
 import json
 import math
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -23,7 +21,10 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from varedit_jax.errors import UserError
-from varedit_jax.storage.orbax import quiet_orbax
+from varedit_jax.storage import files
+from varedit_jax.storage.disk import is_machine_error, read_explained
+from varedit_jax.storage.orbax import checkpointer
+from varedit_jax.storage.paths import PathLike, kvstore, resolve
 from varedit_jax.types import Params
 from varedit_jax.weights import manifest, run_directory
 from varedit_jax.weights.names import flat, tree
@@ -48,7 +49,8 @@ class Leaf(NamedTuple):
         if not isinstance(found, ts.TensorStore):
             return found
         try:
-            return found.read().result()
+            with read_explained(self.name):
+                return found.read().result()
         except ValueError as error:
             raise UserError(f"{self.name} is damaged: {str(error).split(' [')[0]}") from error
 
@@ -59,34 +61,41 @@ class Leaf(NamedTuple):
         return values
 
 
-def is_part(directory: str | os.PathLike[str], part: str) -> bool:
+def is_part(directory: PathLike, part: str) -> bool:
     """Whether a directory of weights holds a part."""
-    root = pathlib.Path(directory)
+    root = resolve(directory)
     return (root / f"{part}.safetensors").is_file() or (root / part / "_METADATA").is_file()
 
 
-def find_part(directory: str | os.PathLike[str], part: str, *, average: bool = False) -> dict[str, Leaf]:
+def find_part(directory: PathLike, part: str, *, average: bool = False) -> dict[str, Leaf]:
     """The arrays of a part by path, whatever their shapes; none is read yet.
 
     With `average` those of a run's running average. Raises UserError for a missing or damaged part, and where there is
     no average.
     """
-    where = _form(pathlib.Path(directory), part)
-    store = {"driver": "ocdbt", "base": f"file://{where.absolute()}/", "path": ""}
+    root = resolve(directory)
+    with read_explained(str(root)):
+        return _find_part(root, part, average)
+
+
+def _find_part(root: pathlib.Path, part: str, average: bool) -> dict[str, Leaf]:
+    where = _form(root, part)
+    store = {"driver": "ocdbt", "base": kvstore(where), "path": ""}
     if average:
         found = _open_orbax(where, store, ("ema", part)) if where.name == "state" else {}
         if not found:
-            raise UserError(f"{directory} holds no average of its {part}, as runs with optimizer.ema_decay keep one")
+            raise UserError(f"{root} holds no average of its {part}, as runs with optimizer.ema_decay keep one")
         return found
     if where.suffix == SAFETENSORS:
         return {name: Leaf(x.shape, x.dtype, x.load(), f"{where}: {name}") for name, x in open_weights(where).items()}
     if where.name == part:
-        return _open_orbax(where, {"driver": "file", "path": f"{where.absolute()}/"}, ())
+        return _open_orbax(where, kvstore(where), ())
     return _open_orbax(where, store, ("params", part))
 
 
 def _form(root: pathlib.Path, part: str) -> pathlib.Path:
-    """The file or directory that holds a part. Raises UserError if there is none."""
+    """The file or directory that holds a part. Raises UserError if there is none, or it is not complete."""
+    files.check_complete(root)
     if (root / f"{part}.safetensors").is_file():
         return root / f"{part}.safetensors"
     if (root / part / "_METADATA").is_file():
@@ -96,9 +105,7 @@ def _form(root: pathlib.Path, part: str) -> pathlib.Path:
     raise UserError(f"{root} holds no {part} weights ({part}.safetensors is missing)")
 
 
-def open_part(
-    directory: str | os.PathLike[str], part: str, expected: Params, *, average: bool = False
-) -> dict[str, Leaf]:
+def open_part(directory: PathLike, part: str, expected: Params, *, average: bool = False) -> dict[str, Leaf]:
     """As `find_part`, of exactly the arrays of the tree `expected` (of jax.ShapeDtypeStruct).
 
     Raises UserError for a missing or damaged part, and for one of another model, naming every array that differs with
@@ -113,13 +120,13 @@ def open_part(
     ]
     if different:
         raise UserError(
-            f"{_form(pathlib.Path(directory), part)} is of another model: {'; '.join(different)}; "
+            f"{_form(resolve(directory), part)} is of another model: {'; '.join(different)}; "
             f"use the configuration that it was trained with"
         )
     return {name: found[name] for name in wanted}
 
 
-def read_part(directory: str | os.PathLike[str], part: str, expected: Params) -> Params:
+def read_part(directory: PathLike, part: str, expected: Params) -> Params:
     """One part in memory, as float32 numpy arrays in the tree `expected`. Raises UserError as `open_part` does."""
     leaves = open_part(directory, part, expected)
     return tree({path: leaf.as_float32() for path, leaf in leaves.items()})
@@ -137,7 +144,7 @@ def place(leaf: Leaf, like: jax.ShapeDtypeStruct) -> jax.Array:
     )
 
 
-def _open_orbax(where: pathlib.Path, store: dict[str, str], prefix: tuple[str, ...]) -> dict[str, Leaf]:
+def _open_orbax(where: pathlib.Path, store: dict[str, Any], prefix: tuple[str, ...]) -> dict[str, Leaf]:
     """Arrays of a checkpoint whose path begins with `prefix`, by the rest of their path."""
     try:
         entries = json.loads((where / "_METADATA").read_text())["tree_metadata"].values()
@@ -145,11 +152,13 @@ def _open_orbax(where: pathlib.Path, store: dict[str, str], prefix: tuple[str, .
         found = {}
         for path in (path for path in paths if path[: len(prefix)] == prefix):
             place = store | {"path": f"{store['path']}{'.'.join(path)}/"}
-            spec = {"driver": "zarr", "kvstore": place, "fill_missing_data_reads": False}
+            spec = {"driver": "zarr", "kvstore": place, "fill_missing_data_reads": False, "recheck_cached_data": "open"}
             array = ts.open(spec, open=True, read=True).result()
             name = "/".join(path[len(prefix) :])
             found[name] = Leaf(tuple(array.shape), array.dtype.numpy_dtype, array, f"{where}: {name}")
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if is_machine_error(error):
+            raise
         raise UserError(f"{where} is damaged or not a checkpoint: {str(error).split(' [')[0]}") from error
     return found
 
@@ -158,27 +167,29 @@ class OrbaxPart:
     """The Orbax checkpoint of a part in the making: arrays are written slice by slice."""
 
     def __init__(self, directory: pathlib.Path, leaves: Mapping[str, Leaf]) -> None:
-        """`leaves` are the arrays by path. Nothing is written before `begin`."""
+        """`leaves` are the arrays by path. Nothing is written before `create`."""
         self.directory, self._leaves = directory, dict(leaves)
         self._arrays: dict[str, ts.TensorStore] = {}
 
-    def begin(self) -> None:
-        """Creates the checkpoint with empty arrays, unless it is there from an earlier attempt."""
-        if not self.directory.exists():
-            quiet_orbax()
-            draft = self.directory.with_name(f".{self.directory.name}.draft")
-            # Orbax writes what describes the tree, with one number for each array; the arrays then take their place.
-            numbers = tree({path: np.zeros((), leaf.dtype) for path, leaf in self._leaves.items()})
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
-                checkpointer.save(draft.absolute(), args=ocp.args.PyTreeSave(numbers), force=True)
-            for path, leaf in self._leaves.items():
-                self._open(draft, path, leaf)
-            draft.rename(self.directory)
-        self._arrays = {path: self._open(self.directory, path) for path in self._leaves}
+    def create(self) -> None:
+        """Creates the checkpoint with empty arrays, in place of what an earlier attempt may have begun."""
+        # Orbax writes what describes the tree, with one number for each array; the arrays then take their place.
+        numbers = tree({path: np.zeros((), leaf.dtype) for path, leaf in self._leaves.items()})
+        with checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as writer:
+            writer.save(self.directory, args=ocp.args.PyTreeSave(numbers), force=True)
+        for path, leaf in self._leaves.items():
+            files.remove_directory(self._place(path))
+            self._open(path, leaf)
 
-    def _open(self, directory: pathlib.Path, path: str, create: Leaf | None = None) -> ts.TensorStore:
-        place = directory.absolute() / path.replace("/", ".")
-        spec: dict[str, Any] = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{place}/"}}
+    def open(self) -> None:
+        """Opens the arrays that `create` made."""
+        self._arrays = {path: self._open(path) for path in self._leaves}
+
+    def _place(self, path: str) -> pathlib.Path:
+        return self.directory / path.replace("/", ".")
+
+    def _open(self, path: str, create: Leaf | None = None) -> ts.TensorStore:
+        spec: dict[str, Any] = {"driver": "zarr", "kvstore": kvstore(self._place(path))}
         if create:
             spec["metadata"] = {
                 "shape": list(create.shape),
@@ -189,17 +200,12 @@ class OrbaxPart:
             }
         else:
             spec["store_data_equal_to_fill_value"] = True  # a file that is missing is a damage, never zeros
-        return ts.open(spec, create=create is not None, delete_existing=create is not None).result()
+        return ts.open(spec, create=create is not None).result()
 
     def write(self, path: str, index: int | None, tensor: np.ndarray) -> None:
         """Writes an array, or one entry along its leading axis, durably."""
         array = self._arrays[path]
-        try:
-            (array if index is None else array[index]).write(tensor).result()
-        except ValueError as error:  # tensorstore's, with the system's error inside
-            if "No space left" in str(error) or "Disk quota" in str(error):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
-            raise
+        (array if index is None else array[index]).write(tensor).result()
 
 
 def is_stack(path: str) -> bool:

@@ -5,13 +5,15 @@ the rebuilding of tensors, so a file that asks for anything else is refused. Ten
 """
 
 import collections
+import contextlib
 import json
 import mmap
-import os
 import pathlib
 import pickle
 import re
+import shutil
 import struct
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -21,6 +23,8 @@ import numpy as np
 import safetensors
 
 from varedit_jax.errors import UserError
+from varedit_jax.storage import disk, files
+from varedit_jax.storage.paths import PathLike, children, is_remote, resolve, size
 
 StateDict = dict[str, np.ndarray]
 
@@ -103,13 +107,19 @@ class WeightsFile(Mapping[str, LazyTensor]):
         return WeightsFile({rename(name): x for name, x in self._tensors.items()}, self._maps, self.paths)
 
 
-def open_weights(path: str | os.PathLike[str]) -> WeightsFile:
+def open_weights(path: PathLike) -> WeightsFile:
     """Opens a `.pth` or `.safetensors` file, an index of shards, or a directory with one (Hugging Face's layout).
 
-    Names of nested dicts are joined by dots. Raises UserError for a missing or damaged file, an unknown suffix, a shard
-    that is not there, and a pickle that asks for code to run.
+    Names of nested dicts are joined by dots. What lies in an object store is copied to the directory for temporary
+    files, for as long as it is in use. Raises UserError for a missing or damaged file, an unknown suffix, a shard that
+    is not there, a pickle that asks for code to run, and errors of the machine.
     """
-    path = pathlib.Path(path)
+    path = resolve(path)
+    with disk.read_explained(str(path)):
+        return _open(path)
+
+
+def _open(path: pathlib.Path) -> WeightsFile:
     if path.is_dir():
         path = _in_directory(path)
     if not path.is_file():
@@ -117,25 +127,42 @@ def open_weights(path: str | os.PathLike[str]) -> WeightsFile:
     if path.name.endswith(".index.json"):
         return _open_index(path)
     tensors: dict[str, LazyTensor] = {}
-    if path.suffix == SAFETENSORS:
-        mapped = _open_safetensors(path, tensors)
-    elif path.suffix in PTH:
-        mapped = _open_pth(path, tensors)
-    else:
+    if path.suffix not in (*PTH, SAFETENSORS):
         raise UserError(f"{path} ends in {path.suffix!r}; known are {', '.join(PTH)} and {SAFETENSORS}")
+    with _on_disk(path) as local:
+        mapped = (_open_safetensors if path.suffix == SAFETENSORS else _open_pth)(path, local, tensors)
     return WeightsFile(tensors, [mapped], [path])
 
 
-def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
+@contextlib.contextmanager
+def _on_disk(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a local file with the content of `path`: itself, or a copy whose name goes with the block.
+
+    What is open or mapped by then lasts.
+    """
+    if not is_remote(path):
+        yield path
+        return
+    directory = pathlib.Path(tempfile.gettempdir())
+    disk.check_room(directory, size(path), f"a copy of {path}")
+    with tempfile.NamedTemporaryFile(suffix=path.suffix) as copy:
+        with disk.explained(f"copy of {path}", directory), path.open("rb") as source:
+            shutil.copyfileobj(source, copy, 2**24)
+            copy.flush()
+        yield pathlib.Path(copy.name)
+
+
+def read_state_dict(path: PathLike) -> StateDict:
     """All tensors of what `open_weights` opens, in memory. Raises UserError as it does."""
     return {name: np.array(tensor.load()) for name, tensor in open_weights(path).items()}
 
 
 def _in_directory(directory: pathlib.Path) -> pathlib.Path:
+    files.check_complete(directory)
     for name in (*INDEXES, *SINGLE_FILES):
         if (directory / name).is_file():
             return directory / name
-    found = [path for path in sorted(directory.iterdir()) if path.suffix in (*PTH, SAFETENSORS)]
+    found = [path for path in children(directory) if path.suffix in (*PTH, SAFETENSORS)]
     if len(found) != 1:
         raise UserError(
             f"{directory} holds {len(found)} files of weights and none of {', '.join((*INDEXES, *SINGLE_FILES))}; "
@@ -145,12 +172,13 @@ def _in_directory(directory: pathlib.Path) -> pathlib.Path:
 
 
 def _open_index(path: pathlib.Path) -> WeightsFile:
+    text = path.read_bytes()
     try:
-        places: dict[str, str] = json.loads(path.read_text())["weight_map"]
-        files = sorted({pathlib.Path(name).name for name in places.values()})
+        places: dict[str, str] = json.loads(text)["weight_map"]
+        names = sorted({pathlib.Path(name).name for name in places.values()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not an index of shards: {error!r}") from error
-    shards = {name: open_weights(path.parent / name) for name in files}
+    shards = {name: open_weights(path.parent / name) for name in names}
     places = {name: pathlib.Path(shard).name for name, shard in places.items()}
     lost = [f"{name} (in {shard})" for name, shard in places.items() if name not in shards[shard]]
     if lost:
@@ -165,14 +193,18 @@ def _map(path: pathlib.Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _open_safetensors(path: pathlib.Path, tensors: dict[str, LazyTensor]) -> mmap.mmap:
+def _open_safetensors(path: pathlib.Path, local: pathlib.Path, tensors: dict[str, LazyTensor]) -> mmap.mmap:
     try:
-        with safetensors.safe_open(path, framework="numpy"):
+        mapped = _map(local)
+        with safetensors.safe_open(local, framework="numpy"):
             pass  # it checks the header against the file's size
-        mapped = _map(path)
         (length,) = struct.unpack_from("<Q", mapped)
         header: dict[str, Any] = json.loads(mapped[8 : 8 + length])
     except (safetensors.SafetensorError, OSError, ValueError) as error:
+        if disk.is_machine_error(error):
+            raise
+        if isinstance(error, FileNotFoundError):  # the library's word for whatever keeps it from opening a file
+            raise UserError(f"{path} cannot be opened: {error}") from error
         raise UserError(f"{path} is damaged or not a safetensors file: {error}") from error
     header.pop("__metadata__", None)
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
@@ -243,6 +275,8 @@ class _Unpickler(pickle.Unpickler):
         try:
             return self._archive.read(info)
         except Exception as error:  # as for the file as a whole
+            if disk.is_machine_error(error):
+                raise
             raise UserError(f"{self._path} is damaged: {info.filename} cannot be read ({error})") from error
 
     def _data_start(self, info: zipfile.ZipInfo) -> int:
@@ -270,10 +304,10 @@ def _rebuild_tensor(
     )
 
 
-def _open_pth(path: pathlib.Path, tensors: dict[str, LazyTensor]) -> mmap.mmap:
+def _open_pth(path: pathlib.Path, local: pathlib.Path, tensors: dict[str, LazyTensor]) -> mmap.mmap:
     try:
-        archive = zipfile.ZipFile(path)
-        mapped = _map(path)
+        archive = zipfile.ZipFile(local)
+        mapped = _map(local)
         pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise UserError(f"{path} is a zip file, but not one of weights: it holds no data.pkl")
@@ -286,6 +320,8 @@ def _open_pth(path: pathlib.Path, tensors: dict[str, LazyTensor]) -> mmap.mmap:
     except UserError:
         raise
     except Exception as error:  # a damaged zip or pickle can end in nearly any of them
+        if disk.is_machine_error(error):
+            raise
         raise UserError(
             f"{path} is damaged, cut short, or not in the zip form that PyTorch has written since 1.6 ({error}); "
             f"if torch.load opens it, write it again with torch.save"

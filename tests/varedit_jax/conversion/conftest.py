@@ -36,7 +36,7 @@ def write_pth() -> Callable[..., pathlib.Path]:
 
     def write(path: pathlib.Path, state: StateDict, under: str = "") -> pathlib.Path:
         file = PthFile(path, [Planned(name, x.shape, x.dtype) for name, x in state.items()], under)
-        file.begin()
+        file.create()
         file.finish({name: file.write(name, x) for name, x in state.items()})
         return path
 

@@ -12,15 +12,21 @@ import numpy as np
 import optax
 import pytest
 
+from tests.emulators import gs_bucket, gs_server
 from varedit_jax.config import DataConfig, EditorConfig, RunConfig, SamplingConfig, TokenizerRunConfig, preset, to_dict
 from varedit_jax.errors import UserError
 from varedit_jax.parameters import abstract_params
 from varedit_jax.sampling import editor as editor_module
 from varedit_jax.sampling.editor import Editor
+from varedit_jax.storage.paths import resolve
 from varedit_jax.training.checkpoint import Checkpoints
 from varedit_jax.training.run_config import write_config
 from varedit_jax.training.state import TrainState
+from varedit_jax.weights import names
 from varedit_jax.weights.directory import PARTS, save_directory
+from varedit_jax.weights.export_source import open_source
+
+__all__ = ["gs_bucket", "gs_server"]
 
 TINY = preset("tiny")
 GREEDY = SamplingConfig(guidance=1.0, greedy=True)
@@ -206,6 +212,19 @@ def test_run_that_trained_its_text_encoder(run, params):
     editor = Editor.load(run)
     assert_same(editor, TINY, params)
     assert editor.sampling == GREEDY
+
+
+def test_run_in_a_bucket(directory, gs_bucket, params):
+    """Bit for bit; its frozen parts lie on this disk, or beside it."""
+    trained = {part: params[part] for part in ("transformer", "text")}
+    workdir = resolve(f"{gs_bucket}/run#1")
+    save_run(workdir, run_of(directory, train_text=True), trained)
+    assert_same(Editor.load(workdir), TINY, params)
+    save_directory(f"{gs_bucket}/frozen", TINY, {"tokenizer": params["tokenizer"]})
+    assert_same(Editor.load(str(workdir), tokenizer=f"{gs_bucket}/frozen"), TINY, params)
+    source = open_source(workdir, ["text"])
+    for path, leaf in source.open("text").items():
+        np.testing.assert_array_equal(leaf.read(), names.flat(params["text"])[path])
 
 
 def test_run_whose_frozen_parts_have_moved(directory, params, tmp_path):
