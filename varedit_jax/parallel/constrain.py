@@ -1,32 +1,40 @@
-"""What modules may say about sharding. All of it is without effect where no mesh is set (`jax.set_mesh`)."""
+"""Sharding as modules of models may express it. All of it has no effect where no mesh is set (`jax.set_mesh`)."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from varedit_jax.parallel.mesh import BATCH
+from varedit_jax.types import Params
 
 TILE = 16  # rows of a TPU's tile in bfloat16
 Axis = str | tuple[str, ...] | None
+# (name of a module of a part, type to compute in, its variables) -> the variables, whole over fsdp: `rules.gather`.
+Gather = Callable[[str, DTypeLike, Params], Params]
 
 
 def has_mesh() -> bool:
-    """Whether a mesh of more than one device is set."""
+    """Returns True if a mesh of more than one device is set."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1
 
 
 def constrain(x: jax.Array, *axes: Axis) -> jax.Array:
-    """Says over which axes of the mesh each dimension of `x` is split; dimensions that are left out are not."""
+    """Splits each dimension of `x` over the given axes of the mesh; dimensions that are left out are not split."""
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes)) if has_mesh() else x
 
 
 def pad_tokens(x_BLC: jax.Array) -> jax.Array:
-    """Adds tokens of zeros until `tensor` devices have equal pieces of whole tiles.
+    """Pads the tokens with zeros until `tensor` devices have equal pieces of whole tiles.
 
-    Of other pieces the compiler for TPUs makes all-reduces where reduce-scatters would do.
+    For other pieces the compiler for TPUs (libtpu 0.0.42) emits all-reduces where reduce-scatters would do:
+    `experiments.compile_ahead` lists the collectives of a step.
     """
     if not has_mesh() or (tensor := jax.sharding.get_abstract_mesh().shape["tensor"]) == 1:
         return x_BLC
@@ -40,14 +48,14 @@ def tokens_between_blocks(x_BLC: jax.Array) -> jax.Array:
 
 
 def gather_tokens(x_BLC: jax.Array) -> jax.Array:
-    """The input of a branch, all tokens on every device of `tensor`; over the wires go elements of the type it has."""
-    # From pieces: its gradient, a sum over `tensor`, comes back as a reduce-scatter.
+    """The input of a branch, all tokens on every device of `tensor`; communicated in the type that it has."""
+    # Gathered from pieces: its gradient, a sum over `tensor`, comes back as a reduce-scatter.
     return constrain(tokens_between_blocks(x_BLC), BATCH)
 
 
 def scatter_tokens(x_BLC: jax.Array) -> jax.Array:
     """The output of a branch, a sum over `tensor`, in pieces of the tokens: a reduce-scatter."""
-    # From whole ones: its gradient is gathered once, not once for the weights and once for what came before.
+    # Scattered from whole tokens: its gradient is gathered once, not once for the weights and once for the input.
     return tokens_between_blocks(constrain(x_BLC, BATCH))
 
 
@@ -56,19 +64,26 @@ def batch_only(x: jax.Array) -> jax.Array:
     return constrain(x, BATCH)
 
 
+def gathered(module: Any, name: str, gather: Gather | None, dtype: DTypeLike) -> Any:
+    """The module class, with parameters that `gather` makes whole where a mesh is set; `name` is the module's."""
+    if gather is None or not has_mesh():
+        return module
+    return nn.map_variables(module, "params", functools.partial(gather, name, dtype))
+
+
 def per_shard(attention: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
     """`attention(*arrays)` on the examples and heads that each device holds, over all of their tokens.
 
-    Kernels need it, which the compiler cannot split by itself, and it keeps the compiler from splitting tokens.
+    The compiler cannot split kernels by itself, and would split plain attention over tokens.
 
     Args:
-      attention: of arrays to an array, both as below.
+      attention: from arrays as below to an array [B, L, H, D].
       arrays: [B, L, H, D], split over examples and heads, or others of [B, ...], split over examples alone.
     """
     if not has_mesh():
         return attention(*arrays)
     sizes = jax.sharding.get_abstract_mesh().shape
-    # A few images that are sampled need not divide.
+    # The few images of a sampling batch need not divide.
     batch = BATCH if arrays[0].shape[0] % (sizes["data"] * sizes["fsdp"]) == 0 else None
     heads = PartitionSpec(batch, None, "tensor")
     specs = tuple(heads if x.ndim == 4 else PartitionSpec(batch) for x in arrays)

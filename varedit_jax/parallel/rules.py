@@ -1,4 +1,4 @@
-"""Which array lies where: the one table from the paths of parameters to the axes of the mesh.
+"""Sharding of parameters: the one table from their paths to the axes of the mesh.
 
 A rule is a regular expression of a whole path, and the dimensions of the array as "LETTER@axis": the letters are those
 of varedit_jax.config, and a dimension without an axis is whole on every device. "?" behind an axis lets it go where it
@@ -11,7 +11,7 @@ The table is strict: a parameter that no rule matches, or several, and a rule th
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,7 +20,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from varedit_jax.errors import UserError
-from varedit_jax.parallel.constrain import has_mesh
 from varedit_jax.types import Params
 
 WHOLE = "..."  # small: every device has all of it
@@ -62,8 +61,11 @@ _STACKS = re.compile(r"(transformer/blocks|text/layers)/")
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """A rule as applied to one array: for each dimension its letter, its axis ("" for none) and whether it must be."""
+class ParamAxes:
+    """A rule as applied to one parameter: for each dimension its letter, axis ("" for none), and True if it is strict.
+
+    A strict dimension must divide over its axis.
+    """
 
     path: str
     dimensions: tuple[tuple[str, str, bool], ...]
@@ -90,17 +92,17 @@ class Layout:
 
 
 @functools.cache
-def _layout(path: str) -> Layout:
-    """The layout of the parameter at `path`. Raises ValueError unless exactly one rule matches."""
+def _axes_of(path: str) -> ParamAxes:
+    """The axes of the parameter at `path`. Raises ValueError unless exactly one rule matches."""
     part, _, rest = path.partition("/")
     found = [text for pattern, text in RULES.get(part, ()) if re.fullmatch(pattern, rest)]
     if len(found) != 1:
         raise ValueError(f"{len(found)} rules of parallel/rules.py match the parameter {path}; it takes exactly one")
     if found[0] == WHOLE:
-        return Layout(path, ())
+        return ParamAxes(path, ())
     stacked = (("layers", "", True),) if _STACKS.match(path) else ()
     dimensions = (word.partition("@") for word in found[0].split())
-    return Layout(
+    return ParamAxes(
         path, (*stacked, *((letter, axis.rstrip("?"), not axis.endswith("?")) for letter, _, axis in dimensions))
     )
 
@@ -114,7 +116,7 @@ def check_rules(params: Params) -> None:
     """Raises ValueError unless every array of `params` (by part) has one rule, and every rule of its parts an array."""
     paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for path in paths:
-        _layout(path)
+        _axes_of(path)
     for part in params:
         for pattern, _ in RULES[part]:
             if not any(re.fullmatch(f"{part}/(?:{pattern})", path) for path in paths):
@@ -122,51 +124,51 @@ def check_rules(params: Params) -> None:
 
 
 def param_shardings(params: Params, mesh: Mesh) -> Params:
-    """Where each array of `params`, a tree by part (transformer, text, tokenizer), lies: a tree of NamedSharding.
+    """NamedSharding of each array of `params`, a tree by part (transformer, text, tokenizer).
 
     Raises UserError naming a dimension that does not divide over its axis of the mesh.
     """
 
-    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        return NamedSharding(mesh, _layout(path_name(path)).spec(tuple(leaf.shape), mesh.shape))
+    def shard(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, _axes_of(path_name(path)).spec(tuple(leaf.shape), mesh.shape))
 
-    return jax.tree_util.tree_map_with_path(place, params)
+    return jax.tree_util.tree_map_with_path(shard, params)
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:
-    """Where each array of a TrainState lies: what belongs to a parameter (its moments, its average) lies as it does.
+    """NamedSharding of each array of a TrainState: moments and EMA of a parameter are split as it is.
 
     Scalars, and vectors that belong to no parameter (an optimizer's coefficients), are whole on every device. Raises
     UserError as `param_shardings`, and ValueError for a larger array that belongs to no parameter.
     """
     known = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
 
-    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    def shard(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         words = path_name(path).split("/")
         for start in range(len(words)):
             name = "/".join(words[start:])
             if name in known and known[name].shape == leaf.shape:
-                return NamedSharding(mesh, _layout(name).spec(tuple(leaf.shape), mesh.shape))
+                return NamedSharding(mesh, _axes_of(name).spec(tuple(leaf.shape), mesh.shape))
         if leaf.ndim <= 1:
             return NamedSharding(mesh, PartitionSpec())
         raise ValueError(f"{'/'.join(words)} of shape {list(leaf.shape)} belongs to no parameter")
 
-    return jax.tree_util.tree_map_with_path(place, state)
+    return jax.tree_util.tree_map_with_path(shard, state)
 
 
 def with_shardings(tree: Any, shardings: Any) -> Any:
-    """An abstract tree whose arrays say where they lie."""
+    """The abstract tree with these shardings."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings
     )
 
 
-Specs = tuple[PartitionSpec, PartitionSpec]  # of an array in pieces, and gathered
+Specs = tuple[PartitionSpec, PartitionSpec]  # of an array before it is gathered, and after
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(x: jax.Array, dtype: DTypeLike, specs: Specs) -> jax.Array:
-    # Cast first: what goes over the wires is `dtype`.
+    # Cast first, so that `dtype` is communicated.
     x = jax.lax.with_sharding_constraint(x.astype(dtype), specs[0])
     return jax.lax.with_sharding_constraint(x, specs[1])
 
@@ -176,36 +178,32 @@ def _gather_forward(x: jax.Array, dtype: DTypeLike, specs: Specs) -> tuple[jax.A
 
 
 def _gather_backward(dtype: DTypeLike, specs: Specs, like: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
-    # Asked for in pieces, the sum over examples becomes a reduce-scatter instead of an all-reduce.
+    # With its sharding asked for, the sum over examples becomes a reduce-scatter instead of an all-reduce.
     return (jax.lax.with_sharding_constraint(gradient, specs[0]).astype(like.dtype),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
-def gather(prefix: str, dtype: DTypeLike) -> Callable[[Params], Params]:
-    """What `nn.map_variables` does to a layer's variables: makes them whole over fsdp, those that were split `dtype`.
+def gather(part: str, module: str, dtype: DTypeLike, variables: Params) -> Params:
+    """The variables of a module, whole over fsdp on the mesh that is set; those that were split are cast to `dtype`.
 
-    Without a mesh it changes nothing. `prefix` is the path of a layer's parameters, as in "transformer/block_0/"; those
-    of a stack come as the slice that one layer gets. Gradients come back in pieces, in the type of the parameters.
+    Gradients come back split, in the type of the parameters.
+
+    Args:
+      part: transformer or text.
+      module: name of the module below it, as in "block_0"; of a stack, `variables` are the slice of one layer.
+      dtype: type that the module computes in.
+      variables: {"params": tree}.
     """
+    sizes = jax.sharding.get_abstract_mesh().shape
 
-    def apply(variables: Params) -> Params:
-        if not has_mesh():
-            return variables
-        sizes = jax.sharding.get_abstract_mesh().shape
+    def make_whole(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        axes = _axes_of(f"{part}/{module}/{path_name(path[1:])}")  # without the collection's name
+        if len(axes.dimensions) == leaf.ndim + 1:  # a slice of a stack
+            axes = ParamAxes(axes.path, axes.dimensions[1:])
+        split = axes.spec(leaf.shape, sizes)
+        whole = axes.spec(leaf.shape, sizes, without=("fsdp",))
+        return leaf if split == whole else _gather(leaf, dtype, (split, whole))
 
-        def make_whole(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-            name = prefix + path_name(path[1:])  # without the collection's name
-            layout = _layout(name)
-            if layout.dimensions and len(layout.dimensions) == leaf.ndim + 1:  # a slice of a stack
-                layout = Layout(layout.path, layout.dimensions[1:])
-            split = layout.spec(leaf.shape, sizes)
-            whole = layout.spec(leaf.shape, sizes, without=("fsdp",))
-            if split == whole:
-                return leaf
-            return _gather(leaf, dtype, (split, whole))
-
-        return jax.tree_util.tree_map_with_path(make_whole, variables)
-
-    return apply
+    return jax.tree_util.tree_map_with_path(make_whole, variables)

@@ -1,22 +1,25 @@
-"""The scale loop: `(params, request, keys) -> bits`, one static-shape pass a scale (model.md, section 8)."""
+"""The scale loop: `(params, request, keys) -> bits`, one static-shape pass per scale (model.md, section 8)."""
+
+import functools
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from varedit_jax.config import EditorConfig, SamplingConfig, per_scale
+from varedit_jax.parallel.rules import gather
 from varedit_jax.sampling.guidance import choose_bits, guided_margin
 from varedit_jax.scales import Pyramid
 from varedit_jax.text.t5 import T5Encoder
 from varedit_jax.tokenizer import quantizer
 from varedit_jax.tokenizer.tokens import decode_bits, encode_images, source_tokens
-from varedit_jax.transformer.model import Caches, Transformer
+from varedit_jax.transformer.model import Transformer
 from varedit_jax.types import Params
 
 
 @flax.struct.dataclass
-class Sample:
-    """What the scale loop made; tuples hold one array a scale."""
+class SampledBits:
+    """Result of the scale loop; tuples hold one array per scale."""
 
     bits: tuple[jax.Array, ...]  # bool [B, h_k, w_k, Z], tokenizer cells
     logits: tuple[jax.Array, ...]  # float32 [B or 2 B, L_k, N, 2], the unconditional half last
@@ -31,19 +34,19 @@ def sample_bits(
     config: EditorConfig,
     pyramid: Pyramid,
     sampling: SamplingConfig,
-) -> Sample:
+) -> SampledBits:
     """Draws the bits of every scale.
 
     Args:
       params: of the transformer.
       source_BhwZ: float32 raw source features at the last grid.
       features_BTE, length_B: text features and how many of their rows are real.
-      keys_B: one PRNG key an image; unused when greedy.
+      keys_B: one PRNG key per image; unused when greedy.
       config, pyramid, sampling: static.
 
     The unconditional half of the batch runs only as long as some later scale has guidance other than 1.
     """
-    model = Transformer(config.transformer, pyramid)
+    model = Transformer(config.transformer, pyramid, functools.partial(gather, "transformer"))
     variables = {"params": params}
     guidance = per_scale(sampling.guidance, pyramid.scales)
     temperature = per_scale(sampling.temperature, pyramid.scales)
@@ -56,14 +59,14 @@ def sample_bits(
     if doubled:
         source_BSN, features_BTE, length_B = (jnp.concatenate([x, x]) for x in (source_BSN, features_BTE, length_B))
         unconditional_B = jnp.arange(2 * batch) >= batch
-    text, caches = model.apply(variables, source_BSN, features_BTE, length_B, unconditional_B, method=model.start)
+    text, caches = model.apply(variables, source_BSN, features_BTE, length_B, unconditional_B, method=model.prefill)
     accumulated_BhwZ = jnp.zeros(source_BhwZ.shape, jnp.float32)
     all_bits, all_logits = [], []
     for scale, grid in enumerate(pyramid.grids):
         if doubled and all(value == 1 for value in guidance[scale:]):
             doubled = False
             text = jax.tree.map(lambda x: x[:batch], text)
-            caches = _first_half(caches, batch)
+            caches = caches.first_samples(batch)
         inputs_BLN = None
         if scale > 0:
             inputs_BLN = quantizer.to_tokens(quantizer.next_input(accumulated_BhwZ, scale, cells), config.patchify)
@@ -79,15 +82,7 @@ def sample_bits(
         accumulated_BhwZ = quantizer.accumulate(accumulated_BhwZ, bits_BhwZ, cells)
         all_bits.append(bits_BhwZ)
         all_logits.append(logits)
-    return Sample(tuple(all_bits), tuple(all_logits))
-
-
-def _first_half(caches: Caches, batch: int) -> Caches:
-    """The conditional half; scanned blocks have the batch as second axis."""
-    return {
-        block: jax.tree.map(lambda x: x[:, :batch] if block == "blocks" else x[:batch], cache)  # noqa: B023
-        for block, cache in caches.items()
-    }
+    return SampledBits(tuple(all_bits), tuple(all_logits))
 
 
 def edit(
@@ -108,11 +103,12 @@ def edit(
       params: {"tokenizer", "text", "transformer"}.
       images_uint8: [B, y, x, 3] of the pyramid's size.
       ids_BT, length_B: instructions as token ids, padded, and their lengths.
-      keys_B: one PRNG key an image.
+      keys_B: one PRNG key per image.
       config, pyramid, sampling, every_scale: static.
     """
     source_BhwZ = encode_images(params["tokenizer"], images_uint8, config)
-    features_BTE = T5Encoder(config.text).apply({"params": params["text"]}, ids_BT, length_B)
+    encoder = T5Encoder(config.text, gather=functools.partial(gather, "text"))
+    features_BTE = encoder.apply({"params": params["text"]}, ids_BT, length_B)
     sample = sample_bits(params["transformer"], source_BhwZ, features_BTE, length_B, keys_B, config, pyramid, sampling)
     shown = range(1, pyramid.scales + 1) if every_scale else [pyramid.scales]
     return jnp.stack([decode_bits(params["tokenizer"], sample.bits[:stop], config, pyramid) for stop in shown])

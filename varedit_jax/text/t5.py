@@ -1,7 +1,6 @@
 """The encoder of Flan-T5 (model.md, section 4; Raffel et al., arXiv 1910.10683; gated GELU as in T5 1.1)."""
 
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,8 +9,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from varedit_jax.config import TextConfig
-from varedit_jax.parallel.constrain import batch_only, has_mesh
-from varedit_jax.parallel.rules import gather
+from varedit_jax.parallel.constrain import Gather, batch_only, gathered
 
 
 def relative_buckets(distances: np.ndarray, buckets: int, max_distance: int) -> np.ndarray:
@@ -33,7 +31,7 @@ def relative_buckets(distances: np.ndarray, buckets: int, max_distance: int) -> 
 
 
 class RelativeBias(nn.Module):
-    """Bias of the attention logits by relative position: one learned number a bucket and head."""
+    """Bias of the attention logits by relative position: one learned number per bucket and head."""
 
     config: TextConfig
 
@@ -55,16 +53,9 @@ class RelativeBias(nn.Module):
         return bias_TTH.transpose(2, 0, 1)
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + 1e-6) * scale in float32, over the last axis; no mean is subtracted, no bias added."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., E] of any float type to float32 [..., E]."""
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
-        return x * scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+def _norm(name: str) -> nn.RMSNorm:
+    """x / sqrt(mean(x^2) + 1e-6) * scale over the last axis, in float32."""
+    return nn.RMSNorm(epsilon=1e-6, dtype=jnp.float32, name=name)
 
 
 class Attention(nn.Module):
@@ -90,12 +81,13 @@ class Attention(nn.Module):
         query_BTHD = project("query", (config.width * config.head_size) ** -0.5)
         key_BTHD = project("key", config.width**-0.5)
         value_BTHD = project("value", config.width**-0.5)
+        # q k^T per head, without 1 / sqrt(D) (model.md, section 4).
         logits_BHTT = jnp.einsum("BTHD,BMHD->BHTM", query_BTHD, key_BTHD, preferred_element_type=jnp.float32)
         seen_BT = jnp.arange(x_BTE.shape[1])[None, :] < length_B[:, None]
         # A finite number, not -inf: a row of length 0 must not become NaN.
         logits_BHTT = jnp.where(seen_BT[:, None, None, :], logits_BHTT + bias_HTT[None], -1e30)
         weights_BHTT = jax.nn.softmax(logits_BHTT, axis=-1).astype(self.dtype)
-        attended_BTHD = jnp.einsum("BHTM,BMHD->BTHD", weights_BHTT, value_BTHD)
+        attended_BTHD = jnp.einsum("BHTM,BMHD->BTHD", weights_BHTT, value_BTHD)  # softmax(q k^T + bias) v
         return nn.DenseGeneral(
             config.width,
             axis=(-2, -1),
@@ -107,7 +99,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Feed-forward layer with a gate: down(gelu(gate(x)) * up(x)), GELU by the tanh approximation."""
+    """Gated feed-forward layer: down(gelu(gate(x)) * up(x)), GELU by the tanh approximation."""
 
     config: TextConfig
     dtype: DTypeLike
@@ -135,10 +127,10 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x_BTE: jax.Array, bias_HTT: jax.Array, length_B: jax.Array) -> tuple[jax.Array, None]:
         """[B, T, E] float32 to the same, and no output beside it."""
-        normed_BTE = RMSNorm(name="attention_norm")(x_BTE)
+        normed_BTE = _norm("attention_norm")(x_BTE)
         attended_BTE = Attention(self.config, self.dtype, name="attention")(normed_BTE, bias_HTT, length_B)
         x_BTE = x_BTE + attended_BTE.astype(jnp.float32)
-        normed_BTE = RMSNorm(name="mlp_norm")(x_BTE)
+        normed_BTE = _norm("mlp_norm")(x_BTE)
         return x_BTE + MLP(self.config, self.dtype, name="mlp")(normed_BTE).astype(jnp.float32), None
 
 
@@ -158,7 +150,8 @@ class T5Encoder(nn.Module):
     """
 
     config: TextConfig
-    dtype: DTypeLike = jnp.float32  # of the matrix products; norms, softmax and the residual stream are float32
+    dtype: DTypeLike = jnp.float32  # of the matmuls; norms, softmax and the residual stream are float32
+    gather: Gather | None = None  # makes the parameters of the embedding, or of a layer, whole on a mesh
 
     @nn.compact
     def __call__(self, ids_BT: jax.Array, length_B: jax.Array) -> jax.Array:
@@ -168,26 +161,20 @@ class T5Encoder(nn.Module):
         """
         config = self.config
         length = ids_BT.shape[1]
-        on_mesh = has_mesh() and not self.is_initializing()
-        embedding: Any = nn.Embed
-        if on_mesh:
-            embedding = nn.map_variables(embedding, "params", gather("text/embedding/", self.dtype))
-        embed = embedding(
+        gather = None if self.is_initializing() else self.gather
+        embed = gathered(nn.Embed, "embedding", gather, self.dtype)(
             config.vocabulary_size, config.width, embedding_init=nn.initializers.normal(1.0), name="embedding"
         )
         x_BTE = batch_only(embed(ids_BT).astype(jnp.float32))
         bias_HTT = RelativeBias(config, name="relative_bias")(length)
-        layer: Any = Layer
-        if on_mesh:
-            layer = nn.map_variables(layer, "params", gather("text/layers/", self.dtype))
         layers = nn.scan(
-            layer,
+            gathered(Layer, "layers", gather, self.dtype),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast),
             length=config.layers,
         )
         x_BTE, _ = layers(config, self.dtype, name="layers")(x_BTE, bias_HTT, length_B)
-        features_BTE = RMSNorm(name="final_norm")(x_BTE)
+        features_BTE = _norm("final_norm")(x_BTE)
         valid_BT = jnp.arange(length)[None, :] < length_B[:, None]
         return jnp.where(valid_BT[:, :, None], features_BTE, 0.0)

@@ -11,6 +11,7 @@ import optax
 from varedit_jax.config import RunConfig
 from varedit_jax.parallel.constrain import batch_only, constrain, has_mesh
 from varedit_jax.parallel.mesh import BATCH
+from varedit_jax.parallel.rules import gather
 from varedit_jax.resize import area_resize
 from varedit_jax.scales import Pyramid
 from varedit_jax.text.t5 import T5Encoder
@@ -65,8 +66,9 @@ def make_loss(
     features are precomputed, `text_features` bfloat16 [B, T, E].
     """
     model = config.model
-    transformer = Transformer(model.transformer, pyramid)
-    text_encoder = T5Encoder(model.text, jnp.dtype("float32" if config.train_text else config.text_dtype))
+    transformer = Transformer(model.transformer, pyramid, functools.partial(gather, "transformer"))
+    text_dtype = jnp.dtype("float32" if config.train_text else config.text_dtype)
+    text_encoder = T5Encoder(model.text, text_dtype, functools.partial(gather, "text"))
     cells = pyramid.cells(model.patchify)
 
     @functools.partial(jax.checkpoint, prevent_cse=True)  # logits are recomputed rather than kept: float32, every bit

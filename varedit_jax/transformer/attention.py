@@ -1,4 +1,8 @@
-"""Attention by prefixes: every scale sees one prefix of the sequence, so no mask is ever made (model.md, section 6)."""
+"""Attention by prefixes: every scale sees one prefix of the sequence, so no mask is needed (model.md, section 6).
+
+With the scale-aligned reference (SAR), queries of scale k see the source's keys and values area-resized to the grid of
+k instead of the source itself; block 0 alone works that way (model.md, section 6, "What each block may see").
+"""
 
 import dataclasses
 import functools
@@ -6,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,16 +25,42 @@ from varedit_jax.transformer.kernels import Kernel, choose, cudnn, platform, spl
 from varedit_jax.transformer.rope import rotate
 
 MAX_LOG_SCALE = float(np.log(100.0))
-SMALL_GROUP = 256  # queries; neighboring groups below it share one masked product in front of cuDNN
+SMALL_GROUP = 256  # queries; with cuDNN, neighboring groups below it share one masked matmul
+
+
+@flax.struct.dataclass
+class LayerCache:
+    """Keys and values of one block, [B, tokens, H, D]; those of a scanned stack have a leading axis of layers."""
+
+    k: jax.Array  # of source tokens and of the target tokens so far
+    v: jax.Array
+    text_k: jax.Array
+    text_v: jax.Array
+
+    def with_room(self, tokens: int) -> "LayerCache":
+        """The same with zeros behind, for so many more tokens."""
+
+        def pad(x: jax.Array) -> jax.Array:
+            return jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(0, tokens), (0, 0), (0, 0)])
+
+        return dataclasses.replace(self, k=pad(self.k), v=pad(self.v))
+
+    def write(self, new: "LayerCache", start: int) -> "LayerCache":
+        """The same with the keys and values of `new` at token `start`."""
+
+        def put(buffer: jax.Array, x: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(buffer, x, start, axis=-3)
+
+        return dataclasses.replace(self, k=put(self.k, new.k), v=put(self.v, new.v))
 
 
 @dataclasses.dataclass(frozen=True)
 class Visibility:
-    """What the tokens of each scale may see in one block, as static slices of [source S][targets L]."""
+    """The prefix that the tokens of each scale see in one block, as static slices of [source S][targets L]."""
 
     pyramid: Pyramid
     conditioning: str
-    scale_aligned: bool  # this block sees the source area-resized to the scale (block 0 of "sar")
+    scale_aligned: bool  # this block uses the scale-aligned reference (block 0 of "sar")
 
     @property
     def source_tokens(self) -> int:
@@ -49,7 +80,7 @@ class Visibility:
         """
         source = self.source_tokens
         if self.scale_aligned:
-            reference = self._reference(x_BMHD[:, :source], scale)
+            reference = self._reference(x_BMHD[:, :source], scale)  # SAR
         elif self.conditioning == "full":
             reference = x_BMHD[:, : self.pyramid.offsets[scale + 1]]
         else:
@@ -59,8 +90,8 @@ class Visibility:
     def all_keys(self, x_BMHD: jax.Array) -> jax.Array:
         """Keys (or values) of the whole sequence that any of its tokens sees, in the order of `visibility_mask`.
 
-        [source][targets], and between them, where the block is scale-aligned, the source at every scale but the last,
-        which is the source itself.
+        [source][targets]; with SAR, the references of all scales but the last lie between them (the last reference is
+        the source itself).
         """
         if not self.scale_aligned:
             return x_BMHD
@@ -69,7 +100,7 @@ class Visibility:
         return jnp.concatenate([source_BSHD, *references, targets_BLHD], axis=1)
 
     def _reference(self, x_BSHD: jax.Array, scale: int) -> jax.Array:
-        """The source's keys or values, area-resized per head and channel to the grid of `scale`."""
+        """ref_k of SAR: the source's keys or values, area-resized per head and channel to the grid of `scale`."""
         batch, _, heads, head_size = x_BSHD.shape
         x_BhwC = x_BSHD.reshape(batch, *self.pyramid.last, heads * head_size)
         resized = area_resize(x_BhwC.astype(jnp.float32), self.pyramid.grids[scale])
@@ -88,39 +119,40 @@ def attend(
     mask_BM: bool, True where a key is real; None if all are.
     mask_LM: bool, True where a query sees a key; None if each sees all.
     """
+    # q k^T per head. model.md, section 6: cos-attention has no other scale than that in q; nor has the text's here.
     logits_BHLM = jnp.einsum("blhd,bmhd->bhlm", q_BLHD, k_BMHD, preferred_element_type=jnp.float32)
     if mask_BM is not None:
         logits_BHLM = jnp.where(mask_BM[:, None, None, :], logits_BHLM, jnp.float32(-1e30))
     if mask_LM is not None:
         logits_BHLM = jnp.where(mask_LM[None, None], logits_BHLM, jnp.float32(-1e30))
     weights_BHLM = jax.nn.softmax(logits_BHLM, axis=-1).astype(v_BMHD.dtype)
-    return jnp.einsum("bhlm,bmhd->blhd", weights_BHLM, v_BMHD)
+    return jnp.einsum("bhlm,bmhd->blhd", weights_BHLM, v_BMHD)  # softmax(q k^T) v
 
 
 def prefix_attention(
     q_BLHD: jax.Array, k_BLHD: jax.Array, v_BLHD: jax.Array, visibility: Visibility, remat: bool = False
 ) -> jax.Array:
-    """Self-attention of a whole sequence [source S][target scales], one product a scale: [B, S + L, H, D].
+    """Self-attention of a whole sequence [source S][target scales], one call per scale: [B, S + L, H, D].
 
-    Of the source alone if there are no more tokens. With `remat` the backward pass makes the scores again, a group at a
-    time, instead of keeping those of all groups.
+    Of the source alone if there are no more tokens. With `remat` the backward pass recomputes the scores, one group at
+    a time, instead of keeping those of all groups.
     """
-    product = jax.checkpoint(attend, prevent_cse=False) if remat else attend
+    attention = jax.checkpoint(attend, prevent_cse=False) if remat else attend
     source, pyramid = visibility.source_tokens, visibility.pyramid
     outputs = [
-        product(q_BLHD[:, queries], k_BLHD[:, keys], v_BLHD[:, keys]) for queries, keys in visibility.source_groups()
+        attention(q_BLHD[:, queries], k_BLHD[:, keys], v_BLHD[:, keys]) for queries, keys in visibility.source_groups()
     ]
     for scale, tokens in enumerate(pyramid.slices() if q_BLHD.shape[1] > source else ()):
         queries = slice(source + tokens.start, source + tokens.stop)
         keys, values = (visibility.keys(x, scale, tokens.stop) for x in (k_BLHD, v_BLHD))
-        outputs.append(product(q_BLHD[:, queries], keys, values))
+        outputs.append(attention(q_BLHD[:, queries], keys, values))
     return checkpoint_name(jnp.concatenate(outputs, axis=1), "attention")
 
 
 def visibility_mask(visibility: Visibility) -> np.ndarray:
     """The same visibility as a dense mask, bool [S + L, M], over the keys that `Visibility.all_keys` gives.
 
-    What tests compare against, and where the fast kernels learn what to leave out.
+    The fast kernels take from it which keys to skip.
     """
     source, pyramid = visibility.source_tokens, visibility.pyramid
     references = pyramid.offsets[-2] if visibility.scale_aligned else 0
@@ -141,7 +173,7 @@ def visibility_mask(visibility: Visibility) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class QueryGroup:
-    """Queries that see the same keys, or small scales that share one product under a mask."""
+    """Queries that see the same keys, or small scales that share one matmul under a mask."""
 
     queries: slice
     keys: tuple[slice, ...]  # pieces of `Visibility.all_keys`
@@ -189,10 +221,10 @@ def grouped_attention(
     implementation: str = "cudnn",
     small: int = SMALL_GROUP,
 ) -> jax.Array:
-    """`prefix_attention` by one call of a kernel without a mask for each large scale; small ones share a plain product.
+    """`prefix_attention` by one call of a kernel without a mask for each large scale; small ones share a plain matmul.
 
-    To cuDNN a mask is a dense array to add, and its lengths must then be even; what is small is 7 % of the pairs at
-    512 px. `implementation` is as of `cudnn.full_attention`.
+    cuDNN takes a mask as a dense bias to add, whose lengths must be even. The small scales are 7 % of the pairs of
+    query and key at 512 px. `implementation` is as of `cudnn.full_attention`.
     """
     if q_BLHD.shape[1] > visibility.source_tokens:
         k_BLHD, v_BLHD = visibility.all_keys(k_BLHD), visibility.all_keys(v_BLHD)
@@ -205,8 +237,8 @@ def grouped_attention(
         if group.mask is None and queries.shape[1] >= small:
             outputs.append(cudnn.full_attention(queries, keys, values, None, "attention", implementation))
         else:
-            product = jax.checkpoint(functools.partial(attend, mask_LM=group.mask), prevent_cse=False)
-            outputs.append(checkpoint_name(product(queries, keys, values), "attention"))
+            masked = jax.checkpoint(functools.partial(attend, mask_LM=group.mask), prevent_cse=False)
+            outputs.append(checkpoint_name(masked(queries, keys, values), "attention"))
     return jnp.concatenate(outputs, axis=1)
 
 
@@ -233,7 +265,7 @@ def cross_attention(
 ) -> jax.Array:
     """Attention to the text, whose real tokens come first, by `kernel`; each device as in `self_attention`.
 
-    With `remat` the backward pass of the plain product makes its scores again. `implementation` is as of
+    With `remat` the backward pass of plain attention recomputes its scores. `implementation` is as of
     `cudnn.full_attention`.
     """
 
@@ -263,7 +295,10 @@ def _normalized(x: jax.Array) -> jax.Array:
 
 
 def kernel_init(scale: float = 1.0) -> Callable[..., jax.Array]:
-    """Truncated normal, before truncation of standard deviation `scale` / sqrt(fan in); the input axis comes first."""
+    """Truncated normal of standard deviation `scale` / sqrt(fan in) before truncation; the input axis comes first.
+
+    JAX's `variance_scaling` is another one: it widens the normal so that the deviation holds after truncation.
+    """
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         deviation = scale * shape[0] ** -0.5
@@ -273,7 +308,7 @@ def kernel_init(scale: float = 1.0) -> Callable[..., jax.Array]:
 
 
 def _heads(x_BLC: jax.Array, kernel_CHD: jax.Array, name: str) -> jax.Array:
-    """The product with a kernel, split by heads, under a name for `jax.checkpoint`: [B, L, H, D]."""
+    """Matmul with a kernel, split by heads, under a name for `jax.checkpoint`: [B, L, H, D]."""
     width, heads, head_size = kernel_CHD.shape
     out_BLC = constrain(x_BLC @ kernel_CHD.reshape(width, -1).astype(x_BLC.dtype), BATCH, None, "tensor")
     out_BLC = checkpoint_name(out_BLC, name)
@@ -281,7 +316,7 @@ def _heads(x_BLC: jax.Array, kernel_CHD: jax.Array, name: str) -> jax.Array:
 
 
 class SelfAttention(nn.Module):
-    """Cos-attention with 2-D RoPE: q and k are normalized; one learned scale a head; no bias on k."""
+    """Cos-attention with 2-D RoPE (model.md, section 6): q and k are normalized; one learned scale per head."""
 
     config: TransformerConfig
     visibility: Visibility
@@ -291,20 +326,20 @@ class SelfAttention(nn.Module):
         self,
         x_BLC: jax.Array,
         rotation_2LD: jax.Array,
-        cache: dict[str, jax.Array] | None = None,
+        cache: LayerCache | None = None,
         scale: int | None = None,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Attends within the whole sequence, or from one scale to the cache and itself.
 
         Args:
-          x_BLC: tokens: [source, targets] without a cache; the source alone to fill one; one scale with a cache. Behind
-            them there may be others, which nothing sees.
-          rotation_2LD: RoPE cosines and sines of these tokens, without the others.
-          cache: keys `k` and values `v`, [B, S + targets of scales before the last, H, D], of what came before.
+          x_BLC: tokens: [source, targets] without a cache; the source alone to prefill one; one scale with a cache.
+            Padding may follow, which nothing sees.
+          rotation_2LD: RoPE cosines and sines of these tokens, without the padding.
+          cache: keys and values of the tokens before, with room for all scales but the last.
           scale: which scale x_BLC is; only with a cache.
 
         Returns:
-          (output [B, L, C], the keys and values of x_BLC, [B, L, H, D] each, for the cache).
+          (output [B, L, C], keys and values of x_BLC, [B, L, H, D] each).
         """
         config = self.config
         heads, head_size, width = config.heads, config.head_size, config.width
@@ -315,7 +350,7 @@ class SelfAttention(nn.Module):
         initial_scale = nn.initializers.constant(np.log(config.initial_attention_scale))
         scale_mul = self.param("scale_mul", initial_scale, (heads,))
         x_BLC, tokens = gather_tokens(x_BLC.astype(dtype)), rotation_2LD.shape[1]
-        # A product each: together they would be an array that cannot be split over its heads.
+        # One matmul each: their concatenation could not be split over heads.
         q, k, v = (_heads(x_BLC, qkv_kernel[:, part], "qkv")[:, :tokens] for part in range(3))
         q_scale = jnp.exp(jnp.minimum(scale_mul, MAX_LOG_SCALE))[None, None, :, None]
         q = _normalized(q + q_bias.astype(dtype)[None, None]) * q_scale
@@ -325,8 +360,8 @@ class SelfAttention(nn.Module):
 
         if cache is not None and scale is not None:
             seen = self.visibility.pyramid.offsets[scale]
-            keys = jnp.concatenate([self.visibility.keys(cache["k"], scale, seen), k], axis=1)
-            values = jnp.concatenate([self.visibility.keys(cache["v"], scale, seen), v], axis=1)
+            keys = jnp.concatenate([self.visibility.keys(cache.k, scale, seen), k], axis=1)
+            values = jnp.concatenate([self.visibility.keys(cache.v, scale, seen), v], axis=1)
             output = attend(q, keys, values)
         else:
             kernel = choose(config.attention, head_size, dtype)
@@ -336,11 +371,11 @@ class SelfAttention(nn.Module):
         output = constrain(output, BATCH, None, "tensor")
         proj_init = kernel_init((2 * config.depth) ** -0.5)
         output = nn.Dense(width, dtype=dtype, kernel_init=proj_init, name="proj")(output)
-        return checkpoint_name(scatter_tokens(output), "proj"), {"k": k, "v": v}
+        return checkpoint_name(scatter_tokens(output), "proj"), k, v
 
 
 class CrossAttention(nn.Module):
-    """Attention to the text; scale 1 / sqrt(D), no positions."""
+    """Attention to the text (model.md, section 6); scale 1 / sqrt(D), no positions."""
 
     config: TransformerConfig
 
@@ -350,9 +385,9 @@ class CrossAttention(nn.Module):
         x_BLC: jax.Array,
         memory_BTC: jax.Array,
         mask_BT: jax.Array,
-        cache: dict[str, jax.Array] | None = None,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """[B, L, C] and text [B, T, C] -> ([B, L, C], the text's keys and values [B, T, H, D] for the cache)."""
+        cache: LayerCache | None = None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """[B, L, C] and text [B, T, C] -> ([B, L, C], keys and values of the text, [B, T, H, D] each)."""
         config = self.config
         dtype = jnp.dtype(config.dtype)
         heads, head_size, width = config.heads, config.head_size, config.width
@@ -365,10 +400,11 @@ class CrossAttention(nn.Module):
         if cache is None:
             kernel = choose(config.attention, head_size, dtype)
             k, v = (_heads(memory_BTC.astype(dtype), kv_kernel[:, part], "cross_kv") for part in range(2))
-            cache = {"text_k": k, "text_v": v + v_bias.astype(dtype)[None, None]}
-        remat = config.remat != "none"
-        output = cross_attention(q, cache["text_k"], cache["text_v"], mask_BT, kernel, remat)
+            v = v + v_bias.astype(dtype)[None, None]
+        else:
+            k, v = cache.text_k, cache.text_v
+        output = cross_attention(q, k, v, mask_BT, kernel, remat=config.remat != "none")
         output = output.reshape(*x_BLC.shape[:2], width)
         proj_init = kernel_init((2 * config.depth) ** -0.5)
         output = nn.Dense(width, dtype=dtype, kernel_init=proj_init, name="proj")(output)
-        return checkpoint_name(scatter_tokens(output), "cross_proj"), cache
+        return checkpoint_name(scatter_tokens(output), "cross_proj"), k, v

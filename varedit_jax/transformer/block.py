@@ -10,20 +10,16 @@ from jax.ad_checkpoint import checkpoint_name
 from varedit_jax.config import TransformerConfig
 from varedit_jax.parallel.constrain import constrain, gather_tokens, scatter_tokens, tokens_between_blocks
 from varedit_jax.parallel.mesh import BATCH
-from varedit_jax.transformer.attention import CrossAttention, SelfAttention, Visibility, kernel_init
-
-Cache = dict[str, jax.Array]
+from varedit_jax.transformer.attention import CrossAttention, LayerCache, SelfAttention, Visibility, kernel_init
 
 
-def layer_norm(x: jax.Array) -> jax.Array:
+def plain_norm() -> nn.LayerNorm:
     """Layer norm over the last axis without affine parameters, eps 1e-6, in float32."""
-    x = x.astype(jnp.float32)
-    mean = jnp.mean(x, axis=-1, keepdims=True)
-    variance = jnp.mean(jnp.square(x - mean), axis=-1, keepdims=True)
-    return (x - mean) * jax.lax.rsqrt(variance + 1e-6)
+    # Not the fast variance, E[x^2] - E[x]^2: it cancels where the mean is large.
+    return nn.LayerNorm(epsilon=1e-6, dtype=jnp.float32, use_bias=False, use_scale=False, use_fast_variance=False)
 
 
-class Mlp(nn.Module):
+class MLP(nn.Module):
     """Linear(C, 4C), tanh-GELU, Linear(4C, C)."""
 
     config: TransformerConfig
@@ -50,7 +46,7 @@ def _initial_ada(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float3
 
 
 class Block(nn.Module):
-    """x += gamma1 SA(..); x += CA(..); x += gamma2 MLP(..), the residual stream in float32."""
+    """x += gamma1 SA(..); x += CA(..); x += gamma2 MLP(..) (model.md, section 6), the residual stream in float32."""
 
     config: TransformerConfig
     visibility: Visibility
@@ -62,18 +58,18 @@ class Block(nn.Module):
         self,
         x_BLC: jax.Array,
         drop_rate: jax.Array,
-        cache: Cache | None,
+        cache: LayerCache | None,
         ada_B6C: jax.Array,
         memory_BTC: jax.Array,
         mask_BT: jax.Array,
         rotation_2LD: jax.Array,
-    ) -> tuple[jax.Array, Cache]:
-        """One block over the whole sequence, over the source to start a cache, or over one scale with a cache.
+    ) -> tuple[jax.Array, LayerCache]:
+        """One block over the whole sequence, over the source to prefill a cache, or over one scale with a cache.
 
         Args:
           x_BLC: float32 tokens.
           drop_rate: scalar, probability of leaving out a branch (stochastic depth) of a sample; training only.
-          cache: what `SelfAttention` and `CrossAttention` left behind, or None.
+          cache: of what came before, with room for these tokens; None if there is none.
           ada_B6C: SiLU(cond) through the linear map all blocks share: gamma1, gamma2, scale1, scale2, shift1, shift2.
           memory_BTC, mask_BT: text to attend to, and which of its rows are real.
           rotation_2LD: RoPE of these tokens.
@@ -94,15 +90,14 @@ class Block(nn.Module):
             return jnp.where(keep, branch_BLC / (1 - drop_rate), 0)
 
         attention = SelfAttention(config, self.visibility, name="self_attention")
-        h_BLC, self_cache = attention(layer_norm(x_BLC) * (1 + scale1) + shift1, rotation_2LD, cache, self.scale)
+        h_BLC, k, v = attention(plain_norm()(x_BLC) * (1 + scale1) + shift1, rotation_2LD, cache, self.scale)
         x_BLC += drop_path(h_BLC.astype(jnp.float32) * gamma1)
 
         cross_norm = nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, name="cross_norm")
         cross = CrossAttention(config, name="cross_attention")
-        h_BLC, text_cache = cross(cross_norm(x_BLC), memory_BTC, mask_BT, cache)
+        h_BLC, text_k, text_v = cross(cross_norm(x_BLC), memory_BTC, mask_BT, cache)
         x_BLC += h_BLC.astype(jnp.float32)
 
-        h_BLC = Mlp(config, name="mlp")(layer_norm(x_BLC) * (1 + scale2) + shift2)
+        h_BLC = MLP(config, name="mlp")(plain_norm()(x_BLC) * (1 + scale2) + shift2)
         x_BLC += drop_path(h_BLC.astype(jnp.float32) * gamma2)
-        x_BLC = tokens_between_blocks(x_BLC)
-        return x_BLC, self_cache | {name: text_cache[name] for name in ("text_k", "text_v")}
+        return tokens_between_blocks(x_BLC), LayerCache(k, v, text_k, text_v)

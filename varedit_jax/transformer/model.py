@@ -9,14 +9,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from varedit_jax.config import TransformerConfig
-from varedit_jax.parallel.constrain import batch_only, constrain, has_mesh, pad_tokens, tokens_between_blocks
-from varedit_jax.parallel.rules import gather
+from varedit_jax.parallel.constrain import Gather, batch_only, constrain, gathered, pad_tokens, tokens_between_blocks
 from varedit_jax.scales import Grid, Pyramid
 from varedit_jax.transformer import rope
-from varedit_jax.transformer.attention import Visibility, attend, kernel_init
-from varedit_jax.transformer.block import Block, layer_norm
+from varedit_jax.transformer.attention import LayerCache, Visibility, attend, kernel_init
+from varedit_jax.transformer.block import Block, plain_norm
 
-Caches = dict[str, Any]
+
+@flax.struct.dataclass
+class Caches:
+    """Keys and values of all blocks."""
+
+    block_0: LayerCache
+    blocks: LayerCache | None  # of the scanned stack; None where the depth is 1
+
+    def first_samples(self, count: int) -> "Caches":
+        """The cache of the first `count` samples of the batch."""
+        block_0 = jax.tree.map(lambda x: x[:count], self.block_0)
+        return Caches(block_0, jax.tree.map(lambda x: x[:, :count], self.blocks))
 
 
 @flax.struct.dataclass
@@ -29,7 +39,7 @@ class TextMemory:
 
 
 class TextPool(nn.Module):
-    """Attention pooling of the text: one learned query a head (model.md, section 4)."""
+    """Attention pooling of the text: one learned query per head (model.md, section 4)."""
 
     config: TransformerConfig
 
@@ -49,14 +59,14 @@ class TextPool(nn.Module):
 
 
 def center_features(grid: Grid) -> np.ndarray:
-    """Sines and cosines of where the center of each token of a grid lies in the image, float32 [tokens, 16].
+    """Sines and cosines of the position in the image of each token's center, float32 [tokens, 16].
 
-    Rows and columns run from -1 to 1, with 1/4, 1/2, 1 and 2 periods a unit. The same place has the same features on
-    every grid.
+    Rows and columns run from -1 to 1, with 1/4, 1/2, 1 and 2 periods per unit. The same position has the same features
+    on every grid.
     """
     rows, columns = ((np.arange(count) + 0.5) / count * 2 - 1 for count in grid)
-    places_L2 = np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1).reshape(-1, 2)
-    angles_LF = (places_L2[:, :, None] * (np.pi / 2 * np.array([1, 2, 4, 8]))).reshape(len(places_L2), -1)
+    centers_L2 = np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1).reshape(-1, 2)
+    angles_LF = (centers_L2[:, :, None] * (np.pi / 2 * np.array([1, 2, 4, 8]))).reshape(len(centers_L2), -1)
     return np.concatenate([np.sin(angles_LF), np.cos(angles_LF)], axis=-1).astype(np.float32)
 
 
@@ -68,6 +78,7 @@ class Transformer(nn.Module):
 
     config: TransformerConfig
     pyramid: Pyramid
+    gather: Gather | None = None  # makes the parameters of a block whole on a mesh
 
     def setup(self) -> None:
         """Everything but the blocks, which `_blocks` makes."""
@@ -89,6 +100,7 @@ class Transformer(nn.Module):
             self.position_embed = nn.Dense(width, use_bias=False, kernel_init=kernel_init(0.7))
         self.word_embed = nn.Dense(width, kernel_init=kernel_init(config.initial_input_scale))
         self.shared_ada = nn.Dense(6 * width, kernel_init=nn.initializers.zeros)
+        self.head_norm = plain_norm()
         self.head_ada = nn.Dense(2 * width, kernel_init=nn.initializers.zeros)
         self.head = nn.Dense(2 * config.token_bits, kernel_init=kernel_init(0.02))
 
@@ -160,12 +172,12 @@ class Transformer(nn.Module):
             )
         text = self.embed_text(features_BTE, length_B, unconditional_B)
         targets_BLC = jnp.concatenate([self._first_token(text), self.word_embed(inputs_BLN)], axis=1)
-        targets_BLC += self._places(range(self.pyramid.scales))
+        targets_BLC += self._embed_levels(range(self.pyramid.scales))
         x_BLC = jnp.concatenate([self._embed_source(source_BSN), targets_BLC], axis=1)
         x_BLC, _ = self._blocks(x_BLC, text, None, slice(None), deterministic=deterministic)
         return x_BLC[:, source:], text.cond_BC
 
-    def start(
+    def prefill(
         self,
         source_BSN: jax.Array,
         features_BTE: jax.Array,
@@ -174,47 +186,39 @@ class Transformer(nn.Module):
     ) -> tuple[TextMemory, Caches]:
         """Runs the source through all blocks once: the text memory, and caches with room for all but the last scale."""
         text = self.embed_text(features_BTE, length_B, unconditional_B)
-        source = source_BSN.shape[1]
-        _, caches = self._blocks(self._embed_source(source_BSN), text, None, slice(0, source))
+        _, caches = self._blocks(self._embed_source(source_BSN), text, None, slice(0, source_BSN.shape[1]))
         room = self.pyramid.offsets[-2]
-
-        def make_room(path: tuple[jax.tree_util.DictKey, ...], x: jax.Array) -> jax.Array:
-            if path[-1].key not in ("k", "v"):
-                return x
-            padding = [(0, 0)] * x.ndim
-            padding[-3] = (0, room)
-            return jnp.pad(x, padding)
-
-        return text, jax.tree_util.tree_map_with_path(make_room, caches)
+        return text, jax.tree.map(lambda cache: cache.with_room(room), caches, is_leaf=_is_cache)
 
     def decode_scale(
         self, scale: int, inputs_BLN: jax.Array | None, text: TextMemory, caches: Caches
     ) -> tuple[jax.Array, Caches]:
         """Logits of one scale from its inputs (None for scale 0) and the caches: (float32 [B, L_k, N, 2], caches)."""
         x_BLC = self._first_token(text) if inputs_BLN is None else self.word_embed(inputs_BLN)
-        x_BLC += self._places(range(scale, scale + 1))
+        x_BLC += self._embed_levels(range(scale, scale + 1))
         source = self.pyramid.source_tokens(self.config.conditioning)
         start, stop = (source + offset for offset in self.pyramid.offsets[scale : scale + 2])
         x_BLC, new = self._blocks(x_BLC, text, caches, slice(start, stop), scale=scale)
         if scale < self.pyramid.scales - 1:  # nobody reads the last scale's keys and values
-            caches = {block: _write(caches[block], new[block], start) for block in caches}
+            caches = jax.tree.map(lambda old, added: old.write(added, start), caches, new, is_leaf=_is_cache)
         return self.logits(x_BLC, text.cond_BC), caches
 
     def _embed_source(self, source_BSN: jax.Array) -> jax.Array:
         scales = self.pyramid.scales
         levels = range(scales) if self.config.conditioning == "full" else range(scales - 1, scales)
-        return self.word_embed(source_BSN) + self._places(levels)
+        return self.word_embed(source_BSN) + self._embed_levels(levels)
 
     def _first_token(self, text: TextMemory) -> jax.Array:
         return (text.cond_BC + self.pos_start[None])[:, None]
 
-    def _places(self, scales: range) -> jax.Array:
-        """Embedding of the level of every token of `scales`, and of its place if configured so: [1, tokens, C]."""
-        # Not looked up by an index of tokens: the gradient of that is a scatter, which XLA's partitioner made a wrong
-        # one of on a mesh that splits examples and tokens.
+    def _embed_levels(self, scales: range) -> jax.Array:
+        """Embedding of the level of every token of `scales`, and of its position if so configured: [1, tokens, C]."""
+        # Not `level_embed[levels]` with an index per token: its gradient is a scatter-add, which the SPMD partitioner
+        # of jaxlib 0.10 gets wrong on a mesh that splits examples over data x fsdp and tokens over tensor (it adds the
+        # shards' partial sums twice). tests/varedit_jax/training/test_compile_step.py fails with the lookup.
         width = self.config.width
         rows = [jnp.broadcast_to(self.level_embed[scale], (self.pyramid.lengths[scale], width)) for scale in scales]
-        # Whole everywhere: in pieces by tokens, the compiler would gather each scale's to put them together.
+        # Replicated: split by tokens, the compiler would gather each scale's rows to concatenate them.
         levels_LC = constrain(jnp.concatenate(rows))
         if not self.config.absolute_positions:
             return levels_LC[None]
@@ -225,7 +229,7 @@ class Transformer(nn.Module):
         """The head, in float32: tokens after the last block [B, L, C] and pooled text [B, C] to [B, L, N, 2]."""
         ada_BC = self.head_ada(nn.silu(cond_BC))[:, None]
         scale, shift = jnp.split(ada_BC, 2, axis=-1)
-        logits = self.head(layer_norm(x_BLC) * (1 + scale) + shift)
+        logits = self.head(self.head_norm(x_BLC) * (1 + scale) + shift)
         return logits.reshape(*logits.shape[:2], self.config.token_bits, 2)
 
     @nn.compact
@@ -238,23 +242,22 @@ class Transformer(nn.Module):
         scale: int | None = None,
         deterministic: bool = True,
     ) -> tuple[jax.Array, Caches]:
-        """All blocks over the tokens `tokens` of the sequence: (x, keys and values of these tokens a block)."""
+        """All blocks over the tokens `tokens` of the sequence: (x, keys and values of these tokens in each block)."""
         config, pyramid = self.config, self.pyramid
         positions = rope.positions(pyramid, config.conditioning, config.rope_layout)
         rotation_2LD = rope.rotation(positions, config.head_size)[:, tokens]
         ada_B6C = self.shared_ada(nn.silu(text.cond_BC)).reshape(-1, 6, config.width)
         drop_rates = jnp.linspace(0, config.drop_path, config.depth)
-        # Without a cache the backward pass needs the blocks' activations, unless they are made again.
+        # Without a cache the backward pass needs the blocks' activations, unless it recomputes them.
         remat = config.remat if caches is None else "none"
-        caches = caches or {"block_0": None, "blocks": None}
         shared = (ada_B6C, text.memory_BTC, text.mask_BT, rotation_2LD)
 
         aligned = Visibility(pyramid, config.conditioning, scale_aligned=config.conditioning == "sar")
         first = self._block("block_0", remat)(config, aligned, scale, deterministic, name="block_0")
         count = x_BLC.shape[1]
         x_BLC = tokens_between_blocks(pad_tokens(x_BLC))
-        x_BLC, first_cache = first(x_BLC, drop_rates[0], caches["block_0"], *shared)
-        new = {"block_0": first_cache}
+        x_BLC, new_0 = first(x_BLC, drop_rates[0], caches and caches.block_0, *shared)
+        new = None
         if config.depth > 1:
             plain = Visibility(pyramid, config.conditioning, scale_aligned=False)
             scanned = nn.scan(
@@ -265,24 +268,19 @@ class Transformer(nn.Module):
                 length=config.depth - 1,
             )
             rest = scanned(config, plain, scale, deterministic, name="blocks")
-            x_BLC, new["blocks"] = rest(x_BLC, drop_rates[1:], caches["blocks"], *shared)
-        return x_BLC[:, :count], new
+            x_BLC, new = rest(x_BLC, drop_rates[1:], caches and caches.blocks, *shared)
+        return x_BLC[:, :count], Caches(new_0, new)
 
     def _block(self, name: str, remat: str) -> type[Block]:
-        """The class of the blocks `name`: their parameters come gathered from a mesh, their activations go as told."""
-        block: Any = Block
-        if has_mesh() and not self.is_initializing():
-            # Inside of what is rematerialized: the backward pass gathers them again instead of keeping them.
-            block = nn.map_variables(block, "params", gather(f"transformer/{name}/", self.config.dtype))
+        """The class of the blocks `name`: parameters gathered on a mesh, activations rematerialized as `remat` says."""
+        # Gathered inside of what is rematerialized: the backward pass gathers again instead of keeping them.
+        block = gathered(Block, name, None if self.is_initializing() else self.gather, self.config.dtype)
         if remat == "none":
             return block
         policy = jax.checkpoint_policies.save_only_these_names(*self.config.remat_saved) if remat == "named" else None
-        # Outside of a scan the compiler would see that both passes compute the same, and keep it after all.
+        # Outside of a scan the compiler would eliminate the recomputation as a common subexpression.
         return nn.remat(block, prevent_cse=name == "block_0", policy=policy)
 
 
-def _write(cache: dict[str, jax.Array], new: dict[str, jax.Array], start: int) -> dict[str, jax.Array]:
-    """Puts new keys and values into the static buffers at token `start`."""
-    return cache | {
-        name: jax.lax.dynamic_update_slice_in_dim(cache[name], new[name], start, axis=-3) for name in ("k", "v")
-    }
+def _is_cache(node: Any) -> bool:
+    return isinstance(node, LayerCache)

@@ -63,7 +63,7 @@ def test_a_dimension_that_does_not_divide_is_named():
 
 
 def test_the_state_lies_as_its_parameters_do():
-    """Moments and averages of a parameter go where it goes; counters are whole."""
+    """Moments and EMA of a parameter are split as it is; counters are whole."""
     config = RunConfig(
         name="test", model=preset("tiny"), optimizer=OptimizerConfig(ema_decay=0.9), data=DataConfig(text_tokens=5)
     )
@@ -114,7 +114,7 @@ def test_the_table_is_strict(monkeypatch):
         check_rules(params)
     twice = {**rules.RULES, "text": (*rules.RULES["text"][:-1], ("embedding/.*", "V E"))}
     monkeypatch.setattr(rules, "RULES", twice)
-    rules._layout.cache_clear()
+    rules._axes_of.cache_clear()
     with pytest.raises(ValueError, match="2 rules .* match the parameter text/embedding/embedding"):
         check_rules(params)
-    rules._layout.cache_clear()
+    rules._axes_of.cache_clear()

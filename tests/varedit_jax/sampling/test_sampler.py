@@ -11,7 +11,7 @@ import pytest
 
 from varedit_jax.config import EditorConfig, SamplingConfig, preset
 from varedit_jax.parameters import abstract_params
-from varedit_jax.sampling.sampler import Sample, sample_bits
+from varedit_jax.sampling.sampler import SampledBits, sample_bits
 from varedit_jax.scales import Pyramid
 from varedit_jax.tokenizer import quantizer
 from varedit_jax.tokenizer.tokens import source_tokens
@@ -45,11 +45,11 @@ def keys(*seeds: int) -> jax.Array:
 class Run(NamedTuple):
     guidance: tuple[float, ...]
     temperature: tuple[float, ...]
-    sample: Sample
+    sample: SampledBits
     forced: np.ndarray  # teacher-forced logits [2 B, L, N, 2] from the sampled bits, the unconditional half last
 
 
-def forced_logits(params: Any, sample: Sample, request: tuple[Any, ...], config: EditorConfig) -> jax.Array:
+def forced_logits(params: Any, sample: SampledBits, request: tuple[Any, ...], config: EditorConfig) -> jax.Array:
     """One pass over all scales and both halves, from the bits of a sample."""
     cells = PYRAMID.cells(config.patchify)
     inputs = [
@@ -81,7 +81,7 @@ def run(request: pytest.FixtureRequest, lively: Callable, quick_jit: Callable) -
     sampling = SamplingConfig(guidance=guidance, temperature=(0.5, 2.0), greedy=True)
 
     @quick_jit
-    def both(params: Any, *inputs: Any) -> tuple[Sample, jax.Array]:
+    def both(params: Any, *inputs: Any) -> tuple[SampledBits, jax.Array]:
         sample = sample_bits(params, *inputs, keys(0, 1), config, PYRAMID, sampling)
         return sample, forced_logits(params, sample, inputs, config)
 

@@ -177,15 +177,15 @@ def test_cos_attention(lively, quick_jit):
     straight = rope.rotation(np.zeros((tokens, 2), int), SIZE)  # no turn
     params = lively(jax.eval_shape(layer.init, jax.random.key(0), x, straight)["params"])
     params["scale_mul"] = np.array([1.3, 9.0], np.float32)  # the second is beyond the bound
-    found, cache = quick_jit(layer.apply)({"params": params}, x, straight)
+    found, keys, values = quick_jit(layer.apply)({"params": params}, x, straight)
 
     q, k, v = np.einsum("blc,cnhd->nblhd", x, params["qkv_kernel"])
     q = q + params["q_bias"]
     q = q / np.linalg.norm(q, axis=-1, keepdims=True) * np.array([np.exp(1.3), 100.0])[:, None]
     k = k / np.linalg.norm(k, axis=-1, keepdims=True)
     v = v + params["v_bias"]
-    np.testing.assert_allclose(cache["k"], k, rtol=0, atol=1e-6)
-    np.testing.assert_allclose(cache["v"], v, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(keys, k, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(values, v, rtol=0, atol=2e-6)
     heads = plainly("finest", q, k, v).reshape(2, tokens, -1)
     wanted = heads @ params["proj"]["kernel"] + params["proj"]["bias"]
     # A head scaled by 100 has logits up to 100: rounding of q and k is 100 times what it is elsewhere.

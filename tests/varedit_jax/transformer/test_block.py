@@ -10,7 +10,7 @@ from varedit_jax.config import TransformerConfig
 from varedit_jax.scales import Pyramid
 from varedit_jax.transformer import rope
 from varedit_jax.transformer.attention import Visibility
-from varedit_jax.transformer.block import Block, layer_norm
+from varedit_jax.transformer.block import Block, plain_norm
 
 GRIDS = ((1, 1), (2, 2))
 VISIBILITY = Visibility(Pyramid(GRIDS, GRIDS), "finest", scale_aligned=False)
@@ -18,12 +18,12 @@ CONFIG = TransformerConfig(width=16, heads=2, depth=2, text_width=16, drop_path=
 BATCH, TOKENS = 16, 9
 
 
-def test_layer_norm():
+def test_plain_norm():
     x = np.random.default_rng(0).normal(3, 2, size=(2, 5, 16)).astype(np.float32)
     wanted = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
-    np.testing.assert_allclose(layer_norm(x), wanted, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(plain_norm().apply({}, x), wanted, rtol=0, atol=2e-6)
     # A mean far from zero must not swallow the variance.
-    np.testing.assert_allclose(layer_norm(x + np.float32(1000)), wanted, rtol=0, atol=1e-3)
+    np.testing.assert_allclose(plain_norm().apply({}, x + np.float32(1000)), wanted, rtol=0, atol=1e-3)
 
 
 @pytest.fixture(scope="module")

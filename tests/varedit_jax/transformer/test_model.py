@@ -1,7 +1,6 @@
 """The whole transformer: who may touch whom, by gradient; the text; what it refuses.
 
-That its numbers are the published ones is for the golden data to show, that the cached passes give the same numbers for
-test_decode.py.
+The golden data show that its numbers are the published ones, test_sampler.py that the cached passes give the same.
 """
 
 import dataclasses
@@ -47,11 +46,11 @@ def everything(model: Transformer, source: Any, targets: Any, text: Any) -> tupl
     """Target logits, and all that is left of the source: its outputs, and its keys and values in every block."""
     memory = model.embed_text(text, LENGTHS)
     tokens = jnp.concatenate([model._first_token(memory), model.word_embed(targets)], axis=1)
-    tokens += model._places(range(PYRAMID.scales))
+    tokens += model._embed_levels(range(PYRAMID.scales))
     x = jnp.concatenate([model._embed_source(source), tokens], axis=1)
     x, caches = model._blocks(x, memory, None, slice(None))
     S = source.shape[1]
-    kept = [caches[block][name][..., :S, :, :] for block in caches for name in ("k", "v")]
+    kept = [x[..., :S, :, :] for cache in (caches.block_0, caches.blocks) for x in (cache.k, cache.v)]
     return model.logits(x[:, S:], memory.cond_BC), [x[:, :S], *kept]
 
 
@@ -186,7 +185,12 @@ def test_first_token_and_levels(params):
 
     def pieces(model, text):
         memory = model.embed_text(text, LENGTHS)
-        return memory.cond_BC, model._first_token(memory), model._places(range(3)), model._places(range(2, 3))
+        return (
+            memory.cond_BC,
+            model._first_token(memory),
+            model._embed_levels(range(3)),
+            model._embed_levels(range(2, 3)),
+        )
 
     cond, first, levels, of_source = model.apply({"params": params}, inputs("sar")[2], method=pieces)
     np.testing.assert_allclose(first[:, 0], cond + params["pos_start"][None], rtol=0, atol=1e-6)
@@ -259,26 +263,28 @@ def test_input_scale_is_the_gain_of_new_token_embeddings(quick_jit):
     np.testing.assert_array_equal(found[1], quiet[1])
 
 
-def test_absolute_positions_add_a_map_of_where_a_token_lies(params):
-    """Level and place, the same for a target token and for a source token there; nothing else is new."""
+def test_absolute_positions_add_a_map_of_the_position_of_a_token(params):
+    """Level and position, the same for a target token and for a source token there; nothing else is new."""
     config = preset("tiny")
     placed = dataclasses.replace(config, transformer=dataclasses.replace(config.transformer, absolute_positions=True))
-    shapes, with_places = (abstract_params(c, "transformer", PYRAMID) for c in (config, placed))
-    assert with_places.pop("position_embed")["kernel"].shape == (16, WIDTH)
-    assert with_places == shapes
+    shapes, with_positions = (abstract_params(c, "transformer", PYRAMID) for c in (config, placed))
+    assert with_positions.pop("position_embed")["kernel"].shape == (16, WIDTH)
+    assert with_positions == shapes
     kernel = np.random.default_rng(0).normal(size=(16, WIDTH)).astype(np.float32)
     variables = {"params": {**params, "position_embed": {"kernel": kernel}}}
     model = transformer(absolute_positions=True)
-    places, of_source = model.apply(variables, method=lambda m: (m._places(range(3)), m._places(range(2, 3))))
+    positions, of_source = model.apply(
+        variables, method=lambda m: (m._embed_levels(range(3)), m._embed_levels(range(2, 3)))
+    )
     levels = np.asarray(params["level_embed"])
     for scale, tokens in enumerate(TARGETS):
         wanted = levels[scale][None] + center_features(PYRAMID.grids[scale]) @ kernel
-        np.testing.assert_allclose(places[0, tokens], wanted, rtol=0, atol=1e-5)
-    np.testing.assert_array_equal(of_source[0], places[0, TARGETS[2]])
+        np.testing.assert_allclose(positions[0, tokens], wanted, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(of_source[0], positions[0, TARGETS[2]])
 
 
 def test_features_of_centers():
-    """Of one token, of the place and not the grid, and different for any two tokens of a published grid."""
+    """Of one token, of the position and not the grid, and different for any two tokens of a published grid."""
     np.testing.assert_allclose(center_features((1, 1)), [[0] * 8 + [1] * 8])
     fine, coarse = center_features((6, 9)).reshape(6, 9, 16), center_features((2, 3)).reshape(2, 3, 16)
     np.testing.assert_allclose(fine[1::3, 1::3], coarse, atol=1e-6)
