@@ -16,15 +16,16 @@ from varedit_jax.text.t5 import T5Encoder
 from varedit_jax.text.vocabulary import Vocabulary
 from varedit_jax.tokenizer.tokens import encode_images
 from varedit_jax.types import Params
-from varedit_jax.weights.directory import load_directory, weights_hash
+from varedit_jax.weights.directory import weights_hash
+from varedit_jax.weights.native import load_part
 
 
 def load_encoders(config: RunConfig) -> tuple[Params, Params | None]:
-    """Weights of the tokenizer, and of the text encoder unless it is trained. Raises UserError as `load_directory`."""
-    tokenizer = load_directory(config.tokenizer_weights, "tokenizer", abstract_params(config.model, "tokenizer"))
+    """Weights of the tokenizer, and of the text encoder unless it is trained. Raises UserError as `load_part`."""
+    tokenizer = load_part(config.tokenizer_weights, "tokenizer", abstract_params(config.model, "tokenizer"))
     if config.train_text:
         return tokenizer, None
-    return tokenizer, load_directory(config.text_weights, "text", abstract_params(config.model, "text"))
+    return tokenizer, load_part(config.text_weights, "text", abstract_params(config.model, "text"))
 
 
 def made_by(config: RunConfig, tokenizer: Params, text: Params | None) -> MadeBy:

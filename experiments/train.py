@@ -39,7 +39,7 @@ from varedit_jax.training.optimizer import learning_rate
 from varedit_jax.training.replay import replay
 from varedit_jax.training.setup import MeshRun
 from varedit_jax.training.trainer import Job, Trainer
-from varedit_jax.weights.directory import save_directory
+from varedit_jax.weights.directory import save_weights
 
 _CONFIG = program.ConfigFlag(RunConfig)
 _VERIFY = flags.DEFINE_bool("verify", False, "compare the weights it starts from with their manifests first")
@@ -110,7 +110,7 @@ def _train(config: RunConfig) -> None:
         state = Trainer(job, run_flags.launch()).run()
     if run_flags.EXPORT.value and int(state.step) == config.steps:
         params = {**frozen, **state.params}
-        save_directory(run_flags.EXPORT.value, config.model, params, run_flags.EXPORT_TYPE.value, config.sampling)
+        save_weights(run_flags.EXPORT.value, config.model, params, run_flags.EXPORT_TYPE.value, config.sampling)
 
 
 def main(argv: list[str]) -> None:

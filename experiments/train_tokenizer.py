@@ -21,7 +21,7 @@ from varedit_jax.training.optimizer import learning_rate, make_optimizer
 from varedit_jax.training.perceptual import load_perceptual
 from varedit_jax.training.stages import SingleStage
 from varedit_jax.training.trainer import Job, Trainer
-from varedit_jax.weights.directory import save_directory
+from varedit_jax.weights.directory import save_weights
 
 _CONFIG = program.ConfigFlag(TokenizerRunConfig)
 
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
     )
     state = Trainer(job, run_flags.launch()).run()
     if run_flags.EXPORT.value and int(state.step) == config.steps:
-        save_directory(run_flags.EXPORT.value, config.model, {"tokenizer": state.params}, run_flags.EXPORT_TYPE.value)
+        save_weights(run_flags.EXPORT.value, config.model, {"tokenizer": state.params}, run_flags.EXPORT_TYPE.value)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from varedit_jax.training import tokenizer_step
 from varedit_jax.training.optimizer import make_optimizer
 from varedit_jax.training.state import make_init
 from varedit_jax.training.step import make_step
-from varedit_jax.weights.directory import load_directory
+from varedit_jax.weights.native import load_part
 
 pytestmark = pytest.mark.slow
 
@@ -118,7 +118,7 @@ def test_weights_that_a_config_ships_with_fit_it(name: str, variant: str) -> Non
     directories = {config.init_from if isinstance(config, TokenizerRunConfig) else config.tokenizer_weights} - {""}
     for directory in directories:
         expected = abstract_params(config.model, "tokenizer")
-        loaded = load_directory(ROOT / directory, "tokenizer", expected)
+        loaded = load_part(ROOT / directory, "tokenizer", expected)
         assert shapes_of(loaded) == shapes_of(expected)
 
 

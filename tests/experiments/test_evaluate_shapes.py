@@ -12,7 +12,7 @@ from PIL import Image
 
 from varedit_jax.config import EditorConfig, SamplingConfig, preset
 from varedit_jax.parameters import abstract_params
-from varedit_jax.weights.directory import PARTS, save_directory
+from varedit_jax.weights.directory import PARTS, save_weights
 
 pytestmark = pytest.mark.subprocess
 
@@ -30,7 +30,7 @@ def save_random(directory: pathlib.Path, grids: tuple[tuple[int, int], ...]) -> 
     transformer = dataclasses.replace(tiny.transformer, depth=2)
     config: EditorConfig = dataclasses.replace(tiny, transformer=transformer, grids=grids)
     params = {part: filled(abstract_params(config, part), draw) for part in PARTS}
-    save_directory(directory, config, params, sampling=SamplingConfig(guidance=1.0, greedy=True))
+    save_weights(directory, config, params, sampling=SamplingConfig(guidance=1.0, greedy=True))
 
 
 def filled(tree: dict[str, Any], draw: np.random.Generator) -> dict[str, Any]:

@@ -53,9 +53,18 @@ class RelativeBias(nn.Module):
         return bias_TTH.transpose(2, 0, 1)
 
 
-def _norm(name: str) -> nn.RMSNorm:
-    """x / sqrt(mean(x^2) + 1e-6) * scale over the last axis, in float32."""
-    return nn.RMSNorm(epsilon=1e-6, dtype=jnp.float32, name=name)
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + 1e-6) * scale in float32, over the last axis."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., E] of any float type to float32 [..., E]."""
+        # Not nn.RMSNorm: it multiplies float32 by the scale in the type of the parameters, which strict type promotion
+        # refuses for a tree in bfloat16.
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+        return x * scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 class Attention(nn.Module):
@@ -127,10 +136,10 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x_BTE: jax.Array, bias_HTT: jax.Array, length_B: jax.Array) -> tuple[jax.Array, None]:
         """[B, T, E] float32 to the same, and no output beside it."""
-        normed_BTE = _norm("attention_norm")(x_BTE)
+        normed_BTE = RMSNorm(name="attention_norm")(x_BTE)
         attended_BTE = Attention(self.config, self.dtype, name="attention")(normed_BTE, bias_HTT, length_B)
         x_BTE = x_BTE + attended_BTE.astype(jnp.float32)
-        normed_BTE = _norm("mlp_norm")(x_BTE)
+        normed_BTE = RMSNorm(name="mlp_norm")(x_BTE)
         return x_BTE + MLP(self.config, self.dtype, name="mlp")(normed_BTE).astype(jnp.float32), None
 
 
@@ -175,6 +184,6 @@ class T5Encoder(nn.Module):
             length=config.layers,
         )
         x_BTE, _ = layers(config, self.dtype, name="layers")(x_BTE, bias_HTT, length_B)
-        features_BTE = _norm("final_norm")(x_BTE)
+        features_BTE = RMSNorm(name="final_norm")(x_BTE)
         valid_BT = jnp.arange(length)[None, :] < length_B[:, None]
         return jnp.where(valid_BT[:, :, None], features_BTE, 0.0)

@@ -42,7 +42,7 @@ def load_frozen(config: RunConfig, abstract: Params) -> Params:
         if not directories[part]:
             raise UserError(f"the experiment config names no {part}_weights; give --config.{part}_weights=DIRECTORY")
         leaves, like = native.open_part(directories[part], part, wanted), names.flat(wanted)
-        frozen[part] = names.tree({path: native.place(leaf, like[path]) for path, leaf in leaves.items()})
+        frozen[part] = names.tree({path: native.load_sharded(leaf, like[path]) for path, leaf in leaves.items()})
     return frozen
 
 
@@ -78,7 +78,7 @@ def start(
             log(f"{part}: {len(anew)} arrays do not fit and are initialized: {'; '.join(anew.values())}")
         values, like = names.flat(state.params[part]), names.flat(abstract.params[part])
         params[part] = names.tree(
-            {path: native.place(loaded[path], like[path]) if path in loaded else x for path, x in values.items()}
+            {path: native.load_sharded(loaded[path], like[path]) if path in loaded else x for path, x in values.items()}
         )
     ema = state.ema
     if ema is not None:  # Copies: the state is donated to each step, and no array can be given away twice.

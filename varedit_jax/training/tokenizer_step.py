@@ -17,7 +17,7 @@ from varedit_jax.tokenizer.tokens import decode_bits, encode_images
 from varedit_jax.training.self_correction import draw_flips
 from varedit_jax.training.state import TrainState
 from varedit_jax.types import Metrics
-from varedit_jax.weights.directory import load_directory
+from varedit_jax.weights.native import load_part
 
 
 def make_loss(
@@ -120,7 +120,7 @@ def start(config: TokenizerRunConfig, init: Callable[[], TrainState]) -> TrainSt
     """The state of step 0: random, or with the weights of `init_from`."""
     state = jax.jit(init)()
     if config.init_from:
-        loaded = load_directory(config.init_from, "tokenizer", abstract_params(config.model, "tokenizer"))
+        loaded = load_part(config.init_from, "tokenizer", abstract_params(config.model, "tokenizer"))
         state = state.replace(params=jax.device_put(loaded))
     return state
 

@@ -1,4 +1,4 @@
-"""The manifest of a directory of weights: what it was made from, and a checksum for every tensor."""
+"""The manifest of a directory of weights: its sources, and a checksum for every tensor."""
 
 import hashlib
 import json
@@ -11,8 +11,6 @@ from varedit_jax.storage.disk import read_explained
 from varedit_jax.storage.paths import PathLike, resolve
 
 MANIFEST = "manifest.json"
-
-
 MANIFEST_VERSION = 1
 
 

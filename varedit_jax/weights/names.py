@@ -1,8 +1,8 @@
 """One table of names and layouts: path in our tree <-> published PyTorch name, for both directions.
 
-A row is (our path, published name, layout). Rows of a block or a layer are repeated for each of them; ours are stacked
-along a leading axis (a transformer's block 0 stands alone). `LAYOUTS` says what a tensor looks like on either side.
-Tokenizer names are patterns, because that tree is regular.
+A row is (our path, published name, layout). Rows of a block or a layer are repeated for each of them; our tensors are
+stacked along a leading axis (a transformer's block 0 stands alone). `LAYOUTS` converts a tensor from one side to the
+other. Tokenizer names are patterns, because that tree is regular.
 
 Sources: model.md, sections 2, 4 and 6; the published state dicts; Flan-T5 in the names of the transformers library.
 """
@@ -23,24 +23,24 @@ from varedit_jax.types import Params
 Shape = tuple[int, ...]
 
 
-class Row(NamedTuple):
-    """A line of the table."""
+class NameRow(NamedTuple):
+    """A row of the table."""
 
     path: str  # in our tree; of a buffer: the parameter whose number of values it has
     name: str  # published
     layout: str
 
 
-class Layout(NamedTuple):
-    """How a tensor lies on either side."""
+class TensorLayout(NamedTuple):
+    """Conversion of a tensor's shape and axes."""
 
     published_shape: Callable[[Shape], Shape]  # from our shape
     ours: Callable[[np.ndarray, Shape], np.ndarray]  # published tensor, our shape -> ours
     published: Callable[[np.ndarray, Shape], np.ndarray]  # our tensor, published shape -> published
 
 
-def _reshaped(published_shape: Callable[[Shape], Shape]) -> Layout:
-    return Layout(published_shape, lambda x, shape: x.reshape(shape), lambda x, shape: x.reshape(shape))
+def _reshaped(published_shape: Callable[[Shape], Shape]) -> TensorLayout:
+    return TensorLayout(published_shape, lambda x, shape: x.reshape(shape), lambda x, shape: x.reshape(shape))
 
 
 LAYOUTS = {
@@ -49,94 +49,94 @@ LAYOUTS = {
     "row": _reshaped(lambda shape: (1, *shape)),
     "rows": _reshaped(lambda shape: (1, 1, *shape)),
     "heads": _reshaped(lambda shape: (1, *shape, 1, 1)),  # [H] -> [1, H, 1, 1]
-    "matrix": Layout(  # [in, ...out] -> [out, in]
+    "matrix": TensorLayout(  # [in, ...out] -> [out, in]
         lambda shape: (math.prod(shape[1:]), shape[0]),
         lambda x, shape: x.T.reshape(shape),
         lambda x, shape: x.reshape(shape[::-1]).T,
     ),
-    "matrix_in": Layout(  # [...in, out] -> [out, in]
+    "matrix_in": TensorLayout(  # [...in, out] -> [out, in]
         lambda shape: (shape[-1], math.prod(shape[:-1])),
         lambda x, shape: x.T.reshape(shape),
         lambda x, shape: x.reshape(shape[::-1]).T,
     ),
-    "conv": Layout(  # [y, x, in, out] -> [out, in, y, x]
+    "conv": TensorLayout(  # [y, x, in, out] -> [out, in, y, x]
         lambda shape: (shape[3], shape[2], shape[0], shape[1]),
         lambda x, shape: x.transpose(2, 3, 1, 0),
         lambda x, shape: x.transpose(3, 2, 0, 1),
     ),
 }
 
-# Buffers that published files hold and no computation of ours needs: what they must contain, from their shape.
+# Buffers that published files hold and no computation of ours needs: their required content, from their shape.
 BUFFERS: dict[str, Callable[[Shape], np.ndarray]] = {
     "zeros": lambda shape: np.zeros(shape, np.float32),
     "powers": lambda shape: 2 ** np.arange(shape[0] - 1, -1, -1, dtype=np.int64),  # value of each bit of a code
 }
 
 _AROUND_BLOCKS = (
-    Row("text_unconditional", "cfg_uncond", "plain"),
-    Row("pos_start", "pos_start", "rows"),
-    Row("text_norm/scale", "text_norm.weight", "plain"),
-    Row("text_pool/query", "text_proj_for_sos.ca.mat_q", "row"),
-    Row("text_pool/v_bias", "text_proj_for_sos.ca.v_bias", "flat"),
-    Row("text_pool/v_bias", "text_proj_for_sos.ca.zero_k_bias", "zeros"),
-    Row("text_pool/kv_kernel", "text_proj_for_sos.ca.mat_kv.weight", "matrix"),
-    Row("text_pool/proj/kernel", "text_proj_for_sos.ca.proj.weight", "matrix"),
-    Row("text_pool/proj/bias", "text_proj_for_sos.ca.proj.bias", "plain"),
-    Row("text_proj_in/kernel", "text_proj_for_ca.0.weight", "matrix"),
-    Row("text_proj_in/bias", "text_proj_for_ca.0.bias", "plain"),
-    Row("text_proj_out/kernel", "text_proj_for_ca.2.weight", "matrix"),
-    Row("text_proj_out/bias", "text_proj_for_ca.2.bias", "plain"),
-    Row("level_embed", "lvl_embed.weight", "plain"),
-    Row("word_embed/kernel", "word_embed.weight", "matrix"),
-    Row("word_embed/bias", "word_embed.bias", "plain"),
-    Row("shared_ada/kernel", "shared_ada_lin.1.weight", "matrix"),
-    Row("shared_ada/bias", "shared_ada_lin.1.bias", "plain"),
-    Row("head_ada/kernel", "head_nm.ada_lin.1.weight", "matrix"),
-    Row("head_ada/bias", "head_nm.ada_lin.1.bias", "plain"),
-    Row("head/kernel", "head.weight", "matrix"),
-    Row("head/bias", "head.bias", "plain"),
+    NameRow("text_unconditional", "cfg_uncond", "plain"),
+    NameRow("pos_start", "pos_start", "rows"),
+    NameRow("text_norm/scale", "text_norm.weight", "plain"),
+    NameRow("text_pool/query", "text_proj_for_sos.ca.mat_q", "row"),
+    NameRow("text_pool/v_bias", "text_proj_for_sos.ca.v_bias", "flat"),
+    NameRow("text_pool/v_bias", "text_proj_for_sos.ca.zero_k_bias", "zeros"),
+    NameRow("text_pool/kv_kernel", "text_proj_for_sos.ca.mat_kv.weight", "matrix"),
+    NameRow("text_pool/proj/kernel", "text_proj_for_sos.ca.proj.weight", "matrix"),
+    NameRow("text_pool/proj/bias", "text_proj_for_sos.ca.proj.bias", "plain"),
+    NameRow("text_proj_in/kernel", "text_proj_for_ca.0.weight", "matrix"),
+    NameRow("text_proj_in/bias", "text_proj_for_ca.0.bias", "plain"),
+    NameRow("text_proj_out/kernel", "text_proj_for_ca.2.weight", "matrix"),
+    NameRow("text_proj_out/bias", "text_proj_for_ca.2.bias", "plain"),
+    NameRow("level_embed", "lvl_embed.weight", "plain"),
+    NameRow("word_embed/kernel", "word_embed.weight", "matrix"),
+    NameRow("word_embed/bias", "word_embed.bias", "plain"),
+    NameRow("shared_ada/kernel", "shared_ada_lin.1.weight", "matrix"),
+    NameRow("shared_ada/bias", "shared_ada_lin.1.bias", "plain"),
+    NameRow("head_ada/kernel", "head_nm.ada_lin.1.weight", "matrix"),
+    NameRow("head_ada/bias", "head_nm.ada_lin.1.bias", "plain"),
+    NameRow("head/kernel", "head.weight", "matrix"),
+    NameRow("head/bias", "head.bias", "plain"),
 )
 
 _BLOCK = (
-    Row("ada_gss", "ada_gss", "rows"),
-    Row("self_attention/scale_mul", "sa.scale_mul_1H11", "heads"),
-    Row("self_attention/q_bias", "sa.q_bias", "flat"),
-    Row("self_attention/v_bias", "sa.v_bias", "flat"),
-    Row("self_attention/v_bias", "sa.zero_k_bias", "zeros"),
-    Row("self_attention/qkv_kernel", "sa.mat_qkv.weight", "matrix"),
-    Row("self_attention/proj/kernel", "sa.proj.weight", "matrix"),
-    Row("self_attention/proj/bias", "sa.proj.bias", "plain"),
-    Row("cross_attention/v_bias", "ca.v_bias", "flat"),
-    Row("cross_attention/v_bias", "ca.zero_k_bias", "zeros"),
-    Row("cross_attention/q/kernel", "ca.mat_q.weight", "matrix"),
-    Row("cross_attention/q/bias", "ca.mat_q.bias", "plain"),
-    Row("cross_attention/kv_kernel", "ca.mat_kv.weight", "matrix"),
-    Row("cross_attention/proj/kernel", "ca.proj.weight", "matrix"),
-    Row("cross_attention/proj/bias", "ca.proj.bias", "plain"),
-    Row("mlp/fc1/kernel", "ffn.fc1.weight", "matrix"),
-    Row("mlp/fc1/bias", "ffn.fc1.bias", "plain"),
-    Row("mlp/fc2/kernel", "ffn.fc2.weight", "matrix"),
-    Row("mlp/fc2/bias", "ffn.fc2.bias", "plain"),
-    Row("cross_norm/scale", "ca_norm.weight", "plain"),
-    Row("cross_norm/bias", "ca_norm.bias", "plain"),
+    NameRow("ada_gss", "ada_gss", "rows"),
+    NameRow("self_attention/scale_mul", "sa.scale_mul_1H11", "heads"),
+    NameRow("self_attention/q_bias", "sa.q_bias", "flat"),
+    NameRow("self_attention/v_bias", "sa.v_bias", "flat"),
+    NameRow("self_attention/v_bias", "sa.zero_k_bias", "zeros"),
+    NameRow("self_attention/qkv_kernel", "sa.mat_qkv.weight", "matrix"),
+    NameRow("self_attention/proj/kernel", "sa.proj.weight", "matrix"),
+    NameRow("self_attention/proj/bias", "sa.proj.bias", "plain"),
+    NameRow("cross_attention/v_bias", "ca.v_bias", "flat"),
+    NameRow("cross_attention/v_bias", "ca.zero_k_bias", "zeros"),
+    NameRow("cross_attention/q/kernel", "ca.mat_q.weight", "matrix"),
+    NameRow("cross_attention/q/bias", "ca.mat_q.bias", "plain"),
+    NameRow("cross_attention/kv_kernel", "ca.mat_kv.weight", "matrix"),
+    NameRow("cross_attention/proj/kernel", "ca.proj.weight", "matrix"),
+    NameRow("cross_attention/proj/bias", "ca.proj.bias", "plain"),
+    NameRow("mlp/fc1/kernel", "ffn.fc1.weight", "matrix"),
+    NameRow("mlp/fc1/bias", "ffn.fc1.bias", "plain"),
+    NameRow("mlp/fc2/kernel", "ffn.fc2.weight", "matrix"),
+    NameRow("mlp/fc2/bias", "ffn.fc2.bias", "plain"),
+    NameRow("cross_norm/scale", "ca_norm.weight", "plain"),
+    NameRow("cross_norm/bias", "ca_norm.bias", "plain"),
 )
 
 _TEXT_AROUND = (
-    Row("embedding/embedding", "shared.weight", "plain"),
-    Row("relative_bias/table", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "plain"),
-    Row("final_norm/scale", "encoder.final_layer_norm.weight", "plain"),
+    NameRow("embedding/embedding", "shared.weight", "plain"),
+    NameRow("relative_bias/table", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "plain"),
+    NameRow("final_norm/scale", "encoder.final_layer_norm.weight", "plain"),
 )
 
 _TEXT_LAYER = (
-    Row("attention/query/kernel", "layer.0.SelfAttention.q.weight", "matrix"),
-    Row("attention/key/kernel", "layer.0.SelfAttention.k.weight", "matrix"),
-    Row("attention/value/kernel", "layer.0.SelfAttention.v.weight", "matrix"),
-    Row("attention/out/kernel", "layer.0.SelfAttention.o.weight", "matrix_in"),
-    Row("attention_norm/scale", "layer.0.layer_norm.weight", "plain"),
-    Row("mlp/gate/kernel", "layer.1.DenseReluDense.wi_0.weight", "matrix"),
-    Row("mlp/up/kernel", "layer.1.DenseReluDense.wi_1.weight", "matrix"),
-    Row("mlp/down/kernel", "layer.1.DenseReluDense.wo.weight", "matrix"),
-    Row("mlp_norm/scale", "layer.1.layer_norm.weight", "plain"),
+    NameRow("attention/query/kernel", "layer.0.SelfAttention.q.weight", "matrix"),
+    NameRow("attention/key/kernel", "layer.0.SelfAttention.k.weight", "matrix"),
+    NameRow("attention/value/kernel", "layer.0.SelfAttention.v.weight", "matrix"),
+    NameRow("attention/out/kernel", "layer.0.SelfAttention.o.weight", "matrix_in"),
+    NameRow("attention_norm/scale", "layer.0.layer_norm.weight", "plain"),
+    NameRow("mlp/gate/kernel", "layer.1.DenseReluDense.wi_0.weight", "matrix"),
+    NameRow("mlp/up/kernel", "layer.1.DenseReluDense.wi_1.weight", "matrix"),
+    NameRow("mlp/down/kernel", "layer.1.DenseReluDense.wo.weight", "matrix"),
+    NameRow("mlp_norm/scale", "layer.1.layer_norm.weight", "plain"),
 )
 
 # Module of our tokenizer -> published module; norms and convolutions sit in an inner module of that name.
@@ -152,8 +152,8 @@ _TOKENIZER = (
 )
 _TOKENIZER_LEAVES = {"kernel": ("weight", "conv"), "scale": ("weight", "plain"), "bias": ("bias", "plain")}
 _TOKENIZER_BUFFERS = (
-    Row("encoder/conv_out/bias", "quantizer.lfq.mask", "powers"),
-    Row("encoder/conv_out/bias", "quantize.lfq.mask", "powers"),
+    NameRow("encoder/conv_out/bias", "quantizer.lfq.mask", "powers"),
+    NameRow("encoder/conv_out/bias", "quantize.lfq.mask", "powers"),
 )
 
 # What published files may hold besides: masks made for a resolution, the codes that a tokenizer counted, the decoder of
@@ -167,7 +167,7 @@ _PASSED_OVER = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dialect:
-    """In which of the published ways names are written."""
+    """One of the published ways to write names."""
 
     chunks: int = 0  # `block_chunks.{i}.module.{j}`, the depth in so many equal chunks; 0: `blocks.{i}`
     inner: bool = True  # the tokenizer's `.conv` and `.norm` modules
@@ -175,17 +175,17 @@ class Dialect:
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-    """One published tensor and its place in our tree."""
+    """One published tensor and its path in our tree."""
 
     name: str
     shape: Shape  # published
-    path: str  # in our tree, slashes between; of a buffer as in Row
+    path: str  # in our tree, slashes between; for a buffer see NameRow
     index: int | None  # along the leading axis of a stack
     layout: str  # of LAYOUTS or BUFFERS
 
     @property
     def is_buffer(self) -> bool:
-        """Whether the tensor has no place in our tree: it is made when files are written."""
+        """Returns True if our tree has no such tensor: it is computed when files are written."""
         return self.layout in BUFFERS
 
 
@@ -227,7 +227,9 @@ def links(part: str, expected: Params, dialect: Dialect | None = None) -> list[L
     return found
 
 
-def _link(row: Row, shapes: Mapping[str, Shape], prefix: str = "", path: str = "", index: int | None = None) -> Link:
+def _link(
+    row: NameRow, shapes: Mapping[str, Shape], prefix: str = "", path: str = "", index: int | None = None
+) -> Link:
     path += row.path
     ours = shapes[path] if index is None else shapes[path][1:]
     shape = (math.prod(ours),) if row.layout in BUFFERS else LAYOUTS[row.layout].published_shape(ours)
@@ -240,8 +242,8 @@ def _transformer_links(shapes: Mapping[str, Shape], dialect: Dialect) -> Iterato
     depth = 1 + (shapes["blocks/ada_gss"][0] if "blocks/ada_gss" in shapes else 0)
     for block, prefix in enumerate(block_prefixes(depth, dialect.chunks)):
         for row in _BLOCK:
-            place = ("block_0/", None) if block == 0 else ("blocks/", block - 1)
-            yield _link(row, shapes, prefix, *place)
+            path, index = ("block_0/", None) if block == 0 else ("blocks/", block - 1)
+            yield _link(row, shapes, prefix, path, index)
 
 
 def block_prefixes(depth: int, chunks: int) -> list[str]:
@@ -261,7 +263,7 @@ def block_counts(names: Iterable[str]) -> tuple[int, int]:
         for name in names
         if (match := re.match(r"(block_chunks\.(\d+)\.module|blocks)\.(\d+)\.", name))
     ]
-    chunks, each = (max((number[place] for number in numbers), default=0) for place in (0, 1))
+    chunks, each = (max((number[part] for number in numbers), default=0) for part in (0, 1))
     return max(chunks, 1) * each, chunks
 
 
@@ -281,7 +283,7 @@ def _tokenizer_links(shapes: Mapping[str, Shape], dialect: Dialect) -> Iterator[
             if re.fullmatch(pattern, module):
                 name = re.sub(pattern, published, module)
                 name = name if dialect.inner else re.sub(r"\.(conv|norm)$", "", name)
-                yield _link(Row(path, f"{name}.{suffix}", layout), shapes)
+                yield _link(NameRow(path, f"{name}.{suffix}", layout), shapes)
                 break
     for row in _TOKENIZER_BUFFERS:
         yield _link(row, shapes)

@@ -19,8 +19,9 @@ from varedit_jax.errors import UserError
 from varedit_jax.parameters import abstract_params, init_text
 from varedit_jax.sampling.editor import Editor
 from varedit_jax.weights import names, native
-from varedit_jax.weights.directory import load_directory, read_config
+from varedit_jax.weights.directory import read_editor_config
 from varedit_jax.weights.export_source import open_source
+from varedit_jax.weights.native import load_part
 from varedit_jax.weights.reader import StateDict, read_state_dict
 
 DATA = pathlib.Path(__file__).parents[2] / "data"
@@ -123,20 +124,20 @@ def test_files_that_hold_more(
     expected: dict[str, StateDict] = {"model": plain, "ema": averaged}
     for weights, state in expected.items():
         convert.to_jax(published("transformer", file, weights=weights), tmp_path / weights, quiet=True)
-        config, _ = read_config(tmp_path / weights)
+        config, _ = read_editor_config(tmp_path / weights)
         wanted = names.to_tree("transformer", state, abstract_params(config, "transformer"))
-        found = load_directory(tmp_path / weights, "transformer", abstract_params(config, "transformer"))
+        found = load_part(tmp_path / weights, "transformer", abstract_params(config, "transformer"))
         for path, tensor in names.flat(wanted).items():
             np.testing.assert_array_equal(names.flat(found)[path], tensor)
     alone = write_pth(tmp_path / "in.pth", plain)
-    with pytest.raises(UserError, match=r"in\.pth holds no averaged \(EMA\) transformer weights; use --weights=model"):
+    with pytest.raises(UserError, match=r"in\.pth holds no EMA of the transformer weights; use --weights=model"):
         convert.mapping_in(published("transformer", alone, weights="ema"))
 
     whole = states["text"] | {"decoder.block.0.x": np.zeros(2, np.float32), "lm_head.weight": np.zeros(2, np.float32)}
     directory = tmp_path / "flan-t5"
     directory.mkdir()
     convert.to_jax(published("text", write_shards(directory, whole, 4000)), tmp_path / "t5", quiet=True)
-    assert read_config(tmp_path / "t5")[0].text.heads == 5
+    assert read_editor_config(tmp_path / "t5")[0].text.heads == 5
     lost = sorted(directory.glob("*.safetensors"))[1]
     lost.unlink()
     with pytest.raises(UserError, match=rf"{lost.name} does not exist"):
@@ -148,7 +149,7 @@ def test_each_part_has_its_own_averaged_weights(
     tmp_path: pathlib.Path,
     write_pth: Callable[..., pathlib.Path],
 ) -> None:
-    """A tokenizer's file with an average; and a trainer's checkpoint with one beside a tokenizer that has none."""
+    """A tokenizer's file with an EMA; and a trainer's checkpoint with one beside a tokenizer that has none."""
     vae = states["tokenizer"]
     averaged = {name: x if x.dtype.kind == "i" else x * np.float32(0.5) for name, x in vae.items()}
     both = {f"vae.{name}": x for name, x in vae.items()} | {f"ema.{name}": x for name, x in averaged.items()}
@@ -162,7 +163,7 @@ def test_each_part_has_its_own_averaged_weights(
         "tokenizer": str(write_pth(tmp_path / "in.pth", vae, under="vae")),
     }
     convert.mapping_in(convert.Published(files=files, weights="ema"))
-    with pytest.raises(UserError, match=r"in\.pth holds no averaged \(EMA\) tokenizer .* --tokenizer_weights=model"):
+    with pytest.raises(UserError, match=r"in\.pth holds no EMA of the tokenizer .* --tokenizer_weights=model"):
         convert.mapping_in(convert.Published(files=files, weights="ema", tokenizer_weights="ema"))
 
 
@@ -185,7 +186,7 @@ def test_what_is_converted_chooses_the_positions(
     ):
         path = write_pth(tmp_path / name, states["transformer"])
         convert.to_jax(convert.Published(files={"transformer": str(path)}, **options), tmp_path / "out", quiet=True)
-        config, _ = read_config(tmp_path / "out")
+        config, _ = read_editor_config(tmp_path / "out")
         assert (config.transformer.rope_layout, config.pixel_budget) == (layout, "0.25M")
         convert.to_torch(open_source(tmp_path / "out"), tmp_path / "back")
         differs = name.startswith("VAREdit") and layout == "paper"
@@ -196,11 +197,11 @@ def test_what_is_converted_chooses_the_positions(
         convert.mapping_in(convert.Published(files={"transformer": str(tmp_path / "mine.pth")}))
 
 
-# --- ended and gone on with
+# --- interrupted and resumed
 
 
 @pytest.mark.parametrize("direction", ["jax", "torch", "directory"])
-def test_an_ended_conversion_goes_on(
+def test_an_interrupted_conversion_resumes(
     states: dict[str, StateDict],
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -209,7 +210,7 @@ def test_an_ended_conversion_goes_on(
     write_pth: Callable[..., pathlib.Path],
     published: Callable[..., convert.Published],
 ) -> None:
-    """What is done is not done again, and the result is that of a conversion that was not ended."""
+    """What is done is not done again, and the result is that of a conversion that was not interrupted."""
     path = write_pth(tmp_path / "in.pth", states["transformer"])
     convert.to_jax(published("transformer", path), tmp_path / "ours", quiet=True)
     start = {
@@ -255,7 +256,7 @@ def files_of(directory: pathlib.Path) -> Iterator[tuple[str, bytes]]:
             yield str(path.relative_to(directory)), path.read_bytes()
 
 
-def test_another_input_is_not_gone_on_with(
+def test_another_input_is_not_resumed(
     states: dict[str, StateDict],
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -290,7 +291,7 @@ def test_an_editor_of_converted_parts(
         convert.mapping_in(convert.Published(files=files, family="varedit"))
     del files["text"]
     convert.to_jax(convert.Published(files=files, family="varedit", pixel_budget="0.06M"), tmp_path / "o", quiet=True)
-    config, _ = read_config(tmp_path / "o")
+    config, _ = read_editor_config(tmp_path / "o")
     assert (tmp_path / "o" / "t5_tokenizer.json").is_file()
     convert.to_directory(open_source(tmp_path / "o"), tmp_path / "s", "float32", "apache-2.0", quiet=True)
     card = (tmp_path / "s" / "README.md").read_text()
@@ -303,7 +304,7 @@ def test_an_editor_of_converted_parts(
     for part in ("transformer", "tokenizer"):
         wanted = names.flat(names.to_tree(part, states[part], abstract_params(config, part)))
         for directory in ("o", "s"):
-            found = names.flat(load_directory(tmp_path / directory, part, abstract_params(config, part)))
+            found = names.flat(load_part(tmp_path / directory, part, abstract_params(config, part)))
             for path, tensor in wanted.items():
                 np.testing.assert_array_equal(found[path], tensor)
     with pytest.raises(UserError, match="holds no text weights"):

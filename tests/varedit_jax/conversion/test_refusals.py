@@ -16,8 +16,9 @@ import safetensors.numpy
 from varedit_jax.conversion import convert, stream
 from varedit_jax.errors import UserError
 from varedit_jax.parameters import abstract_params
-from varedit_jax.weights.directory import load_directory, read_config
+from varedit_jax.weights.directory import read_editor_config
 from varedit_jax.weights.export_source import open_source
+from varedit_jax.weights.native import load_part
 from varedit_jax.weights.reader import StateDict, open_weights, read_state_dict
 
 Write = Callable[..., pathlib.Path]
@@ -229,9 +230,9 @@ def test_a_flipped_bit_is_found(
     chunk.unlink()
     with pytest.raises(UserError, match=r"the checksum of transformer/blocks/mlp/fc1/kernel\[0\] differs"):
         convert.verify(tmp_path / "ours")
-    config, _ = read_config(tmp_path / "ours")
+    config, _ = read_editor_config(tmp_path / "ours")
     with pytest.raises(UserError, match="damaged"):
-        load_directory(tmp_path / "ours", "transformer", abstract_params(config, "transformer"))
+        load_part(tmp_path / "ours", "transformer", abstract_params(config, "transformer"))
 
 
 def test_damage_of_published_files_is_found(

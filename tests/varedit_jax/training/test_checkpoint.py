@@ -196,7 +196,7 @@ def test_an_average_of_the_parameters_comes_and_goes(tmp_path: pathlib.Path) -> 
     abstract = jax.eval_shape(lambda: plain.params)
     assert_same(restore_params(tmp_path / "on", abstract, ema=True), average)
     assert_same(restore_params(tmp_path / "on", abstract), plain.params)
-    with pytest.raises(UserError, match="checkpoints/1 has no average of the parameters, for the run kept none"):
+    with pytest.raises(UserError, match="checkpoints/1 has no EMA of the parameters, for the run kept none"):
         restore_params(tmp_path / "off", abstract, ema=True)
 
 
@@ -250,7 +250,7 @@ def test_damaged_checkpoint(tmp_path: pathlib.Path) -> None:
     for path in (tmp_path / "checkpoints" / "2" / "state").rglob("*"):
         if path.is_file() and path.stat().st_size > 1_000_000:
             path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(UserError, match=r"checkpoints/2 cannot be read .* delete that directory to go on from"):
+    with pytest.raises(UserError, match=r"checkpoints/2 cannot be read .* delete that directory to resume from"):
         restore_params(tmp_path, jax.eval_shape(lambda: LONELY))
     shutil.rmtree(tmp_path / "checkpoints" / "2")
     assert_same(restore_params(tmp_path, jax.eval_shape(lambda: LONELY)), LONELY)
@@ -261,7 +261,7 @@ def test_checkpoint_without_its_index(tmp_path: pathlib.Path) -> None:
     (tmp_path / "checkpoints" / "1" / "state" / "_METADATA").write_text("{")
     with (
         Checkpoints(tmp_path) as checkpoints,
-        pytest.raises(UserError, match=r"checkpoints/1 cannot be read .* delete that directory to go on from"),
+        pytest.raises(UserError, match=r"checkpoints/1 cannot be read .* delete that directory to resume from"),
     ):
         checkpoints.restore(jax.eval_shape(make_state), make_iterator())
 

@@ -19,7 +19,7 @@ from varedit_jax.training.setup import load_frozen, make_evaluate, start
 from varedit_jax.training.state import make_init
 from varedit_jax.training.step import make_loss
 from varedit_jax.weights import names
-from varedit_jax.weights.directory import save_directory
+from varedit_jax.weights.directory import save_weights
 
 TINY = preset("tiny")
 MODEL = dataclasses.replace(
@@ -37,7 +37,7 @@ def shipped(lively, tmp_path_factory):
     """Weights of all parts, and their directory."""
     params = {part: lively(abstract_params(MODEL, part)) for part in ("tokenizer", "text", "transformer")}
     directory = tmp_path_factory.mktemp("weights") / "editor"
-    save_directory(directory, MODEL, params)
+    save_weights(directory, MODEL, params)
     return params, str(directory)
 
 

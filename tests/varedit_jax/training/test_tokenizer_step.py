@@ -19,7 +19,7 @@ from varedit_jax.training import tokenizer_step
 from varedit_jax.training.optimizer import make_optimizer
 from varedit_jax.training.self_correction import draw_flips
 from varedit_jax.training.state import TrainState
-from varedit_jax.weights.directory import save_directory
+from varedit_jax.weights.directory import save_weights
 
 MODEL = dataclasses.replace(
     preset("tiny"),
@@ -169,7 +169,7 @@ def test_start(params, tmp_path):
         return jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), abstract)
 
     jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf, np.ones_like(leaf)), tokenizer_step.start(RUN, ones))
-    save_directory(tmp_path / "shipped", MODEL, {"tokenizer": params})
+    save_weights(tmp_path / "shipped", MODEL, {"tokenizer": params})
     config = dataclasses.replace(RUN, init_from=str(tmp_path / "shipped"))
     jax.tree.map(np.testing.assert_array_equal, tokenizer_step.start(config, ones).params, params)
     with pytest.raises(UserError, match="nowhere holds no tokenizer weights"):

@@ -1,4 +1,4 @@
-"""Weights of ours to export: what a run holds, its average included."""
+"""Weights of ours to export: what a run holds, its EMA included."""
 
 import dataclasses
 import pathlib
@@ -36,11 +36,11 @@ def saved(directory: pathlib.Path, run: RunConfig, params: Any, ema: Any) -> pat
     return directory
 
 
-def test_a_run_gives_its_parameters_or_their_average(tmp_path: pathlib.Path, lively: Any) -> None:
+def test_a_run_gives_its_parameters_or_their_ema(tmp_path: pathlib.Path, lively: Any) -> None:
     params = {"transformer": jax.device_put(lively(abstract_params(RUN.model, "transformer")))}
-    average = jax.tree.map(lambda x: x + 1, params)
-    directory = saved(tmp_path / "run", RUN, params, average)
-    for weights, wanted in (("model", params), ("ema", average)):
+    ema = jax.tree.map(lambda x: x + 1, params)
+    directory = saved(tmp_path / "run", RUN, params, ema)
+    for weights, wanted in (("model", params), ("ema", ema)):
         convert.to_directory(open_source(directory, weights=weights), tmp_path / weights, "float32", quiet=True)
         found = safetensors.numpy.load_file(tmp_path / weights / "transformer.safetensors")
         assert found.keys() == names.flat(wanted["transformer"]).keys()
@@ -48,15 +48,15 @@ def test_a_run_gives_its_parameters_or_their_average(tmp_path: pathlib.Path, liv
             np.testing.assert_array_equal(found[path], value)
 
 
-def test_an_average_that_nobody_kept_is_one_sentence(tmp_path: pathlib.Path, lively: Any) -> None:
+def test_an_ema_that_nobody_kept_is_one_sentence(tmp_path: pathlib.Path, lively: Any) -> None:
     """By the run's configuration, or because the checkpoint is older than the switch; a directory never has one."""
     params = {"transformer": jax.device_put(lively(abstract_params(RUN.model, "transformer")))}
     without = dataclasses.replace(RUN, optimizer=OptimizerConfig())
-    with pytest.raises(UserError, match="holds no average of its parameters; only a run with optimizer.ema_decay"):
+    with pytest.raises(UserError, match="holds no EMA of its parameters; only a run with optimizer.ema_decay"):
         open_source(saved(tmp_path / "without", without, params, None), weights="ema")
     source = open_source(saved(tmp_path / "before", RUN, params, None), weights="ema")
-    with pytest.raises(UserError, match="holds no average of its transformer"):
+    with pytest.raises(UserError, match="holds no EMA of its transformer"):
         source.open("transformer")
     convert.to_directory(open_source(tmp_path / "without"), tmp_path / "directory", "float32", quiet=True)
-    with pytest.raises(UserError, match="holds no average of its parameters"):
+    with pytest.raises(UserError, match="holds no EMA of its parameters"):
         open_source(tmp_path / "directory", weights="ema")
