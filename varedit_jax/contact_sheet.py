@@ -33,7 +33,7 @@ _SMOOTH = 4  # shapes are drawn this many times larger, then reduced, for smooth
 class SheetRow:
     """One example of a contact sheet."""
 
-    images: Sequence[np.ndarray]  # uint8 [h, w, 3], one a column
+    images: Sequence[np.ndarray]  # uint8 [h, w, 3], one per column
     instruction: str
     kind: str = ""  # of edit, such as "recolor"
     verdict: bool | None = None  # was the edit right; None shows no mark

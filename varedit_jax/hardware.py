@@ -1,4 +1,4 @@
-"""Accelerators that runs are sized for and measured against: peak speed and memory, by the names JAX gives them."""
+"""Accelerators: peak speed, memory and links, by the `device_kind` of JAX."""
 
 import dataclasses
 import re
@@ -9,21 +9,16 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One accelerator as it is sold: what an MFU is a share of. Figures are the vendor's, for dense products."""
+    """One accelerator as it is sold. Figures are the vendor's, for dense matmuls; MFU is relative to them."""
 
     name: str
-    tflops: float  # peak of bfloat16 products, 1e12 operations/s; a multiply-add is two
+    tflops: float  # peak of bfloat16 matmuls, 1e12 operations/s; a multiply-add is two
     hbm_bytes: int
     hbm_bandwidth: float  # bytes/s
     link_bandwidth: float  # bytes/s to other chips of the pod or node, both directions and all links together
-    cores: int = 1  # tensor cores that JAX may show as devices of their own
-    devices: int = 1  # JAX devices a chip
-    usable_bytes: int = 0  # of hbm_bytes, what a program gets; 0 if not known
-
-    @property
-    def device_tflops(self) -> float:
-        """Peak of one JAX device."""
-        return self.tflops / self.devices
+    cores: int = 1  # tensor cores, which JAX may show as separate devices
+    devices: int = 1  # JAX devices per chip
+    usable_bytes: int = 0  # of hbm_bytes, those a program gets; 0 if not known
 
     @property
     def device_hbm(self) -> int:
@@ -44,14 +39,14 @@ def _tpu(name: str, tflops: float, gib: float, hbm: float, link: float, usable: 
 
 
 def _gpu(name: str, tflops: float, gib: float, hbm: float, link: float) -> Chip:
-    # What vendors call GB is GiB, less a little that the driver keeps.
+    # Vendors print GB for GiB, of which the driver keeps a little.
     return Chip(name=name, tflops=tflops, hbm_bytes=int(gib * GIB), hbm_bandwidth=hbm * 1e9, link_bandwidth=link * 1e9)
 
 
-# Patterns of a whole `device_kind`. TPU kinds are those of libtpu's topologies; what a program gets of their memory is
-# what the compiler of libtpu 0.0.42 says when a program is too large. Other figures: the pages of Cloud TPU's
-# documentation on each version, and NVIDIA's data sheets (half of what they print with sparsity). The link of v4 is six
-# times 100 GB/s, as in the paper on it (arXiv 2304.01433); that of PCIe cards is PCIe.
+# Patterns of a whole `device_kind`. TPU kinds are those of libtpu's topologies; their usable memory is the limit that
+# libtpu 0.0.42 states when a program is too large. Other figures: Cloud TPU's documentation of each version, NVIDIA's
+# data sheets (half of the figures with sparsity). The link of v4 is six times 100 GB/s (arXiv 2304.01433), that of PCIe
+# cards is PCIe.
 CHIPS: dict[str, Chip] = {
     r"TPU v4": _tpu("TPU v4", 275, 32, 1200, 600, 30.5, cores=2),
     r"TPU v5 ?(lite|e)": _tpu("TPU v5e", 197, 16, 819, 400, 15.75),
@@ -70,7 +65,7 @@ CHIPS: dict[str, Chip] = {
 
 
 def chip(device_kind: str, num_cores: int | None = None) -> Chip | None:
-    """The chip of a JAX `device_kind`; None for a CPU and for what the table does not have.
+    """The chip of a JAX `device_kind`; None for a CPU and for kinds that are not in the table.
 
     num_cores: of `device.num_cores`, where the backend has it: a v4 or v5p chip without megacore is two devices.
     """
@@ -83,14 +78,14 @@ def chip(device_kind: str, num_cores: int | None = None) -> Chip | None:
 
 
 def chip_of(device: Any) -> Chip | None:
-    """The chip that a JAX device is, or is a part of: `chip` of what the device says of itself."""
+    """The chip that a JAX device is, or is a core of."""
     return chip(device.device_kind, getattr(device, "num_cores", None))
 
 
 def memory(devices: list[Any]) -> dict[str, int]:
-    """Most bytes any of these devices of this process holds, and has held at its peak.
+    """Most bytes that any of these local devices holds (`in_use`), and has held (`peak`).
 
-    Keys `in_use` and `peak`; empty where the backend does not say, as on a CPU.
+    Empty where the backend does not report them, as on a CPU.
     """
     stats = [device.memory_stats() or {} for device in devices]
     names = {"in_use": "bytes_in_use", "peak": "peak_bytes_in_use"}

@@ -1,4 +1,4 @@
-"""The parameters of an editor, abstract and initial: one tree serves init, restore, conversion and tests."""
+"""The parameters of an editor, abstract and initial: one tree for init, restore and conversion."""
 
 import functools
 from collections.abc import Callable
@@ -44,7 +44,7 @@ INIT: dict[str, Callable[[EditorConfig, jax.Array], Params]] = {
 }
 
 
-@functools.lru_cache(maxsize=64)  # tracing an initialization takes a second or two; nobody changes the tree
+@functools.lru_cache(maxsize=64)  # tracing an initialization takes a second or two; callers do not change the tree
 def abstract_params(config: EditorConfig, part: str, pyramid: Pyramid | None = None) -> Params:
     """Shapes and types of a part (tokenizer, text, transformer) as jax.ShapeDtypeStruct; nothing is allocated."""
     if part == "transformer":

@@ -1,6 +1,6 @@
-"""Area and linear resizing as static matrix products (model.md, section 3).
+"""Area and linear resizing as static matmuls (model.md, section 3).
 
-Every resize of the residual loop goes between two fixed grids, so it is two small constant matrices, one a side.
+Every resize of the residual loop is between two fixed grids, so it is two small constant matrices, one per side.
 """
 
 import functools
@@ -42,7 +42,7 @@ def linear_matrix(size_in: int, size_out: int) -> np.ndarray:
 
 
 def _resize(x: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.Array:
-    # HIGHEST: a bit is the sign of a difference, so products must not be rounded to bfloat16 or TF32.
+    # HIGHEST: a bit is the sign of a difference, so matmuls must not round to bfloat16 or TF32.
     x = jnp.einsum("...hwz,xw->...hxz", x, columns, precision=jax.lax.Precision.HIGHEST)
     return jnp.einsum("...hwz,yh->...ywz", x, rows, precision=jax.lax.Precision.HIGHEST)
 

@@ -194,7 +194,7 @@ def test_largest_batch(fixed, each, bend, largest, tries):
     found = find_batch(config(), Target(topology="v5e:2x2"), said.append, compile)
     assert found["batch_per_device"] == largest and found["fits"] is bool(largest)
     assert len(tried) == len(set(tried)) == len(said) <= tries
-    assert said[0].startswith("1 a device: ")
+    assert said[0].startswith("1 per device: ")
 
 
 def test_operations_are_counted_as_the_formula_has_them():

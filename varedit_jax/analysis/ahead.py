@@ -1,4 +1,4 @@
-"""The complete training step compiled for machines that are not there: what it needs, and whether it fits."""
+"""The complete training step compiled ahead of time for a TPU topology: its memory, collectives and operations."""
 
 import collections
 import dataclasses
@@ -14,37 +14,30 @@ from jax.sharding import Mesh
 
 from varedit_jax import hardware
 from varedit_jax.analysis import compiled, hlo
-from varedit_jax.analysis.operations import again_of_forward, count_step
+from varedit_jax.analysis.operations import count_step, recomputed_share
 from varedit_jax.config import RunConfig
 from varedit_jax.errors import UserError
 from varedit_jax.parallel.mesh import make_mesh
 from varedit_jax.parallel.topology import topology_devices
 from varedit_jax.scales import editor_pyramid
-from varedit_jax.training.compile_step import (
-    abstract_batch,
-    abstract_frozen,
-    abstract_key,
-    abstract_state,
-    check_attention,
-    sharded_step,
-)
+from varedit_jax.training.compile_step import abstract_arguments, check_attention, sharded_step
 from varedit_jax.training.flops import CONVENTION, run_flops
 from varedit_jax.training.optimizer import make_optimizer
 
-Row = dict[str, Any]
+StepFigures = dict[str, Any]  # of a compiled step, ready for JSON
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
-    """What a step is compiled for."""
+    """A TPU topology that a step is compiled for."""
 
     topology: str  # as in "v5p:4x4x4"
     slices: int = 1
-    hbm_gib: float = 0.0  # to be taken for what a chip's program gets; 0: what it is
+    hbm_gib: float = 0.0  # limit on a program's memory per chip; 0: that of the chip
 
     @functools.cached_property
     def devices(self) -> list[Any]:
-        """JAX devices that nothing can run on. Raises UserError as `topology_devices`."""
+        """Its JAX devices, on which nothing can run. Raises UserError as `topology_devices`."""
         return topology_devices(self.topology, self.slices)
 
     @property
@@ -61,25 +54,22 @@ class Target:
         return int(self.hbm_gib * hardware.GIB) if self.hbm_gib else self.chip.device_hbm
 
 
-def compile_step(config: RunConfig, target: Target) -> Row:
-    """Compiles the step of a run, images and token ids in, for `target`: what `experiments.compile_ahead` prints.
+def compile_step(config: RunConfig, target: Target) -> StepFigures:
+    """Compiles the step of a run, images and token ids in, for `target`.
 
-    Raises UserError for a topology, mesh, batch or kernel of attention that do not go together. A program too large for
-    the memory is a row with `fits` false.
+    Figures of a program that is too large for the memory have `fits` false. Raises UserError for a topology, mesh,
+    batch or attention kernel that do not go together.
     """
     mesh = make_mesh(config.mesh, target.devices)
     with jax.set_mesh(mesh):
         check_attention(config)
     pyramid = editor_pyramid(config.model)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    state = abstract_state(config, optimizer, mesh)
-    frozen = abstract_frozen(config, mesh)
-    batch = abstract_batch(config, pyramid, mesh)
-    key = abstract_key(mesh)
+    arguments = abstract_arguments(config, pyramid, optimizer, mesh)
     began = time.perf_counter()
     row = _about(config, target, mesh) | _flops(config, mesh)
     with jax.set_mesh(mesh):
-        lowered = sharded_step(config, pyramid, optimizer, mesh).lower(state, frozen, batch, key)
+        lowered = sharded_step(config, pyramid, optimizer, mesh).lower(*arguments)
         traced = time.perf_counter()
         try:
             program = lowered.compile()
@@ -95,14 +85,14 @@ def compile_step(config: RunConfig, target: Target) -> Row:
     module = hlo.parse(program.as_text())
     found = compiled.collectives(module, mesh)
     width, tokens = config.model.transformer.width, run_flops(config, pyramid).tokens
-    sizes = compiled.parameter_sizes((state.params, frozen))
+    sizes = compiled.parameter_sizes((arguments[0].params, arguments[1]))
     return {
         **row,
         "fits": memory["needed_gib"] <= memory["hbm_gib"],
         "memory": memory,
         "collectives": compiled.summary(found, sizes, tokens * width // mesh.shape["tensor"]),
         "link_seconds_at_least": float(f"{compiled.link_seconds(found, target.chip):.4g}"),
-        "compiled_tflop_per_device": _tera(hlo.product_flops(module)),
+        "compiled_tflop_per_device": _tera(hlo.matmul_flops(module)),
         "kernel_calls": sum(
             times
             for instruction, _, times in module.instructions()
@@ -114,31 +104,31 @@ def compile_step(config: RunConfig, target: Target) -> Row:
 
 
 def with_batch(config: RunConfig, mesh: Mesh, per_device: int) -> RunConfig:
-    """A run whose every microbatch has so many examples on each device along data x fsdp."""
+    """The run with `per_device` examples on each device along data x fsdp in every microbatch."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     batch = per_device * shards * config.optimizer.accumulation
     return dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=batch))
 
 
 def find_batch(
-    config: RunConfig, target: Target, log: Callable[[str], None], compiling: Callable[..., Row] = compile_step
-) -> Row:
-    """The row of the largest batch that fits; `batch_per_device` is its examples a device and microbatch.
+    config: RunConfig, target: Target, log: Callable[[str], None], compiling: Callable[..., StepFigures] = compile_step
+) -> StepFigures:
+    """Figures of the largest batch that fits; `batch_per_device` is its examples per device and microbatch.
 
-    Memory grows about evenly with the batch, so the next try is where it would be full by the two largest that fit;
-    then once by the largest that fits and the first that does not; after that the room between is halved. `log` gets a
-    line for each. If not even one example fits, the row of one example, with `fits` false and `batch_per_device` 0.
+    Memory is about linear in the batch, so the next try extrapolates from the two largest that fit to full memory; then
+    once from the largest that fits and the first that does not; after that the interval is halved. `log` gets a line
+    for each. If not even one example fits, its figures, with `fits` false and `batch_per_device` 0.
     """
     mesh = make_mesh(config.mesh, target.devices)
-    rows: dict[int, Row] = {}
+    rows: dict[int, StepFigures] = {}
 
     def fits(count: int) -> bool:
         rows[count] = row = compiling(with_batch(config, mesh, count), target)
         memory = row["memory"]
         needed = "more than all" if memory["needed_gib"] is None else f"{memory['needed_gib']:.2f}"
         log(
-            f"{count} a device: {'fits' if row['fits'] else 'does not fit'}, {needed} of {memory['hbm_gib']:.2f} GiB, "
-            f"compiled in {row['compile_seconds']:.0f} s"
+            f"{count} per device: {'fits' if row['fits'] else 'does not fit'}, "
+            f"{needed} of {memory['hbm_gib']:.2f} GiB, compiled in {row['compile_seconds']:.0f} s"
         )
         return row["fits"]
 
@@ -153,8 +143,8 @@ def find_batch(
     return rows[good or 1] | {"batch_per_device": good, "tried": sorted(rows)}
 
 
-def _next(rows: dict[int, Row], good: int, bad: int) -> int:
-    """The batch to try: where memory would be full, along the line through two that are known; then halves."""
+def _next(rows: dict[int, StepFigures], good: int, bad: int) -> int:
+    """The batch to try: linear extrapolation from two that are known to full memory; then bisection."""
     known = sorted(count for count in rows if rows[count]["fits"])[-2:]
     first = next((count for count in rows if not rows[count]["fits"]), 0)  # that did not fit
     if good and bad == first == list(rows)[-1] and rows[bad]["memory"]["needed_gib"] is not None:
@@ -168,7 +158,7 @@ def _next(rows: dict[int, Row], good: int, bad: int) -> int:
     return min(max(guess, good + 1), bad - 1) if bad else max(guess, good + 1)
 
 
-def _about(config: RunConfig, target: Target, mesh: Mesh) -> Row:
+def _about(config: RunConfig, target: Target, mesh: Mesh) -> StepFigures:
     transformer = config.model.transformer
     remat = transformer.remat
     return {
@@ -186,8 +176,8 @@ def _about(config: RunConfig, target: Target, mesh: Mesh) -> Row:
     }
 
 
-def _flops(config: RunConfig, mesh: Mesh) -> Row:
-    """Operations of a step over all devices, by formula and counted in the program as it is traced."""
+def _flops(config: RunConfig, mesh: Mesh) -> StepFigures:
+    """Operations of a step over all devices, by formula and counted in the traced program."""
     flops = run_flops(config, editor_pyramid(config.model))
     batch = config.data.batch_size
     program = batch * count_step(config, config.model.transformer.remat)
@@ -197,7 +187,7 @@ def _flops(config: RunConfig, mesh: Mesh) -> Row:
         "model_tflop_with_encoders": _tera(batch * flops.training_with_encoders),
         "program_tflop": _tera(program),
         "program_tflop_per_device": _tera(program / mesh.size),
-        "again_of_forward": round(again_of_forward(config), 4),
+        "again_of_forward": round(recomputed_share(config), 4),
     }
 
 
@@ -206,8 +196,8 @@ def _tera(operations: float) -> float:
     return float(f"{operations / 1e12:.6g}")
 
 
-def _memory(program: Any, target: Target) -> Row:
-    """GiB of one device. What has to fit are arguments, outputs that do not take the place of arguments, and peak."""
+def _memory(program: Any, target: Target) -> StepFigures:
+    """GiB of one device. Arguments, outputs that do not alias them, temporaries and code have to fit together."""
     sizes = program.memory_analysis()
     kept = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     needed = kept + sizes.temp_size_in_bytes + sizes.generated_code_size_in_bytes
@@ -227,10 +217,10 @@ def _memory(program: Any, target: Target) -> Row:
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
 
 
-def _too_large(message: str, target: Target) -> Row | None:
-    """What a program would need, as the compiler says it when it gives up; None for another error.
+def _too_large(message: str, target: Target) -> StepFigures | None:
+    """The memory a program would need, read off the compiler's error; None for another error.
 
-    It names all of the program, or its temporaries alone, or (then `needed_gib` is None) nothing.
+    libtpu states that of the whole program, or of its temporaries alone, or none (then `needed_gib` is None).
     """
     if "RESOURCE_EXHAUSTED" not in message:
         return None

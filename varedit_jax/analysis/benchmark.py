@@ -12,16 +12,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from varedit_jax import hardware
-from varedit_jax.analysis.operations import again_of_forward
+from varedit_jax.analysis.operations import recomputed_share
 from varedit_jax.config import RunConfig
 from varedit_jax.parallel.mesh import put_batch
 from varedit_jax.parameters import init_text, init_tokenizer, init_transformer
 from varedit_jax.sampling import sampler
 from varedit_jax.scales import editor_pyramid, image_size
 from varedit_jax.training.compile_step import (
-    abstract_batch,
+    abstract_arguments,
     abstract_frozen,
-    abstract_key,
     abstract_state,
     check_attention,
     sharded_step,
@@ -39,13 +38,15 @@ OUT_OF_MEMORY = "out of memory"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """What is measured, and how often."""
+    """Measurements of a run and the number of their repeats."""
 
     run: RunConfig  # model, batch, optimizer and precision of the step
     mesh: Mesh
     repeats: int = 10
-    warmup: int = 2  # calls before them, which are not counted
-    _measured: dict[RunConfig, Row] = dataclasses.field(default_factory=dict)  # what rows share is measured once
+    warmup: int = 2  # calls before, which are not measured
+    _measured: dict[RunConfig, Row] = dataclasses.field(
+        default_factory=dict
+    )  # a step that several rows share is measured once
 
     def train(self, **transformer: Any) -> Row:
         """The training step, with some fields of the transformer's configuration replaced."""
@@ -59,7 +60,7 @@ class Benchmark:
         return row | self._measured[run]
 
     def edit(self, batch: int) -> Row:
-        """A complete edit of so many images, from pixels to pixels, on the first device."""
+        """A complete edit of `batch` images, from pixels to pixels, on the first device."""
         return {"what": "edit", "batch": batch} | _guarded(lambda: self._edit(batch))
 
     def attention(self) -> Iterator[Row]:
@@ -74,17 +75,17 @@ class Benchmark:
             yield {**self.train(attention=fast), "what": "attention"}
 
     def remat(self) -> Iterator[Row]:
-        """The training step with each way of keeping activations, the thriftiest first.
+        """The training step with each `remat`, the one of least memory first.
 
-        `again_of_forward` is what is computed again in the backward pass, as a share of the transformer's forward pass.
+        `again_of_forward` is the recomputation in the backward pass, as a share of the transformer's forward pass.
         """
         for remat in ("full", "named", "none"):
-            again = again_of_forward(_with(self.run, remat=remat))
-            yield {**self.train(remat=remat), "what": "remat", "again_of_forward": again}
+            share = recomputed_share(_with(self.run, remat=remat))
+            yield {**self.train(remat=remat), "what": "remat", "again_of_forward": share}
 
     @property
     def _auto_attention(self) -> Kernel:
-        """What "auto" means on the devices that are measured."""
+        """The kernel of "auto" on the devices that are measured."""
         model = self.run.model.transformer
         with jax.set_mesh(self.mesh):
             return choose("auto", model.head_size, model.dtype)
@@ -95,16 +96,16 @@ class Benchmark:
 
     @functools.cached_property
     def _initial(self) -> dict[str, Callable[[], Any]]:
-        """What makes random weights on the devices: the same, whatever the rows differ in."""
+        """Functions that make random weights on the devices, the same for all rows."""
         run = self.run
         optimizer = make_optimizer(run.optimizer, run.steps)
 
         def maker(init: Callable[[], Any], abstract: Any = None) -> Callable[[], Any]:
-            places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-            function = jax.jit(init, out_shardings=places)
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+            function = jax.jit(init, out_shardings=shardings)
 
             def make() -> Any:
-                with jax.default_prng_impl("rbg"):  # compiled in a fraction of the time of the default
+                with jax.default_prng_impl("rbg"):  # compiles in a fraction of the default's time
                     return jax.block_until_ready(function())
 
             return make
@@ -121,12 +122,7 @@ class Benchmark:
             check_attention(run)
         pyramid = editor_pyramid(run.model)
         optimizer = make_optimizer(run.optimizer, run.steps)
-        abstract = (
-            abstract_state(run, optimizer, self.mesh),
-            abstract_frozen(run, self.mesh),
-            abstract_batch(run, pyramid, self.mesh),
-            abstract_key(self.mesh),
-        )
+        abstract = abstract_arguments(run, pyramid, optimizer, self.mesh)
         with jax.set_mesh(self.mesh):
             began = time.perf_counter()
             step = sharded_step(run, pyramid, optimizer, self.mesh).lower(*abstract).compile()
@@ -187,10 +183,10 @@ class Benchmark:
         return seconds[self.warmup :]
 
     def _memory(self, program: Any, before: int | None) -> Row:
-        """GiB a device: what the compiler plans for the program, and what the fullest device has held.
+        """GiB per device: that the compiler plans for the program, and the peak of the fullest device.
 
-        A device tells its peak since the process began. Where it has not risen above `before`, that of earlier rows,
-        `peak_gib` is None and `peak_at_most_gib` all that is known.
+        A device reports its peak since the process began. Where it has not risen above `before`, the peak of earlier
+        rows, `peak_gib` is None and `peak_at_most_gib` an upper bound.
         """
         planned = program.memory_analysis()
         sizes: Row = {}
@@ -206,7 +202,7 @@ class Benchmark:
 
 
 def environment(mesh: Mesh) -> Row:
-    """What a figure depends on besides the program: device, its peak, versions."""
+    """Device, its peak and versions, on which figures depend besides the program."""
     device = mesh.devices.flat[0]
     chip = hardware.chip_of(device)
     return {
@@ -220,7 +216,7 @@ def environment(mesh: Mesh) -> Row:
 
 
 def _peak() -> int | None:
-    """Most bytes that any device of this process has held; None where the backend does not say."""
+    """Most bytes that any device of this process has held; None where the backend does not report it."""
     return hardware.memory(jax.local_devices()).get("peak")
 
 
@@ -230,7 +226,7 @@ def _with(run: RunConfig, **transformer: Any) -> RunConfig:
 
 
 def _guarded(measure: Callable[[], Row]) -> Row:
-    """What `measure` gives; a row that says so where it needs more memory than there is."""
+    """The row of `measure`, or one with a note if it runs out of memory."""
     try:
         return measure()
     except jax.errors.JaxRuntimeError as error:

@@ -1,7 +1,7 @@
-"""What the compiler made of a step on a mesh: collectives by kind and purpose, and the time of the links at least.
+"""Collectives of a step compiled for a mesh, by kind and purpose, and a lower bound on the time of the links.
 
-Every figure is of one chip and one step. The bytes of a collective are those of the whole array: what a gather leaves
-on each chip, what a reduction takes from each.
+Every figure is of one chip and one step. The bytes of a collective are those of the whole array: the result of a gather
+on each chip, the operand of a reduction on each chip.
 """
 
 import collections
@@ -22,7 +22,7 @@ KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective
 # Purposes of a collective.
 PARAMETERS = "parameter all-gathers"
 GRADIENTS = "gradient reduce-scatters"
-SUMS = "gradient all-reduces"  # of parameters that every chip has whole, or whose sum the compiler does not scatter
+SUMS = "gradient all-reduces"  # of replicated parameters, and of sums that the compiler does not scatter
 TOKENS = "tensor axis"  # activations between chips that share their examples (sequence and tensor parallelism)
 OTHER = "other"
 
@@ -33,21 +33,21 @@ class Collective:
 
     kind: str
     array: Array
-    times: int  # a step
-    axes: tuple[str, ...]  # of the mesh, over which the chips that take part differ
-    group: int  # chips that take part
+    times: int  # per step
+    axes: tuple[str, ...]  # of the mesh, over which the participating chips differ
+    group: int  # participating chips
     operation: int  # arrays of the same operation share it
     op_name: str
-    summed: bool = False  # a gather that is done as a sum with zeros, which moves twice as much
+    summed: bool = False  # a gather as a sum with zeros, which moves twice as much
 
     @property
     def bytes(self) -> int:
-        """A step."""
+        """Per step."""
         return self.times * self.array.bytes
 
     @property
     def moved(self) -> float:
-        """Bytes that a chip sends a step, at least."""
+        """Lower bound on the bytes that a chip sends per step."""
         share = (self.group - 1) / self.group
         if self.kind == "collective-permute":
             return self.bytes
@@ -55,14 +55,14 @@ class Collective:
 
 
 def collectives(module: Module, mesh: Mesh) -> list[Collective]:
-    """All collectives of a step compiled for `mesh`, which the numbers of its devices refer to."""
+    """All collectives of a step compiled for `mesh`; the program refers to devices by their index in it."""
     found: list[Collective] = []
     chained: set[str] = set()
     for instruction, name, times in module.instructions():
         kind = instruction.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
-        if "chain_id=" in instruction.text:  # one operation, hidden behind several fusions that each name it
+        if "chain_id=" in instruction.text:  # one operation, overlapped with several fusions that each name it
             channel = instruction.attribute(r"channel_id=(\d+)")
             if channel in chained:
                 continue
@@ -73,7 +73,7 @@ def collectives(module: Module, mesh: Mesh) -> list[Collective]:
         if kind == "reduce-scatter":
             results = tuple(array for operand in instruction.operands for array in computation[operand].results)
         elif kind == "all-reduce" and _scatters(name):
-            kind = "reduce-scatter"  # its result is cut at once, inside of the same fusion
+            kind = "reduce-scatter"  # its result is sliced in the same fusion
         elif kind == "all-reduce" and any(_is_placed(computation[operand]) for operand in instruction.operands):
             kind, summed = "all-gather", True
         elif instruction.opcode == "all-gather-start":
@@ -103,12 +103,12 @@ def _scatters(computation: str) -> bool:
 
 
 def _is_placed(operand: Instruction) -> bool:
-    """Whether an array is a part in its place among zeros."""
+    """Returns True if an array is a part written into zeros."""
     return "dynamic-update-slice" in operand.name
 
 
 def _group(instruction: Instruction, mesh: Mesh) -> tuple[tuple[str, ...], int]:
-    """Over which axes of the mesh the devices of one group differ, and how many they are."""
+    """The axes of the mesh over which the devices of one group differ, and their number."""
     if instruction.opcode.startswith("collective-permute"):
         pairs = re.findall(r"\{(\d+),(\d+)\}", instruction.attribute(r"source_target_pairs=(\{\{.*?\}\})"))
         members = np.array(pairs, int)
@@ -116,8 +116,8 @@ def _group(instruction: Instruction, mesh: Mesh) -> tuple[tuple[str, ...], int]:
     else:
         members = _replica_groups(instruction.attribute(r"replica_groups=(.*)"), mesh.size)
         group = members.shape[1]
-    places = np.stack(np.unravel_index(members, mesh.devices.shape), axis=-1)
-    differ = (places != places[:, :1]).any(axis=(0, 1))
+    positions = np.stack(np.unravel_index(members, mesh.devices.shape), axis=-1)
+    differ = (positions != positions[:, :1]).any(axis=(0, 1))
     return tuple(axis for axis, used in zip(mesh.axis_names, differ, strict=True) if used), group
 
 
@@ -142,7 +142,7 @@ def _replica_groups(text: str, devices: int) -> np.ndarray:
 
 
 def _iota(text: str) -> np.ndarray:
-    """The numbers of "[64,4]T(1,0)": counted up over a shape, then transposed; or of a plain list."""
+    """The numbers of "[64,4]T(1,0)": an iota of the shape, transposed; or of a plain list."""
     shape, _, axes = text.partition("T")
     numbers = [int(number) for number in re.findall(r"\d+", shape)]
     if not text.startswith("["):
@@ -170,7 +170,7 @@ def _split_axes(sizes: dict[str, int], used: list[tuple[str, str, str]]) -> tupl
 
 
 def parameter_sizes(params: Any) -> set[int]:
-    """Elements that one device has of each parameter when it is whole over fsdp: of a stack, and of one of its layers.
+    """Elements per device of each parameter that is whole over fsdp: of a stack, and of one of its layers.
 
     params: an abstract tree with shardings.
     """
@@ -186,7 +186,7 @@ def parameter_sizes(params: Any) -> set[int]:
 
 
 def purpose(collective: Collective, sizes: set[int]) -> str:
-    """What a collective is for; `sizes` of `parameter_sizes`."""
+    """The purpose of a collective; `sizes` of `parameter_sizes`."""
     if collective.axes == ("tensor",):
         return TOKENS
     if collective.kind == "reduce-scatter":  # nothing else is, over examples; padded, it need not have a known size
@@ -197,7 +197,7 @@ def purpose(collective: Collective, sizes: set[int]) -> str:
 
 
 def summary(found: list[Collective], sizes: set[int], activation: int) -> dict[str, Any]:
-    """Collectives by kind and by purpose, with count and GiB a step; gathers as large as an activation one by one.
+    """Collectives by kind and by purpose, with count and GiB per step; gathers as large as an activation one by one.
 
     Args:
       found: of `collectives`.
@@ -229,5 +229,5 @@ def summary(found: list[Collective], sizes: set[int], activation: int) -> dict[s
 
 
 def link_seconds(found: list[Collective], chip: hardware.Chip) -> float:
-    """Seconds that the collectives of a step take at least, if every link of a chip sends all the time."""
+    """Lower bound on the seconds of a step's collectives, with every link of a chip sending all the time."""
     return sum(entry.moved for entry in found) / (chip.link_bandwidth / chip.devices / 2)

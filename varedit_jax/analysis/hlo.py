@@ -1,4 +1,4 @@
-"""The text of a compiled program (XLA's HLO): computations, how often each runs, and what its products cost."""
+"""The text of a compiled program (XLA's HLO): computations, their numbers of runs, and operations of matmuls."""
 
 import collections
 import dataclasses
@@ -38,7 +38,7 @@ class Instruction:
     opcode: str
     results: tuple[Array, ...]  # one, or those of a tuple
     operands: tuple[str, ...]  # names
-    text: str  # what stands behind the operands: attributes
+    text: str  # attributes, behind the operands
     root: bool
 
     def attribute(self, pattern: str) -> str:
@@ -48,7 +48,7 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """Where in the Python program it comes from, as JAX names it."""
+        """Its origin in the Python program, as JAX names it."""
         return self.attribute(r'op_name="([^"]*)"')
 
 
@@ -60,9 +60,9 @@ class Module:
     entry: str
 
     def executions(self) -> dict[str, int]:
-        """How often each computation runs when the program runs once: loops by their length, all branches once.
+        """Runs of each computation per run of the program: loops by their length, all branches once.
 
-        A loop whose length cannot be read off counts once (`loops_counted_once`).
+        A loop of unknown length counts once (`loops_counted_once`).
         """
         times: collections.Counter[str] = collections.Counter()
 
@@ -77,17 +77,17 @@ class Module:
         return dict(times)
 
     def instructions(self) -> Iterator[tuple[Instruction, str, int]]:
-        """Every instruction that runs, the computation it stands in, and how often it runs."""
+        """Every instruction that runs, its computation, and the number of its runs."""
         for name, count in self.executions().items():
             for instruction in self.computations[name].values():
                 yield instruction, name, count
 
     def loops_counted_once(self) -> list[str]:
-        """Names of the loops whose length cannot be read off."""
+        """Names of the loops of unknown length."""
         return [entry.name for entry, _, _ in self.instructions() if entry.opcode == "while" and not self._trips(entry)]
 
     def _trips(self, loop: Instruction) -> int | None:
-        """Length of a loop: what XLA says, or what the counter, which starts at 0, is compared with."""
+        """Length of a loop: as XLA annotates it, or the bound that its counter, from 0, is compared with."""
         known = loop.attribute(r'"known_trip_count":\{"n":"(\d+)"')
         if known:
             return int(known)
@@ -140,7 +140,7 @@ def _instruction(line: str) -> Instruction:
 
 
 def _closing(text: str) -> int:
-    """Behind the parenthesis that closes the one `text` begins with."""
+    """End of the parenthesis that opens at the start of `text`."""
     depth = 0
     for match in re.finditer(r"[()]", text):
         depth += 1 if match[0] == "(" else -1
@@ -156,16 +156,16 @@ def arrays(text: str) -> tuple[Array, ...]:
 
 
 def _called(instruction: Instruction) -> list[str]:
-    """Computations that an instruction runs; not the additions of reductions and the conditions of loops."""
+    """Computations that an instruction runs, without those of reductions and conditions of loops."""
     if instruction.opcode not in ("while", "fusion", "call", "conditional", "async-start", "custom-call"):
         return []
     return [name for group in _BODIES.findall(instruction.text) for name in re.findall(r"%([\w.\-]+)", group)]
 
 
-def product_flops(module: Module) -> int:
-    """Operations of the matrix products and convolutions one device does; a multiply-add is two.
+def matmul_flops(module: Module) -> int:
+    """Operations of the matmuls and convolutions of one device; a multiply-add is two.
 
-    Windows that lie on padding or on zeros between inputs do not count. What custom calls (kernels) do is not seen.
+    Taps of windows on padding or on dilation zeros do not count; custom calls (kernels) are not counted.
     """
     total = 0
     for instruction, name, count in module.instructions():
@@ -192,7 +192,7 @@ def _convolution(instruction: Instruction, left: tuple[int, ...], right: tuple[i
 
 
 def _positions(inputs: int, taps: int, outputs: int, window: str, axis: int) -> int:
-    """Along one axis: pairs of an output and a tap of the window that meet an input."""
+    """Pairs of an output and a tap of the window that meet an input, along one axis."""
 
     def of_axis(name: str, default: str) -> str:
         found = re.search(rf"(?:^| ){name}=(\S+)", window)
@@ -202,7 +202,7 @@ def _positions(inputs: int, taps: int, outputs: int, window: str, axis: int) -> 
     zeros, start = int(of_axis("lhs_dilate", "1")), -int(of_axis("pad", "0_0").split("_")[0])
     last = (inputs - 1) * zeros
     return sum(
-        0 <= place <= last and place % zeros == 0
+        0 <= position <= last and position % zeros == 0
         for output in range(outputs)
-        for place in range(start + output * stride, start + output * stride + taps * dilation, dilation)
+        for position in range(start + output * stride, start + output * stride + taps * dilation, dilation)
     )

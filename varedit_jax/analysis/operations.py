@@ -1,4 +1,4 @@
-"""Operations of a run's complete step, counted in the program as it is traced, and what of them is done twice."""
+"""Operations of a run's complete step, counted in the traced program, and the share that is recomputed."""
 
 import dataclasses
 from typing import Literal
@@ -7,14 +7,14 @@ import jax
 
 from varedit_jax.config import RunConfig
 from varedit_jax.scales import editor_pyramid
-from varedit_jax.training.compile_step import abstract_batch, abstract_frozen, abstract_key, abstract_state
+from varedit_jax.training.compile_step import abstract_arguments
 from varedit_jax.training.flops import count_jaxpr, run_flops
 from varedit_jax.training.optimizer import make_optimizer
 from varedit_jax.training.step import make_step
 
 
 def count_step(config: RunConfig, remat: Literal["none", "named", "full"]) -> int:
-    """Operations an example, with `remat`'s recomputation and plain attention: kernels cannot be counted."""
+    """Operations per example, with the recomputation of `remat` and plain attention: kernels cannot be counted."""
     transformer = dataclasses.replace(config.model.transformer, remat=remat, attention="plain")
     config = dataclasses.replace(
         config,
@@ -24,17 +24,12 @@ def count_step(config: RunConfig, remat: Literal["none", "named", "full"]) -> in
     )
     pyramid, optimizer = editor_pyramid(config.model), make_optimizer(config.optimizer, config.steps)
     one = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
-    arguments = (
-        abstract_state(config, optimizer, one),
-        abstract_frozen(config, one),
-        abstract_batch(config, pyramid, one),
-        abstract_key(one),
-    )
+    arguments = abstract_arguments(config, pyramid, optimizer, one)
     return count_jaxpr(jax.make_jaxpr(make_step(config, pyramid, optimizer))(*arguments))
 
 
-def again_of_forward(config: RunConfig) -> float:
-    """What the backward pass computes again, as a share of the transformer's forward pass."""
+def recomputed_share(config: RunConfig) -> float:
+    """Operations that the backward pass recomputes, as a share of the transformer's forward pass."""
     remat = config.model.transformer.remat
     if remat == "none":
         return 0.0

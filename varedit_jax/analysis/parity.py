@@ -1,7 +1,7 @@
 """Compares this implementation with a directory of golden data, tensor by tensor.
 
 The directory holds `config.json`, the state dicts `transformer.pth` and `vae.pth` (or .safetensors) under their
-published names, and `golden.safetensors` with what the published release computes from them in float32.
+published names, and `golden.safetensors` with the results of the published code in float32.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ _INPUTS = ("src_image_uint8", "tgt_image_uint8", "text_features", "text_lengths"
 
 @dataclasses.dataclass(frozen=True)
 class ParityRow:
-    """One line of the table."""
+    """Error of one tensor."""
 
     name: str
     error: float  # largest absolute difference
@@ -105,7 +105,7 @@ def _params(directory: pathlib.Path, name: str, part: str, expected: Any) -> Any
 
 
 def _by_scale(value: Any) -> float | tuple[float, ...]:
-    """A number for all scales, or a list with one a scale."""
+    """A number for all scales, or a list with one per scale."""
     return tuple(map(float, value)) if isinstance(value, list) else float(value)
 
 
@@ -208,7 +208,7 @@ def compute(golden: Golden) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def compare(golden: Golden, on_row: Callable[[ParityRow], None] = lambda row: None) -> list[ParityRow]:
-    """Largest absolute error of every tensor; `on_row` sees each as soon as it is known."""
+    """Largest absolute error of every tensor; `on_row` gets each as soon as it is known."""
     rows = []
     for name, ours in compute(golden):
         theirs = golden.tensors[name].astype(np.float64)

@@ -1,8 +1,8 @@
-"""What cheaper products of the frozen encoders change: bits of the tokenizer, features of the text encoder.
+"""Bits of the tokenizer that a cheaper matmul precision of the frozen encoder flips.
 
-A TPU multiplies in bfloat16. `default` precision is one such product, `high` is three of the parts of a float32 (its
-upper 8 bits of mantissa, and the next 8), `highest` six of them. Here the first two are emulated with float32 products
-of rounded parts, so that any device can tell what a TPU would make of them.
+A TPU multiplies in bfloat16. `default` precision is one such pass; `high` is three passes over the parts of a float32
+(its upper 8 bits of mantissa, and the next 8), `highest` six. Here the first two are emulated by float32 convolutions
+of rounded parts, so that any device shows the effect.
 """
 
 from collections.abc import Callable
@@ -20,28 +20,28 @@ from varedit_jax.types import Params
 
 
 def _rounded(x: jax.Array) -> jax.Array:
-    # Not a pair of casts, which the compiler may take for none.
+    # Not a pair of casts, which the compiler may remove.
     return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
 
-def _one_product(left: jax.Array, right: jax.Array, *strides: Any, **how: Any) -> jax.Array:
+def _one_pass(left: jax.Array, right: jax.Array, *strides: Any, **how: Any) -> jax.Array:
     return jax.lax.conv_general_dilated(_rounded(left), _rounded(right), *strides, **how)
 
 
-def _three_products(left: jax.Array, right: jax.Array, *strides: Any, **how: Any) -> jax.Array:
+def _three_passes(left: jax.Array, right: jax.Array, *strides: Any, **how: Any) -> jax.Array:
     upper_left, upper_right = _rounded(left), _rounded(right)
-    small = _one_product(upper_left, right - upper_right, *strides, **how)
-    small += _one_product(left - upper_left, upper_right, *strides, **how)
-    return small + _one_product(upper_left, upper_right, *strides, **how)
+    small = _one_pass(upper_left, right - upper_right, *strides, **how)
+    small += _one_pass(left - upper_left, upper_right, *strides, **how)
+    return small + _one_pass(upper_left, upper_right, *strides, **how)
 
 
-_PRODUCTS: dict[str, Callable[..., jax.Array]] = {"default": _one_product, "high": _three_products}
+_CONVOLUTIONS: dict[str, Callable[..., jax.Array]] = {"default": _one_pass, "high": _three_passes}
 
 
 def bits_at(
     precision: str, params: Params, images_uint8: jax.Array, config: EditorConfig, pyramid: Pyramid
 ) -> tuple[jax.Array, ...]:
-    """Bits of every scale, bool [B, h, w, Z] each, with the encoder's convolutions as a TPU does them.
+    """Bits of every scale, bool [B, h, w, Z] each, with the encoder's convolutions at a TPU's precision.
 
     Args:
       precision: default, high or highest.
@@ -51,8 +51,8 @@ def bits_at(
     """
 
     def convolve(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        if isinstance(context.module, nn.Conv) and precision in _PRODUCTS:
-            object.__setattr__(context.module, "conv_general_dilated", _PRODUCTS[precision])
+        if isinstance(context.module, nn.Conv) and precision in _CONVOLUTIONS:
+            object.__setattr__(context.module, "conv_general_dilated", _CONVOLUTIONS[precision])
         return call(*args, **kwargs)
 
     with jax.default_matmul_precision("highest"):

@@ -76,7 +76,7 @@ class _Opened(NamedTuple):
             transformer = config.transformer
             found.append(
                 f"transformer of {self.family}: {transformer.depth} blocks, width {transformer.width}, "
-                f"{transformer.token_bits} bits a token, {config.pixel_budget} pixels, "
+                f"{transformer.token_bits} bits per token, {config.pixel_budget} pixels, "
                 f"rope_layout={transformer.rope_layout}"
             )
         if "tokenizer" in self.files:

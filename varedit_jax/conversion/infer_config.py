@@ -1,4 +1,4 @@
-"""Configurations read off the shapes of published tensors: nothing has to be told that a file says itself."""
+"""Configurations inferred from the shapes of published tensors and the names of files."""
 
 import collections
 import pathlib
@@ -26,7 +26,7 @@ _PIXEL_BUDGETS: dict[str, PixelBudget] = {"256": "0.06M", "512": "0.25M", "1024"
 
 
 def family_of(path: str) -> str:
-    """Whose weights a file is named after, itself or its directory: varedit or infinity; "" if neither says."""
+    """Family in the name of a file or its directory: varedit or infinity; "" if there is none."""
     for name in reversed(pathlib.Path(path).parts[-2:]):
         found = [family for family in FAMILIES if family in name.lower()]
         if len(found) == 1:
@@ -35,7 +35,7 @@ def family_of(path: str) -> str:
 
 
 def pixel_budget_of(path: str) -> PixelBudget | Literal[""]:
-    """Which images a file is named after, itself or its directory, as in 8B-512; "" if neither says."""
+    """Pixel budget by the resolution in the name of a file or its directory, as in 8B-512; "" if there is none."""
     for name in reversed(pathlib.Path(path).parts[-2:]):
         found = set(re.findall(r"(?<![A-Za-z0-9.])(256|512|1024)(?=x\d|px|[^A-Za-z0-9]|$)", name))
         if len(found) == 1:
@@ -43,47 +43,46 @@ def pixel_budget_of(path: str) -> PixelBudget | Literal[""]:
     return ""
 
 
-class _Place(NamedTuple):
-    """Tensors that tell a size: an axis of those whose whole name matches, and that have so many axes."""
+class _SizedAxis(NamedTuple):
+    """An axis of the tensors whose full name matches and that have `axes` axes: it gives a size."""
 
     pattern: str
     axes: int
     axis: int
-    times: int = 1  # the axis is so many times as long
+    times: int = 1  # length of the axis over the size
 
 
 class _Sizes:
-    """Sizes of a model, each told by several tensors.
+    """Sizes of a model, each by a majority of several tensors.
 
-    What most of them say counts: a tensor that is missing or misshapen then differs from the others, and not they from
-    it.
+    So a tensor that is missing or misshapen is reported as such, instead of all others.
     """
 
     def __init__(self, shapes: Shapes, part: str) -> None:
         self._shapes, self._part = shapes, part
 
-    def size(self, *places: _Place, default: int | None = None) -> int:
-        """What most tensors say; where they are at odds, the first of the file.
+    def size(self, *axes: _SizedAxis, default: int | None = None) -> int:
+        """The size by most tensors; in a tie, by the first of the file.
 
         Raises UserError if there are none, and no default.
         """
         told = [
-            shape[place.axis] // place.times
+            shape[sized.axis] // sized.times
             for name, shape in self._shapes.items()
-            for place in places
-            if len(shape) == place.axes and re.fullmatch(place.pattern, name)
+            for sized in axes
+            if len(shape) == sized.axes and re.fullmatch(sized.pattern, name)
         ]
         if told:
             return collections.Counter(told).most_common(1)[0][0]
         if default is not None:
             return default
-        wanted, some = places[0].pattern.replace(r"\d+", "0").replace("\\", ""), ", ".join(list(self._shapes)[:3])
+        wanted, some = axes[0].pattern.replace(r"\d+", "0").replace("\\", ""), ", ".join(list(self._shapes)[:3])
         raise UserError(
             f"there is no tensor {wanted}, which every published {self._part} has, but {some}, ...; wrong file?"
         )
 
     def count(self, pattern: str) -> int:
-        """One more than the largest number at a place in the names."""
+        """One more than the largest number that the pattern captures in the names."""
         return 1 + max((int(match[1]) for name in self._shapes if (match := re.match(pattern, name))), default=-1)
 
 
@@ -93,21 +92,23 @@ def transformer_config(shapes: Shapes, rope_layout: RopeLayout) -> TransformerCo
     block = r"(block_chunks\.\d+\.module|blocks)\.\d+\."
     return TransformerConfig(
         token_bits=sizes.size(
-            _Place(r"word_embed\.weight", 2, 1), _Place(r"head\.weight", 2, 0, 2), _Place(r"head\.bias", 1, 0, 2)
+            _SizedAxis(r"word_embed\.weight", 2, 1),
+            _SizedAxis(r"head\.weight", 2, 0, 2),
+            _SizedAxis(r"head\.bias", 1, 0, 2),
         ),
         depth=names.block_counts(shapes)[0],
-        width=sizes.size(_Place(r"pos_start", 3, 2), _Place(rf"{block}(sa|ca)\.proj\.(weight|bias)", 1, 0)),
+        width=sizes.size(_SizedAxis(r"pos_start", 3, 2), _SizedAxis(rf"{block}(sa|ca)\.proj\.(weight|bias)", 1, 0)),
         heads=sizes.size(
-            _Place(r"block_chunks\.\d+\.module\.\d+\.sa\.scale_mul_1H11", 4, 1),
-            _Place(r"blocks\.\d+\.sa\.scale_mul_1H11", 4, 1),
+            _SizedAxis(r"block_chunks\.\d+\.module\.\d+\.sa\.scale_mul_1H11", 4, 1),
+            _SizedAxis(r"blocks\.\d+\.sa\.scale_mul_1H11", 4, 1),
         ),
         text_width=sizes.size(
-            _Place(r"cfg_uncond", 2, 1),
-            _Place(r"text_norm\.weight", 1, 0),
-            _Place(r"text_proj_for_ca\.0\.weight", 2, 1),
+            _SizedAxis(r"cfg_uncond", 2, 1),
+            _SizedAxis(r"text_norm\.weight", 1, 0),
+            _SizedAxis(r"text_proj_for_ca\.0\.weight", 2, 1),
         ),
-        unconditional_rows=sizes.size(_Place(r"cfg_uncond", 2, 0), default=TransformerConfig.unconditional_rows),
-        levels=sizes.size(_Place(r"lvl_embed\.weight", 2, 0), default=TransformerConfig.levels),
+        unconditional_rows=sizes.size(_SizedAxis(r"cfg_uncond", 2, 0), default=TransformerConfig.unconditional_rows),
+        levels=sizes.size(_SizedAxis(r"lvl_embed\.weight", 2, 0), default=TransformerConfig.levels),
         rope_layout=rope_layout,
     )
 
@@ -118,18 +119,18 @@ def tokenizer_config(shapes: Shapes) -> TokenizerConfig:
         {re.sub(r"\.(conv|norm)\.(weight|bias)$", r".\2", name): shape for name, shape in shapes.items()}, "tokenizer"
     )
     base = sizes.size(
-        _Place(r"encoder\.conv_in\.weight", 4, 0),
-        _Place(r"encoder\.conv_in\.bias", 1, 0),
-        _Place(r"encoder\.down\.0\.block\.0\.norm1\.(weight|bias)", 1, 0),
+        _SizedAxis(r"encoder\.conv_in\.weight", 4, 0),
+        _SizedAxis(r"encoder\.conv_in\.bias", 1, 0),
+        _SizedAxis(r"encoder\.down\.0\.block\.0\.norm1\.(weight|bias)", 1, 0),
     )
     levels = range(sizes.count(r"encoder\.down\.(\d+)\."))
     inside = r"block\.\d+\.(conv1|norm2|conv2)"
-    widths = [sizes.size(_Place(rf"encoder\.down\.{level}\.{inside}\.(weight|bias)", 1, 0)) for level in levels]
+    widths = [sizes.size(_SizedAxis(rf"encoder\.down\.{level}\.{inside}\.(weight|bias)", 1, 0)) for level in levels]
     return TokenizerConfig(
         bits=sizes.size(
-            _Place(r"encoder\.conv_out\.weight", 4, 0),
-            _Place(r"encoder\.conv_out\.bias", 1, 0),
-            _Place(r"decoder\.conv_in\.weight", 4, 1),
+            _SizedAxis(r"encoder\.conv_out\.weight", 4, 0),
+            _SizedAxis(r"encoder\.conv_out\.bias", 1, 0),
+            _SizedAxis(r"decoder\.conv_in\.weight", 4, 1),
         ),
         channel_multipliers=tuple(width // base for width in widths),
         base_channels=base,
@@ -143,15 +144,15 @@ def text_config(shapes: Shapes) -> TextConfig:
     sizes = _Sizes(shapes, "Flan-T5 encoder")
     layer = r"encoder\.block\.\d+\.layer"
     embedding = r"(shared|encoder\.embed_tokens)\.weight"
-    heads = sizes.size(_Place(rf"{layer}\.0\.SelfAttention\.relative_attention_bias\.weight", 2, 1))
+    heads = sizes.size(_SizedAxis(rf"{layer}\.0\.SelfAttention\.relative_attention_bias\.weight", 2, 1))
     return TextConfig(
-        width=sizes.size(_Place(rf"{layer}\.\d\.layer_norm\.weight", 1, 0), _Place(embedding, 2, 1)),
+        width=sizes.size(_SizedAxis(rf"{layer}\.\d\.layer_norm\.weight", 1, 0), _SizedAxis(embedding, 2, 1)),
         layers=sizes.count(r"encoder\.block\.(\d+)\."),
         heads=heads,
-        head_size=sizes.size(_Place(rf"{layer}\.0\.SelfAttention\.[qkv]\.weight", 2, 0)) // heads,
-        mlp_width=sizes.size(_Place(rf"{layer}\.1\.DenseReluDense\.wi_[01]\.weight", 2, 0)),
-        vocabulary_size=sizes.size(_Place(embedding, 2, 0), default=TextConfig.vocabulary_size),
-        relative_buckets=sizes.size(_Place(rf"{layer}\.0\.SelfAttention\.relative_attention_bias\.weight", 2, 0)),
+        head_size=sizes.size(_SizedAxis(rf"{layer}\.0\.SelfAttention\.[qkv]\.weight", 2, 0)) // heads,
+        mlp_width=sizes.size(_SizedAxis(rf"{layer}\.1\.DenseReluDense\.wi_[01]\.weight", 2, 0)),
+        vocabulary_size=sizes.size(_SizedAxis(embedding, 2, 0), default=TextConfig.vocabulary_size),
+        relative_buckets=sizes.size(_SizedAxis(rf"{layer}\.0\.SelfAttention\.relative_attention_bias\.weight", 2, 0)),
     )
 
 
@@ -177,7 +178,7 @@ def hugging_face_config(text: TextConfig) -> dict[str, Any]:
 
 
 def editor_config(found: Mapping[str, Shapes], pixel_budget: PixelBudget, rope_layout: RopeLayout) -> EditorConfig:
-    """Configuration of an editor with these parts; what is not among them is taken as published with the others.
+    """Configuration of an editor with these parts; other parts are as they were published with them.
 
     Raises UserError for a part that is no published one, and for parts that do not go together.
     """

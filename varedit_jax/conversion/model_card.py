@@ -1,4 +1,4 @@
-"""The card beside exported weights: what they are, how they came about, how to use them."""
+"""The model card beside exported weights: contents, recipe, use."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ An editor of images by instruction: VAREdit (arXiv 2508.15772), weights of vared
 |---|---|
 {rows}
 
-Files: `config.json` (model and sampling), one safetensors file a part (names are paths of the tree, slashes between),
+Files: `config.json` (model and sampling), one safetensors file per part (names are paths of the tree, slashes between),
 `t5_tokenizer.json` (vocabulary of the prompts), `manifest.json` (SHA-256 of every tensor;
 `python -m experiments.convert --verify=THIS_DIRECTORY` checks them).
 """
@@ -30,16 +30,16 @@ Files: `config.json` (model and sampling), one safetensors file a part (names ar
 def model_card(
     config: EditorConfig, parts: Sequence[str], run: RunConfig | None, step: int | None, size: int, license: str
 ) -> str:
-    """Markdown with a header that Hugging Face reads.
+    """Markdown with the header of Hugging Face.
 
-    `parts` are those beside the card, `size` theirs in bytes; `run` is None where there was none.
+    `parts` are those beside the card, `size` their bytes; `run` and `step` are None for weights of no run.
     """
     transformer = config.transformer
     rows = [("parts", ", ".join(parts))]
     if "transformer" in parts:
         rows += [
             ("transformer", f"{transformer.depth} blocks, width {transformer.width}, {transformer.heads} heads"),
-            ("bits a token", str(transformer.token_bits)),
+            ("bits per token", str(transformer.token_bits)),
             ("images", config.pixel_budget or f"own grids {config.grids}"),
             ("conditioning, positions", f"{transformer.conditioning}, {transformer.rope_layout}"),
         ]

@@ -1,1 +1,1 @@
-"""Devices: meshes, which array lies where, several processes, compiling for machines that are not there."""
+"""Devices: meshes, sharding of arrays, several processes, topologies for ahead-of-time compilation."""

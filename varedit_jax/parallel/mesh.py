@@ -1,6 +1,6 @@
-"""Meshes of devices, and where a batch lies on them.
+"""Meshes of devices, and the sharding of a batch.
 
-Three axes: `data` (copies of the parameters; slices joined by the slow network lie along it), `fsdp` (parameters and
+Three axes: `data` (replicas of the parameters; slices joined by DCN are split along it), `fsdp` (parameters and
 optimizer state are split over it) and `tensor` (heads, feed-forward width and tokens). A batch is split over data x
 fsdp; devices that differ in `tensor` alone work on the same examples.
 """
@@ -22,7 +22,7 @@ BATCH = ("data", "fsdp")  # axes that the examples of a batch are split over
 
 
 def parse_mesh(text: str) -> MeshConfig:
-    """A mesh as users write it: "fsdp=-1,tensor=4"; axes that are left out have size 1.
+    """The mesh of a text such as "fsdp=-1,tensor=4"; axes that are left out have size 1.
 
     Raises UserError for another form, an unknown axis or a bad size.
     """
@@ -39,7 +39,7 @@ def parse_mesh(text: str) -> MeshConfig:
 
 
 def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
-    """Size of each axis on so many devices. Raises UserError if the sizes do not multiply to `devices`."""
+    """Size of each axis on `devices` devices. Raises UserError if the sizes do not multiply to `devices`."""
     sizes = dataclasses.asdict(config)
     known = int(np.prod([size for size in sizes.values() if size > 0]))
     if devices % known == 0:
@@ -51,14 +51,14 @@ def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of `config` over `devices` (all of them by default), neighbors in hardware next to each other.
+    """The mesh of `config` over `devices` (all by default), with neighbors in hardware next to each other.
 
     Raises UserError if the sizes do not fit the devices, or `data` does not divide over their slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
     shape = tuple(sizes.values())
-    # GPUs have a slice_index too: that of their node. Memory of all nodes may be needed for one copy of the parameters.
+    # On GPUs slice_index is the node: fsdp may have to span nodes, so only TPU slices constrain the mesh.
     tpu = devices[0].platform == "tpu"
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if tpu else 1
     if slices > 1:
@@ -75,7 +75,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of an array whose leading axis is the batch."""
+    """Sharding of an array whose leading axis is the batch."""
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
@@ -90,12 +90,11 @@ def check_batch(mesh: Mesh, batch: int, accumulation: int = 1) -> None:
 
 
 def batch_part(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
-    """(index, count): which of `count` equal parts of each batch a process (this one by default) has to read.
+    """(index, count): the part, of `count` equal parts of each batch, that a process (this one by default) reads.
 
-    Processes that differ in `tensor` alone read the same part. On a torus of TPUs the devices of a process are a block
-    of it, and so need not follow each other in the mesh: then `put_batch` lays its part out between those of others.
-    The batch has the same examples, in another order. Raises UserError if two processes hold examples in common, but
-    not all.
+    Processes that differ in `tensor` alone read the same part. The devices of a process form a block of a TPU torus and
+    need not be consecutive in the mesh; `put_batch` then interleaves its part with those of others: the batch has the
+    same examples in another order. Raises UserError if two processes share some of their examples, but not all.
     """
     process = jax.process_index() if process is None else process
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -121,5 +120,5 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arra
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Of an array that every device holds whole."""
+    """Sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())

@@ -1,6 +1,6 @@
-"""The processes of one run: how they find each other, and how they part.
+"""The processes of one run: connecting, barriers, shutdown.
 
-Each holds some of the devices; all run the same program, and take part in the same collective operations.
+Each holds some of the devices; all run the same program and the same collective operations.
 """
 
 import atexit
@@ -23,12 +23,10 @@ from jax.sharding import Mesh, PartitionSpec
 
 from varedit_jax.errors import UserError
 
-# After which the others are told that a process is gone. What a process of a run has to do in less than that is to
-# answer from a thread of its own, which it does while it compiles or waits, too.
+# After it a silent process counts as gone. A thread of its own answers, while the process compiles or waits, too.
 _HEARTBEAT_SECONDS = 100
-_PARTING_SECONDS = 120  # that a process waits for the others when it is done
-
-_WAITING_SECONDS = 4 * 3600  # for what the others compile, or process 0 prepares, at most
+_SHUTDOWN_SECONDS = 120  # that a finished process waits for the others
+_BARRIER_SECONDS = 4 * 3600  # others may compile, and process 0 prepare data, for hours
 _CONNECTING_SECONDS = 300
 _INTERRUPTED = 130  # exit code of a process that Ctrl-C ended
 
@@ -39,14 +37,14 @@ _BARRIERS = count()  # each needs a name of its own
 
 @contextlib.contextmanager
 def joined(coordinator: str = "", process_count: int | None = None, process_index: int | None = None) -> Iterator[None]:
-    """The block is run by one of the processes of a run. To be entered before JAX is asked for anything.
+    """Connects the process to the others of its run for the block. To be entered before JAX is used.
 
-    Without arguments the environment says whether there are others: SLURM, Open MPI, and TPUs in Google's cloud. A
-    process that ends well waits for the others; one that fails does not, and then the others are ended, too.
+    Without arguments the environment tells if there are others: SLURM, Open MPI, and TPUs in Google's cloud. A process
+    that succeeds waits for the others; one that fails does not, and then the others are ended, too.
 
     Args:
       coordinator: "HOST:PORT" of process 0; with it, the other two are needed.
-      process_count: of the run; 1 alone: there are no others, whatever the environment says.
+      process_count: of the run; 1 alone means no others, whatever the environment says.
       process_index: of this process, from 0.
 
     Raises:
@@ -63,7 +61,7 @@ def joined(coordinator: str = "", process_count: int | None = None, process_inde
             **(arguments or {}),
             initialization_timeout=_CONNECTING_SECONDS,
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=_PARTING_SECONDS,
+            shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
         )
     except (RuntimeError, ValueError, OSError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -77,7 +75,7 @@ def joined(coordinator: str = "", process_count: int | None = None, process_inde
         jax.distributed.shutdown()
         raise
     except BaseException as error:
-        # The others wait for it in the midst of a step, so it must not wait for them: they fail when it is gone.
+        # The others wait for it in the middle of a step, so it must not wait for them: they fail when it is gone.
         atexit.register(_leave, _INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1)
         raise
     jax.distributed.shutdown()
@@ -86,16 +84,17 @@ def joined(coordinator: str = "", process_count: int | None = None, process_inde
 def wait_for_all(name: str) -> None:
     """Returns when all processes of the run have called it; `name` is for messages. All call it equally often.
 
-    It takes no devices, and so a process may come any time later than the others.
+    It uses no devices, so a process may arrive hours after the others.
     """
     barrier = ocp.multihost.get_barrier_sync_fn()
-    barrier(key=f"varedit_jax/{next(_BARRIERS)}/{name}", timeout_ms=_WAITING_SECONDS * 1000)
+    barrier(key=f"varedit_jax/{next(_BARRIERS)}/{name}", timeout_ms=_BARRIER_SECONDS * 1000)
 
 
 def meet(mesh: Mesh) -> None:
-    """The first collective operations of the processes, along all axes of the mesh, before anything takes long.
+    """Runs the first collective operations, over every group of axes of the mesh, before anything takes long.
 
-    CPUs give up what connects a group of devices when one of them comes half a minute late; later it may be late.
+    Gloo, which connects CPUs (jaxlib 0.10), gives up connecting a group when a process is 30 s late, as it may be after
+    minutes of compiling; a group that is connected waits.
     """
     wait_for_all("the others")
     groups = [axes for size in range(1, len(mesh.axis_names) + 1) for axes in combinations(mesh.axis_names, size)]
@@ -110,7 +109,7 @@ def meet(mesh: Mesh) -> None:
 
 @contextlib.contextmanager
 def first_process_first(name: str) -> Iterator[None]:
-    """Process 0 runs the block while the others wait; then they do, and find what it has left on the shared disk."""
+    """Process 0 runs the block while the others wait; then they run it, and find its files on the shared disk."""
     first = jax.process_index() == 0
     if not first:
         wait_for_all(name)
@@ -120,14 +119,14 @@ def first_process_first(name: str) -> Iterator[None]:
 
 
 def _leave(code: int) -> None:
-    """Ends the process at its exit, when all has been said, before JAX waits for the other processes."""
+    """Ends the process at exit, output flushed, before JAX waits for the other processes."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def cluster(environment: Mapping[str, str]) -> str | None:
-    """What started several processes and tells each which one it is; None if nothing did."""
+    """The launcher that started several processes and gives each its index; None if there is none."""
     step = "SLURM_PROCID" in environment and "SLURM_STEP_NODELIST" in environment  # begun by srun
     if step and _number(environment, "SLURM_NTASKS") > 1:
         return "SLURM"
@@ -140,12 +139,12 @@ def cluster(environment: Mapping[str, str]) -> str | None:
     if "," in workers or _number(environment, "MEGASCALE_NUM_SLICES") > 1:
         return "TPUs of GKE"
     if not workers and "TPU_SKIP_MDS_QUERY" not in environment and any(map(glob.glob, _TPU_DEVICES)):
-        return "TPU VMs"  # whose server of metadata knows the others, if there are any
+        return "TPU VMs"  # whose metadata server knows the others, if there are any
     return None
 
 
 def _reach(coordinator: str) -> None:
-    """Returns when process 0 answers; JAX itself would end the process without a word of its own if it never does."""
+    """Returns when process 0 answers; JAX would abort the process, without an exception, if it never does."""
     host, _, port = coordinator.rpartition(":")
     end = time.monotonic() + _CONNECTING_SECONDS
     while True:
@@ -167,7 +166,7 @@ def _number(environment: Mapping[str, str], name: str) -> int:
 
 
 def _arguments(coordinator: str, process_count: int | None, process_index: int | None) -> dict[str, Any] | None:
-    """Arguments of jax.distributed.initialize; None if the environment has them, or there are no others.
+    """Arguments of jax.distributed.initialize; None if the environment has them or the process is alone.
 
     Raises UserError if they do not go together.
     """
@@ -190,11 +189,11 @@ def _arguments(coordinator: str, process_count: int | None, process_index: int |
         "coordinator_address": coordinator,
         "num_processes": process_count,
         "process_id": process_index,
-        "cluster_detection_method": "deactivate",  # the environment may say otherwise
+        "cluster_detection_method": "deactivate",  # arguments override the environment
     }
 
 
 def say(sentence: str, screen: TextIO | None = None) -> None:
-    """Shows a line to the user, on standard error if no screen is given; the first process does it for all."""
+    """Prints a line from process 0 only, to standard error if no screen is given."""
     if jax.process_index() == 0:
         print(sentence, file=screen or sys.stderr, flush=True)

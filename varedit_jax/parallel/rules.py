@@ -1,7 +1,7 @@
 """Sharding of parameters: the one table from their paths to the axes of the mesh.
 
 A rule is a regular expression of a whole path, and the dimensions of the array as "LETTER@axis": the letters are those
-of varedit_jax.config, and a dimension without an axis is whole on every device. "?" behind an axis lets it go where it
+of varedit_jax.config, and a dimension without an axis is whole on every device. An axis with "?" is dropped where it
 does not divide. Stacks of layers (`transformer/blocks`, `text/layers`) have a leading dimension of layers that is never
 split.
 

@@ -1,4 +1,4 @@
-"""TPU machines that are not there: devices to compile for, by libtpu, on any CPU."""
+"""TPU topologies for ahead-of-time compilation: libtpu describes their devices on any CPU."""
 
 import importlib.util
 import math
@@ -11,8 +11,8 @@ from jax.experimental import topologies
 
 from varedit_jax.errors import UserError
 
-# Chips along each side of the largest slice that is sold, and how a side wraps around: "cube" where every side is a
-# multiple of 4 (the switches join cubes of 4 x 4 x 4), "full" where a side is as long as the largest slice.
+# Chips along each side of the largest slice that is sold, and the rule by which a side wraps around: "cube" if every
+# side is a multiple of 4 (the switches join cubes of 4 x 4 x 4), "full" if a side is as long as the largest slice.
 _VERSIONS: dict[str, tuple[tuple[int, ...], str]] = {
     "v4": ((16, 16, 16), "cube"),
     "v5p": ((16, 16, 24), "cube"),
@@ -20,9 +20,9 @@ _VERSIONS: dict[str, tuple[tuple[int, ...], str]] = {
     "v6e": ((16, 16), "full"),
     "tpu7x": ((16, 16, 36), "cube"),
 }
-# libtpu looks for a TPU's host when it loads, and waits for a server of metadata where there is none.
+# libtpu looks for a TPU host when it loads, and (0.0.42) waits for a metadata server that a CPU machine does not have.
 _ENVIRONMENT = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing runs, so nothing is fought over
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing runs, so there is no conflict
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -31,11 +31,11 @@ _ENVIRONMENT = {
 
 
 def topology_devices(topology: str, slices: int = 1) -> list[Any]:
-    """The devices of a TPU machine, to make a mesh of and to compile for; nothing can run on them.
+    """The devices of a TPU topology, to make a mesh of and to compile for; nothing can run on them.
 
     Args:
       topology: version and chips along each side, as in "v5p:4x4x4", "v5e:16x16" or "v6e:16x16".
-      slices: so many of them, joined by the slow network.
+      slices: number of such slices, joined by DCN.
 
     Raises:
       UserError: if libtpu is not installed or does not know the topology.
@@ -82,14 +82,14 @@ def parse_topology(topology: str) -> tuple[str, tuple[int, ...]]:
 
 
 def chips(topology: str, slices: int = 1) -> int:
-    """Chips of a machine. Raises UserError as `parse_topology`."""
+    """Number of chips. Raises UserError as `parse_topology`."""
     return slices * math.prod(parse_topology(topology)[1])
 
 
 def _wraps(version: str, sides: tuple[int, ...]) -> tuple[bool, bool, bool]:
-    """Along which sides the links close a ring. What collectives the compiler chooses depends on it."""
-    largest, how = _VERSIONS[version]
-    if how == "cube":
+    """True for each side whose links close a ring; the compiler's choice of collectives depends on it."""
+    largest, rule = _VERSIONS[version]
+    if rule == "cube":
         closed = [all(side % 4 == 0 for side in sides)] * 3
     else:
         closed = [*(side == most for side, most in zip(sides, largest, strict=True)), False]

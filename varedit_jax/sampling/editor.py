@@ -26,13 +26,13 @@ from varedit_jax.weights.directory import PARTS, VOCABULARY, is_directory, load_
 class Editor:
     """A tokenizer, a text encoder and a transformer, ready to edit.
 
-    Compiled programs are kept, one for each number of images, size and sampling configuration.
+    Compiled programs are cached by number of images, size and sampling configuration.
     """
 
     def __init__(self, config: EditorConfig, params: Params, sampling: SamplingConfig | None = None) -> None:
-        """Takes parameters {"tokenizer", "text", "transformer"} and the sampling used when a call names none."""
+        """Takes parameters {"tokenizer", "text", "transformer"} and the default sampling."""
         self.config = config
-        # Arrays that lie somewhere stay there, be it on the devices of other processes, too.
+        # jax.Arrays keep their sharding, which may include devices of other processes.
         self.params = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf), params)
         self.sampling = sampling or SamplingConfig()
         self.vocabulary = Vocabulary.load()
@@ -43,10 +43,10 @@ class Editor:
 
         Args:
           directory: directory with config.json and safetensors files, or the working directory of a run.
-          tokenizer, text: directories of the frozen parts of a run, where they are not where the run found them.
+          tokenizer, text: directories of the frozen parts of a run, if they have moved since the run.
 
         Raises:
-          UserError: nothing there, something else there, or weights that do not fit their configuration.
+          UserError: no weights there, or weights that do not fit their configuration.
         """
         directory = resolve(directory)
         if is_directory(directory):
@@ -92,8 +92,8 @@ class Editor:
 
         Args:
           images: paths, PIL images or uint8 arrays, of any sizes.
-          instructions: one an image.
-          seeds: one an image; a seed gives the same result alone and in any batch. 0, 1, 2, ... by default.
+          instructions: one per image.
+          seeds: one per image; a seed gives the same result alone and in any batch. 0, 1, 2, ... by default.
           sampling: instead of the editor's own.
 
         Raises:
@@ -104,7 +104,7 @@ class Editor:
             raise UserError(
                 f"{len(images)} images, {len(instructions)} instructions and {len(seeds)} seeds: give one of each"
             )
-        self._check(instructions, seeds)  # all of them, before the first group is edited
+        self._check(instructions, seeds)  # all, before the first group is edited
         groups: dict[Pyramid, list[tuple[int, np.ndarray, Placement]]] = collections.defaultdict(list)
         for index, image in enumerate(images):
             array = read_image(image)
@@ -148,7 +148,7 @@ class Editor:
         self._check(instructions, seeds)
         limit = self._most_tokens
         ids_BT, length_B = self.vocabulary.encode(instructions, limit)
-        # Text is padded to a power of two, so that few programs are compiled.
+        # Padded to a power of two, so that few programs are compiled.
         room = min(limit, max(16, 1 << int(length_B.max() - 1).bit_length()))
         keys_B = jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
         run = _compiled(self.config, pyramid, sampling, every_scale, jax.sharding.get_mesh())
@@ -171,7 +171,7 @@ class Editor:
 def _compiled(
     config: EditorConfig, pyramid: Pyramid, sampling: SamplingConfig, every_scale: bool, mesh: jax.sharding.Mesh
 ) -> Any:
-    """The program of a call. On a mesh, all processes call it with the same images, and all get the results."""
+    """The program of a call. On a mesh, all processes call it with the same images and get all results."""
     return jax.jit(
         functools.partial(sampler.edit, config=config, pyramid=pyramid, sampling=sampling, every_scale=every_scale),
         out_shardings=None if mesh.empty else replicated(mesh),

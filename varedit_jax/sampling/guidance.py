@@ -26,7 +26,7 @@ def choose_bits(margin_BLN: jax.Array, config: SamplingConfig, keys_B: jax.Array
     Args:
       margin_BLN: float32 log-odds.
       config: `greedy` takes the likelier value; `top_p` removes a value of probability <= 1 - top_p.
-      keys_B: one PRNG key a sample: an image's stream does not depend on its place in the batch.
+      keys_B: one PRNG key per sample: an image's stream does not depend on its position in the batch.
     """
     if config.greedy:
         return margin_BLN > 0

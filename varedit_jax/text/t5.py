@@ -16,14 +16,14 @@ def relative_buckets(distances: np.ndarray, buckets: int, max_distance: int) -> 
     """Bucket of each signed distance (key position - query position), both directions.
 
     Half of the `buckets` are for keys after the query. In each half, the first half of the buckets hold one distance
-    each, the others grow logarithmically up to `max_distance`; all that is farther shares the last. Integers in, int32
+    each, the others grow logarithmically up to `max_distance`; larger distances share the last. Integers in, int32
     of the same shape out. Runs on the host: distances are static, and the bounds between buckets must not depend on
     how an accelerator rounds a logarithm.
     """
     half = buckets // 2
     exact = half // 2
     magnitudes = np.abs(distances)
-    # float32 in this order of operations, as the published weights were used: it decides distances on a bound.
+    # float32, in the order of operations of the published code: it decides the bucket of distances on a bound.
     growth = np.log(np.maximum(magnitudes, 1).astype(np.float32) / np.float32(exact))
     growth = growth / np.float32(math.log(max_distance / exact)) * np.float32(half - exact)
     far = np.minimum(exact + growth.astype(np.int32), half - 1)
@@ -47,7 +47,7 @@ class RelativeBias(nn.Module):
         )
         distances = np.arange(1 - length, length)
         buckets = relative_buckets(distances, config.relative_buckets, config.relative_max_distance)
-        by_distance = table.astype(jnp.float32)[buckets]  # [2T - 1, H]: far smaller than an index for every pair
+        by_distance = table.astype(jnp.float32)[buckets]  # [2T - 1, H]: far smaller than a lookup for every pair
         positions = jnp.arange(length)
         bias_TTH = by_distance[positions[None, :] - positions[:, None] + length - 1]
         return bias_TTH.transpose(2, 0, 1)

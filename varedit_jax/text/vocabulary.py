@@ -19,7 +19,7 @@ UNKNOWN_ID = 2  # `<unk>`: emoji, Chinese and all else that the vocabulary does 
 
 @functools.lru_cache(maxsize=4)
 def _tokenizer(path: str) -> tokenizers.Tokenizer:
-    """Tokenizer read from file `path`, or the one that comes with the package if that is empty."""
+    """The tokenizer in file `path`, or the package's if that is empty."""
     if path:
         try:
             with read_explained(path):
@@ -38,7 +38,7 @@ def _tokenizer(path: str) -> tokenizers.Tokenizer:
                 f"{path} is not a vocabulary of T5: {token} has the id {tokenizer.token_to_id(token)}, but must have "
                 f"{wanted}; give the tokenizer.json of a T5"
             )
-    # A file may carry its own cut and padding; `encode` does both, so that it changes no shared state.
+    # A file may set truncation and padding; `encode` does both itself, without changing shared state.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -100,10 +100,10 @@ class Vocabulary:
         return ids_BT, lengths_B
 
     def check_instruction(self, text: str, max_tokens: int) -> None:
-        """Raises UserError for an instruction that nobody should wait for.
+        """Raises UserError for an instruction that cannot be edited by.
 
-        That is one without any text, one of letters that the vocabulary does not cover (the model would see only
-        `UNKNOWN_ID`), and one of more than `max_tokens` tokens, the end included (the model would see only a part).
+        That is one without text, one of characters outside of the vocabulary (the model would see only `UNKNOWN_ID`),
+        and one of more than `max_tokens` tokens, the end included (the model would see only a part).
         """
         tokens = self.tokens(text)
         tokenizer = _tokenizer(self.path)

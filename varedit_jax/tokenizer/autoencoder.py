@@ -103,7 +103,7 @@ class Autoencoder(nn.Module):
         self.decoder = Decoder(self.config)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Images -> reconstruction without quantization; touches every parameter, for `init`."""
+        """Images -> reconstruction without quantization; uses every parameter, for `init`."""
         return self.decoder(self.encoder(images))
 
     def encode(self, images: jax.Array) -> jax.Array:

@@ -15,12 +15,12 @@ from varedit_jax.scales import Pyramid
 
 @flax.struct.dataclass
 class Residuals:
-    """What the residual loop leaves behind; tuples hold one array a scale."""
+    """Results of the residual loop; tuples hold one array per scale."""
 
     bits: tuple[jax.Array, ...]  # bool [B, h_k, w_k, Z]: the labels
     inputs: tuple[jax.Array, ...]  # float32 [B, h_k, w_k, Z] for scales 1..K-1: teacher-forced inputs
-    residuals: tuple[jax.Array, ...]  # float32 [B, h_k, w_k, Z]: what each scale quantized
-    accumulated: tuple[jax.Array, ...]  # float32 [B, h, w, Z]: the sum of the codes up to and with each scale
+    residuals: tuple[jax.Array, ...]  # float32 [B, h_k, w_k, Z], which each scale quantized
+    accumulated: tuple[jax.Array, ...]  # float32 [B, h, w, Z]: sum of the codes through each scale
 
     @property
     def quantized(self) -> jax.Array:
@@ -35,12 +35,12 @@ def code(bits: jax.Array) -> jax.Array:
 
 
 def accumulate(accumulated_BhwZ: jax.Array, bits_BhwZ: jax.Array, cells: Pyramid) -> jax.Array:
-    """Adds the code of one scale, resized to the last grid, to what the coarser scales gave."""
+    """Adds the code of one scale, resized to the last grid, to the sum of the coarser scales."""
     return accumulated_BhwZ + linear_resize(code(bits_BhwZ), cells.last)
 
 
 def next_input(accumulated_BhwZ: jax.Array, scale: int, cells: Pyramid) -> jax.Array:
-    """Input of `scale` >= 1: what has been accumulated so far, at that scale's grid."""
+    """Input of `scale` >= 1: the sum accumulated so far, resized to that scale's grid."""
     return linear_resize(accumulated_BhwZ, cells.grids[scale])
 
 
@@ -102,7 +102,7 @@ def bit_entropy(
     """Entropy of soft bits (BSQ, arXiv 2406.07548, section 3.3): of one token's bits, and of the batch's mean bits.
 
     A soft bit is sigmoid(2 u / (temperature / sqrt(Z))) for the L2-normalized residual u. Small token entropy means
-    confident bits; large batch entropy means every bit is used. Both in nats a bit, averaged over scales.
+    confident bits; large batch entropy means every bit is used. Both in nats per bit, averaged over scales.
     """
     channels = features_BhwZ.shape[-1]
     token_entropy = batch_entropy = jnp.float32(0)

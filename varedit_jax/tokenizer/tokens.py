@@ -1,4 +1,4 @@
-"""Images to what the transformer takes: condition, teacher-forced inputs and labels (model.md, sections 1, 3 and 5)."""
+"""Images to the transformer's condition, teacher-forced inputs and labels (model.md, sections 1, 3 and 5)."""
 
 import flax.struct
 import jax
@@ -15,11 +15,11 @@ from varedit_jax.types import Params
 
 @flax.struct.dataclass
 class Tokens:
-    """One batch as the transformer takes it."""
+    """The transformer's arguments and labels of one batch."""
 
     source_BSN: jax.Array  # float32 condition
     inputs_BLN: jax.Array  # float32 teacher-forced inputs of scales 1..K-1
-    residuals_BLN: jax.Array  # float32 residuals of all scales: what the quantizer takes the signs of
+    residuals_BLN: jax.Array  # float32 residuals of all scales, whose signs are the bits
 
     @property
     def labels_BLN(self) -> jax.Array:

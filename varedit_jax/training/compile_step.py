@@ -82,6 +82,18 @@ def abstract_key(mesh: Mesh) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
 
 
+def abstract_arguments(
+    config: RunConfig, pyramid: Pyramid, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> tuple[TrainState, Params, dict[str, jax.ShapeDtypeStruct], jax.ShapeDtypeStruct]:
+    """State, frozen weights, batch and key of a step, likewise. Raises UserError as the functions above."""
+    return (
+        abstract_state(config, optimizer, mesh),
+        abstract_frozen(config, mesh),
+        abstract_batch(config, pyramid, mesh),
+        abstract_key(mesh),
+    )
+
+
 # Without it, libtpu makes an all-reduce of a sum over all chips that is cut into pieces: twice the bytes of the
 # reduce-scatter that it is. It has no effect on chips without sparse cores (v5e).
 _TPU_OPTIONS = {"xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter": True}

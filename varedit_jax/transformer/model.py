@@ -107,7 +107,7 @@ class Transformer(nn.Module):
     def embed_text(
         self, features_BTE: jax.Array, length_B: jax.Array, unconditional_B: jax.Array | None = None
     ) -> TextMemory:
-        """Text features to what the blocks use.
+        """Text features to the memory that the blocks use.
 
         Args:
           features_BTE: float32 features of the text encoder, T at most `unconditional_rows`.
@@ -148,7 +148,7 @@ class Transformer(nn.Module):
         unconditional_B: jax.Array | None = None,
         deterministic: bool = True,
     ) -> tuple[jax.Array, jax.Array]:
-        """The target tokens after the last block, and the pooled text: what `logits` takes.
+        """The target tokens after the last block and the pooled text, for `logits`.
 
         Args:
           source_BSN: float32 source tokens: of the last grid, or of all scales for "full" conditioning.
@@ -213,9 +213,9 @@ class Transformer(nn.Module):
 
     def _embed_levels(self, scales: range) -> jax.Array:
         """Embedding of the level of every token of `scales`, and of its position if so configured: [1, tokens, C]."""
-        # Not `level_embed[levels]` with an index per token: its gradient is a scatter-add, which the SPMD partitioner
-        # of jaxlib 0.10 gets wrong on a mesh that splits examples over data x fsdp and tokens over tensor (it adds the
-        # shards' partial sums twice). tests/varedit_jax/training/test_compile_step.py fails with the lookup.
+        # Not `level_embed[levels]` with an index per token: the SPMD partitioner of jaxlib 0.10.2 gets its gradient, a
+        # scatter-add, wrong on a mesh of data 2 x fsdp 2 x tensor 2, where that of level 0 comes out doubled (on CPUs;
+        # test_compile_step.py fails with the lookup). On one axis alone it is right.
         width = self.config.width
         rows = [jnp.broadcast_to(self.level_embed[scale], (self.pyramid.lengths[scale], width)) for scale in scales]
         # Replicated: split by tokens, the compiler would gather each scale's rows to concatenate them.

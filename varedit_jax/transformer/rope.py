@@ -1,4 +1,4 @@
-"""Two-dimensional rotary position embedding and where tokens sit (model.md, section 6, "Positions")."""
+"""Two-dimensional rotary position embedding, and positions of tokens (model.md, section 6, "Positions")."""
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,9 @@ def _target_positions(grids: tuple[Grid, ...], position_grid: Grid) -> np.ndarra
 def positions(pyramid: Pyramid, conditioning: str, layout: RopeLayout) -> np.ndarray:
     """Positions of the whole sequence [source, target scales], int [S + L, 2] of (row, column).
 
-    `paper`: a target token sits at its place on the position grid (U, V), a source token at its place plus (U, V).
+    `paper`: a target token has its position on the position grid (U, V), a source token its position plus (U, V).
     `released`: the first S + L rows of the table [source of the full schedule, its target scales], whatever the
-    resolution; that is how the published weights were trained below 1024 px. Both agree on the full schedule.
+    resolution; the published weights were trained so below 1024 px. Both agree on the full schedule.
     """
 
     def table(grids: tuple[Grid, ...]) -> np.ndarray:
@@ -40,9 +40,10 @@ def positions(pyramid: Pyramid, conditioning: str, layout: RopeLayout) -> np.nda
 
 
 def rotation(positions_L2: np.ndarray, head_size: int) -> np.ndarray:
-    """Cosines and sines, float32 [2, L, D], each twice in a row.
+    """Cosines and sines, float32 [2, L, D], each repeated for both channels of a pair.
 
-    The pairs in the first half of a head turn by rows, the others by columns.
+    Pairs in the first half of a head turn by row * theta_i, the others by column * theta_i, with theta_i =
+    10000^(-2i / (D / 2)) (model.md, section 6, "Self-attention").
     """
     quarter = head_size // 4
     frequency = ROPE_BASE ** (-2 * np.arange(quarter) / (head_size / 2))
@@ -52,7 +53,7 @@ def rotation(positions_L2: np.ndarray, head_size: int) -> np.ndarray:
 
 
 def _quarter_turn(head_size: int) -> np.ndarray:
-    """Matrix that turns every pair by 90 degrees: (a, b) -> (-b, a)."""
+    """Matrix that rotates every pair by 90 degrees: (a, b) -> (-b, a)."""
     turn = np.zeros((head_size, head_size), np.float32)
     even = np.arange(0, head_size, 2)
     turn[even + 1, even] = -1
@@ -61,10 +62,10 @@ def _quarter_turn(head_size: int) -> np.ndarray:
 
 
 def rotate(x_BLHD: jax.Array, rotation_2LD: np.ndarray | jax.Array) -> jax.Array:
-    """Turns the interleaved pairs (2i, 2i + 1) of each head by the angles of `rotation`; keeps the dtype.
+    """Rotates the interleaved pairs (2i, 2i + 1) of each head by the angles of `rotation`; keeps the dtype.
 
-    The partner of each channel comes from a product with a constant matrix of 0 and +-1, which is exact and much
-    faster than shuffling lanes.
+    The partner of each channel comes from a matmul with a constant matrix of 0 and +-1, which is exact and faster on
+    accelerators than shuffling lanes.
     """
     cos, sin = rotation_2LD[:, None, :, None, :]  # [1, L, 1, D] each
     x = x_BLHD.astype(jnp.float32)

@@ -18,7 +18,7 @@ def test_loops_within_loops_multiply():
     times = module.executions()
     assert module.entry == "main.7_spmd"
     assert (times["main.7_spmd"], times["outer_body"], times["inner_body"], times["fused.1"]) == (1, 5, 15, 15)
-    assert hlo.product_flops(module) == 15 * 2 * 8 * 512 * 256
+    assert hlo.matmul_flops(module) == 15 * 2 * 8 * 512 * 256
 
 
 def test_kernels_with_line_breaks_in_their_attributes():
@@ -66,4 +66,4 @@ def test_products_of_a_compiled_program():
     module = hlo.parse(jax.jit(function).lower(*arguments).compile().as_text())
     # Along 9 inputs, 5 outputs of stride 2 under 3 taps meet 13 that are no padding.
     convolution = 2 * 2 * 5 * 3 * 13 * 13
-    assert hlo.product_flops(module) == 6 * 2 * 16 * 32 * 32 + 2 * 2 * 9 * 9 * 9 + convolution
+    assert hlo.matmul_flops(module) == 6 * 2 * 16 * 32 * 32 + 2 * 2 * 9 * 9 * 9 + convolution

@@ -27,7 +27,7 @@ def bits(lively):
     }
 
 
-def test_one_product_turns_more_bits_than_three(bits):
+def test_one_pass_flips_more_bits_than_three(bits):
     """bfloat16 alone turns some; three products of parts turn fewer than a tenth of that."""
     once, thrice = (changed_bits(bits["highest"], bits[precision])[-1] for precision in ("default", "high"))
     assert 0.001 < once < 0.2

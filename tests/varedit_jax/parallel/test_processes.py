@@ -118,7 +118,7 @@ def test_two_processes(tmp_path: pathlib.Path) -> None:
     assert "process 0 of 2 has left it" in said[0] and "process 1 of 2 found: it" in said[1], said
     assert codes[1] == 1 and "UserError: a mistake" in said[1], said
     assert codes[0] != 0, said
-    assert time.monotonic() - begin < processes._PARTING_SECONDS, said
+    assert time.monotonic() - begin < processes._SHUTDOWN_SECONDS, said
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Fast attention, each kernel beside the plain one that it must equal, and which of them a program gets."""
+"""Kernels of attention, and the choice among them; each gives the numbers of plain attention."""
 
 from typing import Literal, cast
 
@@ -14,8 +14,8 @@ _FAST: dict[str, Kernel] = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}  #
 def platform() -> str:
     """The platform that is compiled for: that of the mesh that is set, else the default backend's.
 
-    Under a mesh of chips that are not there (compiling ahead) it is theirs. A program has one kernel, not a branch for
-    every platform: a branch would be compiled for each, and sharded for each.
+    Ahead-of-time compilation sets a mesh of devices of another platform. The kernel is chosen here rather than by
+    `jax.lax.platform_dependent`, which would trace and shard a branch for every platform.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.abstract_device is not None:
@@ -24,7 +24,7 @@ def platform() -> str:
 
 
 def _obstacle(kernel: Kernel, head_size: int, dtype: DTypeLike) -> str:
-    """Why `kernel` cannot work on such heads; empty if it can."""
+    """The reason that `kernel` cannot work on such heads; empty if it can."""
     if kernel == "splash" and head_size % 128 and platform() == "tpu":
         return f"needs heads of a multiple of 128 channels, not {head_size}"
     if kernel == "cudnn" and (head_size % 8 or head_size > 128):

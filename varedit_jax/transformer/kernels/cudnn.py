@@ -19,8 +19,8 @@ def full_attention(
 ) -> jax.Array:
     """Softmax attention over all keys, or the first few: [B, L, H, D]. No scaling: pre-scale the queries.
 
-    What the backward pass needs of the forward one has a name for `jax.checkpoint`; without that the kernel would run
-    again in every backward pass that is rematerialized.
+    The residuals for the backward pass have a name for `jax.checkpoint`; unnamed, a rematerialized backward pass would
+    run the kernel again.
 
     Args:
       q_BLHD, k_BMHD, v_BMHD: bfloat16 or float16 for cuDNN; D a multiple of 8.
@@ -50,7 +50,7 @@ def _forward(
 
     def mark(leaf: jax.Array) -> jax.Array:
         if any(leaf is x for x in (q_BLHD, k_BMHD, v_BMHD, keys_B)):
-            return leaf  # cheap to make again
+            return leaf  # cheap to recompute
         return named_BLHD if leaf is out_BLHD else checkpoint_name(leaf, name)
 
     return named_BLHD, jax.tree.map(mark, pull)

@@ -1,16 +1,16 @@
-"""Attention under a static mask by the splash kernel (blocks of scores that no query sees are left out) on a TPU."""
+"""Attention under a static mask by the splash kernel for TPUs, which skips blocks of scores that no query sees."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes, SegmentIds, make_splash_mha
 
-LANES = 128  # blocks are multiples of it
+LANES = 128  # block sizes are multiples of it
 LARGEST_BLOCK = 512  # tokens; blocks of 1024 save nothing
 
 
 def block_size(tokens: int) -> int:
-    """Tokens a block: as few blocks of at most LARGEST_BLOCK as cover `tokens`, and as small as so many can be."""
+    """Tokens per block: the fewest blocks of at most LARGEST_BLOCK that cover `tokens`, at their smallest size."""
     blocks = -(-tokens // LARGEST_BLOCK)
     return -(-tokens // (blocks * LANES)) * LANES
 
@@ -27,15 +27,15 @@ def masked_attention(
 ) -> jax.Array:
     """Softmax attention of each query to the keys its row of the mask shows: [B, L, H, D]. No scaling.
 
-    What the backward pass needs of the forward one (output and log of the sum of exponents) has a name for
-    `jax.checkpoint`; where it is not saved the kernel runs again.
+    The residuals for the backward pass (output and log-sum-exp) have a name for `jax.checkpoint`; where they are not
+    saved the kernel runs again.
 
     Args:
       q_BLHD, k_BMHD, v_BMHD: queries, already scaled; keys; values.
       mask_LM: bool, numpy; every row shows a key.
       mask_BM: bool, True where a key is real; None if all are.
       name: of the residuals.
-      interpret: run the kernel's blocks as ordinary operations, on any platform, slowly.
+      interpret: run the kernel as ordinary operations, on any platform, slowly.
     """
     queries, keys = mask_LM.shape
     q_block, k_block = block_size(queries), block_size(keys)
@@ -48,7 +48,7 @@ def masked_attention(
         block_kv_dq=k_block,
     )
     more_q, more_k = -queries % q_block, -keys % k_block
-    # What is padded is never seen, and sees what the last query does: a row without any key has no softmax.
+    # Padded keys are never seen; padded queries see what the last query does, for a row without keys has no softmax.
     mask_LM = np.pad(np.pad(mask_LM, ((0, more_q), (0, 0)), mode="edge"), ((0, 0), (0, more_k)))
     kernel = make_splash_mha(
         mask_LM[None],  # one mask serves all heads
