@@ -15,7 +15,7 @@ from varedit_jax.images import read_image
 from varedit_jax.parameters import abstract_params
 from varedit_jax.storage import files
 from varedit_jax.storage.paths import resolve
-from varedit_jax.weights.directory import PARTS, save_directory
+from varedit_jax.weights.directory import PARTS, save_weights
 
 __all__ = ["gs_server"]
 
@@ -66,7 +66,7 @@ def directory(tmp_path_factory) -> pathlib.Path:
     params = {
         part: jax.tree.map(lambda x: 0.3 * draw.normal(size=x.shape), abstract_params(tiny, part)) for part in PARTS
     }
-    save_directory(directory / "tiny", tiny, params, sampling=SamplingConfig(guidance=1.0))
+    save_weights(directory / "tiny", tiny, params, sampling=SamplingConfig(guidance=1.0))
     shutil.copytree(directory / "tiny", directory / "damaged")
     weights = directory / "damaged" / "transformer.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])

@@ -1,6 +1,6 @@
 """Published weights in, published weights out, one tensor at a time.
 
-    to_jax       published files -> an Orbax checkpoint a part, config.json, vocabulary: what `Editor` and runs load
+    to_jax       published files -> an Orbax checkpoint per part, config.json, vocabulary: what `Editor` and runs load
     to_torch     a directory of weights or a run -> files that the published code loads
     to_directory    a directory of weights or a run -> safetensors with our own names, and a model card
 
@@ -15,7 +15,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
-import ml_dtypes
 import numpy as np
 
 import varedit_jax
@@ -29,16 +28,16 @@ from varedit_jax.storage import files as storage_files
 from varedit_jax.storage.disk import is_machine_error
 from varedit_jax.storage.paths import PathLike, resolve, stamp
 from varedit_jax.weights import names, native
-from varedit_jax.weights.directory import CONFIG, STORED_TYPES, VOCABULARY, read_config
-from varedit_jax.weights.export_source import Source
+from varedit_jax.weights.directory import CONFIG, VOCABULARY, read_editor_config
+from varedit_jax.weights.export_source import ExportSource
 from varedit_jax.weights.manifest import MANIFEST, check_finite, check_float, read_manifest, sha256
 from varedit_jax.weights.reader import WeightsFile, open_weights
 
 FORMATS = ("pth", "safetensors")
 _WRAPPERS = re.compile(r"^module\.|_orig_mod\.|_fsdp_wrapped_module\.")
 
-# Where a part lies inside of what files hold: bare, or in a trainer's own checkpoint.
-_PLACES = {
+# Prefixes of a part's names in a trainer's own checkpoint; other files hold the part alone, without a prefix.
+_PREFIXES = {
     ("transformer", "model"): ("trainer.gpt_fsdp.", "gpt_fsdp."),
     ("transformer", "ema"): ("trainer.gpt_ema_fsdp.", "gpt_ema_fsdp."),
     ("tokenizer", "model"): ("vae.", "trainer.vae_local."),
@@ -52,15 +51,16 @@ class Published:
     """Published files to convert."""
 
     files: Mapping[str, str]  # part -> file or directory
-    weights: str = "model"  # or "ema": which of the two transformers that a trainer's checkpoint may hold
+    weights: str = "model"  # or "ema", which a trainer's checkpoint may hold besides
     tokenizer_weights: str = "model"  # likewise, of a tokenizer's file
-    family: str = ""  # varedit or infinity; "": as the name of the transformer's file or directory says
-    rope_layout: str = ""  # released or paper; "": what the family needs
-    # "": as the name of the transformer's file or directory says, 0.25M if it does not
-    pixel_budget: PixelBudget | Literal[""] = ""
+    family: str = ""  # varedit or infinity; "": from the name of the transformer's file or directory
+    rope_layout: str = ""  # released or paper; "": by the family
+    pixel_budget: PixelBudget | Literal[""] = ""  # "": from the name of the transformer's file or directory, or 0.25M
 
 
 class _Opened(NamedTuple):
+    """Published files, with the config inferred from them."""
+
     files: dict[str, WeightsFile]
     config: EditorConfig
     family: str
@@ -70,7 +70,7 @@ class _Opened(NamedTuple):
             file.release()
 
     def __str__(self) -> str:
-        """What was found in the files, and decided about it."""
+        """The parts that were found, with their configs, a line each."""
         config, found = self.config, []
         if "transformer" in self.files:
             transformer = config.transformer
@@ -87,7 +87,7 @@ class _Opened(NamedTuple):
 
 
 class Mapped(NamedTuple):
-    """A line of a dry run."""
+    """A published tensor and its path in our tree: a line of a dry run."""
 
     part: str
     link: names.Link
@@ -95,9 +95,13 @@ class Mapped(NamedTuple):
 
     def __str__(self) -> str:
         """`published name [shape] type <-> our path[index]`."""
-        place = f"{self.part}/{self.link.path}" + ("" if self.link.index is None else f"[{self.link.index}]")
-        what = f"made: {self.link.layout}" if self.link.is_buffer else f"{place} ({self.link.layout})"
-        return f"{self.link.name} {list(self.link.shape)} {self.dtype} <-> {what}"
+        link = self.link
+        ours = f"{self.part}/{_indexed(link.path, link.index)} ({link.layout})"
+        return f"{link.name} {list(link.shape)} {self.dtype} <-> {f'made: {link.layout}' if link.is_buffer else ours}"
+
+
+def _indexed(path: str, index: int | None) -> str:
+    return path if index is None else f"{path}[{index}]"
 
 
 def _open(request: Published) -> _Opened:
@@ -122,9 +126,9 @@ def _select(request: Published, part: str, path: str) -> WeightsFile:
         "tokenizer": (request.tokenizer_weights, "tokenizer_weights"),
         "text": ("model", ""),
     }[part]
-    chosen = whole.under(*_PLACES[part, which])
+    chosen = whole.under(*_PREFIXES[part, which])
     if which == "ema" and chosen is whole:
-        raise UserError(f"{path} holds no averaged (EMA) {part} weights; use --{flag}=model")
+        raise UserError(f"{path} holds no EMA of the {part} weights; use --{flag}=model")
     return chosen.renamed(lambda name: _WRAPPERS.sub("", name))
 
 
@@ -148,12 +152,15 @@ def mapping_in(request: Published) -> list[Mapped]:
 
 def mapping_of(config: EditorConfig, parts: Sequence[str], dtype: str = "float32") -> list[Mapped]:
     """Every published tensor that an editor's parts become; nothing is allocated."""
-    kind = np.dtype(STORED_TYPES[dtype])
     return [
-        Mapped(part, link, np.dtype(np.int64) if link.layout == "powers" else kind)
+        Mapped(part, link, _published_type(link, dtype))
         for part in parts
         for link in names.links(part, abstract_params(config, part), _default_dialect(config))
     ]
+
+
+def _published_type(link: names.Link, dtype: str) -> np.dtype:
+    return np.dtype("int64" if link.layout == "powers" else dtype)
 
 
 def _default_dialect(config: EditorConfig) -> names.Dialect:
@@ -177,45 +184,49 @@ def to_jax(request: Published, output: PathLike, quiet: bool = False) -> int:
         named) or runs code; values that are not finite; no room; an output that exists.
     """
     opened = _open(request)
-    tasks: list[stream.Task] = []
-    writers: list[native.OrbaxPart] = []
-    record: dict[str, Any] = {"form": "orbax", "family": opened.family, "dialects": {}}
-    record |= {"weights": request.weights, "tokenizer_weights": request.tokenizer_weights}
-    staging_parts = []
-    for part, file in opened.files.items():
-        links = _match(opened, part)
-        expected = names.flat(abstract_params(opened.config, part))
-        kinds: dict[str, set[np.dtype]] = {}
-        for link in links:
-            if not link.is_buffer:
-                check_float(file[link.name].dtype, link.name)
-                kinds.setdefault(link.path, set()).add(np.dtype(file[link.name].dtype))
-        leaves = {path: native.Leaf(tuple(expected[path].shape), _stored_type(kinds[path])) for path in expected}
-        staging_parts.append((part, file, links, leaves))
-        record["dialects"][part] = dataclasses.asdict(names.dialect_of(file))
+    matched = {part: _match(opened, part) for part in opened.files}
+    leaves = {part: _stored_leaves(opened, part, links) for part, links in matched.items()}
     paths = [path for file in opened.files.values() for path in file.paths]
     fingerprint = {"to": "jax", "files": [stamp(path) for path in paths], "request": dataclasses.asdict(request)}
     if not quiet:
         print(opened)
     with stream.Job(output, fingerprint) as job:
-        for part, file, links, leaves in staging_parts:
-            writer = native.OrbaxPart(job.staging / part, leaves)
-            writers.append(writer)
-            tasks += [_import_task(part, file, link, leaves, writer) for link in links]
+        writers = {part: native.OrbaxPart(job.staging / part, leaves[part]) for part in matched}
+        tasks = [
+            _import_task(part, opened.files[part], link, leaves[part], writers[part])
+            for part, links in matched.items()
+            for link in links
+        ]
         size = sum(task.nbytes for task in tasks)
-        job.begin(size, tasks, [writer.create for writer in writers])
-        for writer in writers:
-            writer.open()
-        job.run(tasks, opened.release, quiet)
+        job.run(tasks, size, [writer.create for writer in writers.values()], opened.release, quiet)
         _describe(job.staging, opened.config, SamplingConfig())
-        record["sources"] = [str(path.name) for path in paths]
-        job.finish(record | {"tensors": [job.done[task.key] for task in tasks]})
+        manifest = {
+            "form": "orbax",
+            "family": opened.family,
+            "dialects": {part: dataclasses.asdict(names.dialect_of(file)) for part, file in opened.files.items()},
+            "weights": request.weights,
+            "tokenizer_weights": request.tokenizer_weights,
+            "sources": [path.name for path in paths],
+        }
+        job.finish(tasks, manifest)
     return size
+
+
+def _stored_leaves(opened: _Opened, part: str, links: Sequence[names.Link]) -> dict[str, native.Leaf]:
+    """Shape and type of every array to store, by path. Raises UserError for tensors that are not floating-point."""
+    types: dict[str, set[np.dtype]] = {}
+    for link in links:
+        if not link.is_buffer:
+            dtype = opened.files[part][link.name].dtype
+            check_float(dtype, link.name)
+            types.setdefault(link.path, set()).add(np.dtype(dtype))
+    expected = names.flat(abstract_params(opened.config, part))
+    return {path: native.Leaf(tuple(leaf.shape), _stored_type(types[path])) for path, leaf in expected.items()}
 
 
 def _import_task(
     part: str, file: WeightsFile, link: names.Link, leaves: Mapping[str, native.Leaf], writer: native.OrbaxPart
-) -> stream.Task:
+) -> stream.TensorTask:
     lazy = file[link.name]
     shape = leaves[link.path].shape[0 if link.index is None else 1 :]
 
@@ -226,11 +237,11 @@ def _import_task(
             names.check_buffer(tensor, link)
             return found
         check_finite(tensor, link.name)
-        mine = np.ascontiguousarray(names.to_ours(tensor, link, shape).astype(leaves[link.path].dtype, copy=False))
-        writer.write(link.path, link.index, mine)
-        return found | {"ours": sha256(mine)}
+        ours = np.ascontiguousarray(names.to_ours(tensor, link, shape).astype(leaves[link.path].dtype, copy=False))
+        writer.write(link.path, link.index, ours)
+        return found | {"ours": sha256(ours)}
 
-    return stream.Task(f"{part}/{link.name}", int(np.prod(lazy.shape)) * lazy.dtype.itemsize, work)
+    return stream.TensorTask(f"{part}/{link.name}", int(np.prod(lazy.shape)) * lazy.dtype.itemsize, work)
 
 
 def _record(part: str, link: names.Link, tensor: np.ndarray) -> stream.Record:
@@ -246,14 +257,14 @@ def _record(part: str, link: names.Link, tensor: np.ndarray) -> stream.Record:
 
 
 def _describe(directory: pathlib.Path, config: EditorConfig, sampling: SamplingConfig) -> None:
-    """config.json and the vocabulary of a directory of weights."""
+    """Writes config.json and the vocabulary of a directory of weights."""
     storage_files.write_json(directory / CONFIG, {"model": to_dict(config), "sampling": to_dict(sampling)}, indent=1)
     text = importlib.resources.files(varedit_jax).joinpath("text", VOCABULARY).read_bytes()
     storage_files.write_bytes(directory / VOCABULARY, text)
 
 
 def to_torch(
-    source: Source,
+    source: ExportSource,
     output: PathLike,
     file_format: str = "pth",
     shard_bytes: int = 5 * 10**9,
@@ -263,7 +274,7 @@ def to_torch(
 ) -> int:
     """Writes parts as files of the published code, buffers included; returns their bytes.
 
-    `pth`: transformer.pth, tokenizer.pth ({"vae": state dict}), text/pytorch_model.bin. `safetensors`: a directory a
+    `pth`: transformer.pth, tokenizer.pth ({"vae": state dict}), text/pytorch_model.bin. `safetensors`: a directory per
     part, in shards with an index. The text encoder comes with the config.json that the transformers library reads.
 
     Args:
@@ -277,48 +288,47 @@ def to_torch(
     Raises:
       UserError: weights that have no published form, values that do not fit `dtype`, no room, an output that exists.
     """
-    fingerprint = {
-        "to": "torch",
-        "source": [str(source.directory), *source.stamp()],
-        "options": [list(source.parts), file_format, shard_bytes, dtype, chunks],
-    }
     mapping = mapping_from(source, dtype, chunks)
     if not quiet and _has_own_positions(source):
         print(
             f"{source.directory} has rope_layout=paper below 1M pixels, but VAREdit's published code computes the "
             f"released positions: it gives other images"
         )
-    with stream.Job(output, fingerprint) as job:
-        tasks: list[stream.Task] = []
-        files: list[tuple[str, list[TensorFile]]] = []
+    tasks: list[stream.TensorTask] = []
+    files: dict[str, list[TensorFile]] = {}
+    with _export_job(source, output, "torch", [file_format, shard_bytes, dtype, chunks]) as job:
         for part in source.parts:
             leaves = source.open(part)
-            links = [line.link for line in mapping if line.part == part]
-            planned = [Planned(line.link.name, line.link.shape, line.dtype) for line in mapping if line.part == part]
-            mine = _files_of(part, job.staging, planned, file_format, shard_bytes)
-            files.append((part, mine))
-            homes = {tensor.name: file for file in mine for tensor in file.tensors}
+            lines = [line for line in mapping if line.part == part]
+            planned = [Planned(line.link.name, line.link.shape, line.dtype) for line in lines]
+            files[part] = _files_of(part, job.staging, planned, file_format, shard_bytes)
+            file_of = {tensor.name: file for file in files[part] for tensor in file.tensors}
             tasks += [
-                _export_task(part, link, tensor, leaves[link.path], homes[link.name])
-                for link, tensor in zip(links, planned, strict=True)
+                _export_task(part, line.link, tensor, leaves[line.link.path], file_of[tensor.name])
+                for line, tensor in zip(lines, planned, strict=True)
             ]
-        size = sum(file.size for _, group in files for file in group)
-        job.begin(size, tasks, [file.create for _, group in files for file in group])
-        job.run(tasks, lambda: None, quiet)
-        for part, group in files:
+        size = sum(file.size for group in files.values() for file in group)
+        job.run(tasks, size, [file.create for group in files.values() for file in group], quiet=quiet)
+        for part, group in files.items():
             for file in group:
                 file.finish({tensor.name: job.done[f"{part}/{tensor.name}"]["crc32"] for tensor in file.tensors})
             if len(group) > 1:
                 index = group[0].path.with_name("model.safetensors.index.json")
                 storage_files.write_json(index, shard_index(group), indent=1)
-            if part == "text":
-                described = infer_config.hugging_face_config(source.config.text)
-                storage_files.write_json(group[0].path.with_name(CONFIG), described, indent=1)
-        job.finish({"form": "torch", "tensors": [job.done[task.key] for task in tasks]})
+        if "text" in files:
+            described = infer_config.hugging_face_config(source.config.text)
+            storage_files.write_json(files["text"][0].path.with_name(CONFIG), described, indent=1)
+        job.finish(tasks, {"form": "torch"})
     return size
 
 
-def mapping_from(source: Source, dtype: str = "", chunks: int | None = None) -> list[Mapped]:
+def _export_job(source: ExportSource, output: PathLike, to: str, options: list[Any]) -> stream.Job:
+    """The job of an export, which is resumed if weights, parts and options are the same."""
+    weights = [str(source.directory), *source.stamp()]
+    return stream.Job(output, {"to": to, "source": weights, "options": [list(source.parts), *options]})
+
+
+def mapping_from(source: ExportSource, dtype: str = "", chunks: int | None = None) -> list[Mapped]:
     """Every published tensor that weights of ours become; `dtype` and `chunks` as in `to_torch`. None is read."""
     if "transformer" in source.parts:
         _check_published_code_computes(source.config)
@@ -328,8 +338,7 @@ def mapping_from(source: Source, dtype: str = "", chunks: int | None = None) -> 
         leaves = source.open(part)
         for link in names.links(part, abstract_params(source.config, part), _dialect(source, part, chunks)):
             known = published.get((part, link.name), {}).get("dtype", str(leaves[link.path].dtype))
-            kind = np.dtype(np.int64) if link.layout == "powers" else _type(dtype or known)
-            found.append(Mapped(part, link, kind))
+            found.append(Mapped(part, link, _published_type(link, dtype or known)))
     return found
 
 
@@ -346,17 +355,13 @@ def _check_published_code_computes(config: EditorConfig) -> None:
             )
 
 
-def _has_own_positions(source: Source) -> bool:
-    """Whether published code places tokens elsewhere: VAREdit's, below 1M pixels. Infinity's is the paper's."""
+def _has_own_positions(source: ExportSource) -> bool:
+    """Returns True if VAREdit's published code would use other positions; Infinity's uses the paper's."""
     paper = "transformer" in source.parts and source.config.transformer.rope_layout == "paper"
     return paper and source.config.pixel_budget != "1M" and (source.manifest or {}).get("family") != "infinity"
 
 
-def _type(name: str) -> np.dtype:
-    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
-
-
-def _dialect(source: Source, part: str, chunks: int | None) -> names.Dialect:
+def _dialect(source: ExportSource, part: str, chunks: int | None) -> names.Dialect:
     """As the weights were published, or as published ones of their size are; `chunks` overrides."""
     recorded = (source.manifest or {}).get("dialects", {}).get(part)
     dialect = names.Dialect(**recorded) if recorded else _default_dialect(source.config)
@@ -372,17 +377,17 @@ def _files_of(
     return [PthFile(directory / name, planned, under="vae" if part == "tokenizer" else "")]
 
 
-def _export_task(part: str, link: names.Link, planned: Planned, leaf: native.Leaf, file: TensorFile) -> stream.Task:
+def _export_task(
+    part: str, link: names.Link, planned: Planned, leaf: native.Leaf, file: TensorFile
+) -> stream.TensorTask:
     def work() -> stream.Record:
         if link.is_buffer:
             tensor = names.BUFFERS[link.layout](link.shape).astype(planned.dtype)
         else:
-            mine = leaf.read(link.index)
-            tensor = _rounded(names.to_published(mine, link), planned.dtype, link.name)
-        found = _record(part, link, tensor)
-        return found | {"crc32": file.write(link.name, tensor)}
+            tensor = _rounded(names.to_published(leaf.read(link.index), link), planned.dtype, link.name)
+        return _record(part, link, tensor) | {"crc32": file.write(link.name, tensor)}
 
-    return stream.Task(f"{part}/{link.name}", planned.nbytes, work)
+    return stream.TensorTask(f"{part}/{link.name}", planned.nbytes, work)
 
 
 def _rounded(tensor: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
@@ -392,51 +397,47 @@ def _rounded(tensor: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     return rounded
 
 
-def to_directory(source: Source, output: PathLike, dtype: str = "", license: str = "", quiet: bool = False) -> int:
+def to_directory(
+    source: ExportSource, output: PathLike, dtype: str = "", license: str = "", quiet: bool = False
+) -> int:
     """Writes parts as safetensors with our own names, config.json, vocabulary and a model card; returns their bytes.
 
     `dtype` as in `to_torch`; `license` goes into the model card. Raises UserError as `to_torch` does.
     """
-    fingerprint = {
-        "to": "directory",
-        "source": [str(source.directory), *source.stamp()],
-        "options": [list(source.parts), dtype, license],
-    }
-    with stream.Job(output, fingerprint) as job:
-        tasks: list[stream.Task] = []
-        files = []
+    tasks: list[stream.TensorTask] = []
+    files: list[SafetensorsFile] = []
+    with _export_job(source, output, "directory", [dtype, license]) as job:
         for part in source.parts:
             leaves = source.open(part)
-            planned = [Planned(path, leaf.shape, _type(dtype or str(leaf.dtype))) for path, leaf in leaves.items()]
-            file = SafetensorsFile(job.staging / f"{part}.safetensors", planned)
-            files.append(file)
+            planned = [Planned(path, leaf.shape, np.dtype(dtype or leaf.dtype)) for path, leaf in leaves.items()]
+            files.append(SafetensorsFile(job.staging / f"{part}.safetensors", planned))
             tasks += [
-                _copy_task(part, tensor, index, leaves[tensor.name], file)
+                _copy_task(part, tensor, index, leaves[tensor.name], files[-1])
                 for tensor in planned
                 for index in (range(tensor.shape[0]) if native.is_stack(tensor.name) else (None,))
             ]
         size = sum(file.size for file in files)
-        job.begin(size, tasks, [file.create for file in files])
-        job.run(tasks, lambda: None, quiet)
+        job.run(tasks, size, [file.create for file in files], quiet=quiet)
         for file in files:
             file.finish({})
         _describe(job.staging, source.config, source.sampling)
         card = model_card(source.config, source.parts, source.run, source.step, size, license)
         storage_files.write_text(job.staging / "README.md", card)
-        job.finish({"form": "safetensors", "tensors": [job.done[task.key] for task in tasks]})
+        job.finish(tasks, {"form": "safetensors"})
     return size
 
 
-def _copy_task(part: str, planned: Planned, index: int | None, leaf: native.Leaf, file: TensorFile) -> stream.Task:
+def _copy_task(
+    part: str, planned: Planned, index: int | None, leaf: native.Leaf, file: TensorFile
+) -> stream.TensorTask:
     nbytes = planned.nbytes if index is None else planned.nbytes // planned.shape[0]
 
     def work() -> stream.Record:
-        name = planned.name if index is None else f"{planned.name}[{index}]"
-        tensor = _rounded(np.asarray(leaf.read(index)), planned.dtype, name)
+        tensor = _rounded(np.asarray(leaf.read(index)), planned.dtype, _indexed(planned.name, index))
         file.write(planned.name, tensor, start=nbytes * (index or 0))
         return {"part": part, "path": planned.name, "index": index, "ours": sha256(tensor)}
 
-    return stream.Task(f"{part}/{planned.name}/{index}", nbytes, work)
+    return stream.TensorTask(f"{part}/{planned.name}/{index}", nbytes, work)
 
 
 def verify(directory: PathLike) -> int:
@@ -450,32 +451,35 @@ def verify(directory: PathLike) -> int:
     if manifest is None:
         raise UserError(f"{root} has no {MANIFEST}: there is nothing to verify it by")
     tensors = manifest["tensors"]
-    damaged = [what for what, wanted, found in _checksums(root, manifest["form"], tensors) if wanted != found]
+    damaged: list[str] = []
+    for part in dict.fromkeys(entry["part"] for entry in tensors):
+        entries = [entry for entry in tensors if entry["part"] == part]
+        check = _damaged_published if manifest["form"] == "torch" else _damaged
+        damaged += check(root, part, entries)
     if damaged:
         raise UserError(f"{root} is damaged: the checksum of {', '.join(damaged)} differs from the manifest's")
     return len(tensors)
 
 
-def _checksums(root: pathlib.Path, form: str, tensors: Sequence[stream.Record]) -> Iterator[tuple[str, str, str]]:
-    """(name, checksum in the manifest, checksum of what lies there)."""
-    for part in dict.fromkeys(entry["part"] for entry in tensors):
-        entries = [entry for entry in tensors if entry["part"] == part]
-        if form == "torch":
-            pth = root / f"{part}.pth"
-            file = open_weights(pth if pth.exists() or not (root / part).exists() else root / part).under("vae.")
-            for entry in entries:
-                name = entry["name"]
-                yield name, entry["sha256"], sha256(file[name].load()) if name in file else ""
-                file.release()
-        else:
-            leaves = native.open_part(root, part, abstract_params(read_config(root)[0], part))
-            for entry in entries:
-                if entry["path"]:  # buffers have no place in our tree
-                    name = f"{part}/{entry['path']}" + ("" if entry["index"] is None else f"[{entry['index']}]")
-                    try:
-                        found = sha256(np.asarray(leaves[entry["path"]].read(entry["index"])))
-                    except UserError as error:  # a chunk is missing or cut short
-                        if is_machine_error(error):
-                            raise
-                        found = ""
-                    yield name, entry["ours"], found
+def _damaged_published(root: pathlib.Path, part: str, entries: Sequence[stream.Record]) -> Iterator[str]:
+    """Names of published tensors that are missing, or differ from their entries in the manifest."""
+    pth = root / f"{part}.pth"
+    file = open_weights(pth if pth.exists() or not (root / part).exists() else root / part).under("vae.")
+    for entry in entries:
+        if entry["name"] not in file or sha256(file[entry["name"]].load()) != entry["sha256"]:
+            yield entry["name"]
+        file.release()
+
+
+def _damaged(root: pathlib.Path, part: str, entries: Sequence[stream.Record]) -> Iterator[str]:
+    """The same for a directory of weights; buffers have no path in our tree."""
+    leaves = native.open_part(root, part, abstract_params(read_editor_config(root)[0], part))
+    for entry in (entry for entry in entries if entry["path"]):
+        try:
+            found = sha256(np.asarray(leaves[entry["path"]].read(entry["index"])))
+        except UserError as error:  # a chunk is missing or cut short
+            if is_machine_error(error):
+                raise
+            found = ""
+        if found != entry["ours"]:
+            yield f"{part}/{_indexed(entry['path'], entry['index'])}"

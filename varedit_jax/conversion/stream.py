@@ -1,7 +1,7 @@
-"""A conversion on its way: a staging directory, a journal of what is done, and at the end a manifest with checksums.
+"""A conversion in progress: a staging directory, a journal of finished tensors, and a manifest with checksums.
 
-The output appears complete or not at all. A conversion that was ended goes on where it was when the same command runs
-again, as long as its inputs are the same.
+The output appears complete or not at all. The same command resumes a conversion that was interrupted, as long as its
+inputs are the same.
 """
 
 import concurrent.futures
@@ -20,24 +20,24 @@ from varedit_jax.storage.paths import PathLike, children, is_remote, resolve
 from varedit_jax.weights.manifest import MANIFEST, MANIFEST_VERSION
 
 _JOURNAL = "journal.jsonl"
-_WORKERS = 2  # tensors on their way at a time; each takes up to four times its size of memory
+_WORKERS = 2  # tensors in flight; each takes up to four times its size in memory
 
 Record = dict[str, Any]
 
 
-class Task(NamedTuple):
+class TensorTask(NamedTuple):
     """One tensor to convert."""
 
     key: str  # of its record in the journal
     nbytes: int
-    work: Callable[[], Record]  # reads, checks and writes it; returns what the manifest says of it
+    work: Callable[[], Record]  # reads, checks and writes it; returns its entry in the manifest
 
 
 class Job:
     """The staging directory of an output, and its journal: a context manager that holds the directory alone."""
 
     def __init__(self, output: PathLike, fingerprint: Mapping[str, Any]) -> None:
-        """`fingerprint` is what must be the same for an earlier attempt to be resumed.
+        """An earlier attempt with the same `fingerprint` is resumed.
 
         Raises UserError if the output exists.
         """
@@ -54,7 +54,7 @@ class Job:
                 raise UserError(f"{self.output} exists; give a new directory, or remove it first")
 
     def __enter__(self) -> "Job":
-        """Opens the staging directory; what an earlier attempt with the same fingerprint did is in `done`."""
+        """Opens the staging directory; `done` holds the records of an earlier attempt with the same fingerprint."""
         with contextlib.ExitStack() as held, disk.explained("journal", self.output):
             held.enter_context(Lock(self.output.with_name(f".{self.output.name}.partial"), flag="--output"))
             self._check_new()  # by another conversion, meanwhile
@@ -78,37 +78,47 @@ class Job:
                 files.remove_directory(path) if path.is_dir() else path.unlink()
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        """Leaves the directory as it is, to be resumed; but nothing after an input that cannot be converted."""
+        """Leaves the directory to be resumed; removes it after an input that cannot be converted."""
         self._held.close()
         if isinstance(error, UserError) and not disk.is_machine_error(error):
             files.remove_directory(self.staging)
 
     def _write(self, line: Record) -> None:
-        # The tensor is durable already; a line that a crash of the machine loses is done again.
+        # The tensor is durable already; one whose line a crash loses is converted again.
         self._journal.append(line)
 
-    def begin(self, size: int, tasks: Sequence[Task], create: Sequence[Callable[[], None]]) -> None:
-        """Calls `create`, which make the files of an output of `size` bytes, unless an earlier attempt got past that.
+    def _create(self, create: Sequence[Callable[[], None]]) -> None:
+        with disk.explained("weights", self.output):
+            for one in create:
+                one()
+        self._write({"begun": True})
+        self._journal.flush()
 
-        Raises UserError if the disk has no room for what is left to do.
-        """
-        whole = sum(task.nbytes for task in tasks)
-        left = sum(task.nbytes for task in tasks if task.key not in self.done)
-        disk.check_room(self.staging, size * left // max(whole, 1), f"the rest of {self.output}")
-        if not self._is_begun:
-            with disk.explained("weights", self.output):
-                for one in create:
-                    one()
-            self._write({"begun": True})
-            self._journal.flush()
+    def run(
+        self,
+        tasks: Sequence[TensorTask],
+        size: int,
+        create: Sequence[Callable[[], None]],
+        release: Callable[[], object] = lambda: None,
+        quiet: bool = False,
+    ) -> None:
+        """Creates the files, unless an earlier attempt did, and runs the tasks that are not yet done.
 
-    def run(self, tasks: Sequence[Task], release: Callable[[], object], quiet: bool = False) -> None:
-        """Does the tasks that are not yet done; `release` is called after each.
+        Args:
+          tasks: all tensors of the output.
+          size: of the output in bytes.
+          create: functions that create its files.
+          release: called after each task.
+          quiet: without a progress bar.
 
-        Raises UserError if the disk runs full, or fails otherwise.
+        Raises:
+          UserError: the disk has no room for what is left, runs full, or fails otherwise.
         """
         todo = [task for task in tasks if task.key not in self.done]
         whole, left = (sum(task.nbytes for task in some) for some in (tasks, todo))
+        disk.check_room(self.staging, size * left // max(whole, 1), f"the rest of {self.output}")
+        if not self._is_begun:
+            self._create(create)
         if len(todo) < len(tasks) and not quiet:
             print(f"{len(tasks) - len(todo)} of {len(tasks)} tensors were done by an earlier attempt")
         bar = tqdm.tqdm(total=whole, initial=whole - left, unit="B", unit_scale=True, disable=quiet, desc="tensors")
@@ -119,19 +129,20 @@ class Job:
                 release()
                 bar.update(task.nbytes)
 
-    def finish(self, manifest: Mapping[str, Any]) -> None:
-        """Writes the manifest, and lets the output appear under its name."""
+    def finish(self, tasks: Sequence[TensorTask], manifest: Mapping[str, Any]) -> None:
+        """Writes the manifest, with the record of every task, and gives the output its name."""
+        manifest = {"version": MANIFEST_VERSION, **manifest, "tensors": [self.done[task.key] for task in tasks]}
         with disk.explained("weights", self.output):
             self._journal.close()
-            files.write_json(self.staging / MANIFEST, {"version": MANIFEST_VERSION, **manifest}, indent=1)
+            files.write_json(self.staging / MANIFEST, manifest, indent=1)
             for name in (_JOURNAL, LOCK_FILE):
                 (self.staging / name).unlink(missing_ok=True)
             files.commit(self.output)
 
 
-def _in_flight(pool: concurrent.futures.Executor, tasks: Sequence[Task]) -> Iterator[tuple[Task, Record]]:
-    """Tasks with their records, in order; never more than the workers and one on their way."""
-    waiting: list[tuple[Task, concurrent.futures.Future[Record]]] = []
+def _in_flight(pool: concurrent.futures.Executor, tasks: Sequence[TensorTask]) -> Iterator[tuple[TensorTask, Record]]:
+    """Tasks with their records, in order; at most one more in flight than there are workers."""
+    waiting: list[tuple[TensorTask, concurrent.futures.Future[Record]]] = []
     try:
         for task in tasks:
             waiting.append((task, pool.submit(task.work)))

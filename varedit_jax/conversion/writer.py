@@ -23,8 +23,8 @@ from varedit_jax.weights.reader import SAFETENSORS_TYPES, STORAGES
 
 _STORAGE_NAMES = {np.dtype(dtype): name for name, dtype in STORAGES.items()}
 _SAFETENSORS_NAMES = {np.dtype(dtype): name for name, dtype in SAFETENSORS_TYPES.items()}
-_ALIGNMENT = 64  # bytes: where PyTorch has storages begin, so that a memory map of them can be used as it is
-_ZIP32 = 2**32 - 1  # what a field of four bytes holds; a zip file says larger numbers elsewhere
+_ALIGNMENT = 64  # bytes, of storages, as PyTorch aligns them for memory maps
+_ZIP32 = 2**32 - 1  # largest number of a field of four bytes; larger ones go into zip64 records
 _ROOT = "archive"  # directory inside a .pth file
 
 
@@ -42,10 +42,10 @@ class Planned(NamedTuple):
 
 
 class TensorFile:
-    """A file of tensors in the making: all places are known ahead.
+    """Writes a file of tensors; all offsets are known ahead.
 
-    An object store writes nothing inside of an object: there what lies at a place is an object of its own, named by
-    the place in bytes, until `finish` joins them.
+    Objects of an object store cannot be written in part: there each piece is an object of its own, named by its offset
+    in bytes, until `finish` joins them.
     """
 
     def __init__(self, path: pathlib.Path, tensors: Sequence[Planned]) -> None:
@@ -60,7 +60,7 @@ class TensorFile:
         raise NotImplementedError
 
     def _frame(self, checksums: Mapping[str, int]) -> Iterable[tuple[int, bytes]]:
-        """What lies between and around the tensors: (offset, bytes); needs the CRC-32 of each tensor."""
+        """The bytes between and around the tensors, (offset, bytes); needs the CRC-32 of each tensor."""
         raise NotImplementedError
 
     def create(self) -> None:
@@ -73,13 +73,13 @@ class TensorFile:
     def write(self, name: str, data: np.ndarray, start: int = 0) -> int:
         """Writes the bytes of a tensor (or of a part that begins at byte `start`) durably; returns their CRC-32."""
         view = memoryview(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
-        place = self._starts[name] + start
+        offset = self._starts[name] + start
         if not is_remote(self.path):
             with self.path.open("r+b", buffering=0) as file:
-                _write_at(file.fileno(), place, view)
+                _write_at(file.fileno(), offset, view)
                 os.fdatasync(file.fileno())
         elif view:
-            files.write_bytes(self._pieces / str(place), view)
+            files.write_bytes(self._pieces / str(offset), view)
         return zlib.crc32(view)
 
     def finish(self, checksums: Mapping[str, int]) -> None:
@@ -97,14 +97,14 @@ class TensorFile:
         if not self.path.exists() or paths.size(self.path) != self.size:
             parts: dict[int, bytes | pathlib.Path] = {int(piece.name): piece for piece in paths.children(self._pieces)}
             parts |= frame
-            place = 0
+            offset = 0
             with self.path.open("wb") as file:
                 for start, part in sorted(parts.items()):
-                    if start != place:
-                        raise UserError(f"{self._pieces} lacks what lies at {place}; convert again")
+                    if start != offset:
+                        raise UserError(f"{self._pieces} lacks the piece at byte {offset}; convert again")
                     data = part if isinstance(part, bytes) else part.read_bytes()
                     file.write(data)
-                    place += len(data)
+                    offset += len(data)
         files.remove_directory(self._pieces)
 
 
@@ -118,19 +118,19 @@ class SafetensorsFile(TensorFile):
     """One safetensors file."""
 
     def _lay_out(self) -> int:
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # what PyTorch's libraries ask for
-        place = 0
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # PyTorch's libraries require it
+        offset = 0
         for tensor in self.tensors:
-            end = place + tensor.nbytes
+            end = offset + tensor.nbytes
             kind = _SAFETENSORS_NAMES[tensor.dtype]
-            header[tensor.name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [place, end]}
-            self._starts[tensor.name] = place
-            place = end
+            header[tensor.name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+            self._starts[tensor.name] = offset
+            offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-(8 + len(text)) % _ALIGNMENT)
         self._header = struct.pack("<Q", len(text)) + text
         self._starts = {name: start + len(self._header) for name, start in self._starts.items()}
-        return place + len(self._header)
+        return offset + len(self._header)
 
     def _frame(self, checksums: Mapping[str, int]) -> Iterable[tuple[int, bytes]]:
         yield 0, self._header
@@ -158,26 +158,26 @@ class PthFile(TensorFile):
         }
         self._sizes = {tensor.name: tensor.nbytes for tensor in self.tensors}
         self._entries: list[tuple[str, str, int, int, bytes]] = []  # name, tensor, local header, size, fixed content
-        place = 0
+        offset = 0
         contents = [(name, "", len(data), data) for name, data in fixed.items()]
         contents += [(f"data/{key}", tensor.name, tensor.nbytes, b"") for key, tensor in enumerate(self.tensors)]
         for name, tensor_name, size, data in contents:
             entry = f"{_ROOT}/{name}"
-            start = -(-(place + 30 + len(entry) + 4) // _ALIGNMENT) * _ALIGNMENT
-            self._entries.append((entry, tensor_name, place, start, data))
+            start = -(-(offset + 30 + len(entry) + 4) // _ALIGNMENT) * _ALIGNMENT
+            self._entries.append((entry, tensor_name, offset, start, data))
             if tensor_name:
                 self._starts[tensor_name] = start
-            place = start + size
-        self._end = place
-        return place + sum(len(part) for part in self._directory(dict.fromkeys(self._starts, 0)))
+            offset = start + size
+        self._end = offset
+        return offset + sum(len(part) for part in self._directory(dict.fromkeys(self._starts, 0)))
 
     def _frame(self, checksums: Mapping[str, int]) -> Iterable[tuple[int, bytes]]:
-        for entry, tensor, place, start, data in self._entries:
+        for entry, tensor, offset, start, data in self._entries:
             fields = self._fields(tensor, data, checksums)
-            padding = start - place - 30 - len(entry) - 4
+            padding = start - offset - 30 - len(entry) - 4
             extra = struct.pack("<HH", 0x4246, padding) + b"Z" * padding  # "FB", PyTorch's own kind of padding
             header = struct.pack("<4sHHHHHIIIHH", b"PK\x03\x04", 20, 0, 0, 0, 0x21, *fields, len(entry), len(extra))
-            yield place, header + entry.encode() + extra
+            yield offset, header + entry.encode() + extra
             if data:
                 yield start, data
         yield self._end, b"".join(self._directory(checksums))
@@ -189,11 +189,11 @@ class PthFile(TensorFile):
         return checksums[tensor], self._sizes[tensor], self._sizes[tensor]
 
     def _directory(self, checksums: Mapping[str, int]) -> list[bytes]:
-        """The zip's central directory and its end, with 64-bit places where 32 bits do not hold them."""
+        """The zip's central directory and its end, with 64-bit offsets where 32 bits do not hold them."""
         parts = []
-        for entry, tensor, place, _, data in self._entries:
-            extra = struct.pack("<HHQ", 1, 8, place) if place >= _ZIP32 else b""
-            lengths = (len(entry), len(extra), 0, 0, 0, 0, min(place, _ZIP32))
+        for entry, tensor, offset, _, data in self._entries:
+            extra = struct.pack("<HHQ", 1, 8, offset) if offset >= _ZIP32 else b""
+            lengths = (len(entry), len(extra), 0, 0, 0, 0, min(offset, _ZIP32))
             fixed = (b"PK\x01\x02", 45 if extra else 20, 20, 0, 0, 0, 0x21, *self._fields(tensor, data, checksums))
             parts.append(struct.pack("<4sHHHHHHIIIHHHHHII", *fixed, *lengths) + entry.encode() + extra)
         length, count, end = sum(map(len, parts)), len(parts), self._end
@@ -253,7 +253,7 @@ def safetensors_shards(directory: pathlib.Path, tensors: Sequence[Planned], shar
 
 
 def shard_index(files: Sequence[TensorFile]) -> dict[str, object]:
-    """What model.safetensors.index.json holds: which shard has which tensor."""
+    """Content of model.safetensors.index.json: the shard of each tensor."""
     total = sum(tensor.nbytes for file in files for tensor in file.tensors)
-    places = {tensor.name: file.path.name for file in files for tensor in file.tensors}
-    return {"metadata": {"total_size": total}, "weight_map": places}
+    shard_of = {tensor.name: file.path.name for file in files for tensor in file.tensors}
+    return {"metadata": {"total_size": total}, "weight_map": shard_of}

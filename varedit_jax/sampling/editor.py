@@ -20,7 +20,8 @@ from varedit_jax.storage.paths import PathLike, resolve
 from varedit_jax.text.vocabulary import Vocabulary
 from varedit_jax.types import Params
 from varedit_jax.weights import run_directory
-from varedit_jax.weights.directory import PARTS, VOCABULARY, is_directory, load_directory, read_config
+from varedit_jax.weights.directory import PARTS, VOCABULARY, is_weights_directory, read_editor_config
+from varedit_jax.weights.native import load_part
 
 
 class Editor:
@@ -49,11 +50,11 @@ class Editor:
           UserError: no weights there, or weights that do not fit their configuration.
         """
         directory = resolve(directory)
-        if is_directory(directory):
-            config, sampling = read_config(directory)
+        if is_weights_directory(directory):
+            config, sampling = read_editor_config(directory)
             directories = {"tokenizer": tokenizer, "text": text}
             params = {
-                part: load_directory(directories.get(part) or directory, part, abstract_params(config, part))
+                part: load_part(directories.get(part) or directory, part, abstract_params(config, part))
                 for part in PARTS
             }
             editor = cls(config, params, sampling)
@@ -74,11 +75,11 @@ class Editor:
         config = run.model
         trained = ["transformer", *(["text"] if run.train_text else [])]
         params = run_directory.restore_params(directory, {part: abstract_params(config, part) for part in trained})
-        params["tokenizer"] = load_directory(
+        params["tokenizer"] = load_part(
             tokenizer or run.tokenizer_weights, "tokenizer", abstract_params(config, "tokenizer")
         )
         if not run.train_text:
-            params["text"] = load_directory(text or run.text_weights, "text", abstract_params(config, "text"))
+            params["text"] = load_part(text or run.text_weights, "text", abstract_params(config, "text"))
         return cls(config, params, run.sampling)
 
     def edit(

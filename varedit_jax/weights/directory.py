@@ -5,7 +5,6 @@ The form in which editors and tokenizers are shipped, shared, and started from.
 
 import hashlib
 import json
-from typing import Any
 
 import flax.traverse_util
 import jax
@@ -27,7 +26,7 @@ CONFIG = "config.json"
 VOCABULARY = "t5_tokenizer.json"  # of the prompts, where a directory brings its own
 
 
-def save_directory(
+def save_weights(
     directory: PathLike,
     config: EditorConfig,
     params: Params,
@@ -36,8 +35,7 @@ def save_directory(
 ) -> None:
     """Writes parts of an editor, `params` by part name, to a new directory that appears complete or not at all.
 
-    `sampling` is recorded as what the editor is used with. Tensors are rounded to `stored_type`: float32, bfloat16 or
-    float16.
+    `sampling` is recorded as the editor's default. Tensors are rounded to `stored_type`: float32, bfloat16 or float16.
     Raises UserError if the directory exists, the disk is full, or a value does not fit `stored_type`.
     """
     target = resolve(directory)
@@ -56,16 +54,16 @@ def save_directory(
         files.write_json(staging / CONFIG, record, indent=1)
 
 
-def is_directory(directory: PathLike) -> bool:
-    """Whether `directory` looks like a directory of weights. Raises UserError if it is incomplete."""
+def is_weights_directory(directory: PathLike) -> bool:
+    """Returns True if `directory` has the files of a directory of weights. Raises UserError if it is incomplete."""
     path = resolve(directory)
     with read_explained(str(path)):
         files.check_complete(path)
         return (path / CONFIG).is_file() and any(native.is_part(path, part) for part in PARTS)
 
 
-def read_config(directory: PathLike) -> tuple[EditorConfig, SamplingConfig]:
-    """The editor recorded in a directory of weights, and the sampling it is used with.
+def read_editor_config(directory: PathLike) -> tuple[EditorConfig, SamplingConfig]:
+    """The config of the editor in a directory of weights, and its default sampling.
 
     Raises UserError if there is none, or it is not one of ours.
     """
@@ -82,16 +80,8 @@ def read_config(directory: PathLike) -> tuple[EditorConfig, SamplingConfig]:
         raise UserError(f"{path} does not describe an editor of this package: {error}") from error
 
 
-def load_directory(directory: PathLike, part: str, expected: Any) -> Params:
-    """One part of a directory of weights, as float32 numpy arrays in the tree `expected` (of jax.ShapeDtypeStruct).
-
-    Raises UserError for a missing or damaged part, and for weights of another model, naming what differs.
-    """
-    return native.read_part(directory, part, expected)
-
-
 def weights_hash(params: Params) -> str:
-    """SHA-256 of names, shapes and values of a tree, in hexadecimal: what precomputed features are tied to."""
+    """SHA-256 of names, shapes and values of a tree, in hexadecimal; precomputed features record it."""
     digest = hashlib.sha256()
     for name, tensor in sorted(flax.traverse_util.flatten_dict(jax.device_get(params), sep="/").items()):
         array = np.ascontiguousarray(tensor)

@@ -1,6 +1,6 @@
-"""Our trees on disk, one slice at a time: read in every form there is, written as an Orbax checkpoint.
+"""Trees of parameters on disk, one slice at a time: read in every form, written as an Orbax checkpoint.
 
-Forms, of a part (tokenizer, text, transformer) in a directory:
+Forms of a part (tokenizer, text, transformer) in a directory:
 
     {part}.safetensors          names are paths, slashes between
     {part}/                     an Orbax checkpoint of the tree, a directory per array and a raw file per chunk, so that
@@ -36,15 +36,15 @@ _ZARR_TYPES[np.dtype(ml_dtypes.bfloat16)] = "bfloat16"
 
 
 class Leaf(NamedTuple):
-    """An array of a tree: what it is and, where there is one, how to read it."""
+    """An array of a tree: shape, type and, if it is on disk, how to read it."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     source: Any = None  # supports [index], and np.asarray of what comes back
-    name: str = ""  # where it lies
+    name: str = ""  # file and path, for messages
 
     def read(self, index: int | tuple[slice, ...] | None = None) -> np.ndarray:
-        """All of it, one entry along its leading axis, or a block. Raises UserError for what is gone or cut short."""
+        """All of it, one entry along its leading axis, or a block. Raises UserError if it is missing or cut short."""
         found = self.source if index is None else self.source[index]
         if not isinstance(found, ts.TensorStore):
             return found
@@ -62,29 +62,29 @@ class Leaf(NamedTuple):
 
 
 def is_part(directory: PathLike, part: str) -> bool:
-    """Whether a directory of weights holds a part."""
+    """Returns True if a directory of weights holds the part."""
     root = resolve(directory)
     return (root / f"{part}.safetensors").is_file() or (root / part / "_METADATA").is_file()
 
 
-def find_part(directory: PathLike, part: str, *, average: bool = False) -> dict[str, Leaf]:
+def find_part(directory: PathLike, part: str, *, ema: bool = False) -> dict[str, Leaf]:
     """The arrays of a part by path, whatever their shapes; none is read yet.
 
-    With `average` those of a run's running average. Raises UserError for a missing or damaged part, and where there is
-    no average.
+    With `ema` those of the EMA that a run kept. Raises UserError for a missing or damaged part, and for an EMA that the
+    run did not keep.
     """
     root = resolve(directory)
     with read_explained(str(root)):
-        return _find_part(root, part, average)
+        return _find_part(root, part, ema)
 
 
-def _find_part(root: pathlib.Path, part: str, average: bool) -> dict[str, Leaf]:
+def _find_part(root: pathlib.Path, part: str, ema: bool) -> dict[str, Leaf]:
     where = _form(root, part)
     store = {"driver": "ocdbt", "base": kvstore(where), "path": ""}
-    if average:
+    if ema:
         found = _open_orbax(where, store, ("ema", part)) if where.name == "state" else {}
         if not found:
-            raise UserError(f"{root} holds no average of its {part}, as runs with optimizer.ema_decay keep one")
+            raise UserError(f"{root} holds no EMA of its {part}, as runs with optimizer.ema_decay keep one")
         return found
     if where.suffix == SAFETENSORS:
         return {name: Leaf(x.shape, x.dtype, x.load(), f"{where}: {name}") for name, x in open_weights(where).items()}
@@ -105,13 +105,13 @@ def _form(root: pathlib.Path, part: str) -> pathlib.Path:
     raise UserError(f"{root} holds no {part} weights ({part}.safetensors is missing)")
 
 
-def open_part(directory: PathLike, part: str, expected: Params, *, average: bool = False) -> dict[str, Leaf]:
+def open_part(directory: PathLike, part: str, expected: Params, *, ema: bool = False) -> dict[str, Leaf]:
     """As `find_part`, of exactly the arrays of the tree `expected` (of jax.ShapeDtypeStruct).
 
     Raises UserError for a missing or damaged part, and for one of another model, naming every array that differs with
     both shapes.
     """
-    found, wanted = find_part(directory, part, average=average), flat(expected)
+    found, wanted = find_part(directory, part, ema=ema), flat(expected)
     different = [
         f"{name} has shape {found[name].shape if name in found else 'nothing'}, "
         f"expected is {tuple(wanted[name].shape) if name in wanted else 'nothing'}"
@@ -126,17 +126,16 @@ def open_part(directory: PathLike, part: str, expected: Params, *, average: bool
     return {name: found[name] for name in wanted}
 
 
-def read_part(directory: PathLike, part: str, expected: Params) -> Params:
+def load_part(directory: PathLike, part: str, expected: Params) -> Params:
     """One part in memory, as float32 numpy arrays in the tree `expected`. Raises UserError as `open_part` does."""
     leaves = open_part(directory, part, expected)
     return tree({path: leaf.as_float32() for path, leaf in leaves.items()})
 
 
-def place(leaf: Leaf, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """An array on the devices that `like.sharding` names (the default device if it is None), of the type of `like`.
+def load_sharded(leaf: Leaf, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """An array on the devices of `like.sharding` (the first local device if it is None), of the type of `like`.
 
-    Every process reads what its own devices hold, so that it never has the whole of what is split in memory. Raises
-    UserError as `Leaf.as_float32`.
+    Every process reads only what its own devices hold. Raises UserError as `Leaf.as_float32`.
     """
     sharding = like.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.make_array_from_callback(
@@ -151,8 +150,12 @@ def _open_orbax(where: pathlib.Path, store: dict[str, Any], prefix: tuple[str, .
         paths = [tuple(key["key"] for key in entry["key_metadata"]) for entry in entries]
         found = {}
         for path in (path for path in paths if path[: len(prefix)] == prefix):
-            place = store | {"path": f"{store['path']}{'.'.join(path)}/"}
-            spec = {"driver": "zarr", "kvstore": place, "fill_missing_data_reads": False, "recheck_cached_data": "open"}
+            spec = {
+                "driver": "zarr",
+                "kvstore": store | {"path": f"{store['path']}{'.'.join(path)}/"},
+                "fill_missing_data_reads": False,
+                "recheck_cached_data": "open",
+            }
             array = ts.open(spec, open=True, read=True).result()
             name = "/".join(path[len(prefix) :])
             found[name] = Leaf(tuple(array.shape), array.dtype.numpy_dtype, array, f"{where}: {name}")
@@ -164,7 +167,7 @@ def _open_orbax(where: pathlib.Path, store: dict[str, Any], prefix: tuple[str, .
 
 
 class OrbaxPart:
-    """The Orbax checkpoint of a part in the making: arrays are written slice by slice."""
+    """Writes the Orbax checkpoint of a part, slice by slice."""
 
     def __init__(self, directory: pathlib.Path, leaves: Mapping[str, Leaf]) -> None:
         """`leaves` are the arrays by path. Nothing is written before `create`."""
@@ -173,23 +176,19 @@ class OrbaxPart:
 
     def create(self) -> None:
         """Creates the checkpoint with empty arrays, in place of what an earlier attempt may have begun."""
-        # Orbax writes what describes the tree, with one number for each array; the arrays then take their place.
+        # Orbax writes the description of the tree, with a scalar for each array; the arrays then replace these.
         numbers = tree({path: np.zeros((), leaf.dtype) for path, leaf in self._leaves.items()})
         with checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as writer:
             writer.save(self.directory, args=ocp.args.PyTreeSave(numbers), force=True)
         for path, leaf in self._leaves.items():
-            files.remove_directory(self._place(path))
+            files.remove_directory(self._array_path(path))
             self._open(path, leaf)
 
-    def open(self) -> None:
-        """Opens the arrays that `create` made."""
-        self._arrays = {path: self._open(path) for path in self._leaves}
-
-    def _place(self, path: str) -> pathlib.Path:
+    def _array_path(self, path: str) -> pathlib.Path:
         return self.directory / path.replace("/", ".")
 
     def _open(self, path: str, create: Leaf | None = None) -> ts.TensorStore:
-        spec: dict[str, Any] = {"driver": "zarr", "kvstore": kvstore(self._place(path))}
+        spec: dict[str, Any] = {"driver": "zarr", "kvstore": kvstore(self._array_path(path))}
         if create:
             spec["metadata"] = {
                 "shape": list(create.shape),
@@ -199,17 +198,19 @@ class OrbaxPart:
                 "dimension_separator": ".",
             }
         else:
-            spec["store_data_equal_to_fill_value"] = True  # a file that is missing is a damage, never zeros
+            spec["store_data_equal_to_fill_value"] = True  # so that a missing file is damage, never zeros
         return ts.open(spec, create=create is not None).result()
 
     def write(self, path: str, index: int | None, tensor: np.ndarray) -> None:
         """Writes an array, or one entry along its leading axis, durably."""
+        if path not in self._arrays:
+            self._arrays[path] = self._open(path)
         array = self._arrays[path]
         (array if index is None else array[index]).write(tensor).result()
 
 
 def is_stack(path: str) -> bool:
-    """Whether the array at `path` has an entry a block or layer along its leading axis."""
+    """Returns True if the leading axis of the array at `path` is that of blocks or layers."""
     return path.startswith(("blocks/", "layers/"))
 
 

@@ -52,7 +52,7 @@ SAFETENSORS_TYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-# Plain values of a trainer's record, which come as references to names.
+# Plain values in a trainer's checkpoint, pickled as references to names.
 _TORCH_CONSTANTS = re.compile(r"b?float\d+|u?int\d+|bool|complex\d+|strided")
 
 PTH = (".pth", ".pt", ".bin")
@@ -62,7 +62,7 @@ SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 class LazyTensor(NamedTuple):
-    """A tensor of a file: what it is, and how to get it."""
+    """A tensor of a file, not yet read."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -174,16 +174,16 @@ def _in_directory(directory: pathlib.Path) -> pathlib.Path:
 def _open_index(path: pathlib.Path) -> WeightsFile:
     text = path.read_bytes()
     try:
-        places: dict[str, str] = json.loads(text)["weight_map"]
-        names = sorted({pathlib.Path(name).name for name in places.values()})
+        shard_of: dict[str, str] = json.loads(text)["weight_map"]
+        names = sorted({pathlib.Path(name).name for name in shard_of.values()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not an index of shards: {error!r}") from error
     shards = {name: open_weights(path.parent / name) for name in names}
-    places = {name: pathlib.Path(shard).name for name, shard in places.items()}
-    lost = [f"{name} (in {shard})" for name, shard in places.items() if name not in shards[shard]]
+    shard_of = {name: pathlib.Path(shard).name for name, shard in shard_of.items()}
+    lost = [f"{name} (in {shard})" for name, shard in shard_of.items() if name not in shards[shard]]
     if lost:
         raise UserError(f"{path} lists tensors that its shards do not hold: {', '.join(lost)}")
-    tensors = {name: shards[shard][name] for name, shard in places.items()}
+    tensors = {name: shards[shard][name] for name, shard in shard_of.items()}
     maps = [mapped for shard in shards.values() for mapped in shard._maps]
     return WeightsFile(tensors, maps, [path, *(p for shard in shards.values() for p in shard.paths)])
 
@@ -237,7 +237,7 @@ class _Unpickler(pickle.Unpickler):
         self._archive, self._root, self._path, self._mapped = archive, root, path, mapped
 
     def find_class(self, module: str, name: str) -> Any:
-        """The few names a state dict needs."""
+        """The few names that a state dict needs."""
         if (module, name) == ("collections", "OrderedDict"):
             return collections.OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -248,8 +248,8 @@ class _Unpickler(pickle.Unpickler):
             return STORAGES[name]
         if (module, name) == ("torch", "Size"):
             return tuple
-        if (module, name) == ("torch", "device"):  # in a trainer's record of its settings
-            return lambda *place: ":".join(map(str, place))
+        if (module, name) == ("torch", "device"):  # in a trainer's settings
+            return lambda *device: ":".join(map(str, device))
         if module == "torch" and _TORCH_CONSTANTS.fullmatch(name):
             return name
         raise UserError(
@@ -280,7 +280,7 @@ class _Unpickler(pickle.Unpickler):
             raise UserError(f"{self._path} is damaged: {info.filename} cannot be read ({error})") from error
 
     def _data_start(self, info: zipfile.ZipInfo) -> int:
-        """Where the bytes of an entry begin: behind its local header, whose length the directory does not tell."""
+        """Offset of an entry's bytes, behind its local header, whose length the central directory does not give."""
         header = self._mapped[info.header_offset : info.header_offset + 30]
         name_length, extra_length = struct.unpack_from("<HH", header, 26)
         start = info.header_offset + 30 + name_length + extra_length

@@ -1,4 +1,4 @@
-"""The directory of a training run as a source of weights: its configuration, and the parameters in its checkpoints."""
+"""The directory of a training run: its configuration, and the parameters in its checkpoints."""
 
 import contextlib
 import json
@@ -18,14 +18,15 @@ from varedit_jax.storage.orbax import checkpointer
 from varedit_jax.storage.paths import PathLike, child_names, is_remote, resolve
 
 CONFIG_FILE = "config.json"
-
-
-FORMAT_VERSION = 1  # of a run's directory, in its config.json; older directories say nothing of it
+CHECKPOINTS = "checkpoints"
+FORMAT_VERSION = 1  # of a run's directory, in its config.json; older directories do not state it
 
 
 def read_config(directory: PathLike) -> dict[str, Any]:
-    """The configuration in the config.json of a run's directory. Raises UserError if there is none, it is
-    broken, or a newer version wrote it."""
+    """The configuration in the config.json of a run's directory.
+
+    Raises UserError if there is none, it is broken, or a newer version wrote it.
+    """
     path = resolve(directory) / CONFIG_FILE
     try:
         values = json.loads(path.read_text())
@@ -44,9 +45,6 @@ def read_config(directory: PathLike) -> dict[str, Any]:
     return values
 
 
-CHECKPOINTS = "checkpoints"
-
-
 def restore_params(directory: PathLike, abstract_params: Any, step: int | None = None, *, ema: bool = False) -> Any:
     """The parameters alone of a run's checkpoint; nothing of the optimizer is read.
 
@@ -54,10 +52,10 @@ def restore_params(directory: PathLike, abstract_params: Any, step: int | None =
       directory: directory of a run (the one with config.json and checkpoints/).
       abstract_params: tree of jax.ShapeDtypeStruct; shardings as in `Checkpoints.restore`.
       step: which checkpoint; None is the newest.
-      ema: their running average instead of the parameters themselves.
+      ema: their EMA instead of the parameters themselves.
 
     Raises:
-      UserError: no such directory, no checkpoint in it, no such step, another model's parameters, no average, a newer
+      UserError: no such directory, no checkpoint in it, no such step, another model's parameters, no EMA, a newer
         version's checkpoint, or damaged files.
     """
     root = resolve(directory)
@@ -77,7 +75,7 @@ def restore_params(directory: PathLike, abstract_params: Any, step: int | None =
     field = "ema" if ema else "params"
     if ema and not stored_fields(checkpoints, step).get(field):
         raise UserError(
-            f"{checkpoints / str(step)} has no average of the parameters, for the run kept none "
+            f"{checkpoints / str(step)} has no EMA of the parameters, for the run kept none "
             f"(optimizer.ema_decay); take the parameters themselves"
         )
     check_same(checkpoints, step, {field: abstract_params})
@@ -94,7 +92,7 @@ def checkpoint_steps(directory: PathLike) -> list[int]:
 
 
 def placed(leaf: Any) -> jax.ShapeDtypeStruct:
-    """An abstract array that says where it goes: where it says nothing, to the first device of this process."""
+    """The abstract array with a sharding: its own, or else the first device of this process."""
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
@@ -115,7 +113,7 @@ def check_version(root: pathlib.Path) -> None:
 
 
 def stored_fields(checkpoints: pathlib.Path, step: int) -> dict[str, Any]:
-    """What a checkpoint holds: trees of what is known of each array, by field of TrainState."""
+    """Metadata of the arrays of a checkpoint, as trees by field of TrainState."""
     with damage_explained(checkpoints, step), checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         metadata = reader.metadata(checkpoints / str(step) / "state").item_metadata
         if metadata is None:
@@ -149,7 +147,7 @@ def read_checkpoint(checkpoints: pathlib.Path, step: int, fields: Mapping[str, A
 
 
 def read_fields(directory: pathlib.Path, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """These fields (abstract trees) of the state that lies in `directory`, and nothing else of it."""
+    """These fields (abstract trees) of the state in `directory`, and nothing else of it."""
     item = jax.tree.map(placed, dict(fields))
     with checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         restored = reader.restore(
@@ -181,7 +179,6 @@ def damage_explained(checkpoints: pathlib.Path, step: int | str) -> Iterator[Non
             ) from error
         words = re.split(r"\n|\. See full | \[tensorstore_spec", str(error).strip())[0]
         raise UserError(
-            f"{checkpoints / str(step)} cannot be read ({words}); if its files are damaged, delete that "
-            f"directory to go "
-            f"on from the checkpoint before it"
+            f"{checkpoints / str(step)} cannot be read ({words}); if its files are damaged, delete that directory "
+            f"to resume from the checkpoint before it"
         ) from error

@@ -23,7 +23,7 @@ from varedit_jax.training.checkpoint import Checkpoints
 from varedit_jax.training.run_config import write_config
 from varedit_jax.training.state import TrainState
 from varedit_jax.weights import names
-from varedit_jax.weights.directory import PARTS, save_directory
+from varedit_jax.weights.directory import PARTS, save_weights
 from varedit_jax.weights.export_source import open_source
 
 __all__ = ["gs_bucket", "gs_server"]
@@ -175,7 +175,7 @@ def assert_same(editor: Editor, config: EditorConfig, params: Any) -> None:
 @pytest.fixture(scope="module")
 def directory(params, tmp_path_factory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("weights") / "tiny"
-    save_directory(path, TINY, params, sampling=GREEDY)
+    save_weights(path, TINY, params, sampling=GREEDY)
     return path
 
 
@@ -220,7 +220,7 @@ def test_run_in_a_bucket(directory, gs_bucket, params):
     workdir = resolve(f"{gs_bucket}/run#1")
     save_run(workdir, run_of(directory, train_text=True), trained)
     assert_same(Editor.load(workdir), TINY, params)
-    save_directory(f"{gs_bucket}/frozen", TINY, {"tokenizer": params["tokenizer"]})
+    save_weights(f"{gs_bucket}/frozen", TINY, {"tokenizer": params["tokenizer"]})
     assert_same(Editor.load(str(workdir), tokenizer=f"{gs_bucket}/frozen"), TINY, params)
     source = open_source(workdir, ["text"])
     for path, leaf in source.open("text").items():
@@ -263,7 +263,7 @@ def test_run_of_a_tokenizer(tmp_path, params):
 
 
 def test_directory_of_a_tokenizer_alone(tmp_path, params):
-    save_directory(tmp_path / "tokenizer", TINY, {"tokenizer": params["tokenizer"]})
+    save_weights(tmp_path / "tokenizer", TINY, {"tokenizer": params["tokenizer"]})
     with pytest.raises(UserError, match=r"holds no text weights \(text.safetensors is missing\)"):
         Editor.load(tmp_path / "tokenizer")
 
@@ -271,7 +271,7 @@ def test_directory_of_a_tokenizer_alone(tmp_path, params):
 def test_weights_of_another_preset(tmp_path, params):
     """The first tensor that differs, with both shapes."""
     other = dataclasses.replace(TINY, transformer=dataclasses.replace(TINY.transformer, width=64))
-    save_directory(tmp_path / "mixed", other, params)
+    save_weights(tmp_path / "mixed", other, params)
     with pytest.raises(UserError, match=r"transformer.safetensors is of another model: .* shape .*32.*expected .*64"):
         Editor.load(tmp_path / "mixed")
 

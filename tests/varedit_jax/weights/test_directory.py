@@ -14,7 +14,13 @@ import safetensors.numpy
 from varedit_jax.config import SamplingConfig, preset
 from varedit_jax.errors import UserError
 from varedit_jax.parameters import abstract_params
-from varedit_jax.weights.directory import is_directory, load_directory, read_config, save_directory, weights_hash
+from varedit_jax.weights.directory import (
+    is_weights_directory,
+    load_part,
+    read_editor_config,
+    save_weights,
+    weights_hash,
+)
 
 CONFIG = preset("tiny")
 
@@ -31,9 +37,9 @@ def flat(tree: Any) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(("stored_type", "digits"), [("float32", None), ("float16", 11), ("bfloat16", 8)])
 def test_round_trip(tmp_path: pathlib.Path, params: dict, stored_type: str, digits: int | None) -> None:
     """Exact in float32; else to half a unit of the last of `digits` binary digits (float16 also to its smallest)."""
-    save_directory(tmp_path / "weights", CONFIG, params, stored_type)
+    save_weights(tmp_path / "weights", CONFIG, params, stored_type)
     for part, tree in params.items():
-        loaded = load_directory(tmp_path / "weights", part, abstract_params(CONFIG, part))
+        loaded = load_part(tmp_path / "weights", part, abstract_params(CONFIG, part))
         assert jax.tree.structure(loaded) == jax.tree.structure(tree)
         wanted = flat(tree)
         for name, tensor in flat(loaded).items():
@@ -48,15 +54,15 @@ def test_round_trip(tmp_path: pathlib.Path, params: dict, stored_type: str, digi
 
 def test_configuration_comes_back(tmp_path: pathlib.Path, params: dict) -> None:
     sampling = SamplingConfig(guidance=(1.0, 4.0), temperature=0.7, top_p=0.9)
-    save_directory(tmp_path / "weights", CONFIG, params, sampling=sampling)
-    assert read_config(tmp_path / "weights") == (CONFIG, sampling)
-    assert is_directory(tmp_path / "weights") and not is_directory(tmp_path)
+    save_weights(tmp_path / "weights", CONFIG, params, sampling=sampling)
+    assert read_editor_config(tmp_path / "weights") == (CONFIG, sampling)
+    assert is_weights_directory(tmp_path / "weights") and not is_weights_directory(tmp_path)
 
 
 def test_an_existing_directory_is_left_alone(tmp_path: pathlib.Path, params: dict) -> None:
     (tmp_path / "weights").mkdir()
     with pytest.raises(UserError, match="weights exists; give a new directory"):
-        save_directory(tmp_path / "weights", CONFIG, params)
+        save_weights(tmp_path / "weights", CONFIG, params)
     assert not list((tmp_path / "weights").iterdir())
 
 
@@ -65,7 +71,7 @@ def test_values_that_do_not_fit_are_refused(tmp_path: pathlib.Path, stored_type:
     """Without NumPy's warning about it, and with nothing left behind."""
     params = {"tokenizer": {"a": {"kernel": np.array([1.0, value], np.float32)}}}
     with pytest.raises(UserError, match=f"tokenizer/a/kernel holds values that are not finite in {stored_type}"):
-        save_directory(tmp_path / "weights", CONFIG, params, stored_type)
+        save_weights(tmp_path / "weights", CONFIG, params, stored_type)
     assert not list(tmp_path.iterdir())
 
 
@@ -75,7 +81,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: pathlib.Path, params: dict)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:
         with pytest.raises(UserError, match=r"writing the weights failed in .*weights: File too large; .*make room"):
-            save_directory(tmp_path / "weights", CONFIG, params)
+            save_weights(tmp_path / "weights", CONFIG, params)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(tmp_path.iterdir())
@@ -84,7 +90,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: pathlib.Path, params: dict)
 def test_what_a_killed_writer_left_is_replaced(tmp_path: pathlib.Path, params: dict) -> None:
     (tmp_path / ".weights.partial").mkdir()
     (tmp_path / ".weights.partial" / "stray.safetensors").write_bytes(b"half")
-    save_directory(tmp_path / "weights", CONFIG, params)
+    save_weights(tmp_path / "weights", CONFIG, params)
     assert {path.name for path in tmp_path.iterdir()} == {"weights"}
     assert not (tmp_path / "weights" / "stray.safetensors").exists()
 
@@ -106,30 +112,30 @@ def expect(tree: Any) -> Any:
     ids=["shape", "missing", "unexpected"],
 )
 def test_weights_of_another_model(tmp_path: pathlib.Path, wanted: Any, sentence: str) -> None:
-    save_directory(tmp_path / "weights", CONFIG, {"text": SMALL})
-    load_directory(tmp_path / "weights", "text", expect(SMALL))
+    save_weights(tmp_path / "weights", CONFIG, {"text": SMALL})
+    load_part(tmp_path / "weights", "text", expect(SMALL))
     with pytest.raises(UserError, match=rf"text\.safetensors is of another model: {sentence}"):
-        load_directory(tmp_path / "weights", "text", expect(wanted))
+        load_part(tmp_path / "weights", "text", expect(wanted))
 
 
 def test_missing_and_damaged_parts(tmp_path: pathlib.Path) -> None:
-    save_directory(tmp_path / "weights", CONFIG, {"text": SMALL})
+    save_weights(tmp_path / "weights", CONFIG, {"text": SMALL})
     with pytest.raises(UserError, match=r"holds no tokenizer weights \(tokenizer\.safetensors is missing\)"):
-        load_directory(tmp_path / "weights", "tokenizer", expect(SMALL))
+        load_part(tmp_path / "weights", "tokenizer", expect(SMALL))
     path = tmp_path / "weights" / "text.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"text\.safetensors is damaged"):
-        load_directory(tmp_path / "weights", "text", expect(SMALL))
+        load_part(tmp_path / "weights", "text", expect(SMALL))
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
 def test_values_that_are_not_finite_are_named_when_loaded(tmp_path: pathlib.Path, value: float) -> None:
     """Whoever wrote them: the file may be of another program."""
-    save_directory(tmp_path / "weights", CONFIG, {"text": SMALL})
+    save_weights(tmp_path / "weights", CONFIG, {"text": SMALL})
     spoilt = {"a/kernel": np.array([[1, value, value], [1, 1, 1]], np.float16), "b": SMALL["b"]}
     safetensors.numpy.save_file(spoilt, tmp_path / "weights" / "text.safetensors")
     with pytest.raises(UserError, match=r"text\.safetensors: a/kernel holds 2 of 6 values that are NaN or infinite"):
-        load_directory(tmp_path / "weights", "text", expect(SMALL))
+        load_part(tmp_path / "weights", "text", expect(SMALL))
 
 
 @pytest.mark.parametrize(
@@ -139,20 +145,20 @@ def test_values_that_are_not_finite_are_named_when_loaded(tmp_path: pathlib.Path
 def test_foreign_configuration(tmp_path: pathlib.Path, text: str | bytes) -> None:
     (tmp_path / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=r"config\.json does not describe an editor"):
-        read_config(tmp_path)
+        read_editor_config(tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match=r"is not a directory of weights: it has no config\.json"):
-        read_config(tmp_path)
+        read_editor_config(tmp_path)
 
 
 def test_configuration_that_contradicts_itself(tmp_path: pathlib.Path, params: dict) -> None:
-    save_directory(tmp_path / "weights", CONFIG, params)
+    save_weights(tmp_path / "weights", CONFIG, params)
     path = tmp_path / "weights" / "config.json"
     record = json.loads(path.read_text())
     record["model"]["transformer"]["token_bits"] = 5
     path.write_text(json.dumps(record))
     with pytest.raises(UserError, match="token_bits is 5, but the tokenizer gives 4"):
-        read_config(tmp_path / "weights")
+        read_editor_config(tmp_path / "weights")
 
 
 def test_hash_is_of_names_shapes_types_and_values() -> None:

@@ -20,7 +20,8 @@ from varedit_jax.sampling.editor import Editor
 from varedit_jax.storage import files, orbax
 from varedit_jax.storage.paths import child_names, resolve
 from varedit_jax.weights import native
-from varedit_jax.weights.directory import PARTS, is_directory, load_directory, read_config, save_directory
+from varedit_jax.weights.directory import PARTS, is_weights_directory, read_editor_config, save_weights
+from varedit_jax.weights.native import load_part
 from varedit_jax.weights.reader import open_weights
 
 __all__ = ["gs_bucket", "gs_server", "s3_bucket", "s3_server"]
@@ -54,44 +55,44 @@ def assert_same(found: Any, wanted: Any) -> None:
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_directories_of_any_name(tmp_path: pathlib.Path, name: str) -> None:
     """In each form: safetensors, a conversion's, and a run's (which Orbax itself cannot read below a bracket)."""
-    save_directory(tmp_path / "s" / name, TINY, {"text": SMALL})
+    save_weights(tmp_path / "s" / name, TINY, {"text": SMALL})
     save_part(tmp_path / "o" / name)
     for form in ("s", "o"):
-        assert_same(load_directory(tmp_path / form / name, "text", EXPECTED), SMALL)
+        assert_same(load_part(tmp_path / form / name, "text", EXPECTED), SMALL)
     if "[" not in name:
         state = tmp_path / "r" / name / "checkpoints" / "3" / "state"
         with orbax.checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
             checkpointer.save(state, args=ocp.args.StandardSave({"params": {"text": SMALL}}))
-        assert_same(load_directory(tmp_path / "r" / name, "text", EXPECTED), SMALL)
+        assert_same(load_part(tmp_path / "r" / name, "text", EXPECTED), SMALL)
 
 
 def test_paths_relative_to_the_parent(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "in").mkdir()
     monkeypatch.chdir(tmp_path / "in")
-    save_directory("../s", TINY, {"text": SMALL})
+    save_weights("../s", TINY, {"text": SMALL})
     save_part(tmp_path / "o")
     for form in ("s", "o"):
-        assert_same(load_directory(f"../{form}", "text", EXPECTED), SMALL)
-    assert read_config("../s")[0] == TINY and is_directory("../s/../s")
+        assert_same(load_part(f"../{form}", "text", EXPECTED), SMALL)
+    assert read_editor_config("../s")[0] == TINY and is_weights_directory("../s/../s")
 
 
 @pytest.mark.parametrize("name", ["plain", "run#1", "50%20off", "what?", "a b"])
 def test_directories_in_buckets(bucket: str, name: str) -> None:
     directory = resolve(f"{bucket}/{name}")
-    save_directory(directory / "s", TINY, {"text": SMALL})
+    save_weights(directory / "s", TINY, {"text": SMALL})
     assert child_names(directory / "s") == ["config.json", "text.safetensors"]
     save_part(directory / "o")
     for form in ("s", "o"):
-        assert_same(load_directory(directory / form, "text", EXPECTED), SMALL)
+        assert_same(load_part(directory / form, "text", EXPECTED), SMALL)
     with pytest.raises(UserError, match="s exists; give a new directory"):
-        save_directory(directory / "s", TINY, {"text": SMALL})
+        save_weights(directory / "s", TINY, {"text": SMALL})
 
 
 def test_an_editor_is_loaded_from_a_bucket(tmp_path: pathlib.Path, gs_bucket: str, lively: Any) -> None:
     """Bit for bit as from a local directory; the tokenizer and text encoder may lie elsewhere. Incomplete it is not."""
     params = {part: lively(abstract_params(TINY, part), seed) for seed, part in enumerate(PARTS)}
-    save_directory(tmp_path / "tiny", TINY, params)
-    save_directory(f"{gs_bucket}/tiny", TINY, params)
+    save_weights(tmp_path / "tiny", TINY, params)
+    save_weights(f"{gs_bucket}/tiny", TINY, params)
     local = Editor.load(tmp_path / "tiny")
     for editor in (Editor.load(f"{gs_bucket}/tiny"), Editor.load(tmp_path / "tiny", text=f"{gs_bucket}/tiny")):
         assert editor.config == local.config
@@ -108,7 +109,7 @@ def test_an_editor_is_loaded_from_a_bucket(tmp_path: pathlib.Path, gs_bucket: st
 
 @pytest.fixture
 def weights(tmp_path: pathlib.Path) -> pathlib.Path:
-    save_directory(tmp_path / "s", TINY, {"text": SMALL})
+    save_weights(tmp_path / "s", TINY, {"text": SMALL})
     save_part(tmp_path / "o")
     return tmp_path
 
@@ -122,9 +123,9 @@ def test_what_the_system_cannot_read_is_not_called_damaged(
         raise OSError(number, os.strerror(number), str(self))
 
     monkeypatch.setattr(pathlib.Path, "open", failing)
-    reads = [lambda: load_directory(weights / form, "text", EXPECTED)]
+    reads = [lambda: load_part(weights / form, "text", EXPECTED)]
     if form == "s":
-        reads += [lambda: read_config(weights / "s"), lambda: open_weights(weights / "s" / "text.safetensors")]
+        reads += [lambda: read_editor_config(weights / "s"), lambda: open_weights(weights / "s" / "text.safetensors")]
     for read in reads:
         with pytest.raises(UserError, match=f"cannot read .*: {os.strerror(number)}; put that right") as refused:
             read()
@@ -154,4 +155,4 @@ def test_a_store_that_does_not_answer_is_not_called_damaged(
 
     monkeypatch.setattr(native.ts, "open", failing)
     with pytest.raises(UserError, match="cannot read .*o: ABORTED: .*Could not connect to server; put that right"):
-        load_directory(weights / "o", "text", EXPECTED)
+        load_part(weights / "o", "text", EXPECTED)
