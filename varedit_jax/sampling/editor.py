@@ -74,7 +74,7 @@ class Editor:
             raise UserError(f"{directory}/config.json does not describe a run of this version: {error}") from error
         config = run.model
         trained = ["transformer", *(["text"] if run.train_text else [])]
-        params = run_directory.restore_params(directory, {part: abstract_params(config, part) for part in trained})
+        params = {part: load_part(directory, part, abstract_params(config, part)) for part in trained}
         params["tokenizer"] = load_part(
             tokenizer or run.tokenizer_weights, "tokenizer", abstract_params(config, "tokenizer")
         )

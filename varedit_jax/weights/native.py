@@ -102,7 +102,7 @@ def _form(root: pathlib.Path, part: str) -> pathlib.Path:
         return root / part
     if steps := run_directory.checkpoint_steps(root):
         return root / run_directory.CHECKPOINTS / str(steps[-1]) / "state"
-    raise UserError(f"{root} holds no {part} weights ({part}.safetensors is missing)")
+    raise UserError(f"{root} holds no {part} weights ({part}.safetensors is missing), and no checkpoint of a run")
 
 
 def open_part(directory: PathLike, part: str, expected: Params, *, ema: bool = False) -> dict[str, Leaf]:

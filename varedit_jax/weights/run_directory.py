@@ -13,7 +13,6 @@ import orbax.checkpoint as ocp
 
 from varedit_jax.errors import UserError
 from varedit_jax.storage.disk import is_machine_error, reason
-from varedit_jax.storage.files import listing
 from varedit_jax.storage.orbax import checkpointer
 from varedit_jax.storage.paths import PathLike, child_names, is_remote, resolve
 
@@ -43,43 +42,6 @@ def read_config(directory: PathLike) -> dict[str, Any]:
             f"knows none above {FORMAT_VERSION}; update varedit_jax"
         )
     return values
-
-
-def restore_params(directory: PathLike, abstract_params: Any, step: int | None = None, *, ema: bool = False) -> Any:
-    """The parameters alone of a run's checkpoint; nothing of the optimizer is read.
-
-    Args:
-      directory: directory of a run (the one with config.json and checkpoints/).
-      abstract_params: tree of jax.ShapeDtypeStruct; shardings as in `Checkpoints.restore`.
-      step: which checkpoint; None is the newest.
-      ema: their EMA instead of the parameters themselves.
-
-    Raises:
-      UserError: no such directory, no checkpoint in it, no such step, another model's parameters, no EMA, a newer
-        version's checkpoint, or damaged files.
-    """
-    root = resolve(directory)
-    if not root.is_dir():
-        raise UserError(f"there is no directory {directory}")
-    steps = checkpoint_steps(root)
-    if not steps:
-        raise UserError(
-            f"{directory} is not the directory of a run with a checkpoint: it has no {CHECKPOINTS}/<step>/; "
-            f"it holds {listing(root)}"
-        )
-    step = steps[-1] if step is None else step
-    if step not in steps:
-        raise UserError(f"{directory} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
-    check_version(root)
-    checkpoints = root / CHECKPOINTS
-    field = "ema" if ema else "params"
-    if ema and not stored_fields(checkpoints, step).get(field):
-        raise UserError(
-            f"{checkpoints / str(step)} has no EMA of the parameters, for the run kept none "
-            f"(optimizer.ema_decay); take the parameters themselves"
-        )
-    check_same(checkpoints, step, {field: abstract_params})
-    return read_checkpoint(checkpoints, step, {field: abstract_params})[field]
 
 
 def checkpoint_steps(directory: PathLike) -> list[int]:

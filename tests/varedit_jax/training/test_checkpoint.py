@@ -20,10 +20,10 @@ import pytest
 from experiments.configs import shapes
 from varedit_jax.config import Cadence, DataConfig, GuardConfig, MeshConfig, OptimizerConfig, RunConfig, preset, to_dict
 from varedit_jax.errors import UserError
-from varedit_jax.training.checkpoint import Checkpoints, check_resume
+from varedit_jax.training.checkpoint import Checkpoints, check_resume, restore_state
 from varedit_jax.training.run_config import check_config, write_config
 from varedit_jax.training.state import TrainState
-from varedit_jax.weights.run_directory import checkpoint_steps, read_config, restore_params
+from varedit_jax.weights.run_directory import checkpoint_steps, read_config
 
 RUNS = pathlib.Path(__file__).parents[2] / "data" / "runs"
 OPTIMIZER = optax.adam(1e-3)
@@ -86,10 +86,7 @@ def test_restores_onto_a_mesh(tmp_path: pathlib.Path) -> None:
     with Checkpoints(tmp_path) as checkpoints:
         restored = checkpoints.restore(abstract, make_iterator())
     assert_same(restored, make_state(seed=1))
-    params = restore_params(tmp_path, abstract.params)
-    assert_same(params, make_state(seed=1).params)
-    for tree, shape in ((restored, abstract), (params, abstract.params)):
-        jax.tree.map(lambda leaf, wanted: _assert_equal(leaf.sharding, wanted.sharding), tree, shape)
+    jax.tree.map(lambda leaf, wanted: _assert_equal(leaf.sharding, wanted.sharding), restored, abstract)
 
 
 def _assert_equal(ours: object, theirs: object) -> None:
@@ -193,33 +190,6 @@ def test_an_average_of_the_parameters_comes_and_goes(tmp_path: pathlib.Path) -> 
         assert checkpoints.restore(jax.eval_shape(lambda: plain), make_iterator()).ema is None
         both = checkpoints.restore(jax.eval_shape(lambda: plain.replace(ema=average)), make_iterator())
     assert_same(both, plain.replace(ema=average))
-    abstract = jax.eval_shape(lambda: plain.params)
-    assert_same(restore_params(tmp_path / "on", abstract, ema=True), average)
-    assert_same(restore_params(tmp_path / "on", abstract), plain.params)
-    with pytest.raises(UserError, match="checkpoints/1 has no EMA of the parameters, for the run kept none"):
-        restore_params(tmp_path / "off", abstract, ema=True)
-
-
-def test_restore_params(tmp_path: pathlib.Path) -> None:
-    save(tmp_path, 1, 2)
-    abstract = jax.eval_shape(make_state).params
-    assert_same(restore_params(tmp_path, abstract), make_state(seed=2).params)
-    assert_same(restore_params(tmp_path, abstract, step=1), make_state(seed=1).params)
-
-
-def test_restore_params_says_what_is_wrong(tmp_path: pathlib.Path) -> None:
-    abstract = jax.eval_shape(make_state).params
-    with pytest.raises(UserError, match=r"there is no directory .*/nowhere"):
-        restore_params(tmp_path / "nowhere", abstract)
-    foreign = tmp_path / "foreign"
-    for name in ("model.safetensors", "vocab.json"):
-        foreign.mkdir(exist_ok=True)
-        (foreign / name).touch()
-    with pytest.raises(UserError, match=r"is not the directory of a run .* it holds model.safetensors, vocab.json"):
-        restore_params(foreign, abstract)
-    save(tmp_path / "run", 1, 2)
-    with pytest.raises(UserError, match=r"has no checkpoint of step 5; it has 1, 2"):
-        restore_params(tmp_path / "run", abstract, step=5)
 
 
 def test_another_models_checkpoint(tmp_path: pathlib.Path) -> None:
@@ -238,22 +208,22 @@ def test_another_models_checkpoint(tmp_path: pathlib.Path) -> None:
     assert refusal(without_bias).endswith("absent in this model")
     other_optimizer = make_state(optimizer=optax.sgd(1e-3))
     assert refusal(other_optimizer) == "array opt_state/0/count is int32[] there and absent in this model"
-    with pytest.raises(UserError, match=r"parameter head/bias is bfloat16\[8\] there and bfloat16\[16\] in this model"):
-        restore_params(tmp_path, jax.eval_shape(lambda: wide.params))
 
 
 def test_damaged_checkpoint(tmp_path: pathlib.Path) -> None:
     """A checkpoint whose files were cut is refused, and the one before it still loads."""
+    state = TrainState(step=jnp.int32(0), params=LONELY, opt_state={})
     with Checkpoints(tmp_path) as checkpoints:
         for step in (1, 2):
-            checkpoints.save(step, TrainState(step=jnp.int32(step), params=LONELY, opt_state={}), make_iterator())
+            checkpoints.save(step, state, make_iterator())
+    abstract = jax.eval_shape(lambda: state)
     for path in (tmp_path / "checkpoints" / "2" / "state").rglob("*"):
         if path.is_file() and path.stat().st_size > 1_000_000:
             path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(UserError, match=r"checkpoints/2 cannot be read .* delete that directory to resume from"):
-        restore_params(tmp_path, jax.eval_shape(lambda: LONELY))
+        restore_state(tmp_path, abstract, 2)
     shutil.rmtree(tmp_path / "checkpoints" / "2")
-    assert_same(restore_params(tmp_path, jax.eval_shape(lambda: LONELY)), LONELY)
+    assert_same(restore_state(tmp_path, abstract, 1).params, LONELY)
 
 
 def test_checkpoint_without_its_index(tmp_path: pathlib.Path) -> None:
@@ -376,8 +346,6 @@ def test_a_newer_versions_run(tmp_path: pathlib.Path) -> None:
     abstract = jax.eval_shape(make_state)
     with pytest.raises(UserError, match=words):
         check_config(tmp_path, {"name": "a"})
-    with pytest.raises(UserError, match=words):
-        restore_params(tmp_path, abstract.params)
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match=words):
         checkpoints.restore(abstract, make_iterator())
 

@@ -14,13 +14,8 @@ import safetensors.numpy
 from varedit_jax.config import SamplingConfig, preset
 from varedit_jax.errors import UserError
 from varedit_jax.parameters import abstract_params
-from varedit_jax.weights.directory import (
-    is_weights_directory,
-    load_part,
-    read_editor_config,
-    save_weights,
-    weights_hash,
-)
+from varedit_jax.weights.directory import is_weights_directory, read_editor_config, save_weights, weights_hash
+from varedit_jax.weights.native import load_part
 
 CONFIG = preset("tiny")
 

@@ -42,7 +42,6 @@ def save_part(directory: pathlib.Path) -> None:
     leaves = {"blocks/kernel": native.Leaf(VALUES.shape, VALUES.dtype), "bias": native.Leaf((2,), VALUES.dtype)}
     part = native.OrbaxPart(directory / "text", leaves)
     part.create()
-    part.open()
     for index, row in enumerate(VALUES):
         part.write("blocks/kernel", index, row)
     part.write("bias", None, VALUES[0])
