@@ -39,7 +39,6 @@ class Instruction:
     results: tuple[Array, ...]  # one, or those of a tuple
     operands: tuple[str, ...]  # names
     text: str  # attributes, behind the operands
-    root: bool
 
     def attribute(self, pattern: str) -> str:
         """The first group of a regular expression in the attributes; "" if there is none."""
@@ -135,7 +134,6 @@ def _instruction(line: str) -> Instruction:
         results=arrays(rest[:end]),
         operands=tuple(re.findall(r"%([\w.\-]+)", inside)),
         text=inside if opcode in ("constant", "parameter") else attributes,
-        root=name.startswith("ROOT "),
     )
 
 

@@ -64,11 +64,6 @@ class Vocabulary:
         _tokenizer(vocabulary.path)
         return vocabulary
 
-    @property
-    def size(self) -> int:
-        """Number of ids in use; the embedding tables of T5 are padded beyond it (32100 and 32128 rows)."""
-        return _tokenizer(self.path).get_vocab_size()
-
     def tokens(self, text: str) -> list[int]:
         """All ids of one instruction, uncut, the last one `END_ID`. Raises UserError if `text` is not Unicode."""
         try:

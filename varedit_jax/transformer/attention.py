@@ -38,7 +38,7 @@ class LayerCache:
     text_v: jax.Array
 
     def with_room(self, tokens: int) -> "LayerCache":
-        """The same with zeros behind, for so many more tokens."""
+        """The cache padded with zeros for `tokens` more tokens."""
 
         def pad(x: jax.Array) -> jax.Array:
             return jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(0, tokens), (0, 0), (0, 0)])
@@ -46,7 +46,7 @@ class LayerCache:
         return dataclasses.replace(self, k=pad(self.k), v=pad(self.v))
 
     def write(self, new: "LayerCache", start: int) -> "LayerCache":
-        """The same with the keys and values of `new` at token `start`."""
+        """The cache with the keys and values of `new` at token `start`."""
 
         def put(buffer: jax.Array, x: jax.Array) -> jax.Array:
             return jax.lax.dynamic_update_slice_in_dim(buffer, x, start, axis=-3)

@@ -156,7 +156,7 @@ _TOKENIZER_BUFFERS = (
     NameRow("encoder/conv_out/bias", "quantize.lfq.mask", "powers"),
 )
 
-# What published files may hold besides: masks made for a resolution, the codes that a tokenizer counted, the decoder of
+# Other tensors that published files may hold: masks for a resolution, a tokenizer's counts of its codes, the decoder of
 # T5 and the second name of its embedding.
 _PASSED_OVER = {
     "transformer": re.compile(r"(.*\.)?mask$"),

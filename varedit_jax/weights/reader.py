@@ -110,7 +110,7 @@ class WeightsFile(Mapping[str, LazyTensor]):
 def open_weights(path: PathLike) -> WeightsFile:
     """Opens a `.pth` or `.safetensors` file, an index of shards, or a directory with one (Hugging Face's layout).
 
-    Names of nested dicts are joined by dots. What lies in an object store is copied to the directory for temporary
+    Names of nested dicts are joined by dots. Files in an object store are copied to the directory for temporary
     files, for as long as it is in use. Raises UserError for a missing or damaged file, an unknown suffix, a shard that
     is not there, a pickle that asks for code to run, and errors of the machine.
     """

@@ -43,7 +43,7 @@ def test_length_that_xla_states_and_one_that_cannot_be_read():
 def test_attributes_and_arrays():
     """Types with layouts and tuples are taken apart; a name says where an instruction comes from."""
     product = hlo.parse(LOOP).computations["fused.1"]["convolution.1"]
-    assert product.root and product.operands == ("p0", "p1") and product.results == (Array("bf16", (8, 256)),)
+    assert product.operands == ("p0", "p1") and product.results == (Array("bf16", (8, 256)),)
     assert product.op_name == "jit(step)/while/body/mlp/dot_general"
     assert hlo.arrays("(s32[]{:T(128)}, /*index=1*/bf16[8,512]{1,0:T(8,128)(2,1)})") == (
         Array("s32", ()),

@@ -57,10 +57,6 @@ def test_length_must_hold_the_end(vocabulary):
         vocabulary.encode(["red"], 0)
 
 
-def test_size(vocabulary):
-    assert vocabulary.size == 32100
-
-
 @pytest.mark.parametrize("text", ["", " ", "\n\t ", "\u3000", "\u200b", "</s>", "<pad>"])
 def test_empty_instruction_is_refused(vocabulary, text):
     with pytest.raises(UserError, match="is empty; say what to change"):
