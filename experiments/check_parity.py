@@ -2,7 +2,7 @@
 
     python -m experiments.check_parity --golden=tests/data/golden/mini_a
 
-Prints the largest absolute error of every tensor; exits with 1 if one is beyond its tolerance.
+Prints the largest absolute error of every tensor; the exit code is 1 if one exceeds its tolerance.
 """
 
 import jax

@@ -1,9 +1,9 @@
-"""Compares the three conditionings of the transformer on the source image, at equal steps, on `shapes`.
+"""Compares the transformer's three conditionings on the source image on `shapes`, with the same number of steps.
 
     python -m experiments.compare_conditioning --seeds=2 --output=results/conditioning.md
 
-Every run is experiments.train with overrides, scored by experiments.evaluate_shapes; finished runs are not
-repeated, so that an interrupted comparison resumes.
+Every run is experiments.train with overrides, scored by experiments.evaluate_shapes. Finished runs are not repeated:
+the same command resumes an interrupted comparison.
 """
 
 import json
@@ -31,7 +31,7 @@ CONDITIONINGS = typing.get_args(Conditioning)
 
 
 def _result(conditioning: str, seed: int) -> dict[str, float]:
-    """Trains and scores one run: held-out loss and bit accuracy, share of exact edits, seconds per step."""
+    """Trains one run; returns held-out loss and bit accuracy, share of exact edits, and seconds per step."""
     workdir = paths.local(_DIRECTORY.value, "--directory") / f"{conditioning}-{seed}"
     scores = workdir / f"scores-{_EXAMPLES.value}.json"
     if not scores.exists():
@@ -50,7 +50,7 @@ def _result(conditioning: str, seed: int) -> dict[str, float]:
         )
     lines = read_metrics(workdir)
     held_out = next(line for line in reversed(lines) if "eval/loss" in line)
-    # The first report after the stages includes compilation.
+    # The first logged window after the stages includes compilation.
     whole = sum(steps for steps, _ in _RUN.stages) + _RUN.cadence.log_every
     seconds = [line["time/step_seconds"] for line in lines if "time/step_seconds" in line and line["step"] > whole]
     return {
@@ -62,7 +62,7 @@ def _result(conditioning: str, seed: int) -> dict[str, float]:
 
 
 def _rows(results: dict[str, list[dict[str, float]]]) -> list[list[str]]:
-    """Mean and range over seeds of every conditioning; step time relative to `sar`."""
+    """Returns mean and range over seeds for every conditioning; step time relative to `sar`."""
     rows = []
     base = np.mean([run["seconds"] for run in results["sar"]])
     for name, runs in results.items():

@@ -1,4 +1,4 @@
-"""Compares the ends of two runs bit for bit, for programs that kill one of them."""
+"""Compares the final states of two runs bit for bit, for programs that kill one of them."""
 
 import pathlib
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from varedit_jax.config import RunConfig, from_dict
+from varedit_jax.errors import UserError
 from varedit_jax.training import checkpoint
 from varedit_jax.training.metrics import read_metrics
 from varedit_jax.training.optimizer import make_optimizer
@@ -19,8 +20,10 @@ def newest(workdir: pathlib.Path) -> int:
 
 
 def read(workdir: pathlib.Path) -> tuple[Any, dict[str, Any]]:
-    """Returns state and data iterator position of the newest checkpoint, on this process's first device, whatever mesh
-    and number of processes saved it. Raises UserError if they cannot be read."""
+    """Returns state and data iterator position of the newest checkpoint, on this process's first device.
+
+    Any mesh and number of processes may have saved it. Raises UserError if it cannot be read.
+    """
     config = from_dict(RunConfig, run_directory.read_config(workdir))
     init = make_init(config, make_optimizer(config.optimizer, config.steps))
     step = newest(workdir)
@@ -36,14 +39,12 @@ def metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
     ]
 
 
-def differences(ours: pathlib.Path, theirs: pathlib.Path) -> list[str]:
-    """Returns the names of what differs between the ends of two runs; empty if they are equal."""
-    (our_state, our_place), (their_state, their_place) = read(ours), read(theirs)
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(their_state)]
-    pairs = zip(jax.tree.leaves(our_state), jax.tree.leaves(their_state), strict=True)
-    differ = [path for path, pair in zip(paths, pairs, strict=True) if pair[0].tobytes() != pair[1].tobytes()]
-    if our_place != their_place:
-        differ.append("the position in the data")
-    if metrics(ours) != metrics(theirs):
-        differ.append("the metrics")
-    return differ
+def check_equal(killed: pathlib.Path, whole: pathlib.Path) -> None:
+    """Raises UserError, naming the differences, unless two runs have equal final states, data positions and metrics."""
+    (state, position), (other_state, other_position) = read(killed), read(whole)
+    pairs = zip(jax.tree.leaves_with_path(state), jax.tree.leaves(other_state), strict=True)
+    differ = [jax.tree_util.keystr(path) for (path, leaf), other in pairs if leaf.tobytes() != other.tobytes()]
+    differ += ["the position in the data"] * (position != other_position)
+    differ += ["the metrics"] * (metrics(killed) != metrics(whole))
+    if differ:
+        raise UserError(f"NOT EQUAL: the run that was killed ended otherwise: {', '.join(differ)} differ")

@@ -1,13 +1,13 @@
-"""Compiles the complete training step for TPUs that are not there, and prints its needs as one JSON line.
+"""Compiles the complete training step ahead of time, without the TPUs, and prints its requirements as a JSON line.
 
     python -m experiments.compile_ahead --config=experiments/configs/varedit_8b_512.py --topology=v5p:4x4x4 \\
         --global_batch=256 --mesh=fsdp=-1
 
-Images and token ids in; frozen encoders, forward and backward pass and the optimizer inside. It runs on any CPU, with
-libtpu installed (pip install 'varedit-jax[tpu]'); 8B takes some minutes. --find_batch looks for the largest batch of a
-chip that fits, with a line on standard error for each that it tries. Of the figures, memory, collectives and
-`compiled_tflop_per_device` are of one device and one step, other TFLOP of all of them. `needed_gib` against `hbm_gib`
-decides `fits`; a program too large for the memory is a line like any other.
+The step takes images and token ids, and has the frozen encoders, forward and backward pass and the optimizer. This runs
+on any CPU with libtpu (pip install 'varedit-jax[tpu]'); 8B takes some minutes. --find_batch finds the largest batch per
+chip that fits, and prints each attempt to standard error. Memory, collectives and `compiled_tflop_per_device` are per
+device and step, other TFLOP of all devices. `fits` compares `needed_gib` with `hbm_gib`; a program that does not fit
+gives a line, too.
 """
 
 import dataclasses
@@ -27,13 +27,13 @@ from varedit_jax.parallel.processes import say
 
 _CONFIG = program.ConfigFlag(RunConfig)
 _TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "machine: VERSION:SIDES, as in v5p:4x4x4, v5e:16x16, v6e:16x16", required=True
+    "topology", None, "machine: VERSION:SIDES, such as v5p:4x4x4, v5e:16x16, v6e:16x16", required=True
 )
-_SLICES = flags.DEFINE_integer("slices", 1, "number of machines, joined by DCN along the axis data")
+_SLICES = flags.DEFINE_integer("slices", 1, "number of machines, joined by DCN along the data axis")
 _FIELDS = program.FieldFlags(RunConfig, {"global_batch": "data.batch_size", "accumulation": "optimizer.accumulation"})
-_MESH = flags.DEFINE_string("mesh", "", "sizes of the mesh's axes, as in fsdp=-1,tensor=4; the config's by default")
-_FIND_BATCH = flags.DEFINE_bool("find_batch", False, "find the largest batch of a chip that fits")
-_HBM_GIB = flags.DEFINE_float("hbm_gib", 0.0, "memory per chip, instead of its own", lower_bound=0.0)
+_MESH = flags.DEFINE_string("mesh", "", "sizes of the mesh's axes, such as fsdp=-1,tensor=4; the config's by default")
+_FIND_BATCH = flags.DEFINE_bool("find_batch", False, "find the largest batch per chip that fits")
+_HBM_GIB = flags.DEFINE_float("hbm_gib", 0.0, "memory per chip, instead of the actual one", lower_bound=0.0)
 
 
 def main(argv: list[str]) -> None:

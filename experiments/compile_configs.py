@@ -1,10 +1,10 @@
-"""Compiles every layout of the published configs ahead of time, one process each, and makes a table of their needs.
+"""Compiles every layout of the published configs ahead of time, one process each, and tabulates their requirements.
 
     python -m experiments.compile_configs --rows=results/compile_ahead.jsonl --table=/tmp/table.md --only=8b_512
 
 A layout takes three to six minutes on two free cores. Its line goes to --rows at once; a layout with a line is not
-compiled again, so that an interrupted program resumes: remove lines to compile them anew. Layouts for GPUs cannot be
-compiled without one: they are compiled for as many chips of v5p with the GPU's memory, and marked as a stand-in.
+compiled again, so that an interrupted program resumes: remove lines to recompile them. Layouts for GPUs cannot be
+compiled without one: they are compiled for as many v5p chips with the GPU's memory, and marked as a stand-in.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from varedit_jax.storage import files, jsonl, paths
 
 _ROWS = command.DEFINE_path("rows", "results/compile_ahead.jsonl", "JSONL file of the lines")
 _TABLE = command.DEFINE_path("table", "", "Markdown file for the table; standard output by default")
-_ONLY = flags.DEFINE_list("only", [], "parts of CONFIG:MACHINE, any of which has to match; everything by default")
+_ONLY = flags.DEFINE_list("only", [], "parts of CONFIG:MACHINE, any of which must match; everything by default")
 
 STAND_IN = "v5p:4x4x4"  # 64 devices, as h100_64
 GPU_SHARE = 0.92  # of a GPU's memory for the program: XLA_PYTHON_CLIENT_MEM_FRACTION of experiments/launch/slurm.sbatch
@@ -39,7 +39,7 @@ HEAD = (
 
 
 def compile_layout(config: str, machine: str) -> dict[str, Any]:
-    """Returns the row of one layout. Raises UserError with the words of compile_ahead where that fails."""
+    """Returns the row of one layout. Raises UserError with the output of compile_ahead if that fails."""
     command = [sys.executable, "-m", "experiments.compile_ahead"]
     command += [f"--config=experiments/configs/{config}.py:{machine}"]
     topology = MACHINES[machine].topology
@@ -58,7 +58,7 @@ def table_row(row: dict[str, Any]) -> list[str]:
     """Returns the cells of a line of the table."""
     mesh = {axis: size for axis, size in row["mesh"].items() if size > 1}
     shards = row["mesh"]["data"] * row["mesh"]["fsdp"]
-    a_device = row["global_batch"] // (shards * row["accumulation"])
+    per_device = row["global_batch"] // (shards * row["accumulation"])
     stand_in = "" if MACHINES[row["layout"].split(":")[1]].topology else f" (as {row['topology']})"
     memory = row["memory"]
     needed = "more" if memory["needed_gib"] is None else f"{memory['needed_gib']:.1f}"
@@ -66,7 +66,7 @@ def table_row(row: dict[str, Any]) -> list[str]:
     cells = [
         row["layout"] + stand_in,
         ", ".join(f"{axis} {size}" for axis, size in mesh.items()),
-        f"{row['global_batch']} ({row['accumulation']} x {a_device})",
+        f"{row['global_batch']} ({row['accumulation']} x {per_device})",
         f"{needed} of {memory['hbm_gib']:.1f}" + ("" if row["fits"] else ": **does not fit**"),
     ]
     if "collectives" in row:

@@ -1,4 +1,4 @@
-"""Converts weights: published PyTorch files to ours, and ours to published files or to safetensors of our own.
+"""Converts weights: published PyTorch files to our format, and back, or to a directory to share.
 
     python -m experiments.convert --transformer=VAREdit/8B-512.pth --tokenizer=infinity_vae_d56_f8_14_patchify.pth \\
         --text=flan-t5-xl --output=weights/varedit_8b_512
@@ -7,10 +7,10 @@
     python -m experiments.convert --dry_run --preset=8b --to=torch
     python -m experiments.convert --verify=weights/varedit_8b_512
 
-The family of a transformer (VAREdit's and Infinity's differ in positions) and its image size are read from the name of
-its file or directory, unless --family, --rope_layout and --pixel_budget give them; they are printed and recorded.
-Memory does not grow with the model. The same command again resumes an interrupted conversion; the output appears
-complete or not at all, with a manifest of the SHA-256 of every tensor.
+The family of a transformer (VAREdit's and Infinity's differ in positions) and its image size are inferred from the name
+of its file or directory, unless --family, --rope_layout and --pixel_budget give them; they are printed and recorded.
+Memory use does not depend on the model. The same command resumes an interrupted conversion; the output appears complete
+or not at all, with a manifest of the SHA-256 of every tensor.
 """
 
 import resource
@@ -40,10 +40,13 @@ _WEIGHTS = flags.DEFINE_enum(
     "weights", "model", ["model", "ema"], "parameters or their EMA, of a trainer's checkpoint or of a run"
 )
 _TOKENIZER_WEIGHTS = flags.DEFINE_enum("tokenizer_weights", "model", ["model", "ema"], "weights of its file to convert")
-_FAMILY = flags.DEFINE_enum("family", None, list(FAMILIES), "family of the transformer; by the name of its file")
-_ROPE = flags.DEFINE_enum("rope_layout", None, list(get_args(RopeLayout)), "positions; by the family if not given")
+_FAMILY = flags.DEFINE_enum("family", None, list(FAMILIES), "family of the transformer; default: by file name")
+_ROPE = flags.DEFINE_enum("rope_layout", None, list(get_args(RopeLayout)), "positions; the family's by default")
 _BUDGET: flags.FlagHolder[Any] = flags.DEFINE_enum(
-    "pixel_budget", None, list(PIXEL_BUDGETS), "resolution of the transformer; by the file's name, or 0.25M"
+    "pixel_budget",
+    None,
+    list(PIXEL_BUDGETS),
+    "resolution of the transformer; by default from the name of its file, or 0.25M",
 )
 _INPUT = command.DEFINE_path(
     "input", "", "directory of weights, or of a training run, for --to=torch and --to=directory"
@@ -51,11 +54,11 @@ _INPUT = command.DEFINE_path(
 _PARTS = flags.DEFINE_multi_enum("parts", [], list(PARTS), "parts to write, one per flag; all by default")
 _FORMAT = flags.DEFINE_enum("format", "pth", list(convert.FORMATS), "of published files")
 _SHARD = flags.DEFINE_float("shard_gb", 5.0, "largest safetensors file, in GB", lower_bound=1e-6)
-_DTYPE = flags.DEFINE_enum("dtype", "", ["", *STORED_TYPES], "type to round to; as published or stored by default")
+_DTYPE = flags.DEFINE_enum("dtype", "", ["", *STORED_TYPES], "type to round to; by default the published or stored one")
 _CHUNKS = flags.DEFINE_integer("chunks", None, "chunks of blocks in published names, 0 for none", lower_bound=0)
-_LICENSE = flags.DEFINE_string("license", "", "what the model card states, as in apache-2.0")
+_LICENSE = flags.DEFINE_string("license", "", "license for the model card, such as apache-2.0")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "print every mapping, one published tensor per line, and write nothing")
-_PRESET = flags.DEFINE_string("preset", "", "size of a dry run that needs no weights, as in 8b")
+_PRESET = flags.DEFINE_string("preset", "", "size for a dry run without weights, such as 8b")
 _VERIFY = command.DEFINE_path(
     "verify", "", "directory whose tensors are compared with its manifest; nothing is written"
 )

@@ -1,10 +1,10 @@
-"""Trains an editor on this machine, scores it and draws its edits; then the same with the shipped one.
+"""Trains an editor on this machine, scores it and draws its edits; then scores and draws the shipped one.
 
     make demo         about five minutes on two cores
-    make demo-full    trains the shipped tokenizer and editor anew: hours
+    make demo-full    retrains the shipped tokenizer and editor: hours
 
-Everything is done by the programs a user runs, each in a process of its own; the commands are printed. Images and
-scores go to runs/demo (runs/demo-full).
+It runs the programs that a user would, each in its own process, and prints the commands. Images and scores go to
+runs/demo (runs/demo-full).
 """
 
 import json
@@ -25,12 +25,12 @@ from varedit_jax.images import write_image
 from varedit_jax.storage import paths
 from varedit_jax.training.metrics import read_metrics
 
-_FULL = flags.DEFINE_bool("full", False, "train the shipped tokenizer and editor anew, and score 1000 edits")
+_FULL = flags.DEFINE_bool("full", False, "retrain the shipped tokenizer and editor, and score 1000 edits")
 _DIRECTORY = command.DEFINE_path(
     "directory", "", "directory of the runs, images and scores; runs/demo or runs/demo-full by default", local=True
 )
 _CONFIG = "experiments/configs/shapes.py"
-_STOP_AFTER = 1000  # steps before the demo stops its own training, to show that it resumes
+_STOP_AFTER = 1000  # steps after which the demo stops its training, to show that it resumes
 
 GOAL_TRAINED, GOAL_SHIPPED = 0.75, 0.95  # shares of 200 held-out edits that are exact
 
@@ -50,7 +50,7 @@ def _evaluate(title: str, checkpoint: str, name: str, directory: pathlib.Path, e
 
 
 def _curves(workdir: pathlib.Path, path: pathlib.Path) -> None:
-    """Loss and accuracy over steps as an image."""
+    """Draws loss and accuracy over steps."""
     lines = read_metrics(workdir)
 
     def series(name: str) -> list[tuple[float, float]]:
@@ -67,12 +67,10 @@ def _curves(workdir: pathlib.Path, path: pathlib.Path) -> None:
 
 
 def _train_editor(variant: str, workdir: pathlib.Path, *arguments: str) -> None:
-    """Trains, stopped once after `_STOP_AFTER` steps and resumed by the same command."""
+    """Trains, stops once after `_STOP_AFTER` steps and resumes by the same command."""
     common = [f"--config={_CONFIG}:{variant}", f"--workdir={workdir}", *arguments]
     if not (workdir / "checkpoints").exists():
-        harness.run_program(
-            "experiments.train", *common, f"--stop_after={_STOP_AFTER}", title="train, stopped half way"
-        )
+        harness.run_program("experiments.train", *common, f"--stop_after={_STOP_AFTER}", title="train, stopped halfway")
     harness.run_program("experiments.train", *common, title="the same command again: training resumes")
 
 

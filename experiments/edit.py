@@ -26,15 +26,15 @@ _OUTPUT = command.DEFINE_path("output", None, "image to write (.png, .jpg, .webp
 _SEED = flags.DEFINE_integer("seed", 0, "of sampling", lower_bound=0, upper_bound=2**32 - 1)
 _GUIDANCE = flags.DEFINE_float("guidance", None, "classifier-free guidance; 1 = off; the checkpoint's own by default")
 _TEMPERATURE = flags.DEFINE_float("temperature", None, "of sampling; the checkpoint's own by default", lower_bound=1e-3)
-_TOP_P = flags.DEFINE_float("top_p", None, "0.97 leaves out bits of probability <= 0.03", lower_bound=0, upper_bound=1)
+_TOP_P = flags.DEFINE_float(
+    "top_p", None, "0.97 removes bit values of probability <= 0.03", lower_bound=0, upper_bound=1
+)
 _GREEDY = flags.DEFINE_bool("greedy", None, "most likely bits; the checkpoint's own by default")
 _TOKENIZER = command.DEFINE_path(
-    "tokenizer", "", "directory of the tokenizer, where the checkpoint has none or it moved"
+    "tokenizer", "", "directory of the tokenizer, if the checkpoint has none or it has moved"
 )
 _TEXT = command.DEFINE_path("text", "", "directory of the text encoder, likewise")
-_VERIFY = flags.DEFINE_bool(
-    "verify", False, "compare every tensor of these directories with its manifest before it is used"
-)
+_VERIFY = flags.DEFINE_bool("verify", False, "first compare the tensors of these directories with their manifests")
 
 
 def _sampling(own: SamplingConfig) -> SamplingConfig:

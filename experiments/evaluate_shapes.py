@@ -1,9 +1,9 @@
-"""Scores an editor on held-out `shapes`, by kind of edit, beside two baselines; draws a contact sheet.
+"""Scores an editor and two baselines on held-out `shapes`, by kind of edit; draws a contact sheet.
 
     python -m experiments.evaluate_shapes --examples=200 --sheet=sheet.png --output=scores.json
 
 `--checkpoint` is a directory of weights or the working directory of a run; the shipped editor by default. An edit
-counts as exact if the image shows the asked change and everything else unchanged (data_pipelines/shapes/judge.py).
+counts as exact if the image shows the requested change and everything else unchanged (data_pipelines/shapes/judge.py).
 """
 
 import dataclasses
@@ -35,11 +35,6 @@ _OUTPUT = command.DEFINE_path("output", "", "JSON file to write the scores to")
 _DATA = command.DEFINE_path("data", "", "directory of the prepared data; data/ by default", local=True)
 
 
-def _spread(count: int, examples: int) -> np.ndarray:
-    """Indices of `examples` held-out edits, evenly over the split."""
-    return np.linspace(0, count - 1, examples).round().astype(int)
-
-
 def main(argv: list[str]) -> None:
     """Prints the table."""
     del argv
@@ -49,17 +44,18 @@ def main(argv: list[str]) -> None:
     if output is not None and not is_remote(output) and not output.parent.is_dir():
         raise UserError(f"the directory {output.parent} of {output} does not exist; create it first")
     editor = Editor.load(_CHECKPOINT.value)
-    data = dataclasses.replace(shapes.DATA, directory=_DATA.value, train_examples=1)  # the test split alone is used
+    data = dataclasses.replace(shapes.DATA, directory=_DATA.value, train_examples=1)  # only the test split is used
     source = loader.open_split(data, "test")
     if _EXAMPLES.value > len(source):
         raise UserError(f"--examples={_EXAMPLES.value}, but only {len(source)} edits are held out")
-    records = [source[int(index)] for index in _spread(len(source), _EXAMPLES.value)]
+    spread = np.linspace(0, len(source) - 1, _EXAMPLES.value).round().astype(int)
+    records = [source[int(index)] for index in spread]
     ours, theirs = image_size(editor.config, editor_pyramid(editor.config)), records[0]["source"].shape[:2]
     if ours != theirs:
         raise UserError(f"the editor of {_CHECKPOINT.value} is for images of {ours}, but those of shapes are {theirs}")
     start = time.perf_counter()
     with tqdm.tqdm(total=len(records), desc="edits", unit="edit") as progress:
-        # With a sheet to draw, every image is decoded at every scale: one program to compile instead of two.
+        # For a sheet, every image is decoded at every scale: one program to compile instead of two.
         images = scoring.edit_records(editor, records, every_scale=bool(_SHEET.value), on_batch=progress.update)
         scores = scoring.evaluate(editor, records, images[-1])
     seconds = time.perf_counter() - start

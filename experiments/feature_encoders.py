@@ -1,4 +1,4 @@
-"""The frozen encoders of a run, as functions that make features of images and instructions."""
+"""The frozen encoders of a run, as functions that compute features of images and instructions."""
 
 import functools
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from varedit_jax.weights.native import load_part
 
 
 def load_encoders(config: RunConfig) -> tuple[Params, Params | None]:
-    """Weights of the tokenizer, and of the text encoder unless it is trained. Raises UserError as `load_part`."""
+    """Returns the weights of the tokenizer, and of a frozen text encoder. Raises UserError as `load_part`."""
     tokenizer = load_part(config.tokenizer_weights, "tokenizer", abstract_params(config.model, "tokenizer"))
     if config.train_text:
         return tokenizer, None
@@ -29,7 +29,7 @@ def load_encoders(config: RunConfig) -> tuple[Params, Params | None]:
 
 
 def made_by(config: RunConfig, tokenizer: Params, text: Params | None) -> MadeBy:
-    """Identifies what the features of a run's data are made by. The tokenizer's decoder has no part in it."""
+    """Returns the identity of the encoders and settings that make the features; the tokenizer's decoder has no part."""
     data = config.data
     return MadeBy(
         tokenizer=f"{weights_hash(tokenizer['encoder'])}-{config.tokenizer_precision}",
@@ -47,7 +47,7 @@ def _made_by(config: RunConfig) -> MadeBy:
 
 
 def open_features(config: RunConfig, source: ExampleSource, split: str) -> Features | None:
-    """Features of a source, if the config asks for them; those of generated data are computed on first use.
+    """Returns the precomputed features of a source, None if the config has none; computes those of generated data.
 
     Raises UserError as `load_encoders` and `Features`.
     """
@@ -61,7 +61,7 @@ def open_features(config: RunConfig, source: ExampleSource, split: str) -> Featu
 
 
 def encoders(config: RunConfig, tokenizer: Params, text: Params | None) -> tuple[EncodeImages, EncodeText | None]:
-    """The functions that compute features, on the first device."""
+    """Returns the functions that compute features on the first device."""
     encode = jax.jit(lambda params, images: encode_images(params, images, config.model))
 
     def encode_pixels(images: np.ndarray) -> jax.Array:

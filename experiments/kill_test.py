@@ -1,10 +1,10 @@
-"""Kills a training run with SIGKILL at random moments, repeatedly, and compares its end with an uninterrupted run.
+"""Kills a training run with SIGKILL at random times, repeatedly, and compares its end with an uninterrupted run.
 
     python -m experiments.kill_test --directory=/tmp/kill_test --output=results/kill_test.md
 
-A real run (experiments.train on the smallest config) is killed while it starts, restores, makes steps, saves, and
-removes old checkpoints. After each kill the newest checkpoint must be readable, and no older than the one before. At
-the end state, data iterator and metrics must be those of the uninterrupted run, bit for bit; exit code 1 if not. The
+A real run (experiments.train on the smallest config) is killed while it starts, restores, trains, saves, and removes
+old checkpoints. After each kill the newest checkpoint must be readable, and no older than the previous one. At the end
+state, data iterator and metrics must equal those of the uninterrupted run, bit for bit; the exit code is 1 if not. The
 same seed gives the same order of phases and the same delays; what a kill hits depends on the machine.
 """
 
@@ -35,7 +35,7 @@ from varedit_jax.weights import run_directory
 _DIRECTORY = command.DEFINE_path("directory", None, "new directory to work in", local=True, required=True)
 _KILLS = flags.DEFINE_integer("kills", 20, "number of kills", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 200, "of the run; it must not end before the last kill", lower_bound=10)
-_SEED = flags.DEFINE_integer("seed", 0, "of the moments")
+_SEED = flags.DEFINE_integer("seed", 0, "of phases and delays")
 _OUTPUT = command.DEFINE_path("output", "", "Markdown file for the figures")
 
 CONFIG = "experiments/configs/shapes.py:tiny"
@@ -44,11 +44,11 @@ SAVE_EVERY = 3
 
 @dataclasses.dataclass
 class Watched:
-    """A training process, and the contents of its directory when it was started."""
+    """A training process, and the contents of its directory at the start."""
 
     workdir: pathlib.Path
     process: subprocess.Popen[bytes]
-    steps_more: int  # steps after which it counts as stepping
+    steps_more: int  # logged steps after which it counts as stepping
     newest: int
     unfinished: set[str]
     lines: int
@@ -73,7 +73,7 @@ class Watched:
         return compare_runs.newest(self.workdir) > self.newest
 
 
-# Phase: its number of 20 kills, its beginning, and the longest time from there to the kill in seconds.
+# Phase: its number of 20 kills, its beginning, and the longest delay from there to the kill in seconds.
 PHASES: dict[str, tuple[int, Callable[[Watched], bool], float]] = {
     "starting": (2, lambda _: True, 4.0),
     "restoring": (5, Watched.restores, 0.5),
@@ -118,7 +118,7 @@ def finish(workdir: pathlib.Path) -> float:
 
 
 def kill(workdir: pathlib.Path, phase: str, rng: np.random.Generator) -> dict[str, Any]:
-    """Starts the run, and kills it at a random moment of `phase`; returns a row of the table."""
+    """Starts the run, and kills it at a random time in `phase`; returns a row of the table."""
     _, reached, longest = PHASES[phase]
     before = compare_runs.newest(workdir)
     delay = float(rng.uniform(0, longest))
@@ -150,18 +150,18 @@ def report(rows: list[dict[str, Any]], directory: pathlib.Path, seconds: dict[st
     left = sum(row["left"] > 0 for row in rows)
     counts = collections.Counter(row["phase"] for row in rows)
     phases = ", ".join(f"{counts[phase]} while {phase}" for phase in PHASES)
-    again = sum(row["steps"] - row["checkpoint"] for row in rows)
+    repeated = sum(row["steps"] - row["checkpoint"] for row in rows)
     head = ("kill", "phase", "seconds into it", "newest checkpoint", "steps logged", "unfinished saves")
     return harness.report(
-        "Killed at random moments",
+        "Killed at random times",
         harness.command_line("experiments.kill_test", _DIRECTORY, _KILLS, _STEPS, _SEED, _OUTPUT),
-        f"A run of `{CONFIG}` with {_STEPS.value} steps and a checkpoint every {SAVE_EVERY} of them got SIGKILL "
+        f"A run of `{CONFIG}` with {_STEPS.value} steps and a checkpoint every {SAVE_EVERY} steps got SIGKILL "
         f"{len(rows)} times, and was started again each time:\n{phases}.",
         f"After every kill the newest checkpoint could be read and was no older than the one before it; {left} kills "
         "left an\nunfinished save behind, which the next process removed. At the end all arrays of the state, the "
         f"position of the data\niterator and the metrics of all {_STEPS.value} steps are equal to those of the "
         "uninterrupted run, bit for bit.",
-        f"{again} logged steps had to be repeated. The uninterrupted run took {seconds['whole']:.0f} s, with all "
+        f"{repeated} logged steps had to be repeated. The uninterrupted run took {seconds['whole']:.0f} s, with all "
         f"compilation;\nthe killed one took {seconds['killed']:.0f} s, of which {shares}.",
         harness.table(head, [(number + 1, *row.values()) for number, row in enumerate(rows)]),
     )
@@ -185,9 +185,7 @@ def main(argv: list[str]) -> None:
         print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
     finish(killed)
     seconds["killed"] = time.monotonic() - begin
-    differ = compare_runs.differences(killed, whole)
-    if differ:
-        raise UserError(f"the run that was killed ended otherwise: {', '.join(differ)} differ")
+    compare_runs.check_equal(killed, whole)
     harness.publish(report(rows, directory, seconds), _OUTPUT.value)
 
 

@@ -1,10 +1,10 @@
-"""Computes the features of prepared records ahead, with the frozen encoders of an experiment config.
+"""Precomputes the features of prepared records with the frozen encoders of an experiment config.
 
     python -m experiments.precompute --config=CONFIG.py --config.data.name=records \\
         --config.data.mixture='(("prepared/ultraedit",1.0),)' --process_index=0 --process_count=8
 
-Each of several processes, on one machine or many that share the directories, takes its share of the shards; run the
-same command again to go on. Training with the same config and --config.data.features=precomputed then reads them, and
+Each of several processes, on one machine or several that share the directories, takes its share of the shards; the same
+command resumes. Training with the same config and --config.data.features=precomputed then reads the features, and
 refuses those of other weights.
 """
 
@@ -16,13 +16,13 @@ from varedit_jax.config import RunConfig
 from varedit_jax.errors import UserError
 
 _CONFIG = program.ConfigFlag(RunConfig)
-_PROCESS_INDEX = flags.DEFINE_integer("process_index", 0, "which of several processes this is, from 0", lower_bound=0)
+_PROCESS_INDEX = flags.DEFINE_integer("process_index", 0, "index of this process, from 0", lower_bound=0)
 _PROCESS_COUNT = flags.DEFINE_integer("process_count", 1, "processes that share the shards", lower_bound=1)
-_BATCH = flags.DEFINE_integer("batch", 32, "images that are encoded at a time", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch", 32, "images per batch", lower_bound=1)
 
 
 def main(argv: list[str]) -> None:
-    """Computes both splits."""
+    """Computes the features of both splits."""
     del argv
     config: RunConfig = _CONFIG.value
     index, count = _PROCESS_INDEX.value, _PROCESS_COUNT.value

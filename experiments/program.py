@@ -1,4 +1,4 @@
-"""The surroundings of every program: the --config flag, one-line errors, and JAX's settings.
+"""Common parts of every program: the --config flag, one-line errors, and JAX's settings.
 
 A program is
 
@@ -16,8 +16,8 @@ and its --config takes an experiment config, a variant of it, and values of sing
 
     --config=experiments/configs/shapes.py:tiny --config.optimizer.learning_rate=1e-3 --config.sampling.guidance="(1,4)"
 
-An experiment config is a Python file with `get_config(variant: str = "") -> RunConfig`. One with variants lists them in
-`VARIANTS`, and a mistyped variant is answered with the nearest.
+An experiment config is a Python file with `get_config(variant: str = "") -> RunConfig`. It may list its variants in
+`VARIANTS`; the error about an unknown variant then suggests the nearest one.
 """
 
 import ast
@@ -35,7 +35,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, Literal, NoReturn, TypeVar
 
-# Before the first import of jax: XLA's own messages are for those who look for them.
+# Before the first import of jax, to silence XLA's own messages.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import jax
@@ -48,7 +48,7 @@ from varedit_jax.config.serialize import tuples
 from varedit_jax.errors import UserError
 from varedit_jax.storage import paths
 
-flags.disclaim_key_flags()  # flags that are defined here belong to the program that asks for them
+flags.disclaim_key_flags()  # flags that are defined here belong to the importing program
 Config = TypeVar("Config")
 _READERS: dict[Any, Callable[[str], Any]] = {
     bool: flags.BooleanParser().parse,
@@ -69,10 +69,10 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
 
 
 def setup_jax() -> None:
-    """Keeps compiled programs in .cache/jax of the working directory, unless JAX_COMPILATION_CACHE_DIR says otherwise.
+    """Sets the compilation cache to .cache/jax of the working directory, unless JAX_COMPILATION_CACHE_DIR is set.
 
-    It also silences JAX's account of the accelerators that it did not find, and what Orbax's threads print when a
-    checkpoint cannot be read or written, ahead of the error that says so.
+    It also silences JAX's messages about missing accelerators, and those of Orbax's threads when a checkpoint cannot be
+    read or written, which an error reports.
     """
     logging.getLogger("jax").setLevel(logging.WARNING)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -82,7 +82,7 @@ def setup_jax() -> None:
 
 
 def _without_late_reports(report: "sys.UnraisableHookArgs") -> None:
-    """Drops reads and writes that report to the event loop Orbax closed when the first of them failed."""
+    """Ignores reads and writes that report to the event loop that Orbax closed when the first of them failed."""
     if str(report.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(report)
 
@@ -90,12 +90,12 @@ def _without_late_reports(report: "sys.UnraisableHookArgs") -> None:
 class FieldFlags(Generic[Config]):
     """Flags for fields of a configuration, typed by their annotations.
 
-    They are plain absl flags: config flags of ml_collections assign to the fields of what they override, and frozen
-    dataclasses do not allow that; nor do they know fields of Literal or union types.
+    They are plain absl flags: config flags of ml_collections assign to fields, which frozen dataclasses do not allow,
+    and do not support Literal and union types.
     """
 
     def __init__(self, cls: type[Config], fields: Mapping[str, str]) -> None:
-        """Defines a flag for each of `fields`: name of the flag -> dotted name of the field."""
+        """Defines a flag for each of `fields`, which maps names of flags to dotted names of fields."""
         self._cls = cls
         hints = field_types(cls)
         self._fields = {
@@ -106,7 +106,7 @@ class FieldFlags(Generic[Config]):
         }
 
     def override(self, config: Config) -> Config:
-        """Returns a configuration with the fields of the command line; UserError if they do not go together."""
+        """Returns `config` with the fields of the command line. Raises UserError if they contradict each other."""
         values = to_dict(config)
         for field, flag in self._fields.items():
             if flag.present:
@@ -134,14 +134,14 @@ class ConfigFlag(Generic[Config]):
 
 
 class _FieldParser(flags.ArgumentParser[Any]):
-    """Reads a value of the annotated type of a field."""
+    """Parses a value of the annotated type of a field."""
 
     def __init__(self, name: str, hint: Any) -> None:
         super().__init__()
         self._name, self._hint = name, hint
 
     def parse(self, text: Any) -> Any:
-        """Returns the value of a text. Raises UserError with what the field takes."""
+        """Returns the value of a text. Raises UserError with the values that the field takes."""
         origin = typing.get_origin(self._hint)
         try:
             value = tuples(_READERS.get(self._hint, str if origin is Literal else ast.literal_eval)(text))
@@ -155,7 +155,7 @@ class _FieldParser(flags.ArgumentParser[Any]):
 
 
 def load_config(path: str, cls: type[Config]) -> Config:
-    """Returns what the experiment config at `PATH[:variant]` gives. UserError if that is not a `cls`."""
+    """Returns the configuration of the file `PATH[:variant]`. Raises UserError if that is not a `cls`."""
     paths.local(path, "--config")
     file, _, variant = path.partition(":")
     module = _load_module(pathlib.Path(file).expanduser())
@@ -210,7 +210,7 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 
 def _about_field(text: str) -> str | None:
-    """Returns a sentence with the nearest field for absl's words about an unknown --config.FIELD; None for others."""
+    """Returns a sentence with the nearest field for absl's error about an unknown --config.FIELD; None for others."""
     found = re.match(r"Unknown command line flag '(?:no)?(config\..*?)'", text)
     known = [f"--{flag}" for flag in flags.FLAGS if flag.startswith("config.")]
     if not found or not known:

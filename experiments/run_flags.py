@@ -9,10 +9,13 @@ from varedit_jax.weights.directory import STORED_TYPES
 
 _WORKDIR = command.DEFINE_path("workdir", None, "directory of the run: checkpoints, metrics, images", required=True)
 _RESUME = flags.DEFINE_enum(
-    "resume", "auto", ["auto", "yes", "no"], "yes: only resume a run; no: only start one; auto: whichever it is"
+    "resume",
+    "auto",
+    ["auto", "yes", "no"],
+    "yes: only resume; no: only start a new run; auto: resume if possible",
 )
 _STOP_AFTER = flags.DEFINE_integer(
-    "stop_after", None, "save and end after so many steps of this process", lower_bound=1
+    "stop_after", None, "save and end after this many steps of this process", lower_bound=1
 )
 _PROFILE_STEPS = flags.DEFINE_string("profile_steps", "", "A:B traces steps A to B - 1 into WORKDIR/profile")
 _DUMP_STEP = flags.DEFINE_integer(
@@ -28,7 +31,7 @@ def workdir() -> str:
 
 
 def launch() -> Launch:
-    """Returns how this process runs, by its flags. Raises UserError for a flag of another form."""
+    """Returns the settings of this process from its flags. Raises UserError for a malformed flag."""
     return Launch(
         workdir=_WORKDIR.value,
         resume={"auto": None, "yes": True, "no": False}[_RESUME.value],

@@ -1,4 +1,4 @@
-"""Scores of an editor on held-out `shapes`: exact edits by kind, beside two baselines, and contact sheets."""
+"""Scores of an editor and two baselines on held-out `shapes`: exact edits by kind; and contact sheets."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -16,27 +16,27 @@ from varedit_jax.contact_sheet import SheetRow, contact_sheet
 from varedit_jax.sampling.editor import Editor
 from varedit_jax.training.tokenizer_step import make_reconstruct
 
-BATCH = 50  # edits a call; one compiled program
+BATCH = 50  # edits per call, so that one program is compiled
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Shares of some edits that were right."""
+    """Shares of edits that are right."""
 
     edits: int
-    done: float  # share in which the asked change was made
-    kept: float  # share in which everything else was kept
+    done: float  # share with the requested change
+    kept: float  # share with everything else unchanged
     exact: float  # share with both
 
 
 def score(verdicts: Sequence[Verdict]) -> Score:
-    """Shares over some verdicts."""
+    """Returns the shares over verdicts."""
     done, kept, exact = ([getattr(v, name) for v in verdicts] for name in ("done", "kept", "exact"))
     return Score(len(verdicts), float(np.mean(done)), float(np.mean(kept)), float(np.mean(exact)))
 
 
 def judge_records(images: NDArray[np.uint8], records: Sequence[Any]) -> list[Verdict]:
-    """Verdict of each image against its example."""
+    """Returns the verdict of each image, uint8 [n, y, x, 3], against its example."""
     scenes = [[Scene.decode(record[side]) for record in records] for side in ("source_scene", "target_scene")]
     return judge_batch(images, *scenes)
 
@@ -44,7 +44,7 @@ def judge_records(images: NDArray[np.uint8], records: Sequence[Any]) -> list[Ver
 def edit_records(
     editor: Editor, records: Sequence[Any], every_scale: bool = False, on_batch: Callable[[int], None] = lambda n: None
 ) -> NDArray[np.uint8]:
-    """Edits of examples, uint8 [1 or K, n, y, x, 3], in batches of one size; the seed of an edit is its index."""
+    """Returns edits of examples, uint8 [1 or K, n, y, x, 3]; the seed of an edit is its index."""
     parts = []
     for start in range(0, len(records), BATCH):
         batch = list(records[start : start + BATCH])
@@ -61,7 +61,7 @@ def edit_records(
 
 
 def by_group(verdicts: Sequence[Verdict], records: Sequence[Any]) -> dict[str, Score]:
-    """Scores of all edits, of each kind, and of each novelty (unseen scene, unseen combination)."""
+    """Returns scores of all edits, of each kind, and of each novelty (unseen scene, unseen combination)."""
     groups = {"all": list(verdicts)}
     for name, field in [(kind, "kind") for kind in KINDS] + [("scene", "novelty"), ("combination", "novelty")]:
         members = [v for v, record in zip(verdicts, records, strict=True) if record[field] == name]
@@ -71,10 +71,10 @@ def by_group(verdicts: Sequence[Verdict], records: Sequence[Any]) -> dict[str, S
 
 
 def sheet(records: Sequence[Any], images: NDArray[np.uint8], heading: str = "") -> Image.Image:
-    """Contact sheet: source, the image after each scale, target, with instruction and verdict.
+    """Returns a contact sheet: source, the image after each scale, target, with instruction and verdict.
 
-    images: uint8 [K, n, y, x, 3], after each scale; the last is the result. Examples of other data sets than
-    `shapes`, which do not say what is in them, get no verdict.
+    `images` are uint8 [K, n, y, x, 3], after each scale; the last is the result. Only examples of `shapes`, which
+    describe their scenes, get a verdict.
     """
     judged = "source_scene" in records[0]
     verdicts = [verdict.exact for verdict in judge_records(images[-1], records)] if judged else [None] * len(records)
@@ -92,14 +92,14 @@ def sheet(records: Sequence[Any], images: NDArray[np.uint8], heading: str = "") 
 
 
 def sample_sheet(editor: Editor, records: Sequence[Any]) -> Image.Image:
-    """Contact sheet of some examples, edited now."""
+    """Edits examples, and returns their contact sheet."""
     return sheet(records, edit_records(editor, records, every_scale=True))
 
 
 def evaluate(editor: Editor, records: Sequence[Any], edited: NDArray[np.uint8]) -> dict[str, dict[str, Score]]:
-    """Scores by group of the editor, whose images are `edited` (uint8 [n, y, x, 3]), and of two baselines.
+    """Returns scores by group of the editor, whose images are `edited` (uint8 [n, y, x, 3]), and of two baselines.
 
-    `copy` returns the source; `oracle` puts the true target through the tokenizer: what a perfect transformer gives.
+    `copy` is the source; `oracle` the true target through the tokenizer, the best that a transformer can achieve.
     """
     images = {
         "copy": np.stack([record["source"] for record in records]),
@@ -110,7 +110,7 @@ def evaluate(editor: Editor, records: Sequence[Any], edited: NDArray[np.uint8]) 
 
 
 def reconstruct_records(editor: Editor, records: Sequence[Any], side: str) -> NDArray[np.uint8]:
-    """One image of each example through the editor's tokenizer, uint8 [n, y, x, 3]."""
+    """Returns one image of each example through the editor's tokenizer, uint8 [n, y, x, 3]."""
     reconstruct = jax.jit(make_reconstruct(editor.config))
     parts = []
     for start in range(0, len(records), BATCH):
@@ -121,7 +121,7 @@ def reconstruct_records(editor: Editor, records: Sequence[Any], side: str) -> ND
 
 
 def table(scores: dict[str, dict[str, Score]]) -> str:
-    """Exact edits by group as text: copy the source, oracle tokenizer, editor; and the editor's done and kept."""
+    """Returns a table of exact edits by group for copy, oracle and editor, with the editor's `done` and `kept`."""
     lines = [f"{'edits':<20} {'n':>5} {'copy':>7} {'oracle':>7} {'editor':>7}   {'done':>7} {'kept':>7}"]
     for group, ours in scores["editor"].items():
         copy, oracle = scores["copy"][group].exact, scores["oracle"][group].exact

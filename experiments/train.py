@@ -42,15 +42,15 @@ from varedit_jax.training.trainer import Job, Trainer
 from varedit_jax.weights.directory import save_weights
 
 _CONFIG = program.ConfigFlag(RunConfig)
-_VERIFY = flags.DEFINE_bool("verify", False, "compare the weights it starts from with their manifests first")
+_VERIFY = flags.DEFINE_bool("verify", False, "first compare the initial and frozen weights with their manifests")
 _REPLAY = command.DEFINE_path("replay", "", "directory of a step, WORKDIR/replay/step_N, to repeat instead of training")
-_COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where the environment has none")
-_PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "processes of the run; 1 looks for no others")
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, if the environment does not give it")
+_PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "processes of the run; 1 ignores the environment")
 _PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "index of this process, from 0")
 
 
 def _replay(run: MeshRun, step_fn: Callable[[int], Any]) -> None:
-    """Prints the metrics of a repeated step."""
+    """Repeats a step, and prints its metrics."""
     run_config.check_config(paths.resolve(_REPLAY.value).parent.parent, to_dict(run.config))
     key = jax.random.key(run.config.seed)
     metrics = replay(
@@ -62,7 +62,7 @@ def _replay(run: MeshRun, step_fn: Callable[[int], Any]) -> None:
 
 
 def _train(config: RunConfig) -> None:
-    """Puts data, weights and step together and runs the loop."""
+    """Sets up data, weights and step, and runs the loop."""
     mesh = make_mesh(config.mesh)
     processes.meet(mesh)
     part, vocabulary = batch_part(mesh), Vocabulary.load()

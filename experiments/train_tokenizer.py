@@ -27,7 +27,7 @@ _CONFIG = program.ConfigFlag(TokenizerRunConfig)
 
 
 def main(argv: list[str]) -> None:
-    """Trains, and exports if asked to."""
+    """Trains, and exports if requested."""
     del argv
     config: TokenizerRunConfig = _CONFIG.value
     perceptual = load_perceptual(config.perceptual_weights) if config.perceptual_weight else None

@@ -1,4 +1,4 @@
-"""Contact sheets of edits, a row per example: source, image after each scale, result, target.
+"""Contact sheets of edits, one row per example: source, image after each scale, result, target.
 
 The built-in font has Latin letters only: other scripts come out as boxes.
 """
@@ -23,7 +23,7 @@ _WRONG: Color = (200, 46, 42)
 
 _MARGIN = 24  # pixels around the page
 _GAP = 10  # pixels between images
-_PAD = 14  # pixels between a card's edge and what it holds
+_PAD = 14  # pixels between a card's edge and its contents
 _TEXT_WIDTH = 216  # pixels of the text beside the images
 _MIN_SIDE = 96  # pixels; the shorter side of an enlarged image is at least this
 _SMOOTH = 4  # shapes are drawn this many times larger, then reduced, for smooth edges
@@ -36,7 +36,7 @@ class SheetRow:
     images: Sequence[np.ndarray]  # uint8 [h, w, 3], one per column
     instruction: str
     kind: str = ""  # of edit, such as "recolor"
-    verdict: bool | None = None  # was the edit right; None shows no mark
+    verdict: bool | None = None  # True if the edit is right; None shows no mark
     note: str = ""  # beside or instead of the verdict, such as a score
 
 
@@ -48,11 +48,11 @@ def contact_sheet(
     Args:
       rows: the examples; every image is uint8 [h, w, 3] of one size.
       titles: of the columns; as many as each row has images.
-      scale: whole factor of nearest-neighbor enlargement; None takes the least that makes the shorter side 96 px.
+      scale: integer factor of nearest-neighbor enlargement; None takes the smallest for a shorter side of 96 px.
       heading: text above everything.
 
     Returns:
-      An RGB image; the pixels of the images appear in it unaltered, each `scale` x `scale` times.
+      An RGB image that shows each pixel of the images unaltered, `scale` x `scale` times.
 
     Raises:
       ValueError: no row, a row whose images do not match the titles, images of different sizes or not uint8
@@ -97,7 +97,7 @@ def contact_sheet(
 
 
 def _common_size(rows: Sequence[SheetRow], titles: Sequence[str]) -> tuple[int, int]:
-    """Height and width of every image of the rows."""
+    """Returns height and width of every image of the rows."""
     if not rows:
         raise ValueError("rows is empty; a contact sheet needs at least one")
     if not titles:
@@ -151,7 +151,7 @@ class _RowText:
 
 
 def _draw_verdict(page: Image.Image, corner: tuple[int, int], right: bool) -> None:
-    """A disc with a tick or a cross in it, 18 px wide, and the word."""
+    """Draws a disc with a tick or a cross in it, 18 px wide, and the word."""
     side = 18
     color = _RIGHT if right else _WRONG
     badge = Image.new("RGB", (side * _SMOOTH, side * _SMOOTH), _CARD)
@@ -166,7 +166,7 @@ def _draw_verdict(page: Image.Image, corner: tuple[int, int], right: bool) -> No
 
 
 def _draw_line(draw: ImageDraw.ImageDraw, spots: Sequence[Point], color: Color, *, width: int) -> None:
-    """A line with round ends and joints; a dot where there is one spot only."""
+    """Draws a line with round ends and joints; a dot for a single spot."""
     draw.line(spots, fill=color, width=width, joint="curve")
     radius = width / 2 if len(spots) > 1 else 1.5 * width
     for x, y in (spots[0], spots[-1]):
@@ -182,12 +182,12 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _leading(size: int) -> int:
-    """Pixels from one line of text to the next."""
+    """Returns the pixels from one line of text to the next."""
     return round(size * 1.32)
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """Breaks text into lines of at most the width: between words, or within a word that is wider."""
+    """Returns text in lines of at most `width` pixels, broken between words, or within a word that is wider."""
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
@@ -202,7 +202,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: 
 
 
 def _draw_card(page: Image.Image, box: tuple[int, int, int, int]) -> None:
-    """A white box with smooth round corners."""
+    """Draws a white box with smooth round corners."""
     width, height = box[2] - box[0], box[3] - box[1]
     mask = Image.new("L", (width * 2, height * 2), 0)
     ImageDraw.Draw(mask).rounded_rectangle((0, 0, width * 2 - 1, height * 2 - 1), radius=16, fill=255)

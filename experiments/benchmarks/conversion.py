@@ -1,19 +1,15 @@
-"""Measures the conversion of a full-size transformer on this machine: time, memory, and that no byte changes.
+"""Measures the conversion of a full-size transformer on this machine (time, memory), and checks that no byte changes.
 
     python -m experiments.benchmarks.conversion --preset=2b --directory=/tmp/conversion --output=results/conversion.md
 
-Makes a file of random weights with the published names and shapes, converts it to ours, back to .pth and to
-safetensors shards, each in a process of its own whose peak memory is sampled; kills one conversion half way and resumes
-it. The directory takes three times the file (2B: 8.8 GB) and is removed at the end.
+Makes a file of random weights with the published names and shapes, converts it to our format, back to .pth and to
+safetensors shards, each in its own process whose peak memory is sampled; kills one conversion halfway and resumes it.
+The directory needs three times the size of the file (2B: 8.8 GB) and is removed at the end.
 """
 
 import math
 import pathlib
 import shutil
-import signal
-import subprocess
-import sys
-import time
 import zlib
 
 import numpy as np
@@ -32,8 +28,8 @@ from varedit_jax.weights.names import BUFFERS
 
 _PRESET = flags.DEFINE_string("preset", "2b", "size of the transformer")
 _DIRECTORY = command.DEFINE_path("directory", None, "new directory to work in", local=True, required=True)
-_ZEROS = flags.DEFINE_bool("zeros", False, "weights of zeros: a file that takes no room on the disk")
-_BRIEF = flags.DEFINE_bool("brief", False, "no killed conversion, and .pth alone")
+_ZEROS = flags.DEFINE_bool("zeros", False, "weights of zeros, in a sparse file")
+_BRIEF = flags.DEFINE_bool("brief", False, "without the killed conversion and safetensors")
 _OUTPUT = command.DEFINE_path("output", "", "Markdown file for the table")
 
 _CONVERT = "experiments.convert"
@@ -59,20 +55,20 @@ def _make(path: pathlib.Path) -> int:
 
 def _kill_half_way(output: pathlib.Path, tensors: int, *arguments: str) -> int:
     """Kills a conversion when half of the tensors are done; returns their number."""
-    print("\n=== the same, killed half way", flush=True)
-    child = subprocess.Popen([sys.executable, "-m", _CONVERT, *arguments, f"--output={output}"])
+    print("\n=== the same, killed halfway", flush=True)
     journal = output.with_name(f".{output.name}.partial") / "journal.jsonl"
-    while child.poll() is None:
-        if journal.exists() and journal.read_bytes().count(b"\n") > tensors // 2:
-            child.send_signal(signal.SIGKILL)
-            child.wait()
-            return journal.read_bytes().count(b"\n") - 1
-        time.sleep(0.05)
-    raise UserError("the conversion was over before it could be killed; give a larger --preset")
+
+    def lines() -> int:
+        return journal.read_bytes().count(b"\n") if journal.exists() else 0
+
+    harness.kill_program(
+        lambda: lines() > tensors // 2, "a larger --preset", _CONVERT, *arguments, f"--output={output}"
+    )
+    return lines() - 1
 
 
 def _identical(one: pathlib.Path, other: pathlib.Path) -> int:
-    """Number of tensors whose bytes and types are the same in two outputs. Raises UserError naming one that is not."""
+    """Returns the number of tensors of two outputs. Raises UserError naming those with other bytes or types."""
     sums = [
         {entry["name"]: (entry["dtype"], entry["sha256"]) for entry in (read_manifest(directory) or {})["tensors"]}
         for directory in (one, other)
@@ -94,7 +90,7 @@ def _report(size: int, measured: dict[str, harness.Measured], tensors: int, kill
         f"float32 {'zeros' if _ZEROS.value else 'random weights'}, {tensors} tensors, {size / 1e9:.2f} GB. Peak "
         "memory: resident, of the whole process, sampled. Seconds are of the whole program.",
         harness.table(["", "seconds", "MB/s", "peak memory, GB"], rows),
-        f"All {tensors} tensors come back with the same type and the same bytes (SHA-256)."
+        f"All {tensors} tensors come back with the same type and bytes (SHA-256)."
         + (f" The killed conversion (SIGKILL) had {killed} tensors done, and did not repeat them." if killed else ""),
     )
 

@@ -1,11 +1,11 @@
-"""Measures the loader on this machine: against its limit and a peer, and with a million records.
+"""Measures the loader on this machine: against an upper limit and a peer, and with a million records.
 
     python -m experiments.benchmarks.data --directory=/tmp/data --peer_python=PEER/bin/python --output=data.md
 
-Makes JPEG pairs with a short side of 512 px, as prepared records and as WebDataset tars, and has each contestant turn
-them into batches in a process of its own, in turns: bare Pillow that only decodes and resizes images in memory (the
-limit), the loader with threads and with worker processes, and a PyTorch DataLoader over the tars. PEER is an
-environment with torch, webdataset and pillow; without it there is no peer. The directory is removed at the end.
+Makes JPEG pairs with a short side of 512 px, as prepared records and as WebDataset tars. Each contestant turns them
+into batches in its own process, round by round: bare Pillow that only decodes and resizes images in memory (the limit),
+the loader with threads and with worker processes, and a PyTorch DataLoader over the tars. PEER is an environment with
+torch, webdataset and pillow; without it there is no peer. The directory is removed at the end.
 """
 
 import io
@@ -40,21 +40,21 @@ from varedit_jax.text.vocabulary import Vocabulary
 _DIRECTORY = command.DEFINE_path("directory", None, "new directory to work in", local=True, required=True)
 _PEER = command.DEFINE_path("peer_python", "", "Python of an environment with torch, webdataset and pillow", local=True)
 _PAIRS = flags.DEFINE_integer("pairs", 512, "pairs on disk")
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "turns of each contestant, whose median counts")
-_BATCHES = flags.DEFINE_integer("batches", 32, "batches that are timed in a turn")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "rounds, whose median counts")
+_BATCHES = flags.DEFINE_integer("batches", 32, "timed batches per round")
 _RECORDS = flags.DEFINE_integer("records", 1_000_000, "small records, for index and resume")
 _OUTPUT = command.DEFINE_path("output", "", "Markdown file for the tables")
-_TURN = flags.DEFINE_string("turn", "", "of one contestant, as the program itself calls it: threads|workers:BUDGET")
+_TURN = flags.DEFINE_string("turn", "", "internal: measures one contestant, threads|workers:BUDGET")
 
 BATCH = 16
 WARM_UP = 6
-AHEAD = 4  # batches that a contestant may have ready: few, as they are made before the clock starts
+AHEAD = 4  # prefetched batches: few, because they are made before the clock starts
 CORES = os.cpu_count() or 1
-SIZES = {256: "0.06M", 512: "0.25M"}  # pixels, and the budget of the model that has them
+SIZES = {256: "0.06M", 512: "0.25M"}  # pixels -> budget of the model
 
 
 def _photo(draw: np.random.Generator) -> Image.Image:
-    """An image of 640 x 512 px with details of every size, of about as many bytes as a photo."""
+    """Returns an image of 640 x 512 px with details of every size, about as many bytes as a photo."""
     pixels = draw.normal(0, 3, (512, 640, 3))
     for cell, weight in ((8, 0.25), (32, 0.35), (128, 0.4)):
         coarse = Image.fromarray(draw.integers(0, 256, (512 // cell, 640 // cell, 3), np.uint8))
@@ -69,7 +69,7 @@ def _jpeg(image: Image.Image) -> bytes:
 
 
 def _make_pairs(directory: pathlib.Path, shards: int = 4) -> None:
-    """The same pairs as prepared records and as tars."""
+    """Writes the same pairs as prepared records and as tars."""
     draw = np.random.default_rng(0)
     for shard in range(shards):
         path = shard_path(directory / "records" / "train", "pairs", shard, shards)
@@ -97,7 +97,7 @@ def _open(directory: pathlib.Path, budget: PixelBudget, **fields: Any) -> loader
 
 
 def _turn(kind: str, budget: Any) -> dict[str, float]:
-    """The turn of one contestant of ours."""
+    """Measures the loader with threads or workers."""
     fields = {"read_threads": CORES} if kind == "threads" else {"read_threads": 1, "workers": CORES}
     batches = _open(paths.local(_DIRECTORY.value, "--directory") / "records", budget, **fields)
     for _ in range(WARM_UP):
@@ -118,7 +118,7 @@ def _call(*command: str) -> dict[str, float]:
 
 
 def _race(directory: pathlib.Path, size: int) -> list[tuple[object, ...]]:
-    """Rows of the table of one size."""
+    """Returns the rows of the table for one size."""
     ours = [sys.executable, "-m", "experiments.benchmarks.data"]
     ours += [f"--directory={directory}", f"--batches={_BATCHES.value}"]
     numbers = [str(number) for number in (size, BATCH, _BATCHES.value, WARM_UP, CORES, AHEAD // CORES)]
@@ -148,14 +148,14 @@ def _race(directory: pathlib.Path, size: int) -> list[tuple[object, ...]]:
 
 
 def _many(directory: pathlib.Path) -> list[tuple[str, str]]:
-    """Rows about index, shuffling and resuming with many records."""
+    """Returns rows about index, shuffling and resuming with many records."""
     count, shards = _RECORDS.value, 16
     tiny = _jpeg(Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)))
     draw = np.random.default_rng(1)
     for shard in tqdm.trange(shards, desc="small records", unit="shard"):
         with ShardWriter(shard_path(directory / "train", "small", shard, shards)) as writer:
             for number in range(count * shard // shards, count * (shard + 1) // shards):
-                size = (int(draw.integers(256, 1024)), int(draw.integers(256, 1024)))  # for the buckets alone
+                size = (int(draw.integers(256, 1024)), int(draw.integers(256, 1024)))  # matters for the buckets only
                 record = Record(id=str(number), dataset="small", source=tiny, target=tiny, instructions=(str(number),))
                 writer.write(record, size)
     writing, _ = harness.timed(write_index, directory)
@@ -177,7 +177,7 @@ def _many(directory: pathlib.Path) -> list[tuple[str, str]]:
 
 
 def main(argv: list[str]) -> None:
-    """Makes images, has all take their turns, and writes the tables."""
+    """Makes images, measures all contestants, and writes the tables."""
     del argv
     if _TURN.value:
         print(json.dumps(_turn(*_TURN.value.split(":"))))

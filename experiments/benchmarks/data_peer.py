@@ -1,11 +1,11 @@
 """Peers that benchmarks.data compares the loader with: bare Pillow, and a PyTorch DataLoader over WebDataset tars.
 
-Stands alone, so that an environment without this package can run it:
+Standalone, so that an environment without this package can run it:
 
     python experiments/benchmarks/data_peer.py limit|webdataset DIRECTORY SIZE BATCH BATCHES WARM_UP PROCESSES AHEAD
 
-DIRECTORY holds pairs-*.tar with ID.src.jpg, ID.tgt.jpg and ID.txt. Both bring the middle of an image to SIZE x SIZE
-pixels (Lanczos); each process has up to AHEAD batches ready. Prints JSON: seconds, and processor seconds of all
+DIRECTORY holds pairs-*.tar with ID.src.jpg, ID.tgt.jpg and ID.txt. Both resize the central square of an image to SIZE x
+SIZE pixels (Lanczos); each process prefetches up to AHEAD batches. Prints JSON: seconds, and processor seconds of all
 processes, of BATCHES batches after WARM_UP.
 """
 
@@ -22,7 +22,7 @@ from PIL import Image
 
 
 def cpu_seconds() -> float:
-    """Processor time of this process and all of its descendants that live, or that were waited for."""
+    """Returns the processor seconds of this process and its descendants, those that were waited for included."""
     ticks = os.sysconf("SC_CLK_TCK")
     parents, spent = {}, {}
     for name in os.listdir("/proc"):
@@ -30,7 +30,7 @@ def cpu_seconds() -> float:
             try:
                 with open(f"/proc/{name}/stat") as file:
                     fields = file.read().rsplit(")", 1)[1].split()
-            except OSError:  # it has ended since
+            except OSError:  # it has ended
                 continue
             parents[int(name)] = int(fields[1])
             spent[int(name)] = sum(int(field) for field in fields[11:15]) / ticks  # own and of children waited for
@@ -41,13 +41,13 @@ def cpu_seconds() -> float:
 
 
 def middle(width: int, height: int) -> tuple[float, float, float, float]:
-    """The largest square in the middle: left, top, right, bottom."""
+    """Returns the largest central square: left, top, right, bottom."""
     side = min(width, height)
     return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
 
 
 def image(data: bytes, size: int) -> Image.Image:
-    """A file decoded and resized."""
+    """Returns the decoded and resized image of a file."""
     opened = Image.open(io.BytesIO(data)).convert("RGB")
     return opened.resize((size, size), Image.Resampling.LANCZOS, box=middle(*opened.size))
 
@@ -55,7 +55,7 @@ def image(data: bytes, size: int) -> Image.Image:
 def limit(
     tars: list[str], size: int, batch: int, batches: int, warm_up: int, processes: int, _: int
 ) -> tuple[float, float]:
-    """Decodes and resizes images that lie in memory, in forked processes, and throws them away."""
+    """Measures decoding and resizing of images in memory, in forked processes that discard them."""
     files = []
     for path in tars:
         with tarfile.open(path) as tar:
@@ -83,7 +83,7 @@ def limit(
 def webdataset(
     tars: list[str], size: int, batch: int, batches: int, warm_up: int, processes: int, ahead: int
 ) -> tuple[float, float]:
-    """Batches of uint8 tensors and texts, shuffled, made in the workers of a DataLoader."""
+    """Measures a DataLoader whose workers make shuffled batches of uint8 tensors and texts."""
     import torch
     import webdataset as wds
 

@@ -1,4 +1,4 @@
-"""Shared parts of programs that measure: a work directory, child programs with time and peak memory, and the report."""
+"""Shared parts of benchmarks: a work directory, child programs with time and peak memory, and the report."""
 
 import contextlib
 import importlib.metadata
@@ -26,14 +26,14 @@ Result = TypeVar("Result")
 
 
 class Measured(NamedTuple):
-    """A program that ended well."""
+    """Time and memory of a program that succeeded."""
 
     seconds: float
-    peak_bytes: int  # largest resident memory of the process with all that it started
+    peak_bytes: int  # largest resident memory of the process and its descendants
 
 
 def run_program(module: str, *arguments: str, title: str = "") -> Measured:
-    """Runs `python -m module` to its end; with a `title`, prints that, the command and the seconds.
+    """Runs `python -m module` to its end; with a `title`, prints it, the command and the seconds.
 
     Raises UserError with the exit code if it fails.
     """
@@ -53,9 +53,9 @@ def run_program(module: str, *arguments: str, title: str = "") -> Measured:
 
 @contextlib.contextmanager
 def _sampled_memory(pid: int) -> Iterator[list[int]]:
-    """Bytes that a process and its descendants hold, ten times a second, until the block ends.
+    """Yields a list that grows by the resident bytes of a process and its descendants, ten times per second.
 
-    Not `ru_maxrss`, which starts from the memory of the process that started it.
+    `ru_maxrss` would start from the memory of the parent process.
     """
     samples: list[int] = []
     end = threading.Event()
@@ -74,7 +74,7 @@ def _sampled_memory(pid: int) -> Iterator[list[int]]:
 
 
 def family(pid: int) -> list[psutil.Process]:
-    """A process and its descendants; empty if it has ended."""
+    """Returns a process and its descendants; [] if it has ended."""
     try:
         process = psutil.Process(pid)
         return [process, *process.children(recursive=True)]
@@ -89,10 +89,25 @@ def _resident_bytes(process: psutil.Process) -> int:
         return 0
 
 
+def kill_program(ready: Callable[[], bool], larger: str, module: str, *arguments: str) -> None:
+    """Starts `python -m module`, and kills it and its descendants with SIGKILL as soon as `ready` returns True.
+
+    Raises UserError, which advises to give `larger`, if the program ends before.
+    """
+    child = subprocess.Popen([sys.executable, "-m", module, *arguments])
+    while not ready():
+        if child.poll() is not None:
+            raise UserError(f"{module} ended before it could be killed; give {larger}")
+        time.sleep(0.05)
+    for process in reversed(family(child.pid)):
+        process.kill()
+    child.wait()
+
+
 def timed(
     function: Callable[Parameters, Result], *arguments: Parameters.args, **named: Parameters.kwargs
 ) -> tuple[float, Result]:
-    """Seconds of a call, and its result."""
+    """Returns the seconds of a call, and its result."""
     start = time.perf_counter()
     result = function(*arguments, **named)
     return time.perf_counter() - start, result
@@ -110,7 +125,7 @@ def new_directory(path: str) -> pathlib.Path:
 
 @contextlib.contextmanager
 def scratch_directory(path: str) -> Iterator[pathlib.Path]:
-    """As `new_directory`, and removes it at the end."""
+    """Yields a `new_directory`, and removes it at the end."""
     directory = new_directory(path)
     try:
         yield directory
@@ -119,14 +134,14 @@ def scratch_directory(path: str) -> Iterator[pathlib.Path]:
 
 
 def command_line(module: str, *given: flags.FlagHolder[Any]) -> str:
-    """The command of a report: those of the flags that are on the command line, without paths of this machine."""
+    """Returns the command for a report: the flags that were given, without paths of this machine."""
     shown = [flag.serialize() for flag in given if flag.present]
     hidden = [re.sub(r"^--(directory|output|peer_python)=.*", r"--\1=...", text) for text in shown]
     return " ".join([f"python -m {module}", *hidden])
 
 
 def machine() -> str:
-    """Cores, processor and versions."""
+    """Returns cores, processor and versions, for a report."""
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -136,19 +151,19 @@ def machine() -> str:
 
 
 def table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
-    """Markdown."""
+    """Returns a table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def report(title: str, command: str, about: str, *blocks: str) -> str:
-    """Markdown: title, command, date and machine with what was measured, and blocks of text."""
+    """Returns Markdown: title, command, date, machine and description, and blocks of text."""
     head = f"# {title}\n\n    {command}\n\n{time.strftime('%Y-%m-%d')}, {machine()}. {about}"
     return "\n\n".join([head, *filter(None, blocks)]) + "\n"
 
 
 def publish(text: str, output: str) -> None:
-    """Prints a report, and writes it to the file `output`, if one is given."""
+    """Prints a report, and writes it to the file `output`, if given."""
     print(f"\n{text}", end="", flush=True)
     if output:
         files.write_text(paths.resolve(output), text)

@@ -1,8 +1,8 @@
-"""Measures the effect of cheaper matmuls in the frozen encoders, for tokenizers and text encoders at hand.
+"""Measures the effect of cheaper matmuls in the frozen encoders.
 
     python -m experiments.benchmarks.precision --golden=tests/data/golden/mini_a,tests/data/golden/mini_b
 
-The first row is the shipped editor of `shapes`, on held-out images: the only trained one here. Prints a table for
+The first row is the shipped editor of `shapes`, the only trained one, on held-out images. Prints a table for
 `tokenizer_precision` (share of bits that change, by scale) and one for `text_dtype` (relative error of the features,
 and the held-out loss with them).
 """
@@ -31,13 +31,13 @@ from varedit_jax.text.t5 import T5Encoder
 from varedit_jax.text.vocabulary import Vocabulary
 from varedit_jax.training.setup import make_evaluate
 
-_GOLDEN = flags.DEFINE_list("golden", [], "directories of golden models to measure too")
+_GOLDEN = flags.DEFINE_list("golden", [], "directories of further, golden models")
 _EXAMPLES = flags.DEFINE_integer("examples", 64, "held-out images of shapes", lower_bound=1)
 _OUTPUT = command.DEFINE_path("output", "", "Markdown file for the tables")
 
 
 def _tokenizers(editor: Editor, images: jax.Array) -> Iterator[tuple[str, Any, jax.Array, EditorConfig, Pyramid]]:
-    """Name, weights, images, configuration and pyramid of every tokenizer."""
+    """Yields name, weights, images, configuration and pyramid of every tokenizer."""
     yield "shapes, shipped", editor.params["tokenizer"], images, editor.config, editor_pyramid(editor.config)
     for directory in _GOLDEN.value:
         golden = parity.read_golden(directory)

@@ -1,10 +1,11 @@
-"""Measures how prepare grows with its data set: memory, time, and that every record is where it should be.
+"""Measures time and memory of prepare by size of the data set, and checks where every record ends up.
 
     python -m experiments.benchmarks.prepare --records=100000,1000000 --directory=/tmp/prepare --output=prepare.md
 
-Makes small images in the tars of the VAREdit release, one of a hundred each a copy, nearly a copy, an edit that
-changed nothing and an image cut short; prepares them with every step that needs no endpoint; kills the first, half
-way through reading, and resumes. The directory takes three times the tars (a million records: 12 GB) and is removed.
+Makes small images in the tars of the VAREdit release, of which 1 % each are an exact duplicate, a near-duplicate, an
+edit without a change and a truncated image; prepares them with every step that needs no endpoint; kills the first,
+halfway through reading, and resumes. The directory needs three times the size of the tars (a million records: 12 GB)
+and is removed at the end.
 """
 
 import io
@@ -12,9 +13,7 @@ import itertools
 import pathlib
 import shutil
 import subprocess
-import sys
 import tarfile
-import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -36,17 +35,17 @@ _OUTPUT = command.DEFINE_path("output", "", "Markdown file for the table")
 
 _TAR = 10_000  # records
 _SIDE = 32  # pixels
-_ROUND = 100  # records, in which each fault comes once, the first round aside
+_ROUND = 100  # records, with each fault once, except in the first round
 _WRONG = {0: Reason.EXACT, 1: Reason.NEAR, 2: Reason.UNCHANGED, 3: Reason.TRUNCATED}
 
 
 class Row(NamedTuple):
-    """A data set that was prepared."""
+    """Measurements of one data set."""
 
     records: int
     prepared: harness.Measured
-    resumed: float | None  # seconds from the restart after a kill to the end; None if there was none
-    opening: float  # seconds until the index is open and a record of it read
+    resumed: float | None  # seconds from the restart after a kill to the end; None without a kill
+    opening: float  # seconds to open the index and read a record
 
 
 def _jpeg(image_HW3: np.ndarray) -> bytes:
@@ -56,12 +55,12 @@ def _jpeg(image_HW3: np.ndarray) -> bytes:
 
 
 def _marked(jpeg: bytes, number: int) -> bytes:
-    """The same pixels in other bytes: with a comment."""
+    """Returns the same image in other bytes: with a comment."""
     return jpeg[:2] + b"\xff\xfe" + (2 + 8).to_bytes(2, "big") + b"%08d" % number + jpeg[2:]
 
 
 def _triples(count: int) -> Iterator[tuple[bytes, bytes, bytes]]:
-    """Source, target and instruction of each record."""
+    """Yields source, target and instruction of each record."""
     draw = np.random.default_rng(0)
     before = (b"", b"", b"")  # the original of copies
     for number in range(count):
@@ -124,17 +123,15 @@ def _measure(directory: pathlib.Path, count: int, with_kill: bool) -> Row:
 
 
 def _kill_and_resume(source: pathlib.Path, output: pathlib.Path, killed: pathlib.Path, tars: int) -> float:
-    """Kills prepare once some tars are read; returns the seconds that it then takes to the same end."""
+    """Kills prepare after `tars` tars; returns the seconds of the resumed run. Raises UserError if its output differs."""
     arguments = _arguments(source, killed)
-    child = subprocess.Popen([sys.executable, "-m", "data_pipelines.prepare", *arguments])
     staging = killed.with_name(f".{killed.name}.partial") / "scan"
-    while not staging.exists() or sum(path.name[0] != "." for path in staging.iterdir()) < tars:
-        if child.poll() is not None:
-            raise UserError("prepare was over before it could be killed; give more --records")
-        time.sleep(0.05)
-    for process in reversed(harness.family(child.pid)):
-        process.kill()
-    child.wait()
+    harness.kill_program(
+        lambda: staging.exists() and sum(path.name[0] != "." for path in staging.iterdir()) >= tars,
+        "more --records",
+        "data_pipelines.prepare",
+        *arguments,
+    )
     seconds, _ = harness.run_program("data_pipelines.prepare", *arguments)
     if subprocess.run(["diff", "-r", str(output), str(killed)]).returncode:
         raise UserError("the output of the killed and resumed run differs")
@@ -142,7 +139,7 @@ def _kill_and_resume(source: pathlib.Path, output: pathlib.Path, killed: pathlib
 
 
 def _check(output: pathlib.Path, count: int) -> None:
-    """Raises UserError if a record is not where it should be."""
+    """Raises UserError if a record did not end up where it should."""
     wrong = count // _ROUND - 1
     text = (output / "report" / "quarantine.jsonl").read_text()
     found = {reason: text.count(f'"reason": "{reason}"') for reason in _WRONG.values()}
@@ -167,14 +164,14 @@ def main(argv: list[str]) -> None:
         )
         for row in measured
     ]
-    head = ("records", "seconds", "records/s", "peak memory, MB", "seconds after a kill half way through reading")
+    head = ("records", "seconds", "records/s", "peak memory, MB", "seconds after a kill halfway through reading")
     text = harness.report(
         "Prepare",
         harness.command_line("experiments.benchmarks.prepare", _RECORDS, _DIRECTORY, _WORKERS, _OUTPUT),
         f"Pairs of JPEGs of {_SIDE} px, {_WORKERS.value} process(es), all steps but the vision-language filter.",
         harness.table((*head, "seconds to open the index and read a record"), rows),
-        "Every record was where it should be: one of a hundred each left as exact duplicate, near-duplicate, edit "
-        "that changed nothing and image cut short. The killed (SIGKILL) and resumed run has the same bytes.",
+        "Every record ended up where it should: 1 % each were removed as exact duplicate, near-duplicate, edit without "
+        "a change and truncated image. The killed (SIGKILL) and resumed run has the same bytes.",
     )
     harness.publish(text, _OUTPUT.value)
 

@@ -1,15 +1,15 @@
-"""Measures the training step and editing at a preset, on whatever device is there.
+"""Measures the training step and editing at a preset, on the available devices.
 
     python -m experiments.benchmarks.speed --preset=tiny --json=benchmark.json
 
-On one H200 (141 GB), 2B complete, and 8B at full width with as many blocks as fit; MFU is of the blocks that are there:
+On one H200 (141 GB), all of 2B, and 8B at full width with as many blocks as fit, whose MFU is that of these blocks:
 
     python -m experiments.benchmarks.speed --preset=2b --batch=8 --what=train,edit,attention,remat --json=2b.json
     python -m experiments.benchmarks.speed --preset=8b --depth=10 --batch=8 --what=train,attention,remat --json=8b.json
 
-Weights and images are random. The step is the whole one of a run: frozen encoders on images and token ids, forward
-and backward pass, clipping, AdamW, a state that is donated. It is timed from its dispatch until its results are there,
-after two warm-up calls. A program that needs more memory than there is becomes a row that says so.
+Weights and images are random. The step is complete: frozen encoders on images and token ids, forward and backward
+pass, clipping, AdamW, a donated state. It is timed from dispatch until its results are ready, after two warm-up calls.
+A program that does not fit into memory becomes a row that says so.
 """
 
 import dataclasses
@@ -51,7 +51,10 @@ _FIELDS = program.FieldFlags(
     },
 )
 _DTYPE: flags.FlagHolder[Any] = flags.DEFINE_enum(
-    "dtype", None, list(get_args(ComputeType)), "of matmuls in the blocks and the text encoder; float32 on a CPU alone"
+    "dtype",
+    None,
+    list(get_args(ComputeType)),
+    "of matmuls in blocks and text encoder; default: float32 on a CPU, else bfloat16",
 )
 _WHAT = flags.DEFINE_list("what", ["train", "edit"], f"what to measure, of {', '.join(WHAT)}")
 _MESH = flags.DEFINE_string("mesh", "data=-1", "sizes of the mesh's axes, as in fsdp=-1,tensor=4")
@@ -60,7 +63,7 @@ _JSON = command.DEFINE_path("json", "", "file for the figures")
 
 
 def _run() -> RunConfig:
-    """Returns a run of the preset with the changes of the flags. Raises UserError if they do not go together."""
+    """Returns a run of the preset with the changes of the flags. Raises UserError if they contradict each other."""
     model = config_lib.preset(_PRESET.value)
     pixels, budget = _PIXELS.value, model.pixel_budget
     if pixels is not None:
@@ -80,7 +83,7 @@ def _run() -> RunConfig:
 
 
 def _about(run: RunConfig) -> Row:
-    """Returns the figures of what is measured."""
+    """Returns a description of the measured model."""
     pyramid, full = editor_pyramid(run.model), config_lib.preset(_PRESET.value).transformer.depth
     flops, depth = run_flops(run, pyramid), run.model.transformer.depth
     height, width = image_size(run.model, pyramid)
@@ -109,7 +112,7 @@ def _say(about: Row, device: Row) -> None:
         f"{about['tflop_per_example_with_encoders']:.4g} with encoders"
     )
     peak = device["peak_tflops_per_chip"]
-    print(f"{device['devices']} x {device['device']}, jax {device['jax']}; peak {peak or 'not known, so no MFU'}")
+    print(f"{device['devices']} x {device['device']}, jax {device['jax']}; peak {peak or 'unknown, so no MFU'}")
     print(f"convention: {CONVENTION}\n")
     print(
         "| what | batch | attention | remat | median s (min, quartiles) | examples/s | TFLOP/s per chip | MFU | GiB |"
@@ -118,10 +121,10 @@ def _say(about: Row, device: Row) -> None:
 
 
 def _line(row: Row) -> str:
-    """A row as Markdown."""
+    """Returns a row as Markdown."""
     cells = [row["what"], row["batch"], row.get("attention", ""), row.get("remat", "")]
     if "again_of_forward" in row:
-        cells[-1] += f", {row['again_of_forward']:.0%} of forward again"
+        cells[-1] += f", {row['again_of_forward']:.0%} of forward recomputed"
     if "note" in row:
         return f"| {' | '.join(map(str, cells))} | {row['note']} | | | | |"
     low, high = row["quartiles_s"]
@@ -153,7 +156,7 @@ def main(argv: list[str]) -> None:
     def measured(row: Row) -> None:
         rows.append(row)
         print(_line(row), flush=True)
-        if _JSON.value:  # after every row: a run that is cut short keeps what it has
+        if _JSON.value:  # after every row, so that an interrupted run keeps its rows
             figures: dict[str, Any] = {"about": about, "device": device, "rows": rows}
             files.write_text(paths.resolve(_JSON.value), json.dumps(figures, indent=2) + "\n")
 

@@ -1,9 +1,11 @@
-"""Settings that the published runs share, and their layouts on machines; the configs `varedit_*` say the rest.
+"""Settings that the published runs share, and their layouts on machines; the configs `varedit_*` add the rest.
 
 AdamW with betas 0.9 / 0.97 at a constant rate, gradients clipped at 5, bfloat16 compute over float32 weights,
 self-correction up to 0.3 on 13 scales, the loss reweighted by scale, text dropped with probability 0.1. The precision
-of the frozen encoders is as measured in results/precision.md; what each layout needs, compiled ahead, is in
-results/compile_ahead.md.
+of the frozen encoders follows results/precision.md.
+
+Variants of the configs: `tiny`, for a CPU; `v5p_128`, `v5p_256`, `v6e_256`, `v5e_256` and `h100_64`, layouts for those
+machines, whose requirements are in results/compile_ahead.md.
 """
 
 import dataclasses
@@ -26,10 +28,10 @@ from varedit_jax.config import (
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """A machine to run on; variants of the configs have its name."""
+    """A machine, which gives a variant of the configs its name."""
 
     chips: int
-    topology: str = ""  # as experiments.compile_ahead takes it; "" for GPUs
+    topology: str = ""  # for experiments.compile_ahead; "" for GPUs
 
 
 MACHINES = {
@@ -53,8 +55,8 @@ class MachineLayout:
 
 
 # By config and machine. Spare memory saves activations: on v5p and H100, and for 2B on v6e, all named ones, so that the
-# backward pass recomputes scores alone. Chips of v5e reduce-scatter over a part of the slice only, so their `tensor` is
-# more than 1. On 128 chips of v5p, gradients of 8B in 128 shards would be all-reduced: there are two replicas of 64.
+# backward pass recomputes attention scores alone. v5e chips reduce-scatter over a part of the slice only, so their
+# `tensor` exceeds 1. On 128 v5p chips, gradients of 8B in 128 shards would be all-reduced: hence two replicas of 64.
 LAYOUTS = {
     "varedit_2b_256": {
         "v5p_128": MachineLayout(1, saved=REMAT_NAMES),
@@ -86,7 +88,7 @@ LAYOUTS = {
     },
 }
 VARIANTS = ("", "tiny", *MACHINES)
-# Directories that data_pipelines.prepare is told to make of the recipe's training data, each example once per epoch.
+# Outputs of data_pipelines.prepare for the recipe's training data, each example once per epoch.
 MIXTURE = (("seed_data_edit", 1.0), ("imgedit", 1.0))
 
 
@@ -145,7 +147,7 @@ def on_machine(run: RunConfig, machine: str) -> RunConfig:
 
 
 def _tiny(model: EditorConfig) -> EditorConfig:
-    """The blocks' settings of `model` at the smallest size, on the shipped tokenizer of `shapes`."""
+    """Returns the smallest model with the block settings of `model`, on the shipped tokenizer of `shapes`."""
     small = shapes.MODEL
     transformer = dataclasses.replace(
         model.transformer,

@@ -2,9 +2,9 @@
 
     python -m experiments.train --config=experiments/configs/shapes.py:demo --workdir=runs/shapes
 
-Variants: `demo` is what `make demo` trains in minutes; `full` made the shipped editor; `compare` is a
-smaller one for experiments.compare_conditioning; `tiny` is for tests. For experiments.train_tokenizer: `tokenizer`,
-its second stage `coarse`, and `tokenizer_tiny`. results/shapes.md has the figures.
+Variants: `demo`, which `make demo` trains in minutes; `full`, the shipped editor; `compare`, a smaller one for
+experiments.compare_conditioning; `tiny`, for tests. For experiments.train_tokenizer: `tokenizer`, its second stage
+`coarse`, and `tokenizer_tiny`. results/shapes.md has the figures.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from varedit_jax.config import (
 )
 
 VARIANTS = ("demo", "full", "compare", "tiny", "tokenizer", "coarse", "tokenizer_tiny")
-SHIPPED = "varedit_jax/data/shapes"  # tokenizer and editor that come with the repository
+SHIPPED = "varedit_jax/data/shapes"  # the tokenizer and editor in the repository
 
 MODEL = EditorConfig(
     tokenizer=TokenizerConfig(
@@ -51,7 +51,7 @@ MODEL = EditorConfig(
     ),
     pixel_budget="",
     grids=((1, 1), (2, 2), (4, 4), (8, 8)),
-    position_scale=4,  # as far apart as at 256 px in the published models: attention tells neighbors apart sooner
+    position_scale=4,  # as far apart as at 256 px in the published models: attention separates neighbors sooner
 )
 
 DATA = DataConfig(train_examples=24000, eval_examples=1000, features="precomputed", batch_size=16, text_tokens=24)
@@ -70,7 +70,7 @@ def _tokenizer() -> TokenizerRunConfig:
 
 
 def _coarse() -> TokenizerRunConfig:
-    """Second stage of the tokenizer: the coarse bits learn to say what the image shows, shapes included."""
+    """Returns the second stage of the tokenizer, in which the coarse bits learn to describe the image."""
     first = _tokenizer()
     optimizer = dataclasses.replace(first.optimizer, learning_rate=8e-4)
     return dataclasses.replace(
@@ -80,7 +80,7 @@ def _coarse() -> TokenizerRunConfig:
         steps=750,
         partial_share=0.5,
         noise_max=0.1,
-        commitment_weight=2.0,  # with less, features outgrow their codes when partial sums are decoded first
+        commitment_weight=2.0,  # with less, features outgrow their codes when partial sums are decoded
         init_from=SHIPPED,
         seed=1,
         data=dataclasses.replace(first.data, seed=1),
@@ -88,7 +88,7 @@ def _coarse() -> TokenizerRunConfig:
 
 
 def _editor(name: str, coarse: int, middle: int, fine: int, train_examples: int) -> RunConfig:
-    """A run of `coarse` cheap steps on two scales (one token an object), `middle` on three and `fine` on all four."""
+    """Returns a run of `coarse` steps on two scales (a token per object), `middle` on three and `fine` on all four."""
     return RunConfig(
         name=name,
         model=MODEL,
@@ -101,8 +101,8 @@ def _editor(name: str, coarse: int, middle: int, fine: int, train_examples: int)
             weight_decay=0.01,
             clip_norm=1.0,
         ),
-        # The last scale is the hardest, so all tokens weigh alike; and there are few scales: more flips of the one
-        # before would hide what the last has to learn.
+        # The last scale is the hardest, so all tokens have equal weights; and there are few scales: more flips of the
+        # previous one would hide what the last has to learn.
         loss=LossConfig(scale_power=0.0, noise_max=0.1, label_temperature=0.03),
         data=dataclasses.replace(DATA, train_examples=train_examples),
         sampling=SamplingConfig(guidance=(1.5, 1.5, 1.5, 1.0), greedy=True),

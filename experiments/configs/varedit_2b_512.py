@@ -5,8 +5,7 @@
         --config.init_from=weights/varedit_2b_256
 
 Recipe: 7,000 steps, batch 960, rate 1.875e-5. Published result on EMU-Edit / PIE-Bench (GPT-Balance): 5.662 / 6.996.
-Variants (published.py): `tiny`, for a CPU; `v5p_128`, `v5p_256`, `v6e_256`, `v5e_256` and `h100_64`, layouts for those
-machines, whose needs are in results/compile_ahead.md.
+published.py describes the variants.
 """
 
 from experiments.configs import published
@@ -16,7 +15,7 @@ VARIANTS = published.VARIANTS
 
 
 def get_config(variant: str = "") -> RunConfig:
-    """Returns the run; see the module's docstring for the variants."""
+    """Returns the run of a variant."""
     return published.make_run(
         "varedit_2b_512", "2b", "0.25M", steps=7_000, batch_size=960, learning_rate=1.875e-5, variant=variant
     )

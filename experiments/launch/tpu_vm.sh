@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The 8B run on TPU VMs (tpu_vm.md): creates the machine, sets it up and trains, again and again until the run is done.
+# The 8B run on TPU VMs (tpu_vm.md): creates the machine, sets it up and trains, repeatedly until the run is finished.
 #
 #   NAME=varedit ZONE=us-east5-a BUCKET=gs://my-varedit experiments/launch/tpu_vm.sh
 set -euo pipefail
@@ -49,8 +49,8 @@ train() {
     --config.cadence.save_minutes=15 --config.guard.hang_minutes=30"
 }
 
-# A machine that is gone is created again. One that is there and fails three times in a row, within ten minutes each,
-# has a fault that a restart does not cure.
+# A machine that is gone is created again. If training fails three times in a row within ten minutes each, a restart does
+# not help.
 quick=0
 while true; do
   if [[ $(state) != READY ]]; then
@@ -61,7 +61,7 @@ while true; do
   if train; then break; fi
   if ((SECONDS - start < 600)); then quick=$((quick + 1)); else quick=0; fi
   if ((quick == 3)); then
-    echo "the run fails at once; the last lines above say why" >&2
+    echo "the run fails at once; see the last lines above" >&2
     exit 1
   fi
   echo "the run ended before it was finished, and resumes from its newest checkpoint" >&2

@@ -1,4 +1,4 @@
-"""Every configuration of models and runs, their presets, and their form as JSON."""
+"""Configurations of models and runs, their presets, and their form as JSON."""
 
 from varedit_jax.config.model import (
     PIXEL_BUDGETS,

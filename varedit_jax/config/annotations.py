@@ -1,4 +1,4 @@
-"""Annotations of a configuration's fields: the one list of types and choices that its values are checked against."""
+"""Checks of configurations' values against the annotations of their fields."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ def _hints(cls: Any) -> dict[str, Any]:
 
 
 def field_types(cls: type, prefix: str = "") -> dict[str, Any]:
-    """Type of each field of a configuration class by dotted name, those of nested configurations included."""
+    """Returns the type of each field of a configuration class by dotted name, nested configurations included."""
     found: dict[str, Any] = {}
     for name, hint in _hints(cls).items():
         if dataclasses.is_dataclass(hint):
@@ -43,7 +43,7 @@ def field_types(cls: type, prefix: str = "") -> dict[str, Any]:
 
 
 def allows(hint: Any, value: Any) -> bool:
-    """Returns True if a value is of an annotated type, of those that configurations use."""
+    """Returns True if a value is of an annotated type; supports the types that configurations use."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:
         return any(allows(choice, value) for choice in arguments)
@@ -60,7 +60,7 @@ def allows(hint: Any, value: Any) -> bool:
 
 
 def in_words(hint: Any) -> str:
-    """Returns an annotation as a user would say it."""
+    """Returns an annotation in words, for messages."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:
         return " or ".join(map(in_words, arguments))

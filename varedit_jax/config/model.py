@@ -62,7 +62,7 @@ class TextConfig(Checked):
     vocabulary_size: int = 32128  # V
     relative_buckets: int = 32  # buckets of the relative position bias
     relative_max_distance: int = 128  # tokens; farther pairs share the last bucket
-    max_tokens: int = 512  # prompts are cut here
+    max_tokens: int = 512  # longer prompts are truncated
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,15 +76,15 @@ class TransformerConfig(Checked):
     text_width: int = 2048  # E
     unconditional_rows: int = 512  # rows of the learned unconditional text
     levels: int = 15  # rows of the level embedding
-    conditioning: Conditioning = "sar"  # part of the source that a block sees
+    conditioning: Conditioning = "sar"  # part of the source that blocks attend to
     rope_layout: RopeLayout = "released"  # positions of tokens (model.md, "Positions")
     initial_attention_scale: float = 4.0  # factor of the normalized queries in a new model
     initial_input_scale: float = 1.0  # gain of the token embedding in a new model; bits**0.5 gives tokens of size 1
-    absolute_positions: bool = False  # learned positions in the image, beside RoPE; not in the published models
+    absolute_positions: bool = False  # learned positions besides RoPE; not in the published models
     drop_path: float = 0.1  # stochastic depth rate of the last block; rises linearly from 0
     dtype: ComputeType = "float32"  # compute type of the blocks; parameters are float32
     attention: Literal["auto", "plain", "splash", "cudnn"] = "auto"  # kernel of self-attention; auto: by platform
-    remat: Literal["none", "named", "full"] = "none"  # part of a block that the backward pass recomputes
+    remat: Literal["none", "named", "full"] = "none"  # activations that the backward pass recomputes
     # Saved with remat="named". The rest is recomputed: fc1, cross-attention except for its keys and values, and the
     # scores of plain attention, together 28 % of the forward pass of 8B at 512 px (32 % with plain attention).
     remat_saved: tuple[RematName, ...] = ("qkv", "attention", "proj", "cross_q", "cross_kv", "cross_proj", "fc2")
@@ -116,16 +116,16 @@ class TransformerConfig(Checked):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EditorConfig(Checked):
-    """A complete editor: tokenizer, text encoder, transformer and the pyramid they work on."""
+    """A complete editor: tokenizer, text encoder, transformer and their pyramid."""
 
     tokenizer: TokenizerConfig = TokenizerConfig()
     text: TextConfig = TextConfig()
     transformer: TransformerConfig = TransformerConfig()
     patchify: bool = False  # tokens are 2x2 patches of tokenizer cells
-    pixel_budget: Literal[PixelBudget, ""] = "0.25M"  # row of the published scale schedules; "" with own grids
-    grids: tuple[tuple[int, int], ...] = ()  # own pyramid of token grids, coarse to fine
-    position_scale: int = 1  # RoPE positions of an own pyramid lie this far apart on its last grid
-    quantized_source: bool = False  # condition on the quantized source, as the paper writes it
+    pixel_budget: Literal[PixelBudget, ""] = "0.25M"  # row of the published scale schedules; "" with `grids`
+    grids: tuple[tuple[int, int], ...] = ()  # custom pyramid of token grids, coarse to fine
+    position_scale: int = 1  # distance of RoPE positions on the last of custom `grids`
+    quantized_source: bool = False  # condition on the quantized source, as in the paper
 
     def __post_init__(self) -> None:
         super().__post_init__()

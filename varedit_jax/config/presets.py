@@ -2,8 +2,8 @@
 
 from varedit_jax.config.model import EditorConfig, TextConfig, TokenizerConfig, TransformerConfig
 
-# Infinity's and VAREdit's transformers (model.md, section 1): depth, width, heads, and whether tokens are 2x2 patches
-# of the 14-bit tokenizer of stride 8 instead of cells of the 32-bit tokenizer of stride 16.
+# Infinity's and VAREdit's transformers (model.md, section 1): depth, width, heads, and True if tokens are 2x2 patches
+# of the 14-bit tokenizer of stride 8, instead of cells of the 32-bit tokenizer of stride 16.
 _TRANSFORMERS = {
     "125m": (12, 768, 8, False),
     "350m": (16, 1152, 12, False),
@@ -38,7 +38,7 @@ def text_preset(name: str) -> TextConfig:
 
 
 def _tiny() -> EditorConfig:
-    """The smallest editor with every part of the large ones; for tests and dry runs."""
+    """Returns the smallest editor with every part of the large ones, for tests and dry runs."""
     return EditorConfig(
         tokenizer=TokenizerConfig(
             bits=4, channel_multipliers=(1, 1, 2), base_channels=8, norm_groups=4, encoder_blocks=1, decoder_blocks=1

@@ -1,4 +1,4 @@
-"""Configurations of runs: optimizer, loss, data, sampling, mesh, guard and cadence, together and alone."""
+"""Configurations of runs, and of their parts: optimizer, loss, data, sampling, mesh, guard and cadence."""
 
 import dataclasses
 import math
@@ -16,8 +16,8 @@ class OptimizerConfig(Checked):
     learning_rate: float = 6e-5
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = 0  # linear from 0
-    decay_steps: int = 0  # last steps, over which the cosine falls from a constant rate; 0 = all of them
-    final_fraction: float = 0.0  # of learning_rate, where a cosine schedule ends
+    decay_steps: int = 0  # last steps, over which the cosine decays from a constant rate; 0 = all of them
+    final_fraction: float = 0.0  # of learning_rate, at the end of a cosine schedule
     beta1: float = 0.9
     beta2: float = 0.97
     epsilon: float = 1e-8
@@ -58,27 +58,27 @@ class LossConfig(Checked):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig(Checked):
-    """Source of the examples, and how they are read."""
+    """Source of the examples, and settings of their reading."""
 
     name: Literal["shapes", "records"] = "shapes"  # generated, or prepared by data_pipelines.prepare
-    # Parent of the directories of `mixture`; of `shapes`, where it is prepared and read ("": data/ in the working
+    # Of `records`, parent of the directories of `mixture`; of `shapes`, the prepared data ("": data/ in the working
     # directory).
     directory: str = ""
-    cache_directory: str = ""  # local one, for copies of `records` that lie in an object store
-    train_examples: int = 0  # size of the training split, for data sets that are generated
-    eval_examples: int = 0  # size of the held-out split, likewise
-    # Of `records`: directories of prepared data sets, and how many times an epoch shows each of their examples. A data
-    # set is shown in proportion to its weight times its size.
+    cache_directory: str = ""  # local directory for copies of `records` in an object store
+    train_examples: int = 0  # size of the training split of generated data
+    eval_examples: int = 0  # size of their held-out split
+    # Of `records`: directories of prepared data sets, and how many times each of their examples occurs per epoch. The
+    # share of a data set is proportional to its weight times its size.
     mixture: tuple[tuple[str, float], ...] = ()
     aspects: tuple[str, ...] = ("1.0",)  # templates (scales.py); each image is resized to the nearest
     resize: Literal["crop", "pad"] = "crop"  # center crop, or the whole image padded with white, as in editing
     flip: bool = False  # mirror every second image whose instruction allows it
-    features: Literal["online", "precomputed"] = "online"  # encode in the step, or ahead of time
+    features: Literal["online", "precomputed"] = "online"  # computed in the step, or ahead of time
     batch_size: int = 32  # examples per step, over all processes
     text_tokens: int = 512  # T: prompts are padded to this length in a batch
     seed: int = 0  # of shuffling
     read_threads: int = 2  # per process, or per worker
-    workers: int = 0  # reader processes per process of the run; 0 reads in its own threads
+    workers: int = 0  # reader processes per process of the run; 0 = its own threads
     prefetch_batches: int = 8
     bad_share: float = 0.01  # largest tolerated share of unusable examples; above it the run ends
 
@@ -127,7 +127,7 @@ def per_scale(value: float | tuple[float, ...], scales: int) -> tuple[float, ...
 class MeshConfig(Checked):
     """Sizes of the axes of the device mesh; at most one is -1, which takes the remaining devices."""
 
-    data: int = -1  # replicas of the parameters; slices joined by DCN lie along it
+    data: int = -1  # replicas of the parameters; includes the slices, which DCN joins
     fsdp: int = 1  # shards parameters, optimizer state and the batch
     tensor: int = 1  # shards attention heads, feed-forward width and, between blocks, tokens
 
@@ -143,12 +143,12 @@ class MeshConfig(Checked):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GuardConfig(Checked):
-    """Limits of what a run of an editor or a tokenizer tolerates."""
+    """Limits of what a run tolerates."""
 
     nonfinite_limit: int = 10  # consecutive skipped steps (loss or gradients not finite) that end the run
-    spike_factor: float = 2.0  # a loss this many times the median of the last steps is reported; 0 = never
+    spike_factor: float = 2.0  # a loss above this multiple of the median of the last steps is reported; 0 = never
     spike_window: int = 100  # steps of that median
-    hang_minutes: float = 0.0  # without a finished step until the process dumps its stacks and exits; 0 = never
+    hang_minutes: float = 0.0  # without a finished step, after which the process dumps its stacks and exits; 0 = never
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,11 +157,11 @@ class Cadence(Checked):
 
     log_every: int = 10
     sample_every: int = 500  # sheets of sampled images
-    eval_every: int = 500  # evaluation on the held-out split, which a tokenizer's run does not have
+    eval_every: int = 500  # evaluation on the held-out split; not for tokenizers
     save_every: int = 500
-    save_minutes: float = 0.0  # longest time between two saves, whatever their steps; 0 = by steps alone
+    save_minutes: float = 0.0  # longest time between two saves; 0 = by steps alone
     keep_checkpoints: int = 3  # newest ones
-    keep_every: int = 0  # checkpoints of its multiples are kept for good; 0 = none
+    keep_every: int = 0  # checkpoints of its multiples are kept forever; 0 = none
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -171,7 +171,7 @@ class Cadence(Checked):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Run(Checked):
-    """Fields that every training run has."""
+    """Fields of every training run."""
 
     name: str
     model: EditorConfig  # a tokenizer's run uses its tokenizer and its pyramid
@@ -196,7 +196,7 @@ class RunConfig(_Run):
     sampling: SamplingConfig = SamplingConfig()
     mesh: MeshConfig = MeshConfig()
     # (steps, scales): stages before the whole pyramid, each of which trains the first scales alone, many times cheaper,
-    # on features area-resized to the last of them. It is the recipe's way from 256 px to 512 px within one run: the
+    # on features area-resized to the last of them. This is the recipe's step from 256 px to 512 px within one run: the
     # same parameters serve every pyramid.
     stages: tuple[tuple[int, int], ...] = ()
     train_text: bool = False  # train the text encoder too, instead of keeping it frozen
@@ -206,7 +206,7 @@ class RunConfig(_Run):
     tokenizer_precision: Literal["default", "high", "highest"] = "highest"
     tokenizer_weights: str = ""  # directory of the frozen tokenizer
     text_weights: str = ""  # directory of the frozen text encoder; unused with train_text
-    eval_batches: int = 4  # of an evaluation
+    eval_batches: int = 4  # per evaluation
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -235,7 +235,7 @@ class TokenizerRunConfig(_Run):
 
     cadence: Cadence = Cadence(eval_every=0, keep_checkpoints=2)
     steps: int = 2000
-    noise_max: float = 0.0  # largest share of bits flipped before decoding; >0 makes the decoder robust to wrong bits
+    noise_max: float = 0.0  # largest share of bits flipped before decoding; > 0 makes the decoder robust to wrong bits
     partial_share: float = 0.0  # of images decoded from their first scales alone: moves detail to coarse bits
     train_encoder: bool = True  # False: the decoder alone learns; features and bits stay as they are
     l1_weight: float = 1.0

@@ -15,7 +15,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
-    """Inverse of `to_dict`: builds config class `cls`; lists become tuples. Runs of earlier versions are read, too.
+    """Returns a config of class `cls` from the output of `to_dict`, or of earlier versions; lists become tuples.
 
     Raises ValueError naming a field that `cls` does not have, or a value that a field cannot have.
     """
@@ -34,7 +34,7 @@ def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
 
 
 def with_current_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the dict of a run with the fields of `cadence` inside of it; earlier versions had them beside it."""
+    """Returns the dict of a run with nested fields of `cadence`, which earlier versions had at the top level."""
     earlier = {field.name for field in dataclasses.fields(Cadence)} & set(values)
     if not earlier:
         return dict(values)

@@ -1,4 +1,4 @@
-"""Curves of training, a panel per metric, drawn with matplotlib."""
+"""Training curves, one panel per metric, drawn with matplotlib."""
 
 import dataclasses
 import math
@@ -26,14 +26,14 @@ class Panel:
     title: str
     lines: Mapping[str, Sequence[Point]]  # name -> (x, y) points in order of x; a non-finite y breaks the line
     x_label: str = "step"
-    log_y: bool = False  # logarithmic y axis; then a y that is not positive breaks the line
+    log_y: bool = False  # logarithmic y axis, on which a y that is not positive breaks the line
 
 
 def curve_sheet(panels: Sequence[Panel], *, heading: str = "", columns: int | None = None) -> Image.Image:
-    """Plots metrics over steps, a panel each, with the last value of each line in the legend.
+    """Plots metrics over steps, one panel each, with the last value of each line in the legend.
 
     Args:
-      panels: what to plot, row by row.
+      panels: in row-major order.
       heading: text above everything.
       columns: panels per row; None takes up to three.
 
@@ -90,7 +90,7 @@ def _draw(axes: Axes, panel: Panel) -> None:
         known = np.flatnonzero(~np.isnan(y))
         if len(known):
             drawn = True
-            # Points whose neighbors are missing have no line; the marker shows them, and where each line ends.
+            # Markers show points without neighbors, which have no line, and the end of each line.
             alone = np.isnan(np.append(y[1:], np.nan)) & np.isnan(np.append(np.nan, y[:-1]))
             marked = sorted({*np.flatnonzero(alone & ~np.isnan(y)).tolist(), int(known[-1])})
             label = f"{name}  {y[known[-1]]:.3g}"

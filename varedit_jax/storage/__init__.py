@@ -1,12 +1,12 @@
 """Storage of any kind: a path is a local directory, gs:// or s3://, wherever the project takes one.
 
-    paths.py    text of a user -> path; what lies in a directory; TensorStore's specs
-    files.py    a file or a directory is replaced at once or not at all
+    paths.py    a user's text -> path; contents of directories; TensorStore's specs
+    files.py    atomic replacement of files and directories
     jsonl.py    append-only JSON lines
-    disk.py     full disks, room, and errors that are the machine's and not the data's
+    disk.py     full disks, free space, and errors of the machine as opposed to damaged data
     lock.py     one run per directory
-    orbax.py    Orbax on what it does not know by itself
+    orbax.py    Orbax on object stores
 
-Local paths are pathlib.Path, those of an object store epath.Path, which has the same methods as far as they are used
-here. No other module makes a path of a user's text.
+Local paths are pathlib.Path, those of an object store epath.Path, which has all methods that are used here. No other
+module turns a user's text into a path.
 """

@@ -1,4 +1,4 @@
-"""Errors of the machine: full disks, too little room, and what must never be taken for damage of the data."""
+"""Errors of the machine, such as full disks, which must never be taken for damaged data."""
 
 import contextlib
 import errno
@@ -19,25 +19,18 @@ _MACHINE = _FULL | {
     errno.ETIMEDOUT, errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE, errno.ENXIO, errno.ENODEV, errno.EBUSY,
 }  # fmt: skip
 _MACHINE_TYPES = (MemoryError, TimeoutError, ConnectionError, sqlite3.OperationalError)
-# Libraries that read over a network raise their own errors, whose modules begin so.
+# Libraries that read over a network raise their own errors, from these modules.
 _NETWORK_MODULES = (
-    "aiohttp.",
-    "botocore.",
-    "aiobotocore.",
-    "google.api_core.",
-    "google.auth.",
-    "gcsfs.",
-    "requests.",
-    "urllib3.",
-)
-# Codes with which what TensorStore says of a store or network begins.
+    "aiohttp.", "botocore.", "aiobotocore.", "google.api_core.", "google.auth.", "gcsfs.", "requests.", "urllib3.",
+)  # fmt: skip
+# TensorStore's errors about a store or the network begin with these codes.
 _STATUS = re.compile(r"(ABORTED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAUTHENTICATED): ")
 
 
 def error_number(error: BaseException) -> int | None:
-    """Returns the system's error number inside of an error, or None.
+    """Returns the system's error number of an error, or None.
 
-    Orbax, TensorStore and ArrayRecord raise types of their own, with the number or the system's words in the text.
+    Orbax, TensorStore and ArrayRecord raise types of their own, with the number or the system's message in the text.
     """
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
@@ -48,14 +41,15 @@ def error_number(error: BaseException) -> int | None:
 
 
 def is_full(error: BaseException) -> bool:
-    """Returns True if an error says that the disk, a quota or the largest file is reached."""
+    """Returns True if an error says that the disk is full, or a quota or the largest file size is reached."""
     return error_number(error) in _FULL
 
 
 def is_machine_error(error: BaseException | None) -> bool:
-    """Returns True if an error, or one that led to it, is the machine's, not the data's.
+    """Returns True if an error, or one of its causes, is the machine's, not the data's.
 
-    Open files, permissions, memory, a failing disk or network: the data may be sound, and reading them later may work.
+    With too many open files, missing permissions, too little memory, or a failing disk or network, the data may be
+    intact, and reading them later may work.
     """
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
@@ -69,7 +63,7 @@ def is_machine_error(error: BaseException | None) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """Returns what a system's error says, in a few words."""
+    """Returns the message of a system's error, in a few words."""
     number = error_number(error)
     return os.strerror(number) if number is not None else " ".join(str(error).split()) or type(error).__name__
 
@@ -97,7 +91,7 @@ def explained(what: str, directory: os.PathLike[str] | str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def read_explained(what: str) -> Iterator[None]:
-    """Turns an error of the machine while reading `what` into a UserError, so that nothing sound is called damaged."""
+    """Turns an error of the machine while reading `what` into a UserError, which does not call the data damaged."""
     try:
         yield
     except UserError:
@@ -111,9 +105,9 @@ def read_explained(what: str) -> Iterator[None]:
 
 
 def check_room(directory: pathlib.Path, needed: int, what: str, then: str = "") -> None:
-    """Raises UserError, ending in `then`, if `needed` bytes of `what` have no room in `directory`.
+    """Raises UserError, ending in `then`, if `directory` has no room for `needed` bytes of `what`.
 
-    Object stores have room for all.
+    Object stores have room for everything.
     """
     if is_remote(directory):
         return

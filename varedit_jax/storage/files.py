@@ -1,7 +1,7 @@
 """Files and directories that appear complete or not at all.
 
-Locally what is new is written beside its place, made durable, and renamed. In an object store a single object is atomic
-by itself; a directory is written in place, with a marker in it while it is not complete.
+Local files and directories are written beside their destination, made durable, and renamed. In an object store a single
+object is atomic; a directory is written in place, with a marker in it until it is complete.
 """
 
 import contextlib
@@ -18,11 +18,11 @@ from varedit_jax.errors import UserError
 from varedit_jax.storage import disk
 from varedit_jax.storage.paths import child_names, files_below, is_remote
 
-INCOMPLETE = "_INCOMPLETE"  # in an object store: the directory is still being written, or whoever wrote it has died
+INCOMPLETE = "_INCOMPLETE"  # in an object store: the directory is still being written, or its writer has died
 
 
 def make_directory(directory: pathlib.Path) -> None:
-    """Creates a directory where needed. Raises UserError if that cannot be."""
+    """Creates a directory where needed. Raises UserError if that fails."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -36,7 +36,7 @@ def make_directory(directory: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
-    """Yields a binary file that takes the place of `path` when the block ends, and nothing otherwise."""
+    """Yields a binary file that replaces `path` when the block ends without an error."""
     if is_remote(path):
         with tempfile.TemporaryFile() as file:
             yield cast(BinaryIO, file)
@@ -52,23 +52,23 @@ def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         draft.replace(path)
     finally:
-        with contextlib.suppress(OSError):  # gone already where all went well
+        with contextlib.suppress(OSError):  # it was renamed if all went well
             draft.unlink()
 
 
 def write_bytes(path: pathlib.Path, data: bytes | memoryview) -> None:
-    """Replaces a file at once or not at all."""
+    """Replaces a file atomically."""
     with replacing(path) as file:
         file.write(data)
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Replaces a text file at once or not at all."""
+    """Replaces a text file atomically."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: pathlib.Path, value: Any, indent: int | None = 2) -> None:
-    """Replaces a JSON file at once or not at all."""
+    """Replaces a JSON file atomically."""
     write_text(path, json.dumps(value, indent=indent) + "\n")
 
 
@@ -78,7 +78,7 @@ def staging_of(target: pathlib.Path) -> pathlib.Path:
 
 
 def begin(target: pathlib.Path) -> pathlib.Path:
-    """Creates the staging directory of `target` unless it is there from an earlier attempt, and returns it."""
+    """Creates the staging directory of `target`, unless an earlier attempt left it, and returns it."""
     staging = staging_of(target)
     make_directory(staging)
     if is_remote(target):
@@ -87,7 +87,7 @@ def begin(target: pathlib.Path) -> pathlib.Path:
 
 
 def commit(target: pathlib.Path) -> None:
-    """Makes what lies in the staging directory of `target` complete, at once."""
+    """Completes `target`, atomically, with the contents of its staging directory."""
     if is_remote(target):
         (target / INCOMPLETE).unlink()
     else:
@@ -109,13 +109,13 @@ def check_complete(directory: pathlib.Path) -> None:
 
 
 def exists(target: pathlib.Path) -> bool:
-    """Returns True if there is something complete at `target`."""
+    """Returns True if a complete file or directory is at `target`."""
     return target.exists() and is_complete(target)
 
 
 @contextlib.contextmanager
 def new_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields an empty local directory that becomes `target` when the block ends, and nothing otherwise.
+    """Yields an empty local directory that becomes `target` when the block ends without an error.
 
     Raises UserError if `target` exists.
     """
@@ -137,7 +137,7 @@ def new_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def upload(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Copies a local directory to an object store, where it is complete at once, when all is there."""
+    """Copies a local directory to an object store, where it is incomplete until all files are there."""
     remove_directory(target)  # of what an interrupted attempt left
     begin(target)
     for path in files_below(source):
@@ -146,13 +146,13 @@ def upload(source: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def copy(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Copies a file from anywhere to anywhere, at once or not at all."""
+    """Copies a file between any kinds of storage, atomically."""
     with source.open("rb") as data, replacing(target) as file:
         shutil.copyfileobj(data, file, 2**24)
 
 
 def remove_directory(directory: pathlib.Path) -> None:
-    """Removes a directory and all in it; nothing where there is none."""
+    """Removes a directory and its contents, if it exists."""
     if is_remote(directory):
         if directory.exists():
             cast(Any, directory).rmtree()
@@ -161,7 +161,7 @@ def remove_directory(directory: pathlib.Path) -> None:
 
 
 def listing(directory: pathlib.Path) -> str:
-    """Returns what a directory holds, in a few words."""
+    """Returns the contents of a directory, in a few words."""
     names = child_names(directory)
     if not names:
         return "nothing"

@@ -1,4 +1,4 @@
-"""Append-only JSON lines: a kill leaves every line that was written, and at most one that is cut short."""
+"""Append-only JSON lines: a kill leaves all written lines, and at most one that is cut short."""
 
 import json
 import pathlib
@@ -10,19 +10,19 @@ from varedit_jax.storage import disk
 from varedit_jax.storage.files import make_directory, write_bytes
 from varedit_jax.storage.paths import is_remote
 
-FLUSH_SECONDS = 30.0  # between two writes to an object store, which cannot append: the whole object is written again
+FLUSH_SECONDS = 30.0  # between two writes to an object store, which cannot append: each rewrites the whole object
 
 Line = dict[str, Any]
 
 
 class LineWriter:
-    """Appends lines to a file. Locally each is safe from a kill at once; in an object store after `flush`."""
+    """Appends lines to a file. A line is durable at once locally, and after `flush` in an object store."""
 
     def __init__(self, path: pathlib.Path) -> None:
-        """Opens the file, or creates it; a last line that was cut short is ended. Raises UserError."""
+        """Opens or creates the file, and terminates a last line that was cut short. Raises UserError."""
         self.path = path
         self._file: BinaryIO | None = None
-        self._lines = b""  # of an object: all of it
+        self._lines = b""  # the whole content, in an object store
         self._flushed = time.monotonic()
         self._pending = False
         with disk.explained(path.name, path.parent):
@@ -49,7 +49,7 @@ class LineWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Makes all lines so far safe from a kill."""
+        """Makes all lines so far durable."""
         if self._pending:
             with disk.explained(self.path.name, self.path.parent):
                 write_bytes(self.path, self._lines)
@@ -63,9 +63,9 @@ class LineWriter:
 
 
 def read_lines(path: pathlib.Path) -> list[Line]:
-    """Returns the JSON objects of a file in order, without lines that are cut short or broken; [] if there is no file.
+    """Returns the JSON objects of a file in order, without broken lines; [] if there is no file.
 
-    Raises OSError where the file cannot be read.
+    Raises OSError if the file cannot be read.
     """
     if not path.exists():
         return []
@@ -81,7 +81,7 @@ def read_lines(path: pathlib.Path) -> list[Line]:
 
 
 def keep_lines(path: pathlib.Path, wanted: Callable[[Line], bool]) -> None:
-    """Drops, at once or not at all, the lines that are not wanted, and broken ones. Raises UserError."""
+    """Drops unwanted and broken lines, atomically. Raises UserError."""
     if path.exists():
         with disk.explained(path.name, path.parent):
             kept = [line for line in read_lines(path) if wanted(line)]

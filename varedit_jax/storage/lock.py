@@ -1,4 +1,4 @@
-"""One writer per directory: a lock that goes with its holder, however that ends."""
+"""One writer per directory: a lock that is released however its holder ends."""
 
 import contextlib
 import errno
@@ -21,25 +21,24 @@ from varedit_jax.storage.paths import PathLike, is_remote, resolve
 
 LOCK_FILE = "lock"
 HEARTBEAT_SECONDS = 20.0
-EXPIRY_SECONDS = 90.0  # of a lease without a heartbeat; its holder has died, or has lost the network for so long
+EXPIRY_SECONDS = 90.0  # of a lease without a heartbeat; its holder has died, or lost the network
 
 
 class Lock:
-    """A directory is in use while this is entered. A context manager.
+    """Marks a directory as in use. A context manager.
 
-    Locally it is a kernel's lock on DIRECTORY/lock, gone with the process; where the file system knows none, there is
-    no lock. In an object store it is a lease: an object that names its owner and is renewed by a thread. Of two
-    processes that take a free one at once, the one that wrote last has it; a holder that cannot renew it until it would
-    have expired ends itself.
+    Locally it is a kernel lock on DIRECTORY/lock, released with the process; file systems without locks get none. In an
+    object store it is a lease: an object that names its owner and is renewed by a thread. If two processes take a free
+    one at once, the last writer has it; a holder that cannot renew it in time ends itself.
     """
 
     def __init__(self, directory: PathLike, *, flag: str = "--workdir", held: bool = True) -> None:
-        """Takes nothing yet.
+        """Locks nothing yet.
 
         Args:
           directory: created if needed.
-          flag: what the user would change, in the sentence of a refusal.
-          held: False in processes that leave it to another to hold the lock for all.
+          flag: the flag to change, for the message of a refusal.
+          held: False in processes that leave the lock to another process of the same run.
         """
         self._directory, self._flag, self._held = resolve(directory), flag, held
         self._file: filelock.BaseFileLock | None = None
@@ -71,11 +70,11 @@ class Lock:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Gives the lock back. A local file stays: removing it could take the lock of whoever waits for it."""
+        """Releases the lock. A local file stays: removing it could break the lock of a waiting process."""
         if self._file is not None:
             self._file.release()
         if self._lease is not None:
-            self._lease.give_back()
+            self._lease.release()
 
     def _refusal(self, owner: dict[str, Any]) -> UserError:
         who = f"process {owner['pid']} on {owner['host']}" if {"pid", "host"} <= owner.keys() else "another run"
@@ -83,7 +82,7 @@ class Lock:
 
 
 class _Lease:
-    """An object that names its owner and says when it was last renewed."""
+    """An object with the owner and the time of the last renewal."""
 
     def __init__(self, path: pathlib.Path) -> None:
         self._path = path
@@ -92,20 +91,20 @@ class _Lease:
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     def take(self) -> dict[str, Any] | None:
-        """Takes the lease and begins renewing it; returns the owner of one that has not expired instead."""
+        """Takes the lease and starts renewing it; if it is taken and has not expired, returns its owner instead."""
         owner = _read(self._path)
         if time.time() - float(owner.get("renewed", 0)) < EXPIRY_SECONDS:
             return owner
         self._write()
-        time.sleep(1)  # of two that found it free, the one that wrote last has it
+        time.sleep(1)  # if two found it free, the last writer has it
         owner = _read(self._path)
         if owner.get("id") != self._id:
             return owner
         self._thread.start()
         return None
 
-    def give_back(self) -> None:
-        """Ends the renewal and removes the lease, if it is still this one."""
+    def release(self) -> None:
+        """Stops the renewal and removes the lease, if it is still this one."""
         if not self._thread.is_alive():
             return
         self._ended.set()
@@ -121,12 +120,12 @@ class _Lease:
         renewed = time.monotonic()
         while not self._ended.wait(HEARTBEAT_SECONDS):
             lost = time.monotonic() - renewed > EXPIRY_SECONDS
-            with contextlib.suppress(Exception):  # a network that fails for a moment; the next beat makes up for it
+            with contextlib.suppress(Exception):  # a transient network failure; the next heartbeat may succeed
                 lost = lost or _read(self._path).get("id", self._id) != self._id
                 if not lost:
                     self._write()
                     renewed = time.monotonic()
-            if lost:  # another process has it, or may take it: end as by SIGTERM, before two write
+            if lost:  # another process has it, or may take it: end as by SIGTERM, before both write
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
 
@@ -136,7 +135,7 @@ def _me() -> dict[str, Any]:
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
-    """Returns what a lock's file says of its holder; {} if it is just taken, absent or broken."""
+    """Returns the holder named in a lock file; {} if the file is just being written, absent or broken."""
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):

@@ -1,4 +1,4 @@
-"""Orbax on object stores, and quiet: the places where its own behavior has to be changed."""
+"""Changes of Orbax's behavior: object stores, directory names and log lines."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ from varedit_jax.storage.paths import kvstore
 
 
 def quiet_orbax() -> None:
-    """Keeps Orbax's log lines off the screen: what it has to say to the user reaches him as an error."""
+    """Keeps Orbax's log lines off the screen: whatever concerns the user is raised as an error."""
     logger = logging.getLogger("absl")
     if _not_from_orbax not in logger.filters:
         logger.addFilter(_not_from_orbax)
@@ -26,7 +26,7 @@ def check_directory(directory: os.PathLike[str] | str) -> None:
     """Raises UserError for a directory in which Orbax would write checkpoints that it cannot read.
 
     Orbax 0.12.8 lists the directories of its processes with glob, in which "[...]" is a set of characters: it then
-    merges nothing, and what was saved has no manifest (`ocdbt_utils`, `directory.glob("ocdbt.process_*")`).
+    merges nothing, and checkpoints have no manifest (`ocdbt_utils`, `directory.glob("ocdbt.process_*")`).
     """
     text = os.fspath(directory)
     if "[" in text:
@@ -34,12 +34,12 @@ def check_directory(directory: os.PathLike[str] | str) -> None:
 
 
 def support_object_stores() -> None:
-    """Makes Orbax write to s3:// as it does to gs://, and to names with any characters in both.
+    """Makes Orbax write to s3:// like gs://, and accept names with any characters in both.
 
-    Orbax 0.12.8 makes specs for TensorStore of local paths and gs:// alone ("Checkpoint path should be absolute. Got
-    s3:/..."), and takes a `#` or `?` in a name for the end of a URL's path (`gcs_utils.parse_gcs_path`). A store is one
-    to it if `_GCS_PATH_PREFIX` has its prefix: then a checkpoint is complete when its marker is there, and
-    nothing is renamed.
+    Orbax 0.12.8 makes TensorStore specs of local paths and gs:// only ("Checkpoint path should be absolute. Got
+    s3:/..."), and takes a `#` or `?` in a name for the end of a URL's path (`gcs_utils.parse_gcs_path`). It treats a
+    path as an object store if it begins with `_GCS_PATH_PREFIX`: then a checkpoint is complete once its marker is
+    there, and nothing is renamed.
     """
     if gcs_utils.get_kvstore_for_gcs is _spec:
         return
@@ -54,7 +54,7 @@ _PREFIXES = ("gs://", "s3://")
 
 
 def _spec(path: str) -> dict[str, object]:
-    """Returns TensorStore's key-value store of a path, without the slash that Orbax adds itself."""
+    """Returns TensorStore's key-value store of a path, without the final slash, which Orbax adds."""
     found = kvstore(path)
     return {**found, "path": found["path"].rstrip("/")}
 

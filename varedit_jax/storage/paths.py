@@ -1,4 +1,4 @@
-"""Paths: a user's text becomes one here and nowhere else, and never a pattern or a URL by accident."""
+"""Paths: the only place that turns a user's text into one; no character acts as a pattern or part of a URL."""
 
 import fnmatch
 import importlib.util
@@ -16,16 +16,16 @@ from varedit_jax.errors import UserError
 
 PathLike = str | os.PathLike[str]
 
-EXTRAS = {"gs": ("gcs", "gcsfs"), "s3": ("s3", "s3fs")}  # scheme -> (extra to install, module that it brings)
+EXTRAS = {"gs": ("gcs", "gcsfs"), "s3": ("s3", "s3fs")}  # scheme -> (extra to install, its module)
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(/+)")
-_LONGEST_NAME = 255  # bytes, of one name in a path
+_LONGEST_NAME = 255  # bytes of one name in a path
 
 
 def resolve(path: PathLike) -> pathlib.Path:
-    """Returns the absolute path that a user's text means, of any scheme; nothing is created.
+    """Returns the absolute path of a user's text, of any scheme; nothing is created.
 
-    Local: `~` is expanded and `..` taken out. gs://BUCKET/... and s3://BUCKET/... are kept. Raises UserError for a
-    scheme that is unknown or whose extra is not installed, and for names that no file can have.
+    In local paths `~` is expanded and `..` resolved. gs://BUCKET/... and s3://BUCKET/... are kept. Raises UserError for
+    a scheme that is unknown or whose extra is not installed, and for names that no file can have.
     """
     text = os.fspath(path)
     if not isinstance(text, str):
@@ -53,7 +53,7 @@ def resolve(path: PathLike) -> pathlib.Path:
 
 
 def _check_names(text: str) -> None:
-    """Raises UserError for text that cannot name a file on any system this runs on."""
+    """Raises UserError for text that cannot name a file."""
     if not text:
         raise UserError("the path is empty; name a file or directory")
     try:
@@ -77,16 +77,16 @@ def is_remote(path: PathLike) -> bool:
 
 
 def local(path: PathLike, what: str) -> pathlib.Path:
-    """As `resolve`, of what has to lie on a local disk: UserError that names `what` for an object store."""
+    """Returns `resolve` of a path that must be local. Raises UserError, naming `what`, for an object store."""
     if is_remote(path):
         raise UserError(f"{what} is {os.fspath(path)}, but it has to be on a local disk; give a local path")
     return resolve(path)
 
 
 def child_names(directory: pathlib.Path, pattern: str = "*") -> list[str]:
-    """Returns the names in a directory that match `pattern`, sorted; the directory's own name is never a pattern.
+    """Returns the sorted names in a directory that match `pattern`; [] if there is no such directory.
 
-    Empty where there is no such directory.
+    The directory's own name is not a pattern.
     """
     try:
         names = [path.name for path in directory.iterdir()]
@@ -102,7 +102,7 @@ def children(directory: pathlib.Path, pattern: str = "*") -> list[pathlib.Path]:
 
 def files_below(directory: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields every file in a directory and its subdirectories, in the order of their paths."""
-    if is_remote(directory):  # in one listing, instead of a question per object
+    if is_remote(directory):  # one listing instead of a request per object
         scheme, _, root = os.fspath(directory).partition("://")
         names = sorted(fsspec.filesystem(scheme).find(root)) if directory.exists() else []
         yield from (directory / name.removeprefix(f"{root}/") for name in names)
@@ -121,14 +121,14 @@ def size(path: pathlib.Path) -> int:
 
 
 def stamp(path: pathlib.Path) -> list[Any]:
-    """Returns what tells whether a file is the same as before: path, size and time of its last change."""
+    """Returns path, size and modification time of a file, which change when the file does."""
     stat = path.stat()
     changed = stat.st_mtime_ns if hasattr(stat, "st_mtime_ns") else cast(Any, stat).mtime
     return [str(path), size(path), changed]
 
 
 def kvstore(directory: PathLike) -> dict[str, Any]:
-    """Returns TensorStore's key-value store of a directory, by fields: no character of a name means anything in it.
+    """Returns TensorStore's key-value store of a directory as fields, in which no character is special.
 
     An endpoint of S3 other than Amazon's is read from AWS_ENDPOINT_URL, the region from AWS_REGION.
     """

@@ -5,7 +5,7 @@ A run's directory holds `config.json` (the configuration it was started with), `
 is complete, and an older one goes only after that; so a full disk, a crash or a kill while saving leaves the last
 complete checkpoint loadable.
 
-What was saved on one mesh by so many processes can be restored on another by another number of them.
+A checkpoint can be restored on another mesh, by another number of processes.
 """
 
 import dataclasses
@@ -53,8 +53,8 @@ class Checkpoints:
     def __init__(self, workdir: PathLike, *, keep: int = 3, keep_every: int = 0) -> None:
         """Opens, and creates where needed, `workdir`/checkpoints.
 
-        Of the checkpoints there, the newest `keep` stay, and those of steps that are multiples of `keep_every` (0: no
-        others). Raises UserError if that is not a directory, or holds something other than checkpoints.
+        Keeps the newest `keep` checkpoints, and those of steps that are multiples of `keep_every` (0: no others).
+        Raises UserError if that is not a directory, or holds something other than checkpoints.
         """
         if keep < 1:
             raise UserError(f"keep_checkpoints is {keep}; it must be at least 1")
@@ -64,7 +64,7 @@ class Checkpoints:
         support_object_stores()
         self.directory = resolve(workdir) / CHECKPOINTS
         check_directory(self.directory)
-        # The save that was begun last, until it is known to be complete: its step, and whether that was evaluated.
+        # Step of the save under way, and True if that step has been evaluated.
         self._saving: tuple[int, bool] | None = None
         files.make_directory(self.directory)
         foreign = [name for name in child_names(self.directory) if not _OURS.fullmatch(name)]
@@ -84,14 +84,14 @@ class Checkpoints:
         )
 
     def latest(self) -> int | None:
-        """Step of the newest complete checkpoint, or None."""
+        """Returns the step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, iterator: grain.DatasetIterator, *, evaluated: bool = True) -> None:
         """Saves `state` and the position of `iterator` as they are now; writing continues in the background.
 
-        `evaluated` is False where evaluation or images of this very step are still to be made. An error of the previous
-        save surfaces here. Raises UserError if the disk is full.
+        `evaluated` is False if the evaluation or samples of this step are still due. An error of the previous save
+        surfaces here. Raises UserError if the disk is full.
         """
         self.wait()
         self._check_room(state)
@@ -106,12 +106,12 @@ class Checkpoints:
         self._saving = step, evaluated
 
     def restore(self, abstract_state: TrainState, iterator: grain.DatasetIterator) -> TrainState:
-        """The newest checkpoint: returns its state and sets `iterator` to the batch that comes next.
+        """Returns the state of the newest checkpoint, and sets `iterator` to its next batch.
 
         `abstract_state` is a tree of jax.ShapeDtypeStruct (as of jax.eval_shape); the state comes back with their
         shardings, or on one device where they have none. If it has an EMA of the parameters (`ema`) and the
-        checkpoint does not, the EMA starts from the parameters; the other way round it is dropped. Raises UserError
-        if there is no checkpoint, if it belongs to another model or to a newer version, or if it is damaged.
+        checkpoint does not, the EMA starts from the parameters; in the opposite case it is dropped. Raises UserError
+        if there is no checkpoint, or it belongs to another model or a newer version, or it is damaged.
         """
         step = self.latest()
         if step is None:
@@ -143,7 +143,7 @@ class Checkpoints:
         return saved.get("evaluated", saved.get("looked")) is not False  # earlier versions wrote `looked`
 
     def mark_evaluated(self) -> None:
-        """Notes that nothing is left there."""
+        """Records that the evaluation and samples of the newest checkpoint's step are done."""
         self._note(self.latest(), True)
 
     def _note(self, step: int | None, evaluated: bool) -> None:
@@ -151,18 +151,18 @@ class Checkpoints:
             files.write_json(self.directory.parent / SAVED_FILE, {"step": step, "evaluated": evaluated})
 
     def _check_room(self, state: TrainState) -> None:
-        """Refuses to start a save that the disk has no room for."""
+        """Raises UserError if the disk has no room for a checkpoint."""
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(_fields(state)))
         disk.check_room(self.directory, needed, "a checkpoint", _resuming(self.latest()))
 
     def __enter__(self) -> Self:
-        """Self."""
+        """Returns self."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
     ) -> None:
-        """Finishes a save under way; does not hide the error that ends the block behind another."""
+        """Finishes a save under way; an error that ends the block takes precedence over one of the save."""
         try:
             self.wait()
         except UserError:
@@ -173,7 +173,7 @@ class Checkpoints:
 
 
 def restore_state(directory: PathLike, abstract_state: TrainState, step: int) -> TrainState:
-    """The state alone of the checkpoint of `step` of a run: as `Checkpoints.restore`, with the same errors."""
+    """Returns the state of the checkpoint of `step`, like `Checkpoints.restore` and with the same errors."""
     quiet_orbax()
     checkpoints = resolve(directory) / CHECKPOINTS
     check_version(checkpoints.parent)
@@ -185,7 +185,7 @@ def restore_state(directory: PathLike, abstract_state: TrainState, step: int) ->
     restored = read_checkpoint(checkpoints, step, wanted)
     if starts_ema:
         places = jax.tree.map(lambda leaf: placed(leaf).sharding, abstract_state.ema)
-        # Copies: the state is donated to each step, and no array can be given away twice.
+        # Copies, because the state is donated to each step, and no array can be donated twice.
         types = jax.tree.map(lambda leaf: leaf.dtype, abstract_state.ema)
         copy = jax.jit(
             lambda tree: jax.tree.map(lambda x, dtype: jnp.copy(x).astype(dtype), tree, types), out_shardings=places
@@ -195,9 +195,9 @@ def restore_state(directory: PathLike, abstract_state: TrainState, step: int) ->
 
 
 def data_place(directory: PathLike, step: int) -> dict[str, Any]:
-    """The state of the data iterator in a run's checkpoint: what this process saved, or what all did.
+    """Returns the state of the data iterator in a run's checkpoint: what this process saved, or what all did.
 
-    Raises UserError if it is damaged, or was saved by another number of processes, and not all at the same place.
+    Raises UserError if it is damaged, or was saved by another number of processes at different positions.
     """
     checkpoints = resolve(directory) / CHECKPOINTS
     with damage_explained(checkpoints, step):
@@ -216,7 +216,7 @@ def data_place(directory: PathLike, step: int) -> dict[str, Any]:
 
 
 def save_tree(directory: pathlib.Path, state: TrainState) -> None:
-    """Writes a state alone to a directory of its own, as `read_tree` reads it. Returns when it is complete."""
+    """Writes a state to a directory of its own, for `read_tree`. Returns when it is complete."""
     with explained("state", directory.parent), checkpointer(ocp.StandardCheckpointHandler()) as saver:
         saver.save(directory, args=ocp.args.StandardSave(_fields(state)), force=True)
 
@@ -228,12 +228,12 @@ def read_tree(directory: pathlib.Path, abstract_state: TrainState) -> TrainState
 
 
 def check_resume(workdir: PathLike, resume: bool | None) -> None:
-    """Refuses to resume, or to start anew, where that cannot be intended.
+    """Raises UserError where resuming, or starting a new run, cannot be intended.
 
     Args:
       workdir: directory of a run, or of one to be.
-      resume: True: there has to be a checkpoint; False: there must be none; None: if there is none, the run must not
-        have had one, for then it would silently start from nothing.
+      resume: True: there must be a checkpoint; False: there must be none; None: if there is none, the run must never
+        have had one, or it would silently start from scratch.
 
     Raises:
       UserError: says what to do instead.
@@ -274,7 +274,7 @@ def _saved(root: pathlib.Path) -> dict[str, Any]:
 
 
 def _fields(state: TrainState) -> dict[str, Any]:
-    """The fields of a state that there are, by name: what is saved."""
+    """Returns the fields of a state that are not None, by name: those that are saved."""
     return {name: value for name, value in vars(state).items() if value is not None}
 
 

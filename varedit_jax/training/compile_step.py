@@ -1,4 +1,4 @@
-"""The training step on a mesh: where its arguments lie, and what they are before they exist."""
+"""The training step on a mesh, and its arguments as abstract arrays with shardings."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ def check_attention(config: RunConfig) -> None:
 
 
 def abstract_state(config: RunConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state of a run as jax.ShapeDtypeStruct with shardings; nothing is allocated.
+    """Returns the state of a run as jax.ShapeDtypeStruct with shardings; nothing is allocated.
 
     Raises UserError naming a dimension that does not divide over its axis of the mesh.
     """
@@ -44,7 +44,7 @@ def abstract_state(config: RunConfig, optimizer: optax.GradientTransformation, m
 
 
 def abstract_frozen(config: RunConfig, mesh: Mesh) -> Params:
-    """The weights that the run uses but does not change, likewise."""
+    """Returns the frozen weights of a run as abstract arrays with shardings."""
     frozen = {"tokenizer": abstract_params(config.model, "tokenizer")}
     if not config.train_text:
         dtype = jnp.dtype(config.text_dtype)
@@ -55,7 +55,7 @@ def abstract_frozen(config: RunConfig, mesh: Mesh) -> Params:
 
 
 def abstract_batch(config: RunConfig, pyramid: Pyramid, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of images, or of features where the config has them precomputed, likewise.
+    """Returns a batch of images, or of precomputed features where the config has them, as abstract arrays.
 
     Raises UserError if the batch does not divide over the mesh.
     """
@@ -67,7 +67,7 @@ def abstract_batch(config: RunConfig, pyramid: Pyramid, mesh: Mesh) -> dict[str,
     }
     for side in ("source", "target"):
         if config.data.features == "precomputed":
-            # Of the whole pyramid: the first stages of a run resize them.
+            # Features of the whole pyramid: the first stages of a run resize them.
             cells = editor_pyramid(config.model).cells(config.model.patchify).last
             shapes[f"{side}_features"] = ((batch, *cells, config.model.tokenizer.bits), np.float32)
         else:
@@ -77,7 +77,7 @@ def abstract_batch(config: RunConfig, pyramid: Pyramid, mesh: Mesh) -> dict[str,
 
 
 def abstract_key(mesh: Mesh) -> jax.ShapeDtypeStruct:
-    """A PRNG key, likewise."""
+    """Returns a PRNG key as an abstract array."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
 
@@ -85,7 +85,7 @@ def abstract_key(mesh: Mesh) -> jax.ShapeDtypeStruct:
 def abstract_arguments(
     config: RunConfig, pyramid: Pyramid, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> tuple[TrainState, Params, dict[str, jax.ShapeDtypeStruct], jax.ShapeDtypeStruct]:
-    """State, frozen weights, batch and key of a step, likewise. Raises UserError as the functions above."""
+    """Returns state, frozen weights, batch and key of a step as abstract arrays. Raises UserError as those above."""
     return (
         abstract_state(config, optimizer, mesh),
         abstract_frozen(config, mesh),
@@ -94,16 +94,16 @@ def abstract_arguments(
     )
 
 
-# Without it, libtpu makes an all-reduce of a sum over all chips that is cut into pieces: twice the bytes of the
-# reduce-scatter that it is. It has no effect on chips without sparse cores (v5e).
+# Without it, libtpu turns a reduce-scatter over all chips into an all-reduce, which moves twice the bytes. It has no
+# effect on chips without sparse cores (v5e).
 _TPU_OPTIONS = {"xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter": True}
 
 
 def sharded_step(config: RunConfig, pyramid: Pyramid, optimizer: optax.GradientTransformation, mesh: Mesh) -> Any:
-    """The jitted step (state, frozen, batch, key) -> (state, metrics) of a run on `mesh`.
+    """Returns the jitted step (state, frozen, batch, key) -> (state, metrics) of a run on `mesh`.
 
-    The state is donated and comes back where it lay; metrics are whole on every device. To be made, and called or
-    lowered, under `jax.set_mesh(mesh)`. Raises UserError as `check_attention`.
+    The state is donated and keeps its shardings; metrics are replicated. Create, call and lower it under
+    `jax.set_mesh(mesh)`. Raises UserError as `check_attention`.
     """
     check_attention(config)
     state = abstract_state(config, optimizer, mesh)

@@ -1,11 +1,11 @@
-"""Operations of a training example by formula, and of any program by counting: what an MFU is made of.
+"""Operations of a training example by formula, and of any program by counting, for MFU.
 
-The convention, which stands beside every MFU:
+The convention, which is printed beside every MFU:
 
   - a multiply-add is two operations; only matmuls and convolutions count
-  - attention counts visible pairs of a query and a key only, of text all T padded tokens
+  - attention counts visible pairs of a query and a key only, and all T padded text tokens
   - the backward pass is twice the forward pass of what is trained
-  - nothing counts twice: rematerialization adds no model FLOP
+  - rematerialization adds no model FLOP
   - not counted: area and linear resizing, RoPE's matmul with its constant matrix, the table of positions, the loss and
     the optimizer; together under 1 % of a step of the published models
 
@@ -33,7 +33,7 @@ CONVENTION = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flops:
-    """Operations of one example's forward pass, by part; what of them is trained."""
+    """Operations of one example's forward pass, by part."""
 
     tokens: int  # source and target tokens
     linear: int  # matmuls of the blocks with weights, source and target tokens
@@ -51,12 +51,12 @@ class Flops:
 
     @property
     def training(self) -> int:
-        """Of one training example, what is trained alone: 3 x its forward pass. What MFU counts."""
+        """Operations of a training example that MFU counts: 3 x the forward pass of what is trained."""
         return 3 * (self.transformer + (self.text if self.trains_text else 0))
 
     @property
     def training_with_encoders(self) -> int:
-        """Of one training example, with the frozen encoders' forward passes."""
+        """`training` and the forward passes of the frozen encoders."""
         return self.training + self.tokenizer + (0 if self.trains_text else self.text)
 
 
@@ -69,15 +69,15 @@ def example_flops(
     encode: bool = True,
     whole: Pyramid | None = None,
 ) -> Flops:
-    """Operations of one example, by formula.
+    """Returns the operations of one example, by formula.
 
     Args:
       config: the editor.
       pyramid: of the example: the whole one, or the first scales of a stage.
       text_tokens: T, padding included.
-      train_text: whether the text encoder is trained too.
-      encode: True if the tokenizer's encoder runs in the step, as without precomputed features.
-      whole: the pyramid that the images are encoded for, where `pyramid` is the first scales of it.
+      train_text: True if the text encoder is trained too.
+      encode: True if the tokenizer's encoder runs in the step, that is, without precomputed features.
+      whole: the pyramid that the images are encoded for, where `pyramid` is its first scales.
     """
     model = config.transformer
     width, depth, bits, text_width = model.width, model.depth, model.token_bits, model.text_width
@@ -108,7 +108,7 @@ def example_flops(
 
 
 def run_flops(config: RunConfig, pyramid: Pyramid, whole: Pyramid | None = None) -> Flops:
-    """`example_flops` of a run on `pyramid`, a stage's first scales of `whole` perhaps."""
+    """Returns the operations of one example of a run on `pyramid`, which may be a stage's first scales of `whole`."""
     return example_flops(
         config.model,
         pyramid,
@@ -120,7 +120,7 @@ def run_flops(config: RunConfig, pyramid: Pyramid, whole: Pyramid | None = None)
 
 
 def visible_pairs(visibility: Visibility) -> int:
-    """Pairs of a query and a key that one block's self-attention has, over source and targets."""
+    """Returns the visible pairs of a query and a key in one block's self-attention, over source and targets."""
     pyramid = visibility.pyramid
     pairs = sum(
         (queries.stop - queries.start) * (keys.stop - keys.start) for queries, keys in visibility.source_groups()
@@ -138,14 +138,14 @@ def visible_pairs(visibility: Visibility) -> int:
 
 
 def text_flops(config: TextConfig, tokens: int) -> int:
-    """Forward pass of the text encoder over a sequence of `tokens`, padding included."""
+    """Returns the operations of the text encoder's forward pass over `tokens` tokens, padding included."""
     inner = config.heads * config.head_size
     token = 2 * 4 * config.width * inner + 2 * 3 * config.width * config.mlp_width + 4 * inner * tokens
     return config.layers * tokens * token
 
 
 def encoder_flops(config: TokenizerConfig, size: Grid) -> int:
-    """Forward pass of the tokenizer's encoder on one image of `size` (height, width) pixels, padding included."""
+    """Returns the operations of the tokenizer's encoder on one image of `size` (height, width), padding included."""
     height, width = size
     channels = [multiplier * config.base_channels for multiplier in config.channel_multipliers]
 
@@ -168,15 +168,15 @@ def encoder_flops(config: TokenizerConfig, size: Grid) -> int:
 
 
 def count_jaxpr(jaxpr: Jaxpr | ClosedJaxpr) -> int:
-    """Operations of the matmuls and convolutions of a program, as `jax.make_jaxpr` gives it.
+    """Returns the operations of the matmuls and convolutions of a program from `jax.make_jaxpr`.
 
-    A scanned body counts as often as it runs, what no output needs not at all, and what is rematerialized again. Zeros
-    that the gradient of a strided convolution puts between its inputs do not count. Inside of `shard_map` the
-    operations of all shards count.
+    A scanned body counts once per iteration, rematerialized operations count again, and dead code does not count, nor
+    do the zeros that the gradient of a strided convolution puts between its inputs. In `shard_map` the operations of
+    all shards count.
 
     Raises:
-      ValueError: for a loop of unknown length with matmuls in it, and for kernels (pallas, cuDNN), which cannot be
-        looked into: count a program with plain attention.
+      ValueError: for a loop of unknown length that has matmuls, and for opaque kernels (pallas, cuDNN): count a program
+        with plain attention.
     """
     inner = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
     live, _ = pe.dce_jaxpr(inner, [True] * len(inner.outvars))
@@ -215,7 +215,7 @@ def _count_convolution(equation: Any) -> int:
 
 
 def _bodies(params: Mapping[str, Any]) -> Iterator[Jaxpr | ClosedJaxpr]:
-    """The programs among an equation's parameters."""
+    """Yields the programs among an equation's parameters."""
     for value in params.values():
         for entry in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(entry, (Jaxpr, ClosedJaxpr)):

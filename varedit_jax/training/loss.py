@@ -9,7 +9,7 @@ from varedit_jax.scales import Pyramid
 
 
 def token_weights(pyramid: Pyramid, scale_power: float) -> np.ndarray:
-    """Weight of every target token in the loss, float32 [L], summing to 1.
+    """Returns the weight of every target token in the loss, float32 [L], summing to 1.
 
     A token of scale k weighs (h_K w_K / (h_k w_k))^scale_power times one of the last scale.
     """
@@ -22,13 +22,13 @@ def token_weights(pyramid: Pyramid, scale_power: float) -> np.ndarray:
 def bitwise_loss(
     logits_BLN2: jax.Array, residuals_BLN: jax.Array, pyramid: Pyramid, config: LossConfig
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Two-way cross-entropy of every bit, in nats.
+    """Returns the two-way cross-entropy of the bits, in nats.
 
     Args:
       logits_BLN2: float32 logits of values 0 and 1.
       residuals_BLN: float32 residuals whose signs are the bits. With `config.label_temperature` T > 0 the target is not
         the bit but its soft assignment sigmoid(residual / T), as in BSQ's entropy term (arXiv 2406.07548, section
-        3.3): a bit that the tokenizer hardly decides teaches little. The metrics are about the bits either way.
+        3.3), so that undecided bits weigh little. The metrics are of the bits either way.
       pyramid: gives the scale of each of the L tokens.
       config: temperature of the labels, reduction over bits and weights over tokens.
 

@@ -1,4 +1,4 @@
-"""Metrics of a run: a JSONL file, TensorBoard, images and progress; what is reported of each step, one step late."""
+"""Metrics of a run: a JSONL file, TensorBoard, images and progress; each step is reported one step late."""
 
 import collections
 import contextlib
@@ -33,16 +33,16 @@ SAMPLES = "samples"
 
 
 class MetricsWriter:
-    """Metrics to TensorBoard and metrics.jsonl, images to TensorBoard and samples/, progress to the screen.
+    """Writes metrics to TensorBoard and metrics.jsonl, images to TensorBoard and samples/, progress to the screen.
 
-    Only the first process writes; the others' calls do nothing.
+    Only process 0 writes; the others' calls do nothing.
     """
 
     def __init__(self, workdir: PathLike, *, first_step: int, steps: int, screen: TextIO | None = None) -> None:
         """Opens the metrics of a run that resumes at `first_step` (0 for a new one) towards `steps`.
 
-        Drops what an earlier process logged for `first_step` and later, for it comes again.
-        `screen` is standard error if not given: a progress bar on a terminal, plain lines elsewhere.
+        Drops what an earlier process logged for `first_step` and later, because these steps are repeated.
+        `screen` is standard error by default: a progress bar on a terminal, plain lines elsewhere.
         """
         self._writes = jax.process_index() == 0
         self._screen = screen or sys.stderr
@@ -54,7 +54,7 @@ class MetricsWriter:
         path = self._directory / METRICS_FILE
         keep_lines(path, lambda line: line["step"] < first_step)
         self._lines = LineWriter(path)
-        # TensorBoard's file grows by bytes: for an object store it lies on this machine, and is copied as it flushes.
+        # Object stores cannot append: TensorBoard writes to a local file, which `flush` copies.
         self._local = tempfile.TemporaryDirectory() if is_remote(path) else None
         self._board = SummaryWriter(
             self._local.name if self._local else str(self._directory),
@@ -79,11 +79,11 @@ class MetricsWriter:
         line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._lines.append(line)
         for name, value in values.items():
-            if math.isfinite(value):  # the library warns of others on the screen
+            if math.isfinite(value):  # tensorboardX prints a warning for others
                 self._board.add_scalar(name, value, step)
 
     def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        """Writes uint8 images [y, x, 3], as samples/NAME_STEP.png too."""
+        """Writes uint8 images [y, x, 3] to TensorBoard and to samples/NAME_STEP.png."""
         if not self._writes:
             return
         for name, image in images.items():
@@ -96,15 +96,9 @@ class MetricsWriter:
             self._board.add_image(name, image, step, dataformats="HWC")
 
     def progress(
-        self,
-        step: int,
-        metrics: Mapping[str, Any],
-        *,
-        examples_per_second: float,
-        eta: float,
-        mfu: float | None = None,
+        self, step: int, metrics: Mapping[str, Any], *, examples_per_second: float, eta: float, mfu: float | None = None
     ) -> None:
-        """Shows where the run is after `step` updates. `eta` is the seconds that are left, `mfu` a share."""
+        """Shows the progress after `step` updates. `eta` is the remaining time in seconds, `mfu` a share."""
         shown = [f"{name} {float(metrics[name]):.4g}" for name in ("loss", "bit_accuracy") if name in metrics]
         shown.append(f"{examples_per_second:.3g} examples/s")
         if mfu is not None:
@@ -116,7 +110,7 @@ class MetricsWriter:
             self.say(", ".join([f"step {step}/{self._steps}", *shown]))
 
     def advance(self) -> None:
-        """Counts one step on the progress bar, where there is one."""
+        """Advances the progress bar, if any, by one step."""
         if self._bar is not None:
             self._bar.update()
 
@@ -128,7 +122,7 @@ class MetricsWriter:
             say(sentence, self._screen)
 
     def flush(self) -> None:
-        """Makes what was written so far safe from a kill, in an object store too."""
+        """Makes everything written so far durable, in an object store too."""
         if self._writes:
             self._lines.flush()
             self._board.flush()
@@ -142,7 +136,7 @@ class MetricsWriter:
             return
         if self._bar is not None:
             self._bar.close()
-        with contextlib.suppress(OSError):  # of what a full disk did not take, which has been said
+        with contextlib.suppress(OSError):  # a full disk, which has been reported
             self._board.close()
         self.flush()
         self._lines.close()
@@ -151,7 +145,7 @@ class MetricsWriter:
 
 
 def flat_metrics(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Names and numbers of metrics: a scalar as it is, entry k of a vector as `name/scale_k`."""
+    """Yields names and values of metrics: a scalar under its name, entry k of a vector as `name/scale_k`."""
     for name, value in metrics.items():
         array = np.asarray(value)
         if array.ndim == 0:
@@ -169,7 +163,7 @@ def read_metrics(workdir: PathLike) -> list[dict[str, Any]]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as text: 4 s, 3 min, 2 h 05 min."""
+    """Returns seconds as text: 4 s, 3 min, 2 h 05 min."""
     if not math.isfinite(seconds):
         return "?"
     minutes = round(seconds / 60)
@@ -178,22 +172,22 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-RECENT_STEPS = 50  # whose median says how long the rest takes
+RECENT_STEPS = 50  # whose median predicts the remaining time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
-    """The cost of a training example and the devices that pay it, for TFLOP/s and MFU by the convention of flops.py."""
+    """The cost of a training example and the devices that share it, for TFLOP/s and MFU (convention: flops.py)."""
 
     flops: int  # of an example: the transformer's training
     flops_with_encoders: int  # and the frozen encoders' forward passes
     tokens: int  # of an example, source and target
     devices: int  # JAX devices, of all processes
-    chip: hardware.Chip | None  # None where its peak is not known: then there is no MFU
+    chip: hardware.Chip | None  # None if its peak is unknown: then there is no MFU
 
     @classmethod
     def of(cls, flops: Flops, devices: Any) -> "Work":
-        """Of `flops` on JAX devices (a flat list, as of `mesh.devices.flat`), all of one kind."""
+        """Returns the work of `flops` on JAX devices of one kind (a flat list, such as `mesh.devices.flat`)."""
         devices = list(devices)
         return cls(
             flops=flops.training,
@@ -204,9 +198,9 @@ class Work:
         )
 
     def speed(self, examples: float, seconds: float) -> dict[str, float]:
-        """Model TFLOP/s and MFU a chip, where so many examples took so many seconds.
+        """Returns model TFLOP/s and MFU per chip of `examples` examples in `seconds` seconds.
 
-        `tflops_per_chip` is of a device where the chip is not known; `mfu` and `mfu_with_encoders` are absent there.
+        If the chip is unknown, `tflops_per_chip` is per device, and `mfu` and `mfu_with_encoders` are absent.
         """
         chips = self.devices / (self.chip.devices if self.chip else 1)
         rate = examples / seconds / chips / 1e12
@@ -217,13 +211,13 @@ class Work:
         return values
 
 
-# (step, metrics, example_ids) -> metrics to be logged beside those of the step; raises UserError to end the run.
+# (step, metrics, example_ids) -> further metrics to log; raises UserError to end the run.
 Check = Callable[[int, Metrics, np.ndarray | None], dict[str, float]]
 
 
 @dataclasses.dataclass
 class _Window:
-    """Sums since the last line of the log."""
+    """Sums since the last logged step."""
 
     steps: int = 0
     examples: int = 0
@@ -236,7 +230,7 @@ class _Window:
 
 
 class StepReport:
-    """Logs the metrics of the step before the one that runs now: fetched late, so that no device waits for it."""
+    """Logs the metrics of each step while the next one runs, so that no device waits for the fetch."""
 
     def __init__(
         self,
@@ -252,12 +246,13 @@ class StepReport:
         """Starts the clock of the first step.
 
         Args:
-          writer, clock: where metrics go, and what the loop times its parts with.
-          log_every: steps between lines; 0 = none.
+          writer: takes the metrics.
+          clock: the loop's stopwatch.
+          log_every: steps between logged ones; 0 = none.
           steps: of the whole run.
           learning_rate: of a step, for the log.
-          check: looks at the metrics of every step (guard.py).
-          goodput: gets a line whenever the log does.
+          check: checks the metrics of every step (guard.py).
+          goodput: gets a line for every logged step.
         """
         self._writer, self._clock, self._steps = writer, clock, steps
         self._log_every, self._learning_rate = log_every, learning_rate
@@ -265,9 +260,9 @@ class StepReport:
         self._pending: tuple[int, Metrics, int, np.ndarray | None, Work | None] | None = None
         self._window = _Window()
         self._recent: collections.deque[float] = collections.deque(maxlen=RECENT_STEPS)
-        self._last = time.perf_counter()  # when the step before ended
-        self._spent = dict(clock.seconds)  # by then
-        self._data = clock.seconds.get("data", 0.0)  # seconds of it when the last step was dispatched
+        self._last = time.perf_counter()  # end of the previous step
+        self._spent = dict(clock.seconds)  # at that time
+        self._data = clock.seconds["data"]  # when the last step was dispatched
 
     def later(
         self,
@@ -277,24 +272,24 @@ class StepReport:
         example_ids: np.ndarray | None = None,
         work: Work | None = None,
     ) -> None:
-        """Takes the metrics of a step just dispatched, and logs those of the step before it.
+        """Takes the metrics of a step just dispatched, and logs those of the previous one.
 
         Args:
           step: counted from 0.
           metrics: scalars or vectors [K], on the devices.
           examples: of the step, over all processes.
           example_ids: of this process, int [B], for the guard.
-          work: what an example of the step costs, for tokens/s, TFLOP/s and MFU.
+          work: cost of an example of the step, for tokens/s, TFLOP/s and MFU.
         """
         if self._pending is not None and not _ready(self._pending[1]):
-            # This step's batch came while the step before was still running: nothing waited for it.
-            self._clock.move("data", "step", self._clock.seconds.get("data", 0.0) - self._data)
-        self._data = self._clock.seconds.get("data", 0.0)
+            # This step's batch came while the previous step was still running: nothing waited for it.
+            self._clock.move("data", "step", self._clock.seconds["data"] - self._data)
+        self._data = self._clock.seconds["data"]
         self.finish()
         self._pending = (step, metrics, examples, example_ids, work)
 
     def finish(self) -> None:
-        """Logs the metrics that are pending, waiting for their step to end."""
+        """Waits for the pending step to end, and logs its metrics."""
         if self._pending is None:
             return
         step, device_metrics, examples, example_ids, work = self._pending
@@ -309,11 +304,11 @@ class StepReport:
             self._log(step, metrics, work)
 
     def _since(self, part: str) -> float:
-        """Seconds of a part since the step before ended."""
-        return self._clock.seconds.get(part, 0.0) - self._spent.get(part, 0.0)
+        """Returns the seconds of a part since the previous step ended."""
+        return self._clock.seconds[part] - self._spent.get(part, 0.0)
 
     def _measure(self, examples: int, work: Work | None, *, skipped: bool) -> None:
-        """Adds the step that just ended to the window: all the time since the one before, but for other parts."""
+        """Adds the step that just ended to the window: the time since the previous one, without other parts."""
         now = time.perf_counter()
         others = sum(self._since(part) for part in self._clock.seconds if part not in ("data", "step"))
         seconds = max(now - self._last - others, 1e-9)
@@ -340,7 +335,7 @@ class StepReport:
             "time/data_share": min(window.data / window.seconds, 1.0),
         }
         if work:
-            # Of the window's own steps, which may have been of two stages and of many aspects.
+            # The steps of a window can be of two stages and many aspects.
             mean = dataclasses.replace(
                 work,
                 flops=round(window.flops / window.examples),
@@ -368,5 +363,5 @@ class StepReport:
 
 
 def _ready(metrics: Metrics) -> bool:
-    """Returns True if the step that gives these metrics has ended."""
+    """Returns True if the step of these metrics has ended."""
     return all(getattr(leaf, "is_ready", lambda: True)() for leaf in jax.tree.leaves(dict(metrics)))

@@ -11,12 +11,12 @@ from optax import contrib
 from varedit_jax.config import OptimizerConfig
 from varedit_jax.errors import UserError
 
-# Parameters that weight decay leaves alone, by path. What is learned once for all inputs (a start token, a level's
-# embedding) or scales or shifts a channel has no excess norm to lose; the kernels are what decays.
+# Parameters without weight decay, by path: those that are learned once for all inputs (a start token, a level's
+# embedding), and those that scale or shift a channel. Kernels decay.
 NO_DECAY = (
     r"(.*[/_])?bias",  # of a projection, a norm, or one half of a fused projection (q_bias, v_bias)
     r"(.*/)?scale",  # norms
-    r"(.*/)?scale_mul",  # log of the attention's temperature, a head
+    r"(.*/)?scale_mul",  # log of the attention's temperature, per head
     r"(.*/)?ada_gss",  # a block's own gains, scales and shifts
     r"(.*/)?text_unconditional",
     r"(.*/)?pos_start",
@@ -27,7 +27,7 @@ NO_DECAY = (
 )
 
 # The matrices that Muon makes orthogonal, by path, with the axes that are summed over and the axes of the result; other
-# axes (of stacked blocks, fused projections, heads) count matrices. Head by head costs a fraction of all heads at once.
+# axes (stacked blocks, fused projections, heads) enumerate matrices. A matrix per head costs a fraction of one for all.
 MATRICES = {
     r"transformer/block.*/qkv_kernel": ((-4,), (-1,)),
     r"transformer/block.*/kv_kernel": ((-4,), (-1,)),
@@ -37,20 +37,20 @@ MATRICES = {
     r"text/layers/attention/out/kernel": ((-3, -2), (-1,)),
     r"text/layers/mlp/(gate|up|down)/kernel": ((-2,), (-1,)),
 }
-_MUON_ITERATIONS = 3  # of Newton and Schulz; five learn no faster on `shapes` and cost more
-_MUON_RMS = 0.1  # of an update over the rate; AdamW's is 0.2 to 0.4 (arXiv:2502.16982, section 2.2)
+_MUON_ITERATIONS = 3  # of Newton-Schulz; five learn no faster on `shapes` and cost more
+_MUON_RMS = 0.1  # of an update divided by the rate; AdamW's is 0.2 to 0.4 (arXiv:2502.16982, section 2.2)
 
 
 def decays(path: str) -> bool:
-    """Returns True if weight decay applies to the parameter at `path`, as in transformer/block_0/mlp/fc1/kernel."""
+    """Returns True if weight decay applies to the parameter at `path`, such as transformer/block_0/mlp/fc1/kernel."""
     return not any(re.fullmatch(pattern, path) for pattern in NO_DECAY)
 
 
 def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """The learning rate as a function of the step (updates done before, from 0).
+    """Returns the learning rate as a function of the step (updates done before, from 0).
 
     Linear from 0 at step 0 to `config.learning_rate` at step `warmup_steps`; from there constant, or along a half
-    cosine over the last `decay_steps` (0: all that are left) that reaches `final_fraction` of it at `total_steps`.
+    cosine over the last `decay_steps` (0: all remaining ones) that reaches `final_fraction` of it at `total_steps`.
     Raises UserError if warm-up and decay do not fit into the steps.
     """
     peak, warmup = config.learning_rate, config.warmup_steps
@@ -73,12 +73,12 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
 def make_optimizer(
     config: OptimizerConfig, total_steps: int, decays: Callable[[str], bool] = decays
 ) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW with decoupled weight decay on the parameters that `decays` names.
+    """Returns clipping by the global norm, then AdamW with decoupled weight decay where `decays` is True of the path.
 
-    With `config.algorithm` "muon", what `MATRICES` names is updated by Muon (momentum 0.95) instead, at the same rates
+    With `config.algorithm` "muon", Muon (momentum 0.95) updates the matrices of `MATRICES` instead, at the same rates
     and with the same decay. Moments are trees like the parameters, in float32; AdamW's first one in
-    `config.moment_dtype`. The state has the same structure whatever the configuration (but for `algorithm`), so that a
-    run can be resumed under another.
+    `config.moment_dtype`. The structure of the state depends on `algorithm` alone, so that a run can resume with other
+    settings.
     """
 
     def mask(params: Any) -> Any:
@@ -109,13 +109,13 @@ def make_optimizer(
                 eps=config.epsilon,
                 muon_weight_dimension_numbers=_dimension_numbers,
             ),
-            optax.add_decayed_weights(-config.weight_decay, mask),  # what comes before is a descent already
+            optax.add_decayed_weights(-config.weight_decay, mask),  # updates are negated already
             optax.scale_by_schedule(rate),
         ]
     optimizer = optax.chain(clip, *steps)
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        # Optax counts on int32 step counts becoming floats by themselves.
+        # Optax relies on the promotion of int32 step counts to float.
         with jax.numpy_dtype_promotion("standard"):
             return optimizer.update(grads, state, params)
 
@@ -127,7 +127,7 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 def _dimension_numbers(params: Any) -> Any:
-    """A tree like `params`: which axes of a matrix are reduced and which are its outputs; None for what is none."""
+    """Returns a tree like `params` with the reduced axes and the output axes of each of `MATRICES`, else None."""
 
     def find(path: tuple[Any, ...], _: jax.Array) -> contrib.MuonDimensionNumbers | None:
         axes = [axes for pattern, axes in MATRICES.items() if re.fullmatch(pattern, _name(path))]

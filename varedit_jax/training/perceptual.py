@@ -1,6 +1,6 @@
 """Perceptual distance of the tokenizer's loss: unit-normalized VGG-16 features (LPIPS, arXiv 1801.03924, equation 1).
 
-The weights are a file of torchvision's names, given by the user; without one the loss has no perceptual term.
+The user gives a file of weights with torchvision's names; without one the loss has no perceptual term.
 """
 
 import os
@@ -13,14 +13,14 @@ import numpy as np
 from varedit_jax.errors import UserError
 from varedit_jax.weights.reader import read_state_dict
 
-# Convolutions of torchvision's `vgg16().features`, a list a resolution; features are compared after each list.
+# Convolutions of torchvision's `vgg16().features`, one list per resolution; features are compared after each list.
 _STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 _MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 _DEVIATION = np.array([0.229, 0.224, 0.225], np.float32)
 
 
 def load_perceptual(path: str | os.PathLike[str]) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Distance of two image batches float32 [B, y, x, 3] in [-1, 1], a scalar: mean over positions and stages.
+    """Returns the distance of two image batches, float32 [B, y, x, 3] in [-1, 1]: a mean over positions and stages.
 
     Args:
       path: VGG-16 weights (.pth or .safetensors) with names `features.{i}.weight` and `.bias`.

@@ -15,13 +15,13 @@ PROFILE = "profile"
 
 
 class Profiler:
-    """Traces the steps [first, last) of a run into `workdir`/profile. The first process of several does it.
+    """Traces the steps [first, last) of a run into `workdir`/profile, in process 0.
 
-    Regions named by `jax.named_scope` are part of the names of operations in it.
+    The names of operations contain those of their `jax.named_scope`.
     """
 
     def __init__(self, workdir: PathLike, first: int, last: int) -> None:
-        """Nothing happens before `step`. An empty range is never traced."""
+        """Does nothing before `step`. An empty range is never traced."""
         self._directory = resolve(workdir) / PROFILE
         self._local: tempfile.TemporaryDirectory[str] | None = None
         self._first, self._last = first, last
@@ -30,11 +30,11 @@ class Profiler:
         self._annotation: Any = None
 
     def step(self, step: int, state: Any = None) -> None:
-        """To be called before step `step` is dispatched.
+        """Begins or ends the trace where due; call it before step `step` is dispatched.
 
         Args:
-          step: counted from 0. A run that resumes in the midst of the range is traced from there.
-          state: what the step before gives; the trace ends when it is there, not before.
+          step: counted from 0. A run that resumes inside the range is traced from there.
+          state: result of the previous step, which the end of the trace waits for.
 
         Raises:
           UserError: the directory cannot be written.
@@ -42,7 +42,7 @@ class Profiler:
         if self._waits and self._first <= step < self._last:
             self._waits = False
             make_directory(self._directory)
-            if is_remote(self._directory):  # the profiler writes to local disks alone
+            if is_remote(self._directory):  # the profiler writes to local disks only
                 self._local = tempfile.TemporaryDirectory()
             jax.profiler.start_trace(self._local.name if self._local else self._directory)
             self._tracing = True
@@ -54,7 +54,7 @@ class Profiler:
             self._annotation.__enter__()
 
     def close(self, state: Any = None) -> None:
-        """Ends a trace that has begun, when `state` is there, and writes it."""
+        """Ends a trace that has begun, once `state` is ready, and writes it."""
         if not self._tracing:
             return
         self._tracing = False
@@ -72,7 +72,7 @@ class Profiler:
 
 
 def parse_steps(text: str) -> tuple[int, int]:
-    """The steps [first, last) as users write them: "10:13"; "" is no step at all, (0, 0).
+    """Returns the steps [first, last) of a text such as "10:13"; (0, 0), no steps, for "".
 
     Raises UserError for another form or an empty range.
     """

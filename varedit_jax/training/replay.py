@@ -4,7 +4,7 @@
 
     inputs_process_0-of-1.npz   the batch of each process as it came from the pipeline
     step.json                   {"step": N, "reason": "..."}
-    state/                      the state before the step, if it was asked for
+    state/                      the state before the step, if it was requested
 """
 
 import json
@@ -26,29 +26,29 @@ from varedit_jax.training.state import TrainState
 from varedit_jax.weights import run_directory
 
 REPLAY = "replay"
-MOST = 10  # steps of a run that are dumped without being asked for
+MOST = 10  # steps per run that are dumped without a request
 
 Batch = dict[str, np.ndarray]
 
 
 class Inputs:
-    """Keeps the last two batches, for a step is known to be bad when the next one has been dispatched already."""
+    """Keeps the last two batches: a step turns out to be bad only after the next one has been dispatched."""
 
     def __init__(self, workdir: PathLike) -> None:
-        """Dumps go to `workdir`/replay, which is created when there is one."""
+        """Dumps go to `workdir`/replay, which the first one creates."""
         self._directory = resolve(workdir) / REPLAY
         self._dumped = len(child_names(self._directory, "step_*"))  # by earlier processes too
         self._batches: dict[int, Batch] = {}
 
     def keep(self, step: int, batch: Batch) -> None:
-        """Takes the batch of a step as it came from the pipeline."""
+        """Keeps the batch of a step as it came from the pipeline."""
         self._batches = {number: kept for number, kept in self._batches.items() if number >= step - 1}
         self._batches[step] = batch
 
     def dump(self, step: int, reason: str, state: TrainState | None = None) -> None:
-        """Writes down the batch of a step that was kept, and the state before it, if given; every process its part.
+        """Writes this process's part of a kept batch, and of the state before the step, if given.
 
-        Steps that `state` is not given for are dumped up to 10 times a run. Raises UserError if the disk is full.
+        Steps without `state` are dumped up to 10 times per run. Raises UserError if the disk is full.
         """
         if state is None and self._dumped >= MOST:
             return
@@ -66,8 +66,7 @@ class Inputs:
 
 
 def read_inputs(directory: PathLike, ids_field: str = "") -> tuple[int, Batch, np.ndarray | None]:
-    """The number of the step dumped in `directory`, its batch without `ids_field`, and that;
-    of this process.
+    """Returns the number of the step dumped in `directory`, this process's batch without `ids_field`, and that field.
 
     Raises UserError if it is no such directory, or was written by another number of processes.
     """
@@ -81,12 +80,11 @@ def read_inputs(directory: PathLike, ids_field: str = "") -> tuple[int, Batch, n
     if own not in files:
         raise UserError(
             f"{directory} holds {', '.join(files) or 'no inputs'}, but {own} is needed; replay it with as many "
-            f"processes "
-            f"as it was written by"
+            f"processes as it was written by"
         )
     try:
         with (root / own).open("rb") as file, np.load(file) as arrays:
-            # The one type of two bytes that numpy does not know by name: of precomputed features.
+            # NumPy does not know bfloat16, the type of precomputed features.
             batch = {name: x.view(jnp.bfloat16) if x.dtype == np.dtype("V2") else x for name, x in arrays.items()}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{root / own} cannot be read: {error}") from error
@@ -103,10 +101,10 @@ def replay(
     ids_field: str = "",
     say: Callable[[str], None] = say,
 ) -> dict[str, Any]:
-    """Does one step of a run alone, on the inputs that were dumped of it; nothing is written.
+    """Repeats one step of a run on its dumped inputs; nothing is written.
 
-    With the state that was dumped too, the metrics are those of the run, bit for bit on the same devices. Without, the
-    step is done from the newest checkpoint at or before it, and `say` tells from which.
+    With a dumped state, the metrics equal those of the run bit for bit on the same devices. Without one, the step
+    starts from the newest checkpoint at or before it, and `say` tells which.
 
     Args:
       directory: `workdir`/replay/step_N of a run.
@@ -117,7 +115,7 @@ def replay(
       The metrics of the step, on the host.
 
     Raises:
-      UserError: no such directory, or no checkpoint to do the step from.
+      UserError: no such directory, or no checkpoint to start from.
     """
     step, batch, ids = read_inputs(directory, ids_field)
     root = resolve(directory)

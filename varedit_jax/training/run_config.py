@@ -13,14 +13,14 @@ from varedit_jax.storage.disk import explained
 from varedit_jax.storage.paths import PathLike, resolve
 from varedit_jax.weights.run_directory import CONFIG_FILE, FORMAT_VERSION, read_config
 
-# Fields of a run's configuration that may change between the processes of one run: none of them changes the model, the
-# examples or their order. `steps`, and how they divide, are among them so that a run can be lengthened.
+# Fields of a run's configuration that may change when it resumes: none of them changes the model, the examples or their
+# order. `steps` and `stages` are among them so that a run can be lengthened.
 FREE_FIELDS = (
     r"name",
     r"steps",
     r"stages",
     r"optimizer\.decay_steps",
-    r"optimizer\.accumulation",  # another machine has room for other microbatches; noise is drawn for each anew
+    r"optimizer\.accumulation",  # depends on the machine's memory; noise is drawn for each microbatch
     r"optimizer\.ema_decay",  # `Checkpoints.restore` starts or drops the EMA
     r"cadence\..*",
     r"eval_batches",
@@ -30,14 +30,14 @@ FREE_FIELDS = (
     r"data\.(directory|cache_directory|read_threads|prefetch_batches|eval_examples)",
     r"model\.transformer\.(attention|remat|remat_saved)",
     r"init_from",  # read at the first step only
-    r"(tokenizer|text|perceptual)_weights",  # where the frozen weights lie, which may move
+    r"(tokenizer|text|perceptual)_weights",  # directories of the frozen weights, which may move
 )
 
 _ABSENT = "absent"
 
 
 def write_config(directory: PathLike, values: Mapping[str, Any]) -> None:
-    """Writes a run's configuration to its config.json, replacing it at once or not at all."""
+    """Replaces a run's config.json, atomically."""
     path = resolve(directory) / CONFIG_FILE
     files.make_directory(path.parent)
     with explained(CONFIG_FILE, path.parent):
@@ -45,14 +45,13 @@ def write_config(directory: PathLike, values: Mapping[str, Any]) -> None:
 
 
 def check_config(workdir: PathLike, values: Mapping[str, Any]) -> None:
-    """Refuses to resume in the directory of a run that was configured otherwise (`FREE_FIELDS` aside).
+    """Raises UserError, with the first differing field and both values, if `workdir` holds a run of another config.
 
-    A field that did not exist when the run was recorded has its default there. Passes if `workdir` has no config.json.
-    Raises UserError with the first differing field and both values.
+    `FREE_FIELDS` may differ. A field that is not in the record has its default. Passes if there is no config.json.
     """
     if not (resolve(workdir) / CONFIG_FILE).exists():
         return
-    # What JSON does to tuples has to be done to both.
+    # Through JSON, because the record has lists for tuples.
     recorded, asked = _flat(with_current_names(read_config(workdir))), _flat(json.loads(json.dumps(values)))
     recorded = _defaults(values) | recorded
     for field in dict.fromkeys([*asked, *recorded]):
@@ -67,7 +66,7 @@ def check_config(workdir: PathLike, values: Mapping[str, Any]) -> None:
 
 
 def _defaults(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Defaults of the fields of the configuration that `values` is of, by dotted name; none if it is of no kind."""
+    """Returns the defaults of the config class whose fields are those of `values`, by dotted name; {} if none fits."""
     for cls in (RunConfig, TokenizerRunConfig):
         if {field.name for field in dataclasses.fields(cls)} == set(values):
             return _flat(json.loads(json.dumps(_field_defaults(cls))))
@@ -85,7 +84,7 @@ def _field_defaults(cls: Any) -> dict[str, Any]:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, with dotted names."""
+    """Returns nested dicts as one, with dotted names."""
     flat = {}
     for name, value in values.items():
         if isinstance(value, Mapping):

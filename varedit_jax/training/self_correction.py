@@ -11,9 +11,9 @@ STRENGTH_STEP = 0.01
 def draw_flips(
     key: jax.Array, batch: int, channels: int, cells: Pyramid, noise_scales: int, noise_max: float
 ) -> tuple[jax.Array, ...]:
-    """Masks of bits to flip, bool [B, h_k, w_k, Z] for each scale < `noise_scales`.
+    """Returns masks of bits to flip, bool [B, h_k, w_k, Z], one per scale < `noise_scales`.
 
-    One strength a scale for the whole batch, uniform over {0, 0.01, ..., noise_max}; each bit flips with it.
+    The flip probability is drawn per scale for the whole batch, uniform over {0, 0.01, ..., noise_max}.
     """
     levels = round(noise_max / STRENGTH_STEP)
     if levels == 0:

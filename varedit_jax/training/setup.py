@@ -30,9 +30,9 @@ from varedit_jax.weights import names, native
 
 
 def load_frozen(config: RunConfig, abstract: Params) -> Params:
-    """Weights the run uses but does not change: the tokenizer, and the text encoder unless it is trained.
+    """Returns the frozen weights of a run: the tokenizer, and the text encoder unless it is trained.
 
-    `abstract` are these parts as jax.ShapeDtypeStruct (compile_step.abstract_frozen): each process reads what its
+    `abstract` has these parts as jax.ShapeDtypeStruct (compile_step.abstract_frozen): each process reads what its
     devices hold of them. Raises UserError if the experiment config names no directory for one, or the directory's
     weights do not fit.
     """
@@ -46,8 +46,8 @@ def load_frozen(config: RunConfig, abstract: Params) -> Params:
     return frozen
 
 
-# What may differ between a model and the one it starts from, and is then initialized anew, as the recipe does: the maps
-# from and to bits of another tokenizer; everything about a text encoder of another width; what published models lack.
+# Groups of arrays that may differ from those of `init_from`, and are then initialized, as in the recipe: projections of
+# another tokenizer's bits; all of a text encoder of another width; parts that published models lack.
 _MAY_DIFFER = {
     "transformer": (
         r"word_embed/kernel|head/.*",
@@ -60,10 +60,10 @@ _MAY_DIFFER = {
 def start(
     config: RunConfig, abstract: TrainState, init: Callable[[], TrainState], log: Callable[[str], None] = say
 ) -> TrainState:
-    """The state of step 0: random, or with what is trained (the transformer, the text encoder) from `init_from`.
+    """Returns the state of step 0: random, or with the trained parts (transformer, text encoder) from `init_from`.
 
-    `init_from` is a directory of weights or of a run. What does not fit is initialized, if the recipe allows it to
-    differ; `log` gets what was loaded and what was not. Every array is made where `abstract` has it, and each process
+    `init_from` is a directory of weights or of a run. Arrays that do not fit are initialized, if the recipe allows them
+    to differ; `log` gets what was loaded and what was not. Arrays have the shardings of `abstract`, and each process
     reads what its devices hold. Raises UserError naming anything else that does not fit.
     """
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -81,13 +81,13 @@ def start(
             {path: native.load_sharded(loaded[path], like[path]) if path in loaded else x for path, x in values.items()}
         )
     ema = state.ema
-    if ema is not None:  # Copies: the state is donated to each step, and no array can be given away twice.
+    if ema is not None:  # copies, because the state is donated to each step, and no array can be donated twice
         ema = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=places.ema)(params)
     return state.replace(params=params, ema=ema)
 
 
 def _fitting(directory: str, part: str, expected: Params) -> tuple[dict[str, native.Leaf], dict[str, str]]:
-    """Arrays of a part that a run can start from, by path; and, by path, how the others differ."""
+    """Returns the arrays of a part that fit, by path, and for each of the others how it differs."""
     wanted = names.flat(expected)
     found = native.find_part(directory, part)
     differ = {
@@ -97,7 +97,7 @@ def _fitting(directory: str, part: str, expected: Params) -> tuple[dict[str, nat
     }
     groups = [re.compile(pattern) for pattern in _MAY_DIFFER.get(part, ())]
     anew: set[str] = set()
-    for group in groups:  # one that differs takes its group with it, as the recipe has it
+    for group in groups:  # one that differs takes its group with it, as in the recipe
         members = {path for path in wanted if group.fullmatch(path)}
         if members & set(differ):
             anew |= members
@@ -109,7 +109,7 @@ def _fitting(directory: str, part: str, expected: Params) -> tuple[dict[str, nat
 
 
 def make_evaluate(config: RunConfig, pyramid: Pyramid) -> Callable[[Params, Params, Batch], Metrics]:
-    """Metrics of a held-out batch, without noise or drop: `(params, frozen, batch) -> metrics`."""
+    """Returns `(params, frozen, batch) -> metrics` of a held-out batch, without noise or drop."""
     loss_fn: Callable[..., Any] = make_loss(config, pyramid, training=False)
 
     def evaluate(params: Params, frozen: Params, batch: Batch) -> Metrics:
@@ -119,11 +119,14 @@ def make_evaluate(config: RunConfig, pyramid: Pyramid) -> Callable[[Params, Para
 
 
 class MeshRun:
-    """A run on a mesh. Nothing is computed before a method says so; call them under `jax.set_mesh(mesh)`."""
+    """A run on a mesh. Call its methods under `jax.set_mesh(mesh)`."""
 
     def __init__(self, config: RunConfig, mesh: Mesh) -> None:
-        """Raises UserError for stages the pyramid does not have, for what does not divide over the mesh, and for a
-        kernel of attention that cannot work on it."""
+        """Computes nothing yet.
+
+        Raises UserError for stages that the pyramid does not have, for dimensions that do not divide over the mesh, and
+        for an attention kernel that cannot work on it.
+        """
         self.config, self.mesh = config, mesh
         self.pyramid = editor_pyramid(config.model)
         if any(scales > self.pyramid.scales for _, scales in config.stages):
@@ -134,7 +137,7 @@ class MeshRun:
         check_batch(mesh, config.data.batch_size, config.optimizer.accumulation)
         self._optimizer = make_optimizer(config.optimizer, config.steps)
         self.abstract_state = compile_step.abstract_state(config, self._optimizer, mesh)
-        # Of each stage, the last of which is the whole pyramid: the step it ends before, and the scales it trains.
+        # Of each stage, the last one being the whole pyramid: the step it ends before, and the scales it trains.
         self._ends = [*itertools.accumulate(steps for steps, _ in config.stages), config.steps]
         self._scales = [*(scales for _, scales in config.stages), self.pyramid.scales]
         self._work = functools.cache(
@@ -145,15 +148,15 @@ class MeshRun:
         )
 
     def load_frozen(self) -> Params:
-        """The frozen weights on the mesh. Raises UserError as load_frozen."""
+        """Returns the frozen weights on the mesh. Raises UserError as `load_frozen`."""
         return load_frozen(self.config, compile_step.abstract_frozen(self.config, self.mesh))
 
     def init_state(self) -> TrainState:
-        """The state of step 0, on the mesh. Raises UserError as start."""
+        """Returns the state of step 0 on the mesh. Raises UserError as `start`."""
         return start(self.config, self.abstract_state, make_init(self.config, self._optimizer))
 
     def stages(self, frozen: Params) -> Stages:
-        """The steps of every stage."""
+        """Returns the steps of every stage."""
 
         def step_of(scales: int, batch: Batch) -> Any:
             pyramid = self._pyramid_of(batch).first(scales)
@@ -165,7 +168,7 @@ class MeshRun:
         )
 
     def _pyramid_of(self, batch: Batch) -> Pyramid:
-        """The pyramid of a batch's images, or of features of such, which are all of one aspect."""
+        """Returns the pyramid of a batch's images or features, which are all of one aspect."""
         images = "source" in batch
         height, width = batch["source" if images else "source_features"].shape[1:3]
         pyramid = editor_pyramid(self.config.model, nearest_aspect(height, width))
@@ -179,13 +182,13 @@ class MeshRun:
         return self._work(scales, self._pyramid_of(batch))
 
     def put(self, batch: Mapping[str, np.ndarray]) -> Batch:
-        """Returns this process's part of a batch as arrays of the whole batch: what the step takes of it."""
+        """Returns the fields that the step takes, with this process's part of a batch as arrays of the whole batch."""
         return put_batch(self.mesh, {name: value for name, value in batch.items() if name in BATCH_FIELDS})
 
     def evaluate(
         self, state: TrainState, frozen: Params, batches: Iterable[Mapping[str, np.ndarray]]
     ) -> dict[str, np.ndarray]:
-        """Mean metrics of `batches`, this process's part of each. Stops between two of them if the run is to stop.
+        """Returns mean metrics of `batches`, this process's part of each. Stops between two of them if the run must.
 
         Raises UserError if there is no batch.
         """

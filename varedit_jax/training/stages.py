@@ -20,18 +20,18 @@ Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # of a batch, by name
 class Stages:
     """A compiled step for every stage and every shape of a batch.
 
-    Those of later stages are compiled for the first batch's shape while the first stage to run trains, others when
-    they are met. A context manager: leaving it gives up compilations that have not begun.
+    Steps of later stages are compiled for the first batch's shape while the first stage trains, all others on first
+    use. A context manager: leaving it cancels compilations that have not begun.
     """
 
     def __init__(self, steps: Sequence[tuple[int, Callable[[Batch], Any]]], frozen: Any) -> None:
-        """Nothing is compiled before the first step is called.
+        """Compiles nothing before the first step is called.
 
         Args:
-          steps: for each stage the number of the step it ends before, increasing, and what gives the step of a batch,
-            whose shapes alone may matter: a function (state, frozen, batch, key) -> (state, metrics), from jax.jit.
-            States of all have the same shapes.
-          frozen: what every step gets beside the state, as parameters that are not trained.
+          steps: for each stage the number of the step it ends before, increasing, and a function that returns the step
+            for the shapes of a batch: (state, frozen, batch, key) -> (state, metrics), from jax.jit. All stages have
+            states of the same shapes.
+          frozen: frozen parameters, an argument of every step.
         """
         self._ends = [end for end, _ in steps]
         self._step_of = [step_of for _, step_of in steps]
@@ -71,7 +71,7 @@ class Stages:
             result = compiled(*arguments)
             if first and stage + 1 < len(self._ends):
                 abstract = jax.tree.map(_abstract, (result[0], *arguments[1:]))
-                mesh = jax.sharding.get_mesh()  # which each thread has its own of
+                mesh = jax.sharding.get_mesh()  # each thread has its own
                 for later in range(stage + 1, len(self._ends)):
                     self._compiled[later, shapes] = self._pool.submit(self._compile, later, abstract, mesh)
             return result

@@ -1,4 +1,4 @@
-"""The training state: what a step changes."""
+"""The training state, which a step updates."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ from varedit_jax.types import Metrics
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything a run needs to resume, besides its data iterator: one tree, saved and restored as a whole."""
+    """Everything a run needs to resume, except its data iterator: one tree, saved and restored as a whole."""
 
     step: jax.Array  # int32 scalar: updates done so far
     params: Any  # tree of parameters
@@ -27,14 +27,14 @@ StepFn = Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]  # (
 
 
 def make_init(config: RunConfig, optimizer: optax.GradientTransformation) -> Callable[[], TrainState]:
-    """Makes the state of step 0 with random parameters, from the config's seed: `() -> TrainState`."""
+    """Returns `() -> TrainState`, which makes the state of step 0 with random parameters from the config's seed."""
 
     def init() -> TrainState:
         transformer_key, text_key = jax.random.split(jax.random.key(config.seed))
         params = {"transformer": init_transformer(config.model, transformer_key)}
         if config.train_text:
             params["text"] = init_text(config.model, text_key)
-        # Copies: the state is donated to each step, and no array can be given away twice.
+        # Copies, because the state is donated to each step, and no array can be donated twice.
         ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None
         return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params), ema=ema)
 

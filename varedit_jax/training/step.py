@@ -22,7 +22,7 @@ from varedit_jax.training.state import TrainState
 from varedit_jax.transformer.model import Transformer
 from varedit_jax.types import Batch, Metrics, Params
 
-# Entries of a batch that the step knows.
+# Fields of a batch that the step takes.
 BATCH_FIELDS = frozenset(
     {"source", "target", "source_features", "target_features", "text_ids", "text_length", "text_features"}
 )
@@ -31,11 +31,11 @@ Step = Callable[[TrainState, Params, Batch, jax.Array], tuple[TrainState, Metric
 
 
 def _features(batch: Batch, frozen: Params, config: RunConfig, cells: Pyramid) -> tuple[jax.Array, jax.Array]:
-    """Source and target features at the last grid of `cells`: precomputed, else from the frozen encoder."""
+    """Returns source and target features at the last grid of `cells`: precomputed, else from the frozen encoder."""
     if "source_features" in batch:
         source, target = batch["source_features"], batch["target_features"]
     else:
-        # Side by side, not one after the other: so the images of a device stay on it.
+        # Interleaved, not concatenated, so that the images of a device stay on it.
         both = jnp.stack([batch["source"], batch["target"]], axis=1)
         both = _spread(both.reshape(-1, *both.shape[2:]))
         with jax.named_scope("encode"), jax.default_matmul_precision(config.tokenizer_precision):
@@ -45,7 +45,7 @@ def _features(batch: Batch, frozen: Params, config: RunConfig, cells: Pyramid) -
 
 
 def _spread(images: jax.Array) -> jax.Array:
-    """Splits images over all devices, those too that share their examples, where they are enough for it."""
+    """Shards images over all devices, `tensor` included, if their number divides."""
     if not has_mesh() or images.shape[0] % jax.sharding.get_abstract_mesh().size:
         return batch_only(images)
     return constrain(images, (*BATCH, "tensor"))
@@ -54,16 +54,16 @@ def _spread(images: jax.Array) -> jax.Array:
 def make_loss(
     config: RunConfig, pyramid: Pyramid, training: bool
 ) -> Callable[[Params, Params, Batch, jax.Array], tuple[jax.Array, Metrics]]:
-    """Loss of a batch: `(params, frozen, batch, key) -> (loss, metrics)`.
+    """Returns the loss of a batch: `(params, frozen, batch, key) -> (loss, metrics)`.
 
     Args:
-      config: the run; `train_text` says whether the text encoder is in `params` or in `frozen`.
+      config: the run; with `train_text` the text encoder is in `params`, else in `frozen`.
       pyramid: the pyramid of this batch's aspect, or its first scales; features are area-resized to the last of them.
-      training: with text drop, self-correction and stochastic depth; without, for evaluation.
+      training: True for text drop, self-correction and stochastic depth; False for evaluation.
 
     The batch holds `text_ids` int32 [B, T], `text_length` int32 [B], and either images `source`, `target` uint8
-    [B, y, x, 3] or features `source_features`, `target_features` float32 [B, h, w, Z]; and, where a frozen text
-    features are precomputed, `text_features` bfloat16 [B, T, E].
+    [B, y, x, 3] or features `source_features`, `target_features` float32 [B, h, w, Z]; and, with a frozen text encoder
+    and precomputed features, `text_features` bfloat16 [B, T, E].
     """
     model = config.model
     transformer = Transformer(model.transformer, pyramid, functools.partial(gather, "transformer"))
@@ -71,7 +71,7 @@ def make_loss(
     text_encoder = T5Encoder(model.text, text_dtype, functools.partial(gather, "text"))
     cells = pyramid.cells(model.patchify)
 
-    @functools.partial(jax.checkpoint, prevent_cse=True)  # logits are recomputed rather than kept: float32, every bit
+    @functools.partial(jax.checkpoint, prevent_cse=True)  # recomputes the logits: float32, two per bit
     @jax.named_scope("loss")
     def head_loss(
         params: Params, hidden_BLC: jax.Array, cond_BC: jax.Array, residuals_BLN: jax.Array
@@ -89,7 +89,7 @@ def make_loss(
                 flip_key, len(target), target.shape[-1], cells, config.loss.noise_scales, config.loss.noise_max
             )
             unconditional_B = jax.random.bernoulli(drop_key, config.loss.text_drop, (len(target),))
-        # Small beside what becomes of them: only from the first block on are tokens split over `tensor`.
+        # Tokens are small before the first block, which shards them over `tensor`.
         tokens = jax.tree.map(batch_only, make_tokens(source, target, model, pyramid, flips))
         if "text_features" in batch:  # precomputed
             features_BTE = batch["text_features"].astype(jnp.float32)
@@ -109,7 +109,7 @@ def make_loss(
             method=Transformer.hidden,
         )
         loss, metrics = head_loss(params["transformer"], hidden_BLC, cond_BC, tokens.residuals_BLN)
-        # A target that is not a number would become bits like any other.
+        # Bits of a NaN target would look like any others.
         loss = jnp.where(jnp.all(jnp.isfinite(target)), loss, jnp.nan)
         return loss, {"loss": loss, **metrics}
 
@@ -117,10 +117,10 @@ def make_loss(
 
 
 def make_step(config: RunConfig, pyramid: Pyramid, optimizer: optax.GradientTransformation) -> Step:
-    """One update, with gradients averaged over `optimizer.accumulation` microbatches.
+    """Returns one update, with gradients averaged over `optimizer.accumulation` microbatches.
 
-    Where the loss or a gradient is not finite, everything but the count of steps stays as it was, and the metric
-    `skipped` is 1 instead of 0. Metrics besides it: those of the loss, and `gradient_norm` before clipping.
+    If the loss or a gradient is not finite, everything but the step count stays unchanged, and the metric `skipped` is
+    1 instead of 0. Other metrics: those of the loss, and `gradient_norm` before clipping.
     """
     gradient_fn = jax.grad(make_loss(config, pyramid, training=True), has_aux=True)
     parts = config.optimizer.accumulation
@@ -150,7 +150,7 @@ def make_step(config: RunConfig, pyramid: Pyramid, optimizer: optax.GradientTran
 def _accumulated(
     gradient_fn: Callable[..., Any], params: Params, frozen: Params, batch: Batch, key: jax.Array, parts: int
 ) -> tuple[Params, Metrics]:
-    """Gradients and metrics averaged over `parts` slices of the batch, one after the other.
+    """Returns gradients and metrics averaged over `parts` slices of the batch, one after the other.
 
     A slice is every `parts`-th example, so that each device works on its own examples in every slice.
     """

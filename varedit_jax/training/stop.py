@@ -12,32 +12,30 @@ from jax.experimental import multihost_utils
 
 
 class Stopped(Exception):
-    """Raised by `poll` where a run is to stop; the loop catches it, saves, and exits."""
+    """Raised by `poll` if the run is to stop; the loop catches it, saves, and exits."""
 
 
-_POLLED: list[Callable[[], None]] = []  # by the runs that are under way: one, that is
+_POLLED: list[Callable[[], None]] = []  # of the run under way
 
 
 def poll() -> None:
-    """To be called now and then by what takes long between two steps, such as an evaluation after each batch.
+    """Raises Stopped if the run is to stop, and resets the watchdog. Does nothing outside of a run.
 
-    Raises Stopped, for the loop, if the run is to stop; a resumed run repeats what was broken off. It also tells
-    the watchdog that something happens. Without effect outside of a run. In a run of several processes, all of them
-    have to call it equally often.
+    Call it repeatedly in long work between two steps, such as after each batch of an evaluation; a resumed run repeats
+    what was interrupted. All processes of a run must call it equally often.
     """
     for function in _POLLED:
         function()
 
 
 class StopSignal:
-    """Notes SIGTERM and SIGINT, for the loop to end between two steps. A context manager.
+    """Records SIGTERM and SIGINT, for the loop to end between two steps. A context manager.
 
-    A single process handles the signals by itself, in Python: they are noticed as soon as Python code runs in the main
-    thread, so during a compilation only when that has ended. In several processes JAX's preemption service catches
-    SIGTERM in any of them, and tells all of them at which of their calls of `requested` to stop: so all have to make
-    the same calls.
+    A single process handles the signals in Python: only when Python code runs in the main thread, so after a
+    compilation, not during it. With several processes JAX's preemption service catches SIGTERM in any of them, and
+    tells all of them at which call of `requested` to stop: so all must make the same calls.
 
-    A second signal does not wait for the step to end, and a third one meets the handlers that were there before.
+    A second signal does not wait for the step to end; a third one reaches the previous handlers.
     """
 
     def __init__(self, beat: Callable[[], None] = lambda: None) -> None:
@@ -50,7 +48,7 @@ class StopSignal:
     def requested(self) -> bool:
         """Returns True if the run is to stop now."""
         if jax.process_count() > 1 and self.signal is None:
-            # The service compares the numbers of calls, and stops everyone at one that no one has reached yet.
+            # The service stops all processes at a call that none of them has reached yet.
             if multihost_utils.reached_preemption_sync_point(self._calls):
                 self.signal = signal.SIGTERM
             self._calls += 1

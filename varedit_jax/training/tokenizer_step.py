@@ -23,13 +23,13 @@ from varedit_jax.weights.native import load_part
 def make_loss(
     config: TokenizerRunConfig, perceptual: Callable[[jax.Array, jax.Array], jax.Array] | None = None
 ) -> Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, Metrics]]:
-    """Loss of a batch of images: `(params, images float32 [B, y, x, 3] in [-1, 1], key) -> (loss, metrics)`.
+    """Returns the loss of images: `(params, images float32 [B, y, x, 3] in [-1, 1], key) -> (loss, metrics)`.
 
     L1 + perceptual distance (if given: a function of two image batches) + commitment + entropy terms, weighted by
     the config. With `noise_max`, bits are flipped as in the transformer's self-correction, so that the decoder learns
-    to read bits that a transformer got wrong. With `partial_share`, that share of the images is decoded from its first
-    scales alone, half of them or more, so that the coarse bits say what the image shows. Metrics: the terms, and
-    `bit_balance_k`, the share of ones of each scale.
+    to cope with a transformer's errors. With `partial_share`, that share of the images is decoded from its first scales
+    alone, half of them or more, so that the coarse bits describe the image. Metrics: the terms, and `bit_balance`, the
+    share of ones of each scale.
     """
     model = Autoencoder(config.model.tokenizer)
     cells = editor_pyramid(config.model).cells(config.model.patchify)
@@ -68,7 +68,7 @@ def make_loss(
 
 
 def _first_scales(residuals: quantizer.Residuals, key: jax.Array, share: float) -> jax.Array:
-    """The sum of all codes; for about a `share` of the images that of the first ones, from half of the scales up."""
+    """Returns the sum of all codes; for about a `share` of the images that of the first half of the scales or more."""
     scales = len(residuals.accumulated)
     if not share or scales == 1:
         return residuals.quantized
@@ -84,7 +84,7 @@ def make_step(
     optimizer: optax.GradientTransformation,
     perceptual: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
 ) -> Callable[[TrainState, dict[str, jax.Array], jax.Array], tuple[TrainState, Metrics]]:
-    """One update: `(state, batch, key) -> (state, metrics)`.
+    """Returns one update: `(state, batch, key) -> (state, metrics)`.
 
     The batch holds `source` and `target`, uint8 [B, y, x, 3]; both are images to reconstruct.
     """
@@ -95,7 +95,7 @@ def make_step(
         gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, metrics), gradients = gradient_fn(state.params, to_model_range(images), key)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        if not config.train_encoder:  # weight decay moves what has no gradient, too
+        if not config.train_encoder:  # weight decay applies without a gradient, too
             updates = {**updates, "encoder": jax.tree.map(jnp.zeros_like, updates["encoder"])}
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradients), **metrics}
@@ -105,7 +105,7 @@ def make_step(
 
 
 def make_init(config: TokenizerRunConfig, optimizer: optax.GradientTransformation) -> Callable[[], TrainState]:
-    """Makes the state of step 0: `() -> TrainState`, from the config's seed."""
+    """Returns `() -> TrainState`, which makes the state of step 0 from the config's seed."""
     model = Autoencoder(config.model.tokenizer)
 
     def init() -> TrainState:
@@ -117,7 +117,7 @@ def make_init(config: TokenizerRunConfig, optimizer: optax.GradientTransformatio
 
 
 def start(config: TokenizerRunConfig, init: Callable[[], TrainState]) -> TrainState:
-    """The state of step 0: random, or with the weights of `init_from`."""
+    """Returns the state of step 0: random, or with the weights of `init_from`."""
     state = jax.jit(init)()
     if config.init_from:
         loaded = load_part(config.init_from, "tokenizer", abstract_params(config.model, "tokenizer"))
@@ -126,9 +126,9 @@ def start(config: TokenizerRunConfig, init: Callable[[], TrainState]) -> TrainSt
 
 
 def make_reconstruct(config: EditorConfig) -> Callable[[Any, jax.Array], jax.Array]:
-    """Images through encoder, quantizer and decoder: `(params, uint8 [B, y, x, 3]) -> uint8 [B, y, x, 3]`.
+    """Returns encoder, quantizer and decoder in a row: `(params, uint8 [B, y, x, 3]) -> uint8 [B, y, x, 3]`.
 
-    What a perfect transformer would give with this tokenizer.
+    It is the best that a transformer can achieve with this tokenizer.
     """
     pyramid = editor_pyramid(config)
 

@@ -1,4 +1,4 @@
-"""The training loop of editors and tokenizers: `Trainer`, whose methods are the events of a step in their order."""
+"""The training loop of editors and tokenizers: `Trainer`, whose methods are the events of a step in order."""
 
 import contextlib
 import dataclasses
@@ -32,7 +32,7 @@ from varedit_jax.types import Metrics
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """A training run: pure functions and data, the same in every process that works on it."""
+    """A training run: pure functions and data, the same in all its processes."""
 
     steps: int  # updates of the whole run, not of one process
     key: jax.Array  # a PRNG key, the same in every process
@@ -51,16 +51,16 @@ class Job:
     learning_rate: Callable[[int], float] | None = None  # of a step, for the log
     work: Work | Callable[[int, Any], Work] | None = None  # cost of an example, by (step, batch) where it differs
     data_metrics: Callable[[], Mapping[str, float]] = dict  # counts of the data pipeline, logged as they are
-    ids_field: str = ""  # entry of a batch with the numbers of its examples, int [B]: for messages, not for `put`
+    ids_field: str = ""  # field of a batch with the numbers of its examples, int [B]: for messages, not for `put`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Launch:
-    """The part of a run that a process's flags decide."""
+    """Settings of a single process, from its flags."""
 
     workdir: PathLike  # directory of the run, which all processes see
-    stop_after: int | None = None  # end, after saving, when this process has made so many steps
-    resume: bool | None = None  # True: only resume; False: only start anew; None: whichever is possible
+    stop_after: int | None = None  # steps of this process after which it saves and ends
+    resume: bool | None = None  # True: only resume; False: only start a new run; None: resume if possible
     profile_steps: tuple[int, int] = (0, 0)  # steps [first, last) that are traced into `workdir`/profile
     dump_step: int | None = None  # a step whose state and batch are written to `workdir`/replay
 
@@ -70,41 +70,41 @@ class Trainer:
 
     Step n, counted from 0, is the update that turns a state of `step` n into one of n + 1. Its order:
 
-      1. with the state before the update: `evaluate_and_sample`, `save` (state and iterator in one call), where they
-         are due; all before the data iterator moves, so that a checkpoint names the batch that comes next
+      1. with the state before the update: `evaluate_and_sample`, `save` (state and iterator in one call), where
+         due; all before the data iterator moves, so that a checkpoint names the next batch
       2. `next_batch` takes the next batch and puts it on the devices
       3. `update` dispatches the step, with the key fold_in(key, n); no implicit transfer may happen in it
       4. it also fetches and logs the metrics of step n - 1, while step n runs
 
-    After the last step: evaluate, sample and save once more. What is due is a matter of n alone (`save_minutes` aside,
-    which changes nothing else), so a run that was stopped and resumed equals one that was not, bit for bit. A run that
-    resumes at step n repeats an evaluation of step n, because the metrics that an earlier process logged for n and
-    later are dropped.
+    After the last step: evaluate, sample and save once more. What is due depends on n alone (`save_minutes` aside,
+    which affects saving only), so a run that was stopped and resumed equals an uninterrupted one, bit for bit. A run
+    that resumes at step n repeats an evaluation of step n, because the metrics that an earlier process logged for n
+    and later are dropped.
 
-    SIGTERM and SIGINT, at any moment, end the step, save, and exit with 128 + the signal's number. An evaluation or a
-    sample that calls `stop.poll` is broken off, and repeated when the run resumes. A compilation cannot be broken off,
-    and a cluster may kill the process before it has ended (a preempted TPU after about 10 s): so before a later stage
-    is compiled, a checkpoint is saved, and nothing is lost then. A kill without a signal loses what was done since the
-    last checkpoint. A second signal does not wait for the step.
+    SIGTERM and SIGINT, at any time, end the step, save, and exit with 128 + the signal's number. An evaluation or a
+    sample that calls `stop.poll` is interrupted, and repeated when the run resumes. A compilation cannot be
+    interrupted, and a cluster may kill the process before it ends (a preempted TPU after about 10 s): so a checkpoint
+    is saved before a later stage is compiled. A kill without a signal loses the steps since the last checkpoint. A
+    second signal does not wait for the step.
 
     The batch of a step that was skipped because it was not finite is written to `workdir`/replay (replay.py).
     """
 
     def __init__(self, job: Job, launch: Launch) -> None:
-        """Nothing is read or written before `run`."""
+        """Reads and writes nothing before `run`."""
         self.job, self.launch = job, launch
         self.state: TrainState
-        self.step = 0  # the update that comes next
+        self.step = 0  # number of the next update
         self._clock = Stopwatch()
         self._stage: int | None = None  # of the last step
-        self._compiled: set[Any] = set()  # shapes of batches that the stage was compiled for
+        self._compiled: set[Any] = set()  # shapes of batches that the stage is compiled for
 
     def run(self) -> TrainState:
         """Returns the state after `job.steps` updates, or after `launch.stop_after` of this process.
 
         Raises:
-          UserError: the work directory holds another run, is in use, or lost its checkpoints; a full disk; data that
-            ends; too many steps in a row that are not finite, before any of them is saved.
+          UserError: the work directory holds another run, is in use, or lost its checkpoints; the disk is full; the
+            data ends; too many steps in a row are not finite (none of them is saved).
           SystemExit: after a signal, when all is saved; code 75 when the watchdog ends a run that hangs.
         """
         job = self.job
@@ -124,7 +124,7 @@ class Trainer:
         return self.state
 
     def _open(self, stack: contextlib.ExitStack) -> None:
-        """Takes the work directory, if it may hold this run, and starts watching for signals and hangs."""
+        """Locks and checks the work directory, and starts watching for signals and hangs."""
         job, workdir = self.job, resolve(self.launch.workdir)
         check_directory(workdir)
         stack.enter_context(Lock(workdir, held=jax.process_index() == 0))
@@ -137,7 +137,7 @@ class Trainer:
         )
 
     def restore(self) -> None:
-        """Takes state and iterator from the newest checkpoint, or the state of step 0."""
+        """Restores state and iterator from the newest checkpoint, or makes the state of step 0."""
         if self._checkpoints.latest() is not None:
             with self._phase("restore"):
                 self.state = self._checkpoints.restore(self.job.abstract_state, self.job.batches)
@@ -147,11 +147,11 @@ class Trainer:
         self._key = jax.device_put(self.job.key, self.state.step.sharding)
 
     def _open_log(self, stack: contextlib.ExitStack) -> None:
-        """Opens what is written while training; the guard recalls what earlier processes logged."""
+        """Opens everything that is written while training; the guard recalls what earlier processes logged."""
         job, workdir, step = self.job, self.launch.workdir, self.step
         logged = read_metrics(workdir)
         self._writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, first_step=step, steps=job.steps)))
-        goodput = stack.enter_context(Goodput(workdir, self._clock, step))
+        goodput = stack.enter_context(contextlib.closing(Goodput(workdir, self._clock, step)))
         if jax.process_index() == 0:
             run_config.write_config(workdir, job.record)
         if self._checkpoints.latest() is not None:
@@ -175,7 +175,7 @@ class Trainer:
         self._timer = SaveTimer(job.cadence.save_minutes)
 
     def evaluate_and_sample(self) -> bool:
-        """Evaluates and samples, where due. Returns False if it was broken off because the run is to stop."""
+        """Evaluates and samples, where due. Returns False if interrupted because the run is to stop."""
         job, step = self.job, self.step
         try:
             if job.evaluate is not None and _due(step, job.cadence.eval_every, job.steps):
@@ -194,7 +194,7 @@ class Trainer:
         return True
 
     def save_where_due(self) -> None:
-        """Saves if steps, the clock or a later stage's compilation ask for it, unless this very step was restored."""
+        """Saves if due by steps, by time or before a later stage's compilation, unless this step was just restored."""
         every = self.job.cadence.save_every
         stage, before = self.job.stages.stage(self.step), self._stage
         if stage != before:
@@ -206,8 +206,8 @@ class Trainer:
             self.save()
 
     def save(self, evaluated: bool = True) -> None:
-        """Saves state and iterator; `evaluated` is False where this step's evaluation or sample is still to be made."""
-        self._report.finish()  # so that a run with broken numbers ends before it is saved
+        """Saves state and iterator; `evaluated` is False if this step's evaluation or sample is still due."""
+        self._report.finish()  # so that a run that is not finite ends before it is saved
         with self._phase("save"):
             self._writer.flush()
             self._checkpoints.save(self.step, self.state, self.job.batches, evaluated=evaluated)
@@ -227,11 +227,11 @@ class Trainer:
             return job.put({name: value for name, value in batch.items() if name != job.ids_field}), ids
 
     def update(self, placed: tuple[Any, np.ndarray | None]) -> None:
-        """Dispatches the step of a batch (of `next_batch`), and logs the step before it while this one runs."""
+        """Dispatches the step of a batch from `next_batch`, and logs the previous step while this one runs."""
         (batch, ids), job, step = placed, self.job, self.step
         shapes = tuple(sorted((name, value.shape) for name, value in batch.items()))
         if step == self.launch.dump_step:
-            self._inputs.dump(step, "asked for", self.state)
+            self._inputs.dump(step, "requested", self.state)
         self._profiler.step(step, self.state)
         run = job.stages.step(step)
         with self._phase("step" if shapes in self._compiled else "compile"), jax.transfer_guard("disallow"):
@@ -243,7 +243,7 @@ class Trainer:
         self.step += 1
 
     def finish(self) -> None:
-        """After the last step: evaluates, samples and saves what is new, and says where the run ended."""
+        """Evaluates, samples and saves after the last step, and reports where the run ended."""
         self._report.finish()
         step, steps = self.step, self.job.steps
         evaluated = step < steps or self.evaluate_and_sample()
@@ -262,48 +262,48 @@ class Trainer:
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        """Counts the time of the block as that of a phase, and tells the watchdog."""
+        """Times the block as a phase, and tells the watchdog."""
         self._watchdog.beat(name)
         with self._clock.time(name):
             yield
         self._watchdog.beat()
 
     def _check(self, step: int, metrics: Metrics, ids: np.ndarray | None) -> dict[str, float]:
-        """The guard, with the inputs of bad steps dumped for it, and the counts of the data pipeline."""
+        """Dumps the inputs of a bad step, and returns the metrics of the guard and of the data pipeline."""
         if was_skipped(metrics):
             self._inputs.dump(step, "not finite")
         return {**self._guard.check(step, metrics, ids), **self.job.data_metrics()}
 
 
 def _due(step: int, every: int, steps: int) -> bool:
-    """Returns True if an event of every so many steps is due now; at the end every event is."""
+    """Returns True if an event of every `every` steps is due at `step`; at the end every event is."""
     return every > 0 and (step % every == 0 or step == steps)
 
 
 class SaveTimer:
-    """Says when a checkpoint is due by the clock. Clocks differ, so that of process 0 counts for all.
+    """Decides when a checkpoint is due by time, by the clock of process 0.
 
-    Asking it takes a broadcast, which waits for the step that runs. So its answer tells also how many steps to wait
-    before asking again, about a tenth of the time between two saves.
+    That takes a broadcast, which waits for the running step. So process 0 also broadcasts how many steps to wait until
+    the next check: about a tenth of the time between two saves.
     """
 
     def __init__(self, minutes: float) -> None:
-        """Counts from now; never due where `minutes` is 0."""
+        """Starts the timer; never due if `minutes` is 0."""
         self._seconds = minutes * 60
         self._saved = time.monotonic()
-        self._asked: tuple[int, float] | None = None  # step and time of the last question
+        self._checked: tuple[int, float] | None = None  # step and time of the last check
         self._next = 0  # step of the next one
 
     def due(self, step: int) -> bool:
-        """Returns True if a checkpoint is due before `step`; to be asked of every step, in every process."""
+        """Returns True if a checkpoint is due before `step`; call it for every step, in every process."""
         if self._seconds <= 0 or step < self._next:
             return False
         now = time.monotonic()
         wait = 1
-        if self._asked is not None and step > self._asked[0]:
-            per_step = (now - self._asked[1]) / (step - self._asked[0])
+        if self._checked is not None and step > self._checked[0]:
+            per_step = (now - self._checked[1]) / (step - self._checked[0])
             wait = max(1, min(1000, int(self._seconds / 10 / max(per_step, 1e-6))))
-        self._asked = step, now
+        self._checked = step, now
         due = now - self._saved >= self._seconds
         if jax.process_count() > 1:
             answer = multihost_utils.broadcast_one_to_all(np.array([due, wait], np.int32))
@@ -311,5 +311,5 @@ class SaveTimer:
         return due
 
     def saved(self) -> None:
-        """Begins anew."""
+        """Restarts the timer."""
         self._saved = time.monotonic()

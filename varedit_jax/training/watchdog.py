@@ -1,4 +1,4 @@
-"""Ends a run that hangs, and says where it hung."""
+"""Ends a run that hangs, and reports where it hung."""
 
 import contextlib
 import faulthandler
@@ -12,28 +12,27 @@ from typing import Self, TextIO
 
 from varedit_jax.storage.paths import PathLike, is_remote, resolve
 
-EXIT_CODE = 75  # of a process that the watchdog ended: EX_TEMPFAIL, "try again": the same command resumes
-_CHECKS = 20  # looks at the clock in the time it allows
+EXIT_CODE = 75  # EX_TEMPFAIL, "try again": the same command resumes
+_CHECKS = 20  # per allowed time
 
 
 class Watchdog:
-    """Writes the stacks of all threads and exits with code 75, if `beat` is not called for so long. A context manager.
+    """Writes the stacks of all threads and exits with code 75 if `beat` is not called in time. A context manager.
 
-    The loop calls `beat` when a step has finished and when a phase begins (compiling, evaluating, saving ...); what
-    takes long within a phase does so by `stop.poll`. So `minutes` has to be more than the longest of these takes
-    alone, which is compilation: minutes for a small editor, ten or more for 8B.
+    The loop calls `beat` when a step has finished and when a phase begins (compiling, evaluating, saving ...); long
+    work within a phase does so by `stop.poll`. So `minutes` must exceed the longest phase, which is compilation:
+    minutes for a small editor, ten or more for 8B.
 
-    A collective operation in which another process takes no part hangs inside XLA, where no Python code of the main
-    thread runs any more: a thread of its own looks at the clock. If that one cannot run either, because something
-    holds the interpreter, faulthandler's C thread writes the stacks, to standard error alone, and exits a while later
-    and with code 1.
+    A collective that another process does not join hangs inside XLA, where no Python code of the main thread runs, so
+    a separate thread checks the time. If that one cannot run either, because something holds the interpreter,
+    faulthandler's C thread writes the stacks, to standard error alone, and exits somewhat later with code 1.
     """
 
     def __init__(self, minutes: float, workdir: PathLike) -> None:
-        """Does nothing where `minutes` is 0. Stacks go to `workdir`/hang_PID.txt and to standard error."""
+        """Does nothing if `minutes` is 0. Stacks go to `workdir`/hang_PID.txt and to standard error."""
         self._seconds = minutes * 60
         directory = resolve(workdir)
-        # A network may be what hangs: for an object store the file is on this machine.
+        # The network may be what hangs: with an object store the file is local.
         directory = pathlib.Path(tempfile.gettempdir()) if is_remote(directory) else directory
         self._path = directory / f"hang_{os.getpid()}.txt"
         self._last = time.monotonic()
@@ -42,7 +41,7 @@ class Watchdog:
         self._thread: threading.Thread | None = None
 
     def beat(self, phase: str = "") -> None:
-        """Says that the run lives, and what it does now, if that changes."""
+        """Records that the run is alive, and its phase, if that changes."""
         self._last = time.monotonic()
         self._phase = phase or self._phase
 
@@ -65,7 +64,7 @@ class Watchdog:
     def _watch(self) -> None:
         interval = self._seconds / _CHECKS
         while True:
-            # For the case that this thread is not heard of again.
+            # In case this thread does not run again.
             faulthandler.dump_traceback_later(
                 self._seconds + 2 * interval, exit=True, file=sys.__stderr__ or sys.stderr
             )
@@ -84,7 +83,7 @@ class Watchdog:
             _write(file, sentence)
         with contextlib.suppress(OSError, ValueError):
             _write(sys.__stderr__ or sys.stderr, sentence)
-        os._exit(EXIT_CODE)  # nothing else would end a thread that hangs in C
+        os._exit(EXIT_CODE)  # nothing else ends a thread that hangs in C
 
 
 def _write(file: TextIO, sentence: str) -> None:

@@ -1,5 +1,6 @@
 """What the loop reports of its steps."""
 
+import contextlib
 import types
 
 import jax.numpy as jnp
@@ -168,7 +169,7 @@ def test_a_skipped_step_is_not_productive(monkeypatch, tmp_path):
     loop.report.finish()
     assert loop.clock.seconds["skipped"] == pytest.approx(1.0) and loop.clock.seconds["step"] == pytest.approx(3.0)
     assert loop.writer.lines[2]["time/step_seconds"] == pytest.approx(1.0)
-    with Goodput(tmp_path, loop.clock, 0, start=0.0, now=lambda: loop.time) as goodput:
+    with contextlib.closing(Goodput(tmp_path, loop.clock, 0, start=0.0, now=lambda: loop.time)) as goodput:
         assert goodput.record(4)["lost"] == pytest.approx(0.25)
 
 
@@ -184,7 +185,7 @@ def test_memory_is_reported_where_it_is_known(monkeypatch):
 def test_goodput_goes_with_the_log(monkeypatch, tmp_path):
     """A line of goodput.jsonl for every line of the log, and its shares in it."""
     loop = Loop(monkeypatch)
-    with Goodput(tmp_path, loop.clock, 0, start=0.0, now=lambda: loop.time) as goodput:
+    with contextlib.closing(Goodput(tmp_path, loop.clock, 0, start=0.0, now=lambda: loop.time)) as goodput:
         loop.report = StepReport(loop.writer, loop.clock, 2, 100, None, goodput=goodput)
         for _ in range(4):
             loop.run(part="compile" if loop.step == 0 else None, spent=2.0, data=1.0)

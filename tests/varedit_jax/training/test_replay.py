@@ -143,6 +143,6 @@ def test_features_in_bfloat16_come_back(tmp_path: pathlib.Path) -> None:
     features = np.arange(6, dtype=np.float32).reshape(2, 3).astype(jnp.bfloat16)
     inputs = Inputs(tmp_path)
     inputs.keep(3, {"text_features": features})
-    inputs.dump(3, "asked for")
+    inputs.dump(3, "requested")
     batch = read_inputs(tmp_path / "replay" / "step_3")[1]
     np.testing.assert_array_equal(jax.device_put(batch)["text_features"], features)
