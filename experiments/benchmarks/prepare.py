@@ -123,7 +123,7 @@ def _measure(directory: pathlib.Path, count: int, with_kill: bool) -> Row:
 
 
 def _kill_and_resume(source: pathlib.Path, output: pathlib.Path, killed: pathlib.Path, tars: int) -> float:
-    """Kills prepare after `tars` tars; returns the seconds of the resumed run. Raises UserError if its output differs."""
+    """Kills prepare after `tars` tars; returns the seconds of the resumed run, whose output must be the same."""
     arguments = _arguments(source, killed)
     staging = killed.with_name(f".{killed.name}.partial") / "scan"
     harness.kill_program(
