@@ -167,7 +167,7 @@ def load_config(path: str, cls: type[Config]) -> Config:
         inspect.signature(get_config).bind(*arguments)
     except TypeError as error:
         raise UserError(
-            f"{file} has no variants, but {variant!r} was asked for"
+            f"{file} has no variants, but {variant!r} was requested"
             if variant
             else f"{file} needs a variant, as in --config={file}:VARIANT"
         ) from error

@@ -1,4 +1,4 @@
-"""Runs command lines of the programs."""
+"""Runs command lines of the programs; held-out edits."""
 
 import json
 import os
@@ -8,6 +8,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import pytest
+
+from data_pipelines.shapes.builder import example_edit, example_novelty
+from data_pipelines.shapes.scene import render
+from experiments.shapes_scoring import BATCH
 
 Answer = tuple[int, str, str]  # exit code, standard output, standard error
 
@@ -74,3 +78,21 @@ def run_program() -> Callable[..., dict[str, Answer]]:
         return {case: (code, out, err) for case, (code, out, err) in json.loads(done.stdout).items()}
 
     return run
+
+
+@pytest.fixture(scope="session")
+def records() -> list[dict]:
+    """One batch of held-out edits of `shapes` as the loader gives them."""
+    edits = [example_edit(0, "test", index) for index in range(BATCH)]
+    return [
+        {
+            "source": render(edit.source),
+            "target": render(edit.target),
+            "source_scene": edit.source.encode(),
+            "target_scene": edit.target.encode(),
+            "instruction": edit.instruction,
+            "kind": edit.kind,
+            "novelty": example_novelty("test", index),
+        }
+        for index, edit in enumerate(edits)
+    ]

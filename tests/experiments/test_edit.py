@@ -97,7 +97,7 @@ def output(directory: pathlib.Path, name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_writes_a_image_of_the_size_of_its_source(answers, directory, name):
+def test_writes_an_image_of_the_size_of_its_source(answers, directory, name):
     assert answers[name] == (0, f"{directory / EDITS[name]['output']}: 24 x 16 px\n", "")
     assert output(directory, name).shape == (16, 24, 3)
 

@@ -46,7 +46,7 @@ def test_a_page_shows_the_command_of_its_script(script: str, page: str) -> None:
 
 
 @pytest.mark.subprocess
-def test_slurm_puts_a_job_in_the_queue_again(tmp_path: pathlib.Path) -> None:
+def test_slurm_requeues_a_job(tmp_path: pathlib.Path) -> None:
     """Unless it is finished, has a mistake, or ends at once for the third time in a row."""
     for name, lines in (("srun", "exit $CODE"), ("scontrol", 'echo "$@"')):
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{lines}\n")
@@ -70,4 +70,4 @@ def test_slurm_puts_a_job_in_the_queue_again(tmp_path: pathlib.Path) -> None:
 
     assert [job(0, 0), job(1, 0), job(143, 0)] == [False, False, True]
     assert [job(137, 1), job(137, 2, seconds=3600), job(137, 3), job(137, 4), job(137, 5)] == [True] * 4 + [False]
-    assert job(137, 0)  # submitted anew
+    assert job(137, 0)  # a new submission

@@ -120,7 +120,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["--config=tiny.py:lrage"],
         "tiny.py has no variant 'lrage', but small, large; did you mean large?",
     ),
-    "no variants": (["--config=fixed.py:a"], "fixed.py has no variants, but 'a' was asked for"),
+    "no variants": (["--config=fixed.py:a"], "fixed.py has no variants, but 'a' was requested"),
     "variant needed": (["--config=by_table.py"], "by_table.py needs a variant, as in --config=by_table.py:VARIANT"),
     "variant not in the table": (["--config=by_table.py:b"], "by_table.py has no variant 'b'"),
     "config of another program": (

@@ -3,28 +3,8 @@
 import numpy as np
 import pytest
 
-from data_pipelines.shapes.builder import example_edit, example_novelty
 from data_pipelines.shapes.judge import Verdict
-from data_pipelines.shapes.scene import render
 from experiments import shapes_scoring as scoring
-
-
-@pytest.fixture(scope="module")
-def records() -> list[dict]:
-    """Held-out edits as the loader gives them."""
-    edits = [example_edit(0, "test", index) for index in range(40)]
-    return [
-        {
-            "source": render(edit.source),
-            "target": render(edit.target),
-            "source_scene": edit.source.encode(),
-            "target_scene": edit.target.encode(),
-            "instruction": edit.instruction,
-            "kind": edit.kind,
-            "novelty": example_novelty("test", index),
-        }
-        for index, edit in enumerate(edits)
-    ]
 
 
 def test_target_is_exact_and_source_is_only_kept(records: list[dict]) -> None:
@@ -32,16 +12,16 @@ def test_target_is_exact_and_source_is_only_kept(records: list[dict]) -> None:
         images = np.stack([record[side] for record in records])
         total = scoring.by_group(scoring.judge_records(images, records), records)["all"]
         assert (total.done, total.kept, total.exact) == expected
-        assert total.edits == 40
+        assert total.edits == 50
 
 
 def test_groups_partition_the_edits(records: list[dict]) -> None:
-    verdicts = [Verdict(done=i % 2 == 0, kept=i % 3 == 0) for i in range(40)]
+    verdicts = [Verdict(done=i % 2 == 0, kept=i % 3 == 0) for i in range(50)]
     groups = scoring.by_group(verdicts, records)
-    assert groups["all"].exact == pytest.approx(7 / 40)  # multiples of 6 below 40
+    assert groups["all"].exact == pytest.approx(9 / 50)  # multiples of 6 below 50
     kinds = [score for name, score in groups.items() if name in scoring.KINDS]
-    assert sum(score.edits for score in kinds) == 40
-    assert groups["unseen scene"].edits + groups["unseen combination"].edits == 40
+    assert sum(score.edits for score in kinds) == 50
+    assert groups["unseen scene"].edits + groups["unseen combination"].edits == 50
 
 
 def test_table_shows_baselines_beside_the_editor() -> None:

@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.shapes.builder import example_edit, example_novelty
-from data_pipelines.shapes.scene import render
 from experiments import shapes_scoring as scoring
 from experiments.configs import shapes
 from varedit_jax.config import SamplingConfig
@@ -16,29 +14,11 @@ from varedit_jax.sampling.editor import Editor
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[2]
-EDITS = 50  # scoring.BATCH: one compiled program serves all tests here
 
 
 @pytest.fixture(scope="module")
 def editor() -> Editor:
     return Editor.load(ROOT / shapes.SHIPPED)
-
-
-@pytest.fixture(scope="module")
-def records() -> list[dict]:
-    edits = [example_edit(0, "test", index) for index in range(EDITS)]
-    return [
-        {
-            "source": render(edit.source),
-            "target": render(edit.target),
-            "source_scene": edit.source.encode(),
-            "target_scene": edit.target.encode(),
-            "instruction": edit.instruction,
-            "kind": edit.kind,
-            "novelty": example_novelty("test", index),
-        }
-        for index, edit in enumerate(edits)
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +42,7 @@ def test_greedy_results_are_equal_alone_and_batched(editor: Editor, records: lis
         np.testing.assert_array_equal(alone[-1, 0], batched[index])
 
 
-def test_a_seed_belongs_to_a_image_not_to_its_place(editor: Editor, records: list[dict]) -> None:
+def test_a_seed_belongs_to_an_image_not_to_its_place(editor: Editor, records: list[dict]) -> None:
     sampling = SamplingConfig(guidance=1.0, temperature=1.0)
     images = np.stack([record["source"] for record in records[:2]])
     instructions = [record["instruction"] for record in records[:2]]

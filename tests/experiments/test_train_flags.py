@@ -65,7 +65,7 @@ def test_what_a_run_says_of_its_speed(alone: pathlib.Path) -> None:
         assert line["time/tflops_per_chip"] > 0 and line["time/tokens_per_second"] > 0
 
 
-def test_a_step_done_again_has_the_metrics_of_the_run(alone: pathlib.Path) -> None:
+def test_a_repeated_step_has_the_metrics_of_the_run(alone: pathlib.Path) -> None:
     run = alone / "alone"
     done = train(alone, f"--workdir={run}", f"--replay={run / 'replay/step_2'}")
     assert "replaying step 2 from the state before it" in done.stderr and "its examples are " in done.stderr

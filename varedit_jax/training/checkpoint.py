@@ -2,7 +2,7 @@
 
 A run's directory holds `config.json` (the configuration it was started with), `checkpoints/<step>/` and `saved.json`
 (the step of the last save, so that lost checkpoints are noticed). A step directory appears under its name only when it
-is complete, and an older one goes only after that; so a full disk, a crash or a kill while saving leaves the last
+is complete, and an older one is removed only after that; so a full disk, a crash or a kill while saving leaves the last
 complete checkpoint loadable.
 
 A checkpoint can be restored on another mesh, by another number of processes.

@@ -72,10 +72,10 @@ def start(
     found = {part: _fitting(config.init_from, part, params) for part, params in abstract.params.items()}
     state = jax.jit(init, out_shardings=places)()
     params = {}
-    for part, (loaded, anew) in found.items():
+    for part, (loaded, fresh) in found.items():
         log(f"{part} from {config.init_from}: {len(loaded)} arrays loaded: {', '.join(loaded) or 'none'}")
-        if anew:
-            log(f"{part}: {len(anew)} arrays do not fit and are initialized: {'; '.join(anew.values())}")
+        if fresh:
+            log(f"{part}: {len(fresh)} arrays do not fit and are initialized: {'; '.join(fresh.values())}")
         values, like = names.flat(state.params[part]), names.flat(abstract.params[part])
         params[part] = names.tree(
             {path: native.load_sharded(loaded[path], like[path]) if path in loaded else x for path, x in values.items()}
@@ -96,16 +96,16 @@ def _fitting(directory: str, part: str, expected: Params) -> tuple[dict[str, nat
         if path not in found or tuple(found[path].shape) != tuple(leaf.shape)
     }
     groups = [re.compile(pattern) for pattern in _MAY_DIFFER.get(part, ())]
-    anew: set[str] = set()
+    fresh: set[str] = set()
     for group in groups:  # one that differs takes its group with it, as in the recipe
         members = {path for path in wanted if group.fullmatch(path)}
         if members & set(differ):
-            anew |= members
-    refused = [text for path, text in differ.items() if path not in anew]
+            fresh |= members
+    refused = [text for path, text in differ.items() if path not in fresh]
     if refused:
         raise UserError(f"a run of this configuration cannot start from {directory}: {part} {'; '.join(refused)}")
-    loaded = {path: found[path] for path in wanted if path not in anew}
-    return loaded, {path: differ.get(path, f"{path} (goes with them)") for path in wanted if path in anew}
+    loaded = {path: found[path] for path in wanted if path not in fresh}
+    return loaded, {path: differ.get(path, f"{path} (goes with them)") for path in wanted if path in fresh}
 
 
 def make_evaluate(config: RunConfig, pyramid: Pyramid) -> Callable[[Params, Params, Batch], Metrics]:

@@ -74,7 +74,7 @@ def test_state_and_iterator_come_back_exactly(tmp_path: pathlib.Path) -> None:
 
 
 def test_restores_onto_a_mesh(tmp_path: pathlib.Path) -> None:
-    """What one device saved comes back with the shardings that are asked for."""
+    """A checkpoint of one device is restored with the requested shardings."""
     save(tmp_path, 1)
     mesh = jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
@@ -100,7 +100,7 @@ def test_keeps_the_newest(tmp_path: pathlib.Path) -> None:
         Checkpoints(tmp_path, keep=0)
 
 
-def test_keeps_some_for_good(tmp_path: pathlib.Path) -> None:
+def test_keeps_some_forever(tmp_path: pathlib.Path) -> None:
     with Checkpoints(tmp_path, keep=2, keep_every=3) as checkpoints:
         for step in range(1, 9):
             checkpoints.save(step, make_state(seed=step), make_iterator())
@@ -173,7 +173,7 @@ def test_restores_onto_another_mesh(tmp_path: pathlib.Path) -> None:
     assert done.stdout.splitlines() == ["8 (8, 32)", "1 (16, 64)"]
 
 
-def test_an_average_of_the_parameters_comes_and_goes(tmp_path: pathlib.Path) -> None:
+def test_an_ema_is_started_and_dropped(tmp_path: pathlib.Path) -> None:
     """Switched on, it starts from the parameters; switched off, it is dropped; kept, it comes back."""
     plain = make_state(seed=3)
     average = jax.tree.map(lambda leaf: leaf + 1, plain.params)
@@ -237,7 +237,7 @@ def test_checkpoint_without_its_index(tmp_path: pathlib.Path) -> None:
 
 
 def test_other_number_of_processes(tmp_path: pathlib.Path) -> None:
-    """Where all processes were at the same place in the data, any number of them goes on from there."""
+    """If all processes were at the same position in the data, any number of them can resume."""
     iterator = make_iterator()
     next(iterator)
     with Checkpoints(tmp_path) as checkpoints:
@@ -382,7 +382,7 @@ def test_a_run_recorded_before_cadence_is_resumed(tmp_path: pathlib.Path, varian
         check_config(tmp_path, to_dict(dataclasses.replace(run, seed=1)))
 
 
-def test_a_run_that_lost_its_checkpoints_does_not_start_anew(tmp_path: pathlib.Path) -> None:
+def test_a_run_that_lost_its_checkpoints_does_not_start_over(tmp_path: pathlib.Path) -> None:
     for resume in (None, False):
         check_resume(tmp_path / "new", resume)
     with pytest.raises(UserError, match=r"there is no checkpoint in .*/new to resume from, and --resume=yes"):

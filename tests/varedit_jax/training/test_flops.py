@@ -119,7 +119,7 @@ def test_a_training_step_is_three_forward_passes():
     # Inputs that are data: tokens of bits.
     less = (flops.tokens - 1) * 2 * bits * width
     # The rows of text are trained where they replace a text, so their gradient is taken.
-    head = target * 2 * width * 2 * bits + 2 * width * 2 * width  # its logits are made again in the backward pass
+    head = target * 2 * width * 2 * bits + 2 * width * 2 * width  # the backward pass recomputes its logits
     weights = 2 * target  # of the loss: a product with a constant, and its gradient
     more = head + 2 * weights + 2 * rope(model, flops.tokens) + 2 * resizes(model, pyramid)
     features = floats(BATCH, *pyramid.cells(model.patchify).last, model.tokenizer.bits)
@@ -129,10 +129,10 @@ def test_a_training_step_is_three_forward_passes():
     assert counted == BATCH * (flops.training_with_encoders - less + more) + tokens
 
 
-def test_what_is_made_again_counts_again():
+def test_recomputation_counts_again():
     """Full rematerialization is one more forward pass of the blocks, and one more of the scores of attention.
 
-    To the last operation, and no model FLOP. Blocks are made again, and inside of them the scores once more, so that
+    To the last operation, and no model FLOP. Blocks are recomputed, and their scores once more, so that
     those of one product are kept at a time.
     """
     counted = {}

@@ -78,8 +78,8 @@ def test_one_process(tmp_path):
     check(process.goodput._before, 0.0)
 
 
-def test_killed_and_gone_on(tmp_path):
-    """Steps that are made again are lost, and so is the time until the next process starts."""
+def test_killed_and_resumed(tmp_path):
+    """Repeated steps are lost, and so is the time until the next process starts."""
     first = Process(tmp_path, 0.0, 0)
     first.spend("compile", 20.0)
     first.steps(27)  # killed here: its last line is of step 20, and its checkpoint of step 15
@@ -88,14 +88,14 @@ def test_killed_and_gone_on(tmp_path):
     second.spend("compile", 10.0)
     second.steps(25)
     second.goodput.close()
-    # The first: 5 + 20 + 15 steps of 1.5 s; 5 steps made again, 7.5 s; and 45 s from its last line, at 55 s, to 100 s.
+    # The first: 5 + 20 + 15 steps of 1.5 s; 5 repeated steps, 7.5 s; and 45 s from its last line, at 55 s, to 100 s.
     expected = dict(startup=5 + 4, compile=20 + 10, productive=15 + 25, data=7.5 + 12.5, checkpoint=6, lost=7.5 + 45)
     check(run_seconds(tmp_path), 157.5, **expected)
     assert second.shares == pytest.approx({kind: expected.get(kind, 0.0) / 157.5 for kind in KINDS})
 
 
-def test_going_back_farther_costs_the_processes_before(tmp_path):
-    """The third process goes on before where the second did: what both made beyond is lost."""
+def test_resuming_from_an_earlier_step_costs_all_earlier_processes(tmp_path):
+    """The third process resumes from an earlier step than the second: both lose everything after it."""
     for start, first_step, steps in ((0.0, 0, 40), (100.0, 30, 20), (200.0, 10, 40)):
         process = Process(tmp_path, start, first_step, startup=0.0)
         process.steps(steps, data=0.0)

@@ -82,7 +82,7 @@ def test_when_no_jump_is_reported() -> None:
     assert said == [] and not any("loss_spike" in extra for extra in extras)
 
 
-def test_a_run_that_goes_on_has_its_counts_and_its_median() -> None:
+def test_a_resumed_run_has_its_counts_and_its_median() -> None:
     guard, said = make(spike_window=20)
     guard.recall(
         [{"step": step, "loss": 1.0, "skipped_steps": 2.0} for step in range(20)] + [{"step": 20, "eval/a": 1}]

@@ -68,7 +68,7 @@ class Run:
         }
 
     def __call__(self, **arguments: Any) -> TrainState:
-        """Starts it, or goes on with it."""
+        """Starts or resumes it."""
         part, parts = batch_part(self.mesh)
         rows = slice(part * BATCH // parts, (part + 1) * BATCH // parts)
         # Batches first, parts then: the place in the data is the same in all processes.
@@ -189,7 +189,7 @@ def be_killed(directory: pathlib.Path, phase: str, call: int, delay: float) -> N
 
 def test_several_processes(tmp_path: pathlib.Path) -> None:
     """Both save when the first one's clock says so, and stop at one point when one of them gets a signal; then a single
-    process with as many devices goes on, and its end is that of a run of its own."""
+    process with as many devices resumes, and its final state is that of a separate run."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

@@ -53,7 +53,7 @@ def test_metrics_reach_the_file_and_tensorboard(tmp_path: pathlib.Path) -> None:
         dict(flat_metrics({"loss": np.zeros((2, 2))}))
 
 
-def test_resuming_drops_what_comes_again(tmp_path: pathlib.Path) -> None:
+def test_resuming_drops_repeated_steps(tmp_path: pathlib.Path) -> None:
     """Lines of the resumed step and later go, and so does one that a kill cut short; TensorBoard is told."""
     writer = MetricsWriter(tmp_path, first_step=0, steps=10)
     for step in range(6):

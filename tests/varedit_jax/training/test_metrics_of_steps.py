@@ -48,7 +48,7 @@ class Loop:
         self.step = 0
 
     def run(self, data=0.0, compute=1.0, examples=8, loss=0.5, part=None, spent=0.0, **metrics):
-        """One step: some other part of the loop, the data, the step; then the one before it is written down."""
+        """One step: some other part of the loop, the data, the step; then the previous step is logged."""
         for name, seconds in ((part, spent), ("data", data), ("step", compute)):
             if name:
                 with self.clock.time(name):
@@ -80,7 +80,7 @@ def test_speed_of_a_window(monkeypatch):
     assert loop.writer.lines.keys() == {0, 2, 4} and loop.writer.steps == 6
 
 
-def test_data_behind_a_running_step_keep_nobody_waiting(monkeypatch):
+def test_data_during_a_running_step_cost_no_time(monkeypatch):
     loop = Loop(monkeypatch)
     loop.ready = False
     for _ in range(4):
@@ -182,7 +182,7 @@ def test_memory_is_reported_where_it_is_known(monkeypatch):
     assert (loop.writer.lines[0]["memory/in_use_gib"], loop.writer.lines[0]["memory/peak_gib"]) == (3.0, 5.0)
 
 
-def test_goodput_goes_with_the_log(monkeypatch, tmp_path):
+def test_goodput_is_logged(monkeypatch, tmp_path):
     """A line of goodput.jsonl for every line of the log, and its shares in it."""
     loop = Loop(monkeypatch)
     with contextlib.closing(Goodput(tmp_path, loop.clock, 0, start=0.0, now=lambda: loop.time)) as goodput:

@@ -171,7 +171,7 @@ def test_muon_updates_matrices_head_by_head() -> None:
     matrix = orthogonal(grad["mlp"]["fc1"]["kernel"])
     expected = -0.1 * (0.1 * math.sqrt(16) * matrix + 0.5 * before["mlp"]["fc1"]["kernel"])
     np.testing.assert_allclose(update["mlp"]["fc1"]["kernel"], expected, atol=1e-5)
-    # Adam's first step has one size for all entries, and a part more with Nesterov's look ahead.
+    # Adam's first step has one size for all entries, and somewhat more with Nesterov momentum.
     size = 0.1 * (1 + 0.9 * 0.1 / (1 - 0.9**2))
     np.testing.assert_allclose(update["mlp"]["fc1"]["bias"], -size * np.sign(grad["mlp"]["fc1"]["bias"]), rtol=1e-4)
 
@@ -198,7 +198,7 @@ def test_first_moments_can_be_bfloat16() -> None:
 
 
 def test_state_keeps_its_structure() -> None:
-    """A run can go on with another configuration: neither clipping nor decay nor schedule changes the state's tree."""
+    """A run can resume with another configuration: neither clipping nor decay nor schedule changes the state's tree."""
     params = {"kernel": jnp.ones((2, 3))}
     configs = (
         OptimizerConfig(),

@@ -24,7 +24,7 @@ def traces(workdir: pathlib.Path) -> list[bytes]:
 
 
 def test_a_trace_has_the_named_regions(tmp_path):
-    """One trace, of the steps asked for; the second half of the range is all that a resumed run traces."""
+    """One trace of the requested steps; a run that resumes inside the range traces the rest of it."""
     x = function(jnp.ones((64, 64)))
     for start, directory in ((0, "new"), (3, "resumed")):
         profiler = Profiler(tmp_path / directory, 2, 4)

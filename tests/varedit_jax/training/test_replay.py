@@ -91,7 +91,7 @@ def test_a_replayed_step_is_the_one_of_the_run(workdir: pathlib.Path) -> None:
     assert said == ["replaying step 4 from the state before it", "its examples are 16, 17, 18, 19"]
 
 
-def test_a_step_without_a_state_is_done_from_a_checkpoint(workdir: pathlib.Path) -> None:
+def test_a_step_without_a_state_starts_from_a_checkpoint(workdir: pathlib.Path) -> None:
     said: list[str] = []
     metrics = replay(workdir / "replay" / "step_5", say=said.append, **ARGUMENTS)
     assert np.isnan(metrics["loss"])

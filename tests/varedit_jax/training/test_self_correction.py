@@ -43,7 +43,7 @@ def test_strengths_are_uniform_over_hundredths(drawn):
         assert not flips[levels == 0].any()
 
 
-def test_one_strength_for_the_whole_batch_and_one_a_scale(drawn):
+def test_one_strength_for_the_whole_batch_and_one_per_scale(drawn):
     """Samples of a batch share the strength; scales do not; bits and samples are drawn one by one."""
     flips = drawn[1]
     strength = np.round(flips.mean(axis=(1, 2, 3, 4)) * 100) / 100

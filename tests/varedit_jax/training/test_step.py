@@ -131,7 +131,7 @@ def test_a_poisoned_gradient_changes_nothing(monkeypatch, state, quick_jit):
     assert float(metrics["skipped"]) == 1 and unchanged(new, state)
 
 
-def test_the_average_follows_the_parameters(state, quick_jit):
+def test_the_ema_follows_the_parameters(state, quick_jit):
     config = dataclasses.replace(accumulating(1), optimizer=OptimizerConfig(ema_decay=0.75))
     state = state.replace(ema=jax.tree.map(np.copy, state.params))
     new, _ = quick_jit(make_step(config, PYRAMID, SGD))(state, {}, batch_of(), KEY)
@@ -151,7 +151,7 @@ def test_quiet_training_equals_evaluation(step, state, params, evaluate):
 
 
 def test_online_features_equal_precomputed(params, evaluate, quick_jit):
-    """Images encoded in the step, source and target each in its place, give the loss of features made ahead."""
+    """Images encoded in the step give the loss of precomputed features, with source and target in their places."""
     draw = np.random.default_rng(1)
     side = PYRAMID.last[0] * MODEL.token_stride
     images = {name: draw.integers(0, 256, (4, side, side, 3), np.uint8) for name in ("source", "target")}
@@ -165,7 +165,7 @@ def test_online_features_equal_precomputed(params, evaluate, quick_jit):
     assert results[0] == pytest.approx(results[1], rel=1e-5)
 
 
-def test_text_encoded_ahead_equals_its_encoding_in_the_step(params, evaluate, quick_jit):
+def test_precomputed_text_equals_its_encoding_in_the_step(params, evaluate, quick_jit):
     batch = batch_of()
     loss, _ = evaluate(params, params, batch, KEY)
     encode = quick_jit(T5Encoder(MODEL.text, jnp.float32).apply)
@@ -215,7 +215,7 @@ def test_noise_reaches_the_target_alone(monkeypatch, patchify):
 
 
 def test_a_pyramid_of_fewer_scales_sees_area_resized_features(params, quick_jit):
-    """A stage's loss, from the features of the whole pyramid, is that of features pooled ahead."""
+    """A stage's loss on features of the whole pyramid is that on features pooled beforehand."""
     whole = Pyramid(((1, 1), (2, 2), (4, 4)), ((1, 1), (2, 2), (8, 8)))
     loss_fn = quick_jit(make_loss(RUN, whole.first(2), training=False))
     fine = batch_of()

@@ -68,7 +68,7 @@ def test_killed_and_resumed_equals_uninterrupted(whole: Outcome, tmp_path: pathl
 
 
 def test_a_finished_run_says_so(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Nothing is trained or written again; with more steps it goes on."""
+    """Nothing is trained or written again; with more steps it resumes."""
     run = Run(tmp_path, steps=2)
     state, _ = run()
     before = (tmp_path / "metrics.jsonl").read_bytes()
@@ -85,7 +85,7 @@ def test_order_of_a_step(tmp_path: pathlib.Path) -> None:
     events: list[str] = []
 
     class Watched(grain.DatasetIterator):
-        """Notes when it moves, and when its place is asked for."""
+        """Records when it moves, and when its position is read."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -149,7 +149,7 @@ def test_what_a_logged_line_has(tmp_path: pathlib.Path) -> None:
     )
     lines = read_metrics(tmp_path)
     bad = [line["data/bad/cut_short"] for line in lines]
-    assert bad == sorted(set(bad))  # asked for anew at every line
+    assert bad == sorted(set(bad))  # fetched for every line
     assert [line["step"] for line in lines] == [0, 2, 3]  # the last step is always there
     assert [line["learning_rate"] for line in lines] == [0.0, 1.0, 1.5]
     for line in lines:
@@ -171,7 +171,7 @@ def test_data_that_ends(tmp_path: pathlib.Path) -> None:
         Run(tmp_path)(batches=iter(source.to_iter_dataset().batch(BATCH)))
 
 
-def test_resume_is_what_was_asked_for(tmp_path: pathlib.Path) -> None:
+def test_resume_flag_is_obeyed(tmp_path: pathlib.Path) -> None:
     run = Run(tmp_path, steps=2, cadence=every(save_every=1))
     with pytest.raises(UserError, match=r"there is no checkpoint in .* to resume from, and --resume=yes starts no new"):
         run(resume=True)
@@ -185,7 +185,7 @@ def test_resume_is_what_was_asked_for(tmp_path: pathlib.Path) -> None:
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_starting_from_nothing_is_said(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_starting_over_is_reported(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Steps were made, but the process died before it saved any."""
 
     def dying(state: TrainState, batch: Any, key: jax.Array) -> Any:
@@ -201,8 +201,8 @@ def test_starting_from_nothing_is_said(tmp_path: pathlib.Path, capsys: pytest.Ca
     assert words in capsys.readouterr().err
 
 
-def test_what_a_run_leaves_for_those_who_measure(tmp_path: pathlib.Path) -> None:
-    """A profile of the steps that were asked for, goodput, and FLOP/s."""
+def test_a_run_leaves_profile_and_goodput(tmp_path: pathlib.Path) -> None:
+    """A profile of the requested steps, goodput, and FLOP/s."""
     work = Work(flops=10**6, flops_with_encoders=10**6, tokens=5, devices=1, chip=None)
     Run(tmp_path, steps=4, cadence=every(log_every=1, save_every=2))(work=work, profile_steps=(1, 2))
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))

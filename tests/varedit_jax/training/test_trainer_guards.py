@@ -76,7 +76,7 @@ def named(poisoned: dict[int, str]) -> grain.DatasetIterator:
 
 def test_exactly_the_poisoned_steps_are_skipped(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By batch and by gradient: the run survives, they are named, and their batches are kept; a run that is stopped
-    among them goes on with its count."""
+    among them continues the count."""
     poisoned = {2: "batch", 5: "gradient", 6: "batch"}
     run = Run(tmp_path, step_fn=guarded_step, steps=9, cadence=every(log_every=1, save_every=0))
     run(batches=named(poisoned), stop_after=6)

@@ -33,7 +33,7 @@ from varedit_jax.weights.run_directory import checkpoint_steps
 def test_a_signal_saves_and_ends(
     whole: Outcome, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], number: signal.Signals
 ) -> None:
-    """The step that runs is finished and saved; the exit code tells of the signal; rerunning goes on."""
+    """The running step is finished and saved; the exit code is the signal's; the same command resumes."""
 
     def struck(state: TrainState, batch: Any, key: jax.Array) -> Any:
         if int(jax.device_get(state.step)) == 6:
@@ -65,7 +65,7 @@ def test_a_second_interrupt_does_not_wait(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("at", [0, 4, 12])
 def test_a_signal_in_an_evaluation(whole: Outcome, tmp_path: pathlib.Path, at: int) -> None:
-    """It is broken off, what was reached is saved, and it is made again when the run goes on; the last one, too."""
+    """It is interrupted, the state is saved, and the resumed run repeats it; the last one, too."""
     calls: list[int] = []
 
     def evaluate(state: TrainState) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def test_a_signal_during_compilation(whole: Outcome, tmp_path: pathlib.Path) -> 
     def second(*arguments: Any) -> Any:  # runs as Python code when it is compiled
         deadline = time.monotonic() + 20
         while not (tmp_path / "checkpoints" / "7").exists() and time.monotonic() < deadline:
-            time.sleep(0.01)  # the writing goes on beside the compilation
+            time.sleep(0.01)  # saving continues during the compilation
         seen.append(sorted(path.name for path in (tmp_path / "checkpoints").iterdir()))
         os.kill(os.getpid(), signal.SIGTERM)
         return step_fn.__wrapped__(*arguments)
@@ -146,7 +146,7 @@ def test_a_second_sigterm_does_not_wait(tmp_path: pathlib.Path) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_saves_by_the_clock(whole: Outcome, tmp_path: pathlib.Path) -> None:
+def test_saves_by_time(whole: Outcome, tmp_path: pathlib.Path) -> None:
     """However often they come, the run is the same."""
     cadence = every(log_every=1, eval_every=4, save_every=0, save_minutes=1e-9, keep_checkpoints=1, keep_every=4)
     run = Run(tmp_path / "often", cadence=cadence)
@@ -157,7 +157,7 @@ def test_saves_by_the_clock(whole: Outcome, tmp_path: pathlib.Path) -> None:
 
 
 def test_saves_when_minutes_have_passed(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Minutes since the last save, whatever made it: here a second goes by whenever the time is asked for."""
+    """Minutes count from the last save; here each reading of the clock advances it by a second."""
     seconds = itertools.count()
     monkeypatch.setattr(trainer, "time", types.SimpleNamespace(monotonic=lambda: float(next(seconds))))
     Run(tmp_path, cadence=every(save_every=6, save_minutes=3.5 / 60, keep_checkpoints=20))()
@@ -183,6 +183,6 @@ def test_processes_save_when_the_first_says_so(monkeypatch: pytest.MonkeyPatch) 
         if timer.due(step):
             saved.append(step)
             timer.saved()
-    assert saved == [30, 35]  # the stand-in never begins anew
+    assert saved == [30, 35]  # the stand-in is never restarted
     assert asked[:3] == [[0, 1], [0, 3], [0, 3]]  # steps of 2 s: after 3 of them a tenth of a minute is over
     assert len(asked) == 8
