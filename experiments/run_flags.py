@@ -7,12 +7,9 @@ from varedit_jax.training.profile import parse_steps
 from varedit_jax.training.trainer import Launch
 from varedit_jax.weights.directory import STORED_TYPES
 
-_WORKDIR = command.DEFINE_path("workdir", None, "directory of the run: checkpoints, metrics, images", required=True)
+WORKDIR = command.DEFINE_path("workdir", None, "directory of the run: checkpoints, metrics, images", required=True)
 _RESUME = flags.DEFINE_enum(
-    "resume",
-    "auto",
-    ["auto", "yes", "no"],
-    "yes: only resume; no: only start a new run; auto: resume if possible",
+    "resume", "auto", ["auto", "yes", "no"], "yes: only resume; no: only start a new run; auto: resume if possible"
 )
 _STOP_AFTER = flags.DEFINE_integer(
     "stop_after", None, "save and end after this many steps of this process", lower_bound=1
@@ -25,15 +22,10 @@ EXPORT = command.DEFINE_path("export", "", "new directory for the finished weigh
 EXPORT_TYPE = flags.DEFINE_enum("export_type", "float16", list(STORED_TYPES), "type of exported weights")
 
 
-def workdir() -> str:
-    """Returns the directory of the run."""
-    return str(_WORKDIR.value)
-
-
 def launch() -> Launch:
     """Returns the settings of this process from its flags. Raises UserError for a malformed flag."""
     return Launch(
-        workdir=_WORKDIR.value,
+        workdir=WORKDIR.value,
         resume={"auto": None, "yes": True, "no": False}[_RESUME.value],
         stop_after=_STOP_AFTER.value,
         profile_steps=parse_steps(_PROFILE_STEPS.value),

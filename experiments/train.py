@@ -83,7 +83,7 @@ def _train(config: RunConfig) -> None:
         editor = Editor(config.model, {**frozen, **state.params}, config.sampling)
         return {"held_out": np.asarray(sample_sheet(editor, shown))} if shown else {}
 
-    quarantine = paths.resolve(run_flags.workdir()) / "quarantine" / f"process_{jax.process_index()}.jsonl"
+    quarantine = paths.resolve(run_flags.WORKDIR.value) / "quarantine" / f"process_{jax.process_index()}.jsonl"
     batches = loader.training_batches(config.data, vocabulary, train, train_features, *part, quarantine=quarantine)
     with jax.set_mesh(mesh), run.stages(frozen) as stages:
         if _REPLAY.value:
@@ -120,8 +120,9 @@ def main(argv: list[str]) -> None:
     with processes.joined(_COORDINATOR.value, _PROCESS_COUNT.value, _PROCESS_INDEX.value):
         if run_flags.EXPORT.value and jax.process_count() > 1:
             raise UserError(
-                f"--export is for a single process, and there are {jax.process_count()}; export the finished run by "
-                f"experiments.convert --to=directory --input={run_flags.workdir()} --output={run_flags.EXPORT.value}"
+                f"--export is for a single process, and there are {jax.process_count()}; export the finished run "
+                f"by experiments.convert --to=directory --input={run_flags.WORKDIR.value} "
+                f"--output={run_flags.EXPORT.value}"
             )
         if _VERIFY.value:
             for directory in dict.fromkeys((config.tokenizer_weights, config.text_weights, config.init_from)):

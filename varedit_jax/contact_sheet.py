@@ -204,9 +204,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: 
 def _draw_card(page: Image.Image, box: tuple[int, int, int, int]) -> None:
     """Draws a white box with smooth round corners."""
     width, height = box[2] - box[0], box[3] - box[1]
-    mask = Image.new("L", (width * 2, height * 2), 0)
-    ImageDraw.Draw(mask).rounded_rectangle((0, 0, width * 2 - 1, height * 2 - 1), radius=16, fill=255)
-    inner = Image.new("L", (width * 2, height * 2), 0)
-    ImageDraw.Draw(inner).rounded_rectangle((2, 2, width * 2 - 3, height * 2 - 3), radius=14, fill=255)
-    page.paste(_EDGE, box, mask.resize((width, height), Image.Resampling.BOX))
-    page.paste(_CARD, box, inner.resize((width, height), Image.Resampling.BOX))
+    card = Image.new("RGB", (width * 2, height * 2), _PAGE)
+    corners = (0, 0, width * 2 - 1, height * 2 - 1)
+    ImageDraw.Draw(card).rounded_rectangle(corners, radius=16, fill=_CARD, outline=_EDGE, width=2)
+    page.paste(card.resize((width, height), Image.Resampling.BOX), box)

@@ -28,12 +28,7 @@ SHIPPED = "varedit_jax/data/shapes"  # the tokenizer and editor in the repositor
 
 MODEL = EditorConfig(
     tokenizer=TokenizerConfig(
-        bits=32,
-        channel_multipliers=(1, 2, 4),
-        base_channels=16,
-        encoder_blocks=1,
-        decoder_blocks=2,
-        norm_groups=4,
+        bits=32, channel_multipliers=(1, 2, 4), base_channels=16, encoder_blocks=1, decoder_blocks=2, norm_groups=4
     ),
     text=TextConfig(width=48, layers=2, heads=4, head_size=16, mlp_width=128),
     transformer=TransformerConfig(

@@ -99,8 +99,7 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(_fields(state)),
-                    data=grain.checkpoint.CheckpointSave(iterator),
+                    state=ocp.args.StandardSave(_fields(state)), data=grain.checkpoint.CheckpointSave(iterator)
                 ),
             )
         self._saving = step, evaluated
@@ -153,7 +152,9 @@ class Checkpoints:
     def _check_room(self, state: TrainState) -> None:
         """Raises UserError if the disk has no room for a checkpoint."""
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(_fields(state)))
-        disk.check_room(self.directory, needed, "a checkpoint", _resuming(self.latest()))
+        step = self.latest()
+        resuming = "" if step is None else f"; it resumes from step {step}"
+        disk.check_room(self.directory, needed, "a checkpoint", resuming)
 
     def __enter__(self) -> Self:
         """Returns self."""
@@ -276,7 +277,3 @@ def _saved(root: pathlib.Path) -> dict[str, Any]:
 def _fields(state: TrainState) -> dict[str, Any]:
     """Returns the fields of a state that are not None, by name: those that are saved."""
     return {name: value for name, value in vars(state).items() if value is not None}
-
-
-def _resuming(step: int | None) -> str:
-    return "" if step is None else f"; it resumes from step {step}"

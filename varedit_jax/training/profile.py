@@ -1,5 +1,6 @@
 """A profile of a few steps on demand, for TensorBoard, XProf or Perfetto."""
 
+import contextlib
 import pathlib
 import re
 import tempfile
@@ -27,7 +28,7 @@ class Profiler:
         self._first, self._last = first, last
         self._waits = jax.process_index() == 0 and first < last
         self._tracing = False
-        self._annotation: Any = None
+        self._annotation = contextlib.ExitStack()  # of the current step
 
     def step(self, step: int, state: Any = None) -> None:
         """Begins or ends the trace where due; call it before step `step` is dispatched.
@@ -49,9 +50,8 @@ class Profiler:
         if self._tracing and step >= self._last:
             self.close(state)
         if self._tracing:
-            self._end_step()
-            self._annotation = jax.profiler.StepTraceAnnotation("train", step_num=step)
-            self._annotation.__enter__()
+            self._annotation.close()
+            self._annotation.enter_context(jax.profiler.StepTraceAnnotation("train", step_num=step))
 
     def close(self, state: Any = None) -> None:
         """Ends a trace that has begun, once `state` is ready, and writes it."""
@@ -59,16 +59,11 @@ class Profiler:
             return
         self._tracing = False
         jax.block_until_ready(state)
-        self._end_step()
+        self._annotation.close()
         jax.profiler.stop_trace()
         if self._local:
             upload(pathlib.Path(self._local.name), self._directory)
             self._local.cleanup()
-
-    def _end_step(self) -> None:
-        if self._annotation is not None:
-            self._annotation.__exit__(None, None, None)
-            self._annotation = None
 
 
 def parse_steps(text: str) -> tuple[int, int]:

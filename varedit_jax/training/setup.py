@@ -48,13 +48,7 @@ def load_frozen(config: RunConfig, abstract: Params) -> Params:
 
 # Groups of arrays that may differ from those of `init_from`, and are then initialized, as in the recipe: projections of
 # another tokenizer's bits; all of a text encoder of another width; parts that published models lack.
-_MAY_DIFFER = {
-    "transformer": (
-        r"word_embed/kernel|head/.*",
-        r"text_.*",
-        r"position_embed/.*",
-    ),
-}
+_MAY_DIFFER = {"transformer": (r"word_embed/kernel|head/.*", r"text_.*", r"position_embed/.*")}
 
 
 def start(
