@@ -4,6 +4,7 @@ import pathlib
 import re
 import sys
 
+import psutil
 import pytest
 from absl import flags
 
@@ -42,6 +43,23 @@ def test_memory_is_of_the_process_with_its_descendants(capfd: pytest.CaptureFixt
 def test_a_program_that_fails_is_a_sentence() -> None:
     with pytest.raises(UserError, match="^fails ended with exit code 3; its output is above$"):
         harness.run_program("fails")
+
+
+@pytest.mark.usefixtures("programs")
+def test_a_program_is_killed_with_its_descendants(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[psutil.Process] = []
+    descendants = harness.family
+
+    def family(pid: int) -> list[psutil.Process]:
+        found.extend(descendants(pid))
+        return found
+
+    monkeypatch.setattr(harness, "family", family)
+    harness.kill_program(lambda: len(psutil.Process().children(recursive=True)) > 1, "a longer one", "starts")
+    assert len(found) == 2
+    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in found)
+    with pytest.raises(UserError, match="^sleeps ended before it could be killed; give a longer one$"):
+        harness.kill_program(lambda: False, "a longer one", "sleeps")
 
 
 def test_a_scratch_directory_is_new_and_goes(tmp_path: pathlib.Path) -> None:

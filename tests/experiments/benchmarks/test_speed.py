@@ -87,7 +87,7 @@ def test_what_is_printed(answers):
     """The size and that it is reduced, the convention, a line a row."""
     out = answers[0]["good"][1]
     assert "tiny: depth 1 of 3 (REDUCED DEPTH), 16 x 16 px, 37 tokens" in out
-    assert CONVENTION in out and "not known, so no MFU" in out
+    assert CONVENTION in out and "unknown, so no MFU" in out
     assert [line.split(" | ")[0] for line in out.splitlines() if line.startswith("| ")][1:] == ["| train", "| edit"]
 
 
