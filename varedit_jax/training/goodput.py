@@ -81,8 +81,8 @@ class Moment:
 
     process: str  # unique among the processes of the run
     start: float  # of the process, seconds since 1970
-    time: float  # of the line, likewise
-    first_step: int  # the step the process began with
+    time: float  # of the line, in the same unit
+    first_step: int  # of the process
     step: int  # updates made when the line was written
     seconds: Mapping[str, float]  # by kind, since the start; they sum to time - start
 
@@ -110,7 +110,7 @@ class Goodput:
         if not self._writes:
             return
         earlier = read_goodput(workdir)
-        start = psutil.Process().create_time() if start is None else start
+        start = round(psutil.Process().create_time(), 3) if start is None else start  # as lines have it
         # A process can resume a run twice; its second time begins where the first ended.
         self._start = max([start, *(moment.time for moment in earlier if moment.start <= start)])
         self._process = f"{os.getpid()}-{now():.6f}"
