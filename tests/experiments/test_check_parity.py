@@ -1,4 +1,4 @@
-"""The parity program on spoilt copies of a golden directory: exit code 1 and one sentence."""
+"""The parity program on corrupted copies of a golden directory: exit code 1 and one sentence."""
 
 import json
 import pathlib
@@ -80,7 +80,7 @@ def test_spoilt_directory(answers, name):
 
 
 def test_table(answers):
-    """Every tensor has its line; the spoilt one is marked, and no other."""
+    """Every tensor has a line; only the corrupted one is marked."""
     header, *lines = answers["beyond tolerance"][1].splitlines()
     assert header.split() == ["tensor", "largest", "error", "tolerance"]
     assert len(lines) == 25

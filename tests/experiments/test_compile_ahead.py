@@ -1,4 +1,4 @@
-"""Compiling ahead: the one JSON line of a small editor's step for a TPU, with the real compiler, and mistakes."""
+"""Ahead-of-time compilation: the JSON line of a small editor's step for a TPU, with the real compiler, and mistakes."""
 
 import json
 
@@ -86,7 +86,7 @@ def test_split_parameters(answers):
 
 
 def test_copied_parameters(answers):
-    """Nothing is gathered or scattered, gradients are summed; and a memory that is too small is said, not raised."""
+    """Nothing is gathered or scattered, gradients are summed; too little memory is reported, not raised."""
     figures = row(answers["data"])
     assert set(figures["collectives"]["by_kind"]) == {"all-reduce"}
     assert figures["fits"] is False and figures["memory"]["hbm_gib"] == 0.001 < figures["memory"]["needed_gib"]
@@ -137,7 +137,7 @@ Total hbm usage >= 41.92G:
 
 
 def test_what_does_not_fit():
-    """The compiler's refusal, in any of its forms, becomes what it asked for; another error stays one."""
+    """The compiler's refusal, in any of its forms, becomes the needed memory; other errors are raised."""
     target = Target(topology="v6e:2x2")
     refusal = ahead._too_large(MESSAGE, target)
     assert refusal["needed_gib"] == 41.17 and refusal["hbm_gib"] == 31.25

@@ -1,4 +1,4 @@
-"""Every layout once, lines kept at once, and a table of what they say. What compiles is test_compile_ahead's."""
+"""Layouts are compiled once, their lines kept at once and tabulated; test_compile_ahead tests the compilation."""
 
 import json
 import pathlib

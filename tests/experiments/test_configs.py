@@ -70,7 +70,7 @@ def shapes_of(tree: Any) -> Any:
 
 @pytest.mark.parametrize(("name", "variant"), CONFIGS)
 def test_training_step_of_every_config(name: str, variant: str) -> None:
-    """Loss and gradient norm are numbers, every scale has its metric, and the state keeps its form."""
+    """Loss and gradient norm are scalars, every scale has its metric, and the state keeps its structure."""
     config = load(name, variant)
     optimizer = make_optimizer(config.optimizer, config.steps)
     batch, key = batch_of(config), jax.eval_shape(lambda: jax.random.key(0))
@@ -94,7 +94,7 @@ def test_training_step_of_every_config(name: str, variant: str) -> None:
 
 @pytest.mark.parametrize("name", published.LAYOUTS)
 def test_layouts_on_machines(name: str) -> None:
-    """Every machine has one; it fills the machine, the batch and the parameters divide, and nothing else changes."""
+    """Every machine has a layout that fills it; batch and parameters divide, and nothing else changes."""
     base = load(name, "")
     assert set(published.LAYOUTS[name]) == set(published.MACHINES) <= set(MODULES[name].VARIANTS)
     for machine, about in published.MACHINES.items():
@@ -123,7 +123,7 @@ def test_weights_that_a_config_ships_with_fit_it(name: str, variant: str) -> Non
 
 
 def test_every_file_is_a_config_or_serves_one() -> None:
-    """A new config is tested without being listed here; a file that defines no config has to be imported by one."""
+    """New configs are tested without being listed here; a file that defines no config must be imported by one."""
     names = {name for name, _ in CONFIGS}
     assert {"shapes", *published.LAYOUTS} <= names
     for other in set(MODULES) - names:

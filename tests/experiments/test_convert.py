@@ -52,7 +52,7 @@ def test_refused(answers, name):
 
 
 def test_dry_run_of_a_size(answers):
-    """One published tensor a line: name, shape, type, and where it goes."""
+    """One published tensor per line: name, shape, type and destination."""
     code, out, _ = answers["8b"]
     assert code == 0
     published = json.loads((DATA / "state_dict" / "varedit_8b.json").read_text())

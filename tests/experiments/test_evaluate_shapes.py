@@ -71,7 +71,7 @@ def answers(run_program: Callable, directory: pathlib.Path) -> dict[str, Answer]
 
 
 def test_scores_sheet_and_table(answers: dict[str, Answer], directory: pathlib.Path) -> None:
-    """A random editor is no better than nothing; what it does is counted by group, beside the baselines."""
+    """A random editor makes no exact edits; its edits are counted by group, beside the baselines."""
     code, out, err = answers["scored"]
     assert code == 0, err
     header = next(line for line in out.splitlines() if line.startswith("edits"))  # TFDS may speak first

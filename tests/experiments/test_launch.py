@@ -1,4 +1,4 @@
-"""The launch scripts: the shell can read them, and what they and their pages ask of the training program exists."""
+"""The launch scripts are valid shell, and they and their pages use configs, variants and fields that exist."""
 
 import os
 import pathlib
@@ -47,7 +47,7 @@ def test_a_page_shows_the_command_of_its_script(script: str, page: str) -> None:
 
 @pytest.mark.subprocess
 def test_slurm_requeues_a_job(tmp_path: pathlib.Path) -> None:
-    """Unless it is finished, has a mistake, or ends at once for the third time in a row."""
+    """Unless it is finished, has a mistake, or ends quickly for the third time in a row."""
     for name, lines in (("srun", "exit $CODE"), ("scontrol", 'echo "$@"')):
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{lines}\n")
         (tmp_path / name).chmod(0o755)

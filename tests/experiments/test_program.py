@@ -1,4 +1,4 @@
-"""Command lines: what they set, and the one sentence that answers a wrong one."""
+"""Command lines: the fields that they set, and one sentence for a wrong one."""
 
 import dataclasses
 import json
@@ -233,7 +233,7 @@ def field(value: object, name: str) -> object:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings(answers: dict[str, Answer], name: str) -> None:
-    """The fields that are named change, with the right type, and no other."""
+    """Only the named fields change, with the right types."""
     code, out, err = answers[name]
     assert (code, err) == (0, "")
     values = to_dict(config(out))
@@ -258,7 +258,7 @@ def test_mistakes(answers: dict[str, Answer], name: str) -> None:
 
 
 def test_interrupt_is_clean_and_a_defect_is_not(answers: dict[str, Answer]) -> None:
-    """Ctrl-C leaves no trace; what is no mistake of the user leaves one for whoever mends it."""
+    """Ctrl-C leaves no stack trace; an error that is not the user's does."""
     assert answers["interrupted"] == (130, "", "error: interrupted\n")
     code, _, err = answers["broken"]
     assert code == 1 and "Traceback" in err and "ZeroDivisionError" in err
@@ -275,7 +275,7 @@ def test_compiled_programs_are_kept_in_the_working_directory(answers: dict[str, 
 
 
 def test_every_field_of_a_run_can_be_set() -> None:
-    """No field of a configuration has a type that command lines cannot speak of."""
+    """Command lines support the type of every field of a configuration."""
     names = field_types(RunConfig)
     assert "model.tokenizer.channel_multipliers" in names and "sampling.temperature" in names
     assert all(in_words(hint) for hint in names.values())

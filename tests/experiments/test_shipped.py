@@ -1,4 +1,4 @@
-"""The editor that comes with the repository really edits, and an image's result does not depend on its batch."""
+"""The shipped editor edits exactly, and an image's result does not depend on its batch."""
 
 import pathlib
 

@@ -86,7 +86,7 @@ def test_exported_directory_names_its_model(uninterrupted: pathlib.Path) -> None
 
 
 def test_a_run_can_be_started_from_and_exported(uninterrupted: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """A second stage takes a run's directory as it is; `convert` makes of it what --export made."""
+    """A second stage starts from a run's directory; `convert` makes the same weights of it as --export."""
     directory = uninterrupted / "run"
     run = dataclasses.replace(from_dict(RunConfig, run_directory.read_config(directory)), init_from=str(directory))
     abstract = jax.eval_shape(make_init(run, make_optimizer(run.optimizer, run.steps)))

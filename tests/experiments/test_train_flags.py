@@ -1,4 +1,4 @@
-"""The training program on a mesh: a run that changes its mesh on its way, with its data iterator; a step done again."""
+"""The training program on a mesh: a run that resumes on another mesh, with its data iterator; a repeated step."""
 
 import json
 import math
@@ -24,7 +24,7 @@ FOUR = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_leve
 
 
 def train(directory: pathlib.Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The program, which has to end well."""
+    """Runs the program, which must succeed."""
     command = [sys.executable, "-m", "experiments.train", *COMMON, f"--config.data.directory={directory / 'data'}"]
     done = subprocess.run(
         [*command, *arguments],

@@ -27,7 +27,7 @@ BAD = 5  # its target ends early
 
 
 def _run(module: str, *arguments: str) -> str:
-    """Runs a program, which compiles quickly rather than well; returns its output."""
+    """Runs a program without compiler optimizations; returns its output."""
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
@@ -43,7 +43,7 @@ def _run(module: str, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A data set made of a list of images, by the program that users call, without its look at every image."""
+    """Prepares a data set from a list of images by the users' program, without inspecting every image."""
     directory = tmp_path_factory.mktemp("files")
     draw = np.random.default_rng(0)
     lines = []

@@ -18,7 +18,7 @@ def random_row(seed: int, *, height: int = 12, width: int = 16, **fields) -> She
 
 
 def corners_of(block: np.ndarray, sheet: Image.Image) -> list[tuple[int, int]]:
-    """Upper left corners (x, y) of every place where the sheet shows exactly this block."""
+    """Returns the upper left corners (x, y) where the sheet shows exactly this block."""
     pixels = np.asarray(sheet)
     height, width = block.shape[:2]
     candidates = np.argwhere(np.all(pixels[: 1 - height, : 1 - width] == block[0, 0], axis=-1))
@@ -26,7 +26,7 @@ def corners_of(block: np.ndarray, sheet: Image.Image) -> list[tuple[int, int]]:
 
 
 def pixels_of(color: tuple[int, int, int], sheet: Image.Image) -> np.ndarray:
-    """(x, y) of every pixel of this very color."""
+    """Returns (x, y) of every pixel of exactly this color."""
     return np.argwhere(np.all(np.asarray(sheet) == np.array(color, np.uint8), axis=-1))[:, ::-1]
 
 

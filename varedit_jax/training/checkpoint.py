@@ -12,7 +12,6 @@ import dataclasses
 import json
 import pathlib
 import re
-import types
 from typing import Any, Self
 
 import grain
@@ -160,14 +159,12 @@ class Checkpoints:
         """Returns self."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         """Finishes a save under way; an error that ends the block takes precedence over one of the save."""
         try:
             self.wait()
         except UserError:
-            if error is None:
+            if kind is None:
                 raise
         finally:
             self._manager.close()

@@ -5,8 +5,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import jax
 
@@ -40,12 +39,10 @@ class Stages:
         self._compiled: dict[tuple[int, Shapes], concurrent.futures.Future[Any]] = {}
         self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="compile")
 
-    def __enter__(self) -> "Stages":
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def stage(self, number: int) -> int:

@@ -1,4 +1,4 @@
-"""Programs that measure: what they say of a program, its time and memory, and the report."""
+"""The benchmarks' harness: time and memory of programs, directories, and the report."""
 
 import pathlib
 import re

@@ -1,4 +1,4 @@
-"""The benchmark: what it prints and writes at the smallest preset, and what it says to mistakes."""
+"""The speed benchmark at the smallest preset: what it prints and writes, and a user's mistakes."""
 
 import json
 import types
@@ -39,7 +39,7 @@ def answers(run_program, tmp_path_factory):
 
 
 def test_figures(answers):
-    """Times, speed and memory where they can be had; no MFU on a CPU."""
+    """Times, speed and memory where available; no MFU on a CPU."""
     figures = answers[1]
     train, edit = figures["rows"]
     assert (train["what"], train["attention"], train["remat"], edit["what"]) == ("train", "auto", "named", "edit")
@@ -57,7 +57,7 @@ def test_figures(answers):
 
 @pytest.fixture
 def bench(monkeypatch):
-    """A benchmark that notes what it would run, and takes a second for each."""
+    """A benchmark that records its programs, and takes a second for each."""
     monkeypatch.setattr(benchmark_lib.Benchmark, "_train", lambda self, run: ran.append(run) or {"median_s": 1.0})
     ran = []
     run = RunConfig(name="test", model=preset("tiny"), data=DataConfig(batch_size=1, text_tokens=5))
@@ -65,7 +65,7 @@ def bench(monkeypatch):
 
 
 def test_attention_is_compared_where_there_is_a_kernel(bench):
-    """On a CPU there is none, which a row says; what two rows share is run once."""
+    """On a CPU there is none, which a row says; a program of two rows runs once."""
     bench, ran = bench
     train, (plain, auto) = bench.train(), list(bench.attention())
     assert (plain["attention"], plain["median_s"]) == ("plain", 1.0) and train["attention"] == "auto"
@@ -74,7 +74,7 @@ def test_attention_is_compared_where_there_is_a_kernel(bench):
 
 
 def test_remat_policies(bench):
-    """Each with what it computes again; without any, nothing."""
+    """Each with the share that it recomputes, which is zero without rematerialization."""
     bench, ran = bench
     rows = list(bench.remat())
     assert [row["remat"] for row in rows] == [run.model.transformer.remat for run in ran] == ["full", "named", "none"]
@@ -84,7 +84,7 @@ def test_remat_policies(bench):
 
 
 def test_what_is_printed(answers):
-    """The size and that it is reduced, the convention, a line a row."""
+    """The size, a reduced depth, the convention, and one line per row."""
     out = answers[0]["good"][1]
     assert "tiny: depth 1 of 3 (REDUCED DEPTH), 16 x 16 px, 37 tokens" in out
     assert CONVENTION in out and "unknown, so no MFU" in out

@@ -1,4 +1,4 @@
-"""Configurations: what is refused and in which words, the presets, and the way to JSON and back."""
+"""Configurations: refusals and their sentences, presets, and JSON."""
 
 import dataclasses
 import json
@@ -145,7 +145,7 @@ def test_there_and_back_through_json(value):
 
 @pytest.mark.parametrize(("name", "cls"), [("shapes_tiny", RunConfig), ("shapes_tokenizer_tiny", TokenizerRunConfig)])
 def test_records_from_before_cadence_are_read(name, cls):
-    """tests/data/runs has records as they were written when the fields of `cadence` lay beside it."""
+    """tests/data/runs has records of earlier versions, with the fields of `cadence` at the top level."""
     values = json.loads((RUNS / f"{name}.json").read_text())
     del values["format_version"]
     run = config_lib.from_dict(cls, values)

@@ -12,7 +12,7 @@ BLUE, ORANGE, RED = (0, 114, 178), (213, 94, 0), (200, 46, 42)
 
 
 def pixels_of(color: tuple[int, int, int], sheet: Image.Image, below: int = 46) -> np.ndarray:
-    """(x, y) of every pixel of this very color, below title and legend."""
+    """Returns (x, y) of every pixel of exactly this color, below title and legend."""
     found = np.argwhere(np.all(np.asarray(sheet) == np.array(color, np.uint8), axis=-1))[:, ::-1]
     return found[found[:, 1] > below]
 

@@ -55,7 +55,7 @@ with Lock(sys.argv[1]):
 def test_a_lease_expires_with_its_holder(
     kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A holder that died is waited for until its lease has expired; one that lives renews it."""
+    """The lease of a dead holder expires; a live one renews it."""
     monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.2)
     monkeypatch.setattr(lock, "EXPIRY_SECONDS", 3.0)
     directory = lock.resolve(request.getfixturevalue(f"{kind}_bucket") + "/run")
@@ -72,7 +72,7 @@ def test_a_lease_expires_with_its_holder(
 
 
 def test_a_lost_lease_ends_the_holder(gs_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever finds another owner stops, as by SIGTERM, before both write."""
+    """A holder that finds another owner stops, as by SIGTERM, before both write."""
     killed: list[tuple[int, int]] = []
     monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.1)
     monkeypatch.setattr(os, "kill", lambda *arguments: killed.append(arguments))
@@ -103,7 +103,7 @@ def test_a_file_system_without_locks(tmp_path: pathlib.Path, monkeypatch: pytest
 
 
 def test_a_lease_that_cannot_be_renewed_ends_the_holder(gs_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut off from the store for as long as a lease lasts, it may have been taken over."""
+    """A holder that could not reach the store until its lease expired may have lost it."""
     killed: list[tuple[int, int]] = []
     monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.1)
     monkeypatch.setattr(lock, "EXPIRY_SECONDS", 0.5)

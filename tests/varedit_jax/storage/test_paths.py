@@ -73,7 +73,7 @@ def test_what_must_be_local_says_so() -> None:
 
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_no_name_is_a_pattern_or_a_url(directory: pathlib.Path, name: str) -> None:
-    """Listing and TensorStore find what lies in a directory of that name, and nothing beside it."""
+    """Listing and TensorStore find the contents of a directory of that name, and nothing else."""
     odd = directory / name
     for path in (odd / "part-1.txt", odd / "other", directory / "x" / "part-2.txt"):
         path.parent.mkdir(parents=True, exist_ok=True)

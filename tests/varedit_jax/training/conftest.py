@@ -1,4 +1,4 @@
-"""What several tests of training compare with."""
+"""Reference runs that several tests of training share."""
 
 import pytest
 
@@ -7,6 +7,6 @@ from tests.varedit_jax.training.runs import Outcome, Run, outcome
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """What an uninterrupted run leaves."""
+    """The results of an uninterrupted run."""
     run = Run(tmp_path_factory.mktemp("whole"))
     return outcome(run, *run())

@@ -1,4 +1,4 @@
-"""A small run of the training loop, again and again in one directory, and what it leaves: for tests of the loop."""
+"""A small run of the training loop, to be started repeatedly in one directory, and its results."""
 
 import dataclasses
 import pathlib
@@ -26,7 +26,7 @@ OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=3, w
 
 
 def every(**fields: Any) -> Cadence:
-    """A cadence with nothing but what is named: no evaluation and no samples by default."""
+    """Returns a cadence without evaluation and samples by default."""
     return Cadence(**{"eval_every": 0, "sample_every": 0, **fields})
 
 
@@ -70,7 +70,7 @@ def batches() -> grain.DatasetIterator:
 
 @dataclasses.dataclass
 class Run:
-    """A run that can be started again and again in one directory."""
+    """A run that can be started repeatedly in one directory."""
 
     workdir: pathlib.Path | str
     steps: int = 12
@@ -117,7 +117,7 @@ def without_times(workdir: pathlib.Path | str) -> list[dict[str, Any]]:
 
 @dataclasses.dataclass
 class Outcome:
-    """What a run left."""
+    """The results of a run."""
 
     state: TrainState
     metrics: list[dict[str, Any]]
@@ -126,7 +126,7 @@ class Outcome:
 
 
 def outcome(run: Run, state: TrainState, iterator: grain.DatasetIterator) -> Outcome:
-    """What `run` left, and the batch that would come next."""
+    """Returns the results of `run`, and the next batch."""
     return Outcome(jax.device_get(state), without_times(run.workdir), iterator.get_state(), next(iterator))
 
 

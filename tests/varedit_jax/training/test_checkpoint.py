@@ -1,4 +1,4 @@
-"""Checkpoints: what comes back, what is kept, and what the user is told when it does not work."""
+"""Checkpoints: what is restored, what is kept, and the sentences about failures."""
 
 import collections
 import dataclasses
@@ -159,7 +159,7 @@ with Checkpoints(sys.argv[1]) as checkpoints:
 
 @pytest.mark.subprocess
 def test_restores_onto_another_mesh(tmp_path: pathlib.Path) -> None:
-    """Saved over eight devices, restored over eight otherwise and on one, bit for bit."""
+    """Saved on eight devices, restored on eight in another layout and on one, bit for bit."""
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     done = subprocess.run(
         [sys.executable, "-c", RESHARD, str(tmp_path)],
@@ -174,7 +174,7 @@ def test_restores_onto_another_mesh(tmp_path: pathlib.Path) -> None:
 
 
 def test_an_ema_is_started_and_dropped(tmp_path: pathlib.Path) -> None:
-    """Switched on, it starts from the parameters; switched off, it is dropped; kept, it comes back."""
+    """A new EMA starts from the parameters; one that is switched off is dropped; else it is restored."""
     plain = make_state(seed=3)
     average = jax.tree.map(lambda leaf: leaf + 1, plain.params)
     with Checkpoints(tmp_path / "off") as checkpoints:
@@ -193,7 +193,7 @@ def test_an_ema_is_started_and_dropped(tmp_path: pathlib.Path) -> None:
 
 
 def test_another_models_checkpoint(tmp_path: pathlib.Path) -> None:
-    """The first parameter that differs is named, with what it is on both sides."""
+    """The sentence names the first parameter that differs, with both shapes."""
     save(tmp_path, 1)
 
     def refusal(state: TrainState) -> str:
@@ -211,7 +211,7 @@ def test_another_models_checkpoint(tmp_path: pathlib.Path) -> None:
 
 
 def test_damaged_checkpoint(tmp_path: pathlib.Path) -> None:
-    """A checkpoint whose files were cut is refused, and the one before it still loads."""
+    """A checkpoint with truncated files is refused, and the previous one still loads."""
     state = TrainState(step=jnp.int32(0), params=LONELY, opt_state={})
     with Checkpoints(tmp_path) as checkpoints:
         for step in (1, 2):
@@ -286,7 +286,7 @@ def test_a_nearly_full_disk_is_noticed_before_saving(tmp_path: pathlib.Path, mon
 
 
 def test_a_disk_that_fills_up_while_saving(tmp_path: pathlib.Path) -> None:
-    """A limit on the size of files stands for the disk: writing fails midway, as it does there."""
+    """A limit on the size of files replaces a full disk: writing fails midway."""
     save(tmp_path, 1)
     large = TrainState(step={}, params=LONELY, opt_state={})  # type: ignore[arg-type]
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

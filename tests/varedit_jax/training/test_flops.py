@@ -1,4 +1,4 @@
-"""Operations by formula are those that the real programs have, but for what the convention leaves out."""
+"""Operations by formula equal those of the real programs, except for what the convention leaves out."""
 
 import dataclasses
 

@@ -165,7 +165,7 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_one_sentence(tmp_path):
-    """The device that is always full stands for the disk."""
+    """/dev/full replaces a full disk."""
     process = Process(tmp_path, 0.0, 0)
     process.goodput._lines.close()
     with open("/dev/full", "wb", buffering=0) as full:

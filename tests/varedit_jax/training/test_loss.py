@@ -75,7 +75,7 @@ def test_equals_plain_cross_entropy(compute, example, reduction, power):
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
 def test_soft_labels(compute, example, temperature):
-    """Each value's cross-entropy, weighed with its probability; the metrics stay those of the bits."""
+    """Each value's cross-entropy, weighted by its probability; the metrics stay those of the bits."""
     logits, residuals = example
     ones = 1 / (1 + np.exp(-residuals.astype(np.float64) / temperature))
     both = [slow_entropy(logits, np.full(residuals.shape, value)) for value in (False, True)]
@@ -120,7 +120,7 @@ def test_token_accuracy_wants_every_bit(compute):
 
 
 def test_extreme_logits_stay_finite(quick_jit):
-    """As wrong, and as right, as logits can be: the loss and its gradient are numbers."""
+    """The loss and its gradient are finite for extreme logits, wrong and right ones."""
     labels = np.arange(BATCH * 27 * BITS).reshape(BATCH, 27, BITS) % 2 == 0
     logits = np.zeros((*labels.shape, 2), np.float32)
     logits[..., 1] = 1e4

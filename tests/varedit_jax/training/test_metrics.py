@@ -1,4 +1,4 @@
-"""What a run writes down."""
+"""Metrics of a run: files, TensorBoard and progress."""
 
 import io
 import json
@@ -54,7 +54,7 @@ def test_metrics_reach_the_file_and_tensorboard(tmp_path: pathlib.Path) -> None:
 
 
 def test_resuming_drops_repeated_steps(tmp_path: pathlib.Path) -> None:
-    """Lines of the resumed step and later go, and so does one that a kill cut short; TensorBoard is told."""
+    """Lines of the resumed step and later are dropped, as is one that a kill cut short; TensorBoard purges its own."""
     writer = MetricsWriter(tmp_path, first_step=0, steps=10)
     for step in range(6):
         writer.scalars(step, {"loss": step})
@@ -90,7 +90,7 @@ def test_images(tmp_path: pathlib.Path) -> None:
 
 
 def test_progress_off_a_terminal_is_a_line(tmp_path: pathlib.Path) -> None:
-    """A line has what a user looks for, and only what there is."""
+    """A line has the available metrics, and no others."""
     screen = io.StringIO()
     writer = MetricsWriter(tmp_path, first_step=0, steps=1000, screen=screen)
     writer.progress(20, {"loss": 0.69314, "bit_accuracy": 0.5, "other": 1.0}, examples_per_second=12.34, eta=7325)
@@ -117,7 +117,7 @@ def test_progress_on_a_terminal_is_a_bar(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_full_disk_is_one_sentence(tmp_path: pathlib.Path) -> None:
-    """The device that is always full stands for the disk."""
+    """/dev/full replaces a full disk."""
     writer = MetricsWriter(tmp_path, first_step=0, steps=10)
     writer._lines.close()
     with open("/dev/full", "wb", buffering=0) as writer._lines._file:
@@ -135,7 +135,7 @@ def test_a_directory_that_is_a_file(tmp_path: pathlib.Path) -> None:
 
 
 def test_stopwatch_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts add up over visits; a share is of all the time since the start."""
+    """Times of a part add up; a share is of the time since the start."""
     now = iter([0.0, 1.0, 2.0, 10.0, 12.0, 20.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(now))
     clock = Stopwatch()  # at 0
@@ -149,7 +149,7 @@ def test_stopwatch_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_duration() -> None:
-    """Seconds as a user says them."""
+    """Seconds as text."""
     assert [duration(s) for s in (4, 99, 100, 5900, 7500, float("inf"))] == [
         "4 s", "99 s", "2 min", "98 min", "2 h 05 min", "?",
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the loop reports of its steps."""
+"""Metrics that the loop reports of its steps."""
 
 import contextlib
 import types
@@ -36,7 +36,7 @@ class MetricsWriter:
 
 
 class Loop:
-    """A loop whose time goes by as told."""
+    """A loop with a simulated clock."""
 
     def __init__(self, monkeypatch, work=None, **arguments):
         self.time, self.work = 0.0, work
@@ -59,7 +59,7 @@ class Loop:
 
 
 def test_speed_of_a_window(monkeypatch):
-    """Steps of a second after a quarter of a second of data; compiling and evaluating are not their time."""
+    """Steps of 1 s after 0.25 s of data; compilation and evaluation do not count."""
     loop = Loop(monkeypatch, work=WORK)
     loop.run(part="compile", spent=60.0, data=0.25)
     for _ in range(4):
@@ -95,7 +95,7 @@ def test_data_during_a_running_step_cost_no_time(monkeypatch):
 
 
 def test_time_left_is_by_the_median(monkeypatch):
-    """One slow step says nothing about the rest."""
+    """One slow step does not change the estimate."""
     loop = Loop(monkeypatch, work=WORK)
     for compute in (1.0, 1.0, 1.0, 1.0, 500.0, 1.0, 1.0):
         loop.run(compute=compute)
@@ -106,7 +106,7 @@ def test_time_left_is_by_the_median(monkeypatch):
 
 
 def test_no_peak_no_mfu(monkeypatch):
-    """Absent, not 0; the speed is there."""
+    """MFU is absent, not 0; the speed is there."""
     loop = Loop(monkeypatch, work=Work.of(example_flops(preset("tiny"), editor_pyramid(preset("tiny")), 5), [_cpu()]))
     for _ in range(2):
         loop.run()
@@ -140,7 +140,7 @@ def test_stages_and_aspects_count_what_they_cost(monkeypatch):
 
 
 def test_the_guard_sees_every_step(monkeypatch):
-    """Each with its own examples; what it adds is written with the next line; what it raises ends the run."""
+    """It gets each step with its examples; its metrics are logged with the next line; its error ends the run."""
     seen = []
 
     def check(step, metrics, example_ids):
@@ -162,7 +162,7 @@ def test_the_guard_sees_every_step(monkeypatch):
 
 
 def test_a_skipped_step_is_not_productive(monkeypatch, tmp_path):
-    """It takes its time, but what it took is lost."""
+    """Its time counts as lost."""
     loop = Loop(monkeypatch)
     for step in range(4):
         loop.run(skipped=jnp.float32(step == 1))
@@ -183,7 +183,7 @@ def test_memory_is_reported_where_it_is_known(monkeypatch):
 
 
 def test_goodput_is_logged(monkeypatch, tmp_path):
-    """A line of goodput.jsonl for every line of the log, and its shares in it."""
+    """Every logged step has a line in goodput.jsonl, and the shares of it."""
     loop = Loop(monkeypatch)
     with contextlib.closing(Goodput(tmp_path, loop.clock, 0, start=0.0, now=lambda: loop.time)) as goodput:
         loop.report = StepReport(loop.writer, loop.clock, 2, 100, None, goodput=goodput)

@@ -80,7 +80,7 @@ def test_kernels_decay_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("pattern", NO_DECAY)
 def test_no_exclusion_is_dead(pattern: str) -> None:
-    """Every entry of the table speaks of a parameter that there is."""
+    """Every entry of the table matches a parameter."""
     assert any(re.fullmatch(pattern, path) for path in EXCLUDED)
 
 
@@ -131,14 +131,14 @@ def test_equals_plain_adamw(clip_norm: float) -> None:
 
 @pytest.mark.parametrize("pattern", MATRICES)
 def test_no_matrix_is_dead(pattern: str) -> None:
-    """Every entry of Muon's table speaks of parameters that there are, and that decay as kernels do."""
+    """Every entry of Muon's table matches parameters, all of which decay."""
     found = [path for path in DECAYED + EXCLUDED if re.fullmatch(pattern, path)]
     assert found
     assert set(found) <= set(DECAYED)
 
 
 def orthogonal(matrix: np.ndarray) -> np.ndarray:
-    """Three iterations of Newton and Schulz with Muon's coefficients, in float64."""
+    """Three Newton-Schulz iterations with Muon's coefficients, in float64."""
     x = matrix.astype(np.float64) / np.linalg.norm(matrix)
     for _ in range(3):
         gram = x @ x.T

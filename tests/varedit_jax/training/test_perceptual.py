@@ -88,7 +88,7 @@ def test_is_a_distance(distance, images):
 
 
 def test_dead_features_give_no_nan(load, images):
-    """Where every unit is off the feature has no direction; the distance is 0 and its gradient a number."""
+    """If all units are zero the feature has no direction; the distance is 0 and its gradient finite."""
     found, gradient = load(narrow_vgg(bias=-1e3))(*images)
     assert float(found) == 0
     assert bool(jnp.isfinite(gradient).all())

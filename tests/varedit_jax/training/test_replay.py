@@ -1,4 +1,4 @@
-"""One step done again on its inputs alone."""
+"""Replay of one step on its dumped inputs."""
 
 import pathlib
 from typing import Any
@@ -139,7 +139,7 @@ def test_a_directory_that_cannot_be_replayed(workdir: pathlib.Path, tmp_path: pa
 
 
 def test_features_in_bfloat16_come_back(tmp_path: pathlib.Path) -> None:
-    """Numpy's files do not know the type."""
+    """NumPy's files do not know the type."""
     features = np.arange(6, dtype=np.float32).reshape(2, 3).astype(jnp.bfloat16)
     inputs = Inputs(tmp_path)
     inputs.keep(3, {"text_features": features})

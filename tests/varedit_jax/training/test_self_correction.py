@@ -1,4 +1,4 @@
-"""How many bits self-correction flips, and where."""
+"""The number and places of the bits that self-correction flips."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""What a training run of an editor starts from."""
+"""The initial state and frozen weights of an editor's training run."""
 
 import dataclasses
 import re
@@ -87,7 +87,7 @@ def test_state_holds_what_is_trained(train_text):
 
 
 def test_seed_decides():
-    """By the program, which has the seed in it: one seed, one program."""
+    """The compiled program contains the seed."""
     programs = [
         jax.jit(make_init(dataclasses.replace(RUN, seed=seed), OPTIMIZER)).lower().as_text() for seed in (0, 0, 1)
     ]
@@ -95,7 +95,7 @@ def test_seed_decides():
 
 
 def test_start(shipped):
-    """What is trained comes from `init_from`; the rest is what `init` makes."""
+    """Trained parts come from `init_from`; the rest is initialized."""
     params, directory = shipped
     abstract = jax.eval_shape(make_init(RUN, OPTIMIZER))
 
@@ -128,7 +128,7 @@ def test_start(shipped):
     ids=["other bits", "other text encoder", "positions"],
 )
 def test_start_from_a_model_that_differs_where_it_may(shipped, tokenizer, transformer, text, anew):
-    """As a run starts from Infinity: what does not fit stays as initialized, the rest is loaded, the log lists both."""
+    """As from Infinity: arrays that do not fit stay initialized, the others are loaded, and the log lists both."""
     params, directory = shipped
     model = dataclasses.replace(
         MODEL,

@@ -1,4 +1,4 @@
-"""A run on a mesh: what cannot be is one sentence."""
+"""A run on a mesh: impossible settings are refused in one sentence."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Stages: which step belongs to which number, and that the later ones are compiled in another thread."""
+"""Stages: the step of each number, and the compilation of later ones in another thread."""
 
 import threading
 

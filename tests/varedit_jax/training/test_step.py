@@ -1,4 +1,4 @@
-"""The editor's training step: accumulation, text drop, what is trained, where noise goes."""
+"""The editor's training step: accumulation, text drop, trained parts, noise."""
 
 import dataclasses
 
@@ -93,13 +93,13 @@ def test_loss_falls(step, state):
 
 
 def unchanged(new: TrainState, old: TrainState) -> bool:
-    """Whether two states are the same but for the count of steps."""
+    """Returns True if two states are the same except for the step count."""
     same = jax.tree.map(np.array_equal, new.replace(step=0), old.replace(step=0))
     return all(jax.tree.leaves(same))
 
 
 def test_exactly_the_poisoned_steps_change_nothing(step, state):
-    """A batch with one NaN is skipped, counted and forgotten: the next step is as if it had never come."""
+    """A batch with one NaN is skipped and counted; the next step is as if it had not occurred."""
     poisoned = batch_of()
     poisoned["target_features"][2, 0, 1, 0] = np.nan
     expected, kept = state, state
@@ -116,7 +116,7 @@ def test_exactly_the_poisoned_steps_change_nothing(step, state):
 
 
 def test_a_poisoned_gradient_changes_nothing(monkeypatch, state, quick_jit):
-    """A loss that is finite does not let a gradient through that is not."""
+    """A gradient that is not finite is skipped although the loss is finite."""
     bitwise_loss = step_module.bitwise_loss
 
     def poisoned(logits, residuals, *rest):
@@ -178,7 +178,7 @@ def test_precomputed_text_equals_its_encoding_in_the_step(params, evaluate, quic
 
 
 def test_text_drop_and_stochastic_depth(state, params, evaluate, quick_jit):
-    """Where every text is dropped its words do not matter; stochastic depth follows the key, only in training."""
+    """If every text is dropped its words do not matter; stochastic depth follows the key, only in training."""
     deep = dataclasses.replace(MODEL, transformer=dataclasses.replace(MODEL.transformer, drop_path=0.5))
     config = dataclasses.replace(RUN, model=deep, loss=dataclasses.replace(QUIET, text_drop=1.0))
     loss_fn = quick_jit(make_loss(config, PYRAMID, training=True))

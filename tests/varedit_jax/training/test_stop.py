@@ -1,4 +1,4 @@
-"""How several processes agree on when to stop; a single one is tested with the loop."""
+"""Several processes stop at the same call; a single process is tested with the loop."""
 
 import signal
 

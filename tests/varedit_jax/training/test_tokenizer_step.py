@@ -37,7 +37,7 @@ KEY = jax.random.key(0)
 
 
 def squares(output: jax.Array, target: jax.Array) -> jax.Array:
-    """Stands for a perceptual distance."""
+    """Replaces a perceptual distance."""
     return jnp.mean(jnp.square(output - target))
 
 

@@ -1,4 +1,4 @@
-"""The training loop: resumed equals uninterrupted, and what the user is told."""
+"""The training loop: a resumed run equals an uninterrupted one; messages and refusals."""
 
 import os
 import pathlib
@@ -50,7 +50,7 @@ def test_every_step_has_its_batch_and_its_key(whole: Outcome) -> None:
 
 
 def test_killed_and_resumed_equals_uninterrupted(whole: Outcome, tmp_path: pathlib.Path) -> None:
-    """A process that dies three steps after its last save, without any farewell, is made good."""
+    """A process is killed three steps after its last save; the resumed run is the same."""
     calls = 0
 
     def dying(*arguments: Any) -> Any:
@@ -81,7 +81,7 @@ def test_a_finished_run_says_so(tmp_path: pathlib.Path, capsys: pytest.CaptureFi
 
 
 def test_order_of_a_step(tmp_path: pathlib.Path) -> None:
-    """Looking and saving come before the batch is taken; metrics are fetched after the next step is dispatched."""
+    """Evaluation and saving precede the next batch; metrics are fetched after the next step is dispatched."""
     events: list[str] = []
 
     class Watched(grain.DatasetIterator):
@@ -103,7 +103,7 @@ def test_order_of_a_step(tmp_path: pathlib.Path) -> None:
             self._inner.set_state(state)
 
     class Lagging:
-        """A metric that notes when it is fetched."""
+        """A metric that records when it is fetched."""
 
         def __init__(self, step: int) -> None:
             self._step = step
@@ -141,7 +141,7 @@ def test_order_of_a_step(tmp_path: pathlib.Path) -> None:
 
 
 def test_what_a_logged_line_has(tmp_path: pathlib.Path) -> None:
-    """Times, the learning rate and what the data count stand beside the metrics."""
+    """Times, the learning rate and the counts of the data pipeline are logged with the metrics."""
     cadence = every(log_every=2, save_every=0)
     counts = iter(range(100))
     Run(tmp_path, steps=4, cadence=cadence)(
@@ -158,14 +158,14 @@ def test_what_a_logged_line_has(tmp_path: pathlib.Path) -> None:
 
 
 def test_another_configuration_is_refused(tmp_path: pathlib.Path) -> None:
-    """A run's directory is for that run."""
+    """The directory of another run is refused."""
     Run(tmp_path)(stop_after=1)
     with pytest.raises(UserError, match="with model.width = 300, but this one has 400; use another --workdir"):
         Run(tmp_path, record={"model": {"width": 400}, "steps": 12})()
 
 
 def test_data_that_ends(tmp_path: pathlib.Path) -> None:
-    """An iterator that is not endless is the user's mistake to put right."""
+    """An iterator that ends is a user error."""
     source = grain.MapDataset.source(np.arange(BATCH * 2)).map(lambda index: example(int(index)))
     with pytest.raises(UserError, match="the data ended after 2 of 12 steps"):
         Run(tmp_path)(batches=iter(source.to_iter_dataset().batch(BATCH)))
@@ -246,7 +246,7 @@ def test_a_directory_in_use(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_run_that_hangs_is_ended(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches that come, and evaluations that poll, are signs of life; a step that never ends is not."""
+    """Batches and polls of evaluations reset the watchdog; a step that never ends does not."""
     ends: list[int] = []
     monkeypatch.setattr("os._exit", ends.append)
 
@@ -272,6 +272,6 @@ def test_a_run_that_hangs_is_ended(tmp_path: pathlib.Path, monkeypatch: pytest.M
 
 
 def test_no_implicit_transfer_in_a_step(tmp_path: pathlib.Path) -> None:
-    """A batch that was not put on the devices is found out, instead of slowing every step."""
+    """A batch that is not on the devices is an error, instead of slowing every step."""
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         Run(tmp_path)(put=lambda batch: batch)

@@ -1,4 +1,4 @@
-"""The training loop meets numbers that are not finite, and jumps of the loss."""
+"""The training loop with losses that are not finite, and with spikes."""
 
 import pathlib
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def test_a_loss_that_stays_nan(tmp_path: pathlib.Path, capsys: pytest.CaptureFix
 
 @jax.jit(donate_argnums=0)
 def guarded_step(state: TrainState, batch: Any, key: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update, or none where it is not finite, as the step of an editor does it."""
+    """One update, or none if it is not finite, like an editor's step."""
     loss, grads = jax.value_and_grad(loss_fn)(state.params, batch, key)
     grads = jax.tree.map(lambda leaf: jnp.where(batch["y"][0, 0] == GRADIENT_POISON, jnp.nan, leaf), grads)
     norm = optax.tree.norm(grads)

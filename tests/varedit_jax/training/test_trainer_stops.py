@@ -1,4 +1,4 @@
-"""The training loop is told to stop, at any moment, and saves by steps and by the clock."""
+"""The training loop stops on signals at any time, and saves by steps and by time."""
 
 import itertools
 import os
@@ -91,7 +91,7 @@ def test_a_signal_in_an_evaluation(whole: Outcome, tmp_path: pathlib.Path, at: i
 
 
 def test_a_signal_during_compilation(whole: Outcome, tmp_path: pathlib.Path) -> None:
-    """What a later stage's compilation could lose has been saved before it begins."""
+    """A checkpoint is saved before a later stage is compiled."""
     seen: list[list[str]] = []
 
     @jax.jit(donate_argnums=0)
@@ -121,7 +121,7 @@ def test_a_signal_during_compilation(whole: Outcome, tmp_path: pathlib.Path) -> 
 
 
 def test_a_signal_before_the_first_step(tmp_path: pathlib.Path) -> None:
-    """There is nothing to save, and nothing that looks like a run which lost something."""
+    """Nothing is saved, and nothing looks like a run that lost its checkpoints."""
 
     def struck() -> TrainState:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -147,7 +147,7 @@ def test_a_second_sigterm_does_not_wait(tmp_path: pathlib.Path) -> None:
 
 
 def test_saves_by_time(whole: Outcome, tmp_path: pathlib.Path) -> None:
-    """However often they come, the run is the same."""
+    """The run does not depend on the number of saves."""
     cadence = every(log_every=1, eval_every=4, save_every=0, save_minutes=1e-9, keep_checkpoints=1, keep_every=4)
     run = Run(tmp_path / "often", cadence=cadence)
     run(stop_after=6)
@@ -165,7 +165,7 @@ def test_saves_when_minutes_have_passed(tmp_path: pathlib.Path, monkeypatch: pyt
 
 
 def test_processes_save_when_the_first_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their clocks differ; the answer, and when to ask again, is that of process 0."""
+    """Process 0 decides for all when to save and when to check again."""
     now = 0.0
     asked: list[list[int]] = []
 

@@ -1,4 +1,4 @@
-"""A run that hangs is ended, and says where; one that lives is left alone."""
+"""A run that hangs is ended, with its stacks; a live one is not."""
 
 import pathlib
 import subprocess
@@ -46,7 +46,7 @@ def test_a_hang_writes_the_stacks_of_all_threads_and_exits(tmp_path: pathlib.Pat
 
 @pytest.mark.subprocess
 def test_a_hang_that_holds_the_interpreter(tmp_path: pathlib.Path) -> None:
-    """C code that never gives the interpreter back stops the watchdog's thread too."""
+    """C code that never releases the interpreter stops the watchdog's thread, too."""
     done = hang(tmp_path, "ctypes.PyDLL(None).sleep(60)")
     assert done.returncode == 1
     assert "in where_it_hangs" in done.stderr

@@ -1,4 +1,4 @@
-"""Runs whose directory lies in an object store: killed and resumed, they equal one on this disk, bit for bit."""
+"""Runs in an object store: killed and resumed, they equal a run on the local disk, bit for bit."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def test_killed_and_resumed_equals_a_run_on_this_disk(
 
 
 def test_what_a_run_leaves_beside_its_checkpoints(gs_bucket: str) -> None:
-    """Samples, a profile, a dumped step, and checkpoints that are kept and dropped as asked."""
+    """Samples, a profile, a dumped step, and checkpoints by the retention settings."""
     workdir = f"{gs_bucket}/run"
     image = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
     run = Run(workdir, steps=4, cadence=every(log_every=1, sample_every=2, save_every=1, keep_checkpoints=2))
