@@ -109,12 +109,10 @@ def start(workdir: pathlib.Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdout=log, stderr=log)
 
 
-def finish(workdir: pathlib.Path) -> float:
-    """Resumes the run to its end; returns the seconds. Raises UserError if it fails."""
-    begin = time.monotonic()
+def finish(workdir: pathlib.Path) -> None:
+    """Starts or resumes the run to its end. Raises UserError if it fails."""
     if start(workdir).wait():
         raise UserError(f"the run failed; see {workdir.with_suffix('.log')}")
-    return time.monotonic() - begin
 
 
 def kill(workdir: pathlib.Path, phase: str, rng: np.random.Generator) -> dict[str, Any]:
@@ -138,8 +136,7 @@ def kill(workdir: pathlib.Path, phase: str, rng: np.random.Generator) -> dict[st
         state, _ = compare_runs.read(workdir)
         if int(state.step) != after:
             raise UserError(f"the checkpoint of step {after} holds step {int(state.step)}")
-    lines = read_metrics(workdir)
-    logged = max((line["step"] + 1 for line in lines), default=0)
+    logged = max((line["step"] + 1 for line in read_metrics(workdir)), default=0)
     left = len(unfinished(workdir))
     return {"phase": phase, "seconds after": round(delay, 3), "checkpoint": after, "steps": logged, "left": left}
 
@@ -173,7 +170,7 @@ def main(argv: list[str]) -> None:
     directory = harness.new_directory(_DIRECTORY.value)
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(directory / "cache"))
     whole, killed = directory / "whole", directory / "killed"
-    seconds = {"whole": finish(whole)}
+    seconds = {"whole": harness.timed(finish, whole)[0]}
     print(f"the uninterrupted run took {seconds['whole']:.0f} s")
     rng = np.random.default_rng(_SEED.value)
     all_phases = [phase for phase, (count, _, _) in PHASES.items() for _ in range(count)]

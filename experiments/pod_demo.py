@@ -108,15 +108,13 @@ def follow(running: Sequence[Process], workdir: pathlib.Path, steps: int, until:
         show()
 
 
-def finish(workdir: pathlib.Path, values: dict[str, object], steps: int) -> float:
-    """Starts or resumes the run to its end; returns the seconds. Raises UserError if a process fails."""
-    begin = time.monotonic()
+def finish(workdir: pathlib.Path, values: dict[str, object], steps: int) -> None:
+    """Starts or resumes the run to its end. Raises UserError if a process fails."""
     with started(workdir, values) as running:
         follow(running, workdir, steps, lambda: False)
         codes = gone(running)
     if any(codes):
         raise UserError(f"the processes ended with {codes}; see {workdir}_*.log")
-    return time.monotonic() - begin
 
 
 def gone(running: Sequence[Process]) -> list[int | None]:
@@ -135,9 +133,7 @@ def kill(workdir: pathlib.Path, values: dict[str, object], steps: int, victim: i
         if any(process.poll() is not None for process in running):
             raise UserError(f"a process ended before one was killed; see {workdir}_*.log")
         running[victim].send_signal(signal.SIGKILL)
-        begin = time.monotonic()
-        codes = gone(running)
-        seconds = time.monotonic() - begin
+        seconds, codes = harness.timed(gone, running)
     made, saved = len(compare_runs.metrics(workdir)), compare_runs.newest(workdir)
     others = [code for index, code in enumerate(codes) if index != victim]
     alone = sum(code is not None for code in others)
@@ -175,15 +171,13 @@ def main(argv: list[str]) -> None:
     begin = time.monotonic()
     shutil.rmtree(paths.local(_DIRECTORY.value, "--directory"), ignore_errors=True)
     directory, steps = harness.new_directory(_DIRECTORY.value), _STEPS.value
-    values, seconds = settings(directory, steps), {}
+    values = settings(directory, steps)
     whole, killed = directory / "whole", directory / "killed"
     print(f"{PROCESSES} processes train {CONFIG} for {steps} steps; the first time they compile, which takes minutes")
-    seconds["whole"] = finish(whole, values, steps)
-    before = time.monotonic()
-    story = kill(killed, values, steps, _VICTIM.value)
-    seconds["killed"] = time.monotonic() - before
+    seconds = {"whole": harness.timed(finish, whole, values, steps)[0]}
+    seconds["killed"], story = harness.timed(kill, killed, values, steps, _VICTIM.value)
     print(f"{story}; all start again")
-    seconds["resumed"] = finish(killed, values, steps)
+    seconds["resumed"], _ = harness.timed(finish, killed, values, steps)
     compare_runs.check_equal(killed, whole)
     seconds["all"] = time.monotonic() - begin
     if _OUTPUT.value:

@@ -71,7 +71,8 @@ def contact_sheet(
     top = _MARGIN + (38 if heading else 0)
     first_card = top + max(map(len, title_lines)) * _leading(13) + 8
     card_heights = [max(height, text.height) + 2 * _PAD for text in texts]
-    page_width = max(left + len(titles) * (width + _GAP) - _GAP + _PAD + _MARGIN, _heading_width(heading))
+    heading_width = math.ceil(_font(22).getlength(heading)) + 2 * _MARGIN
+    page_width = max(left + len(titles) * (width + _GAP) - _GAP + _PAD + _MARGIN, heading_width)
     page_height = first_card + sum(card_heights) + _GAP * (len(rows) - 1) + _MARGIN
 
     page = Image.new("RGB", (page_width, page_height), _PAGE)
@@ -171,10 +172,6 @@ def _draw_line(draw: ImageDraw.ImageDraw, spots: Sequence[Point], color: Color, 
     radius = width / 2 if len(spots) > 1 else 1.5 * width
     for x, y in (spots[0], spots[-1]):
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
-
-
-def _heading_width(heading: str) -> int:
-    return math.ceil(_font(22).getlength(heading)) + 2 * _MARGIN
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

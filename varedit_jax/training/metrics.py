@@ -47,7 +47,14 @@ class MetricsWriter:
         self._writes = jax.process_index() == 0
         self._screen = screen or sys.stderr
         self._steps = steps
-        self._bar: tqdm.tqdm | None = None
+        self._bar = tqdm.tqdm(
+            total=steps,
+            initial=first_step,
+            file=self._screen,
+            dynamic_ncols=True,
+            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+            disable=not (self._writes and self._screen.isatty()),
+        )
         if not self._writes:
             return
         self._directory = resolve(workdir)
@@ -62,14 +69,6 @@ class MetricsWriter:
             filename_suffix=f".{first_step}",
             flush_secs=30,
         )
-        if self._screen.isatty():
-            self._bar = tqdm.tqdm(
-                total=steps,
-                initial=first_step,
-                file=self._screen,
-                dynamic_ncols=True,
-                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
-            )
 
     def scalars(self, step: int, metrics: Metrics) -> None:
         """Writes the metrics of one step; a vector [K] becomes `name/scale_k`. A value that is not finite is null."""
@@ -104,22 +103,21 @@ class MetricsWriter:
         if mfu is not None:
             shown.append(f"MFU {mfu:.1%}")
         shown.append(f"{duration(eta)} left")
-        if self._bar is not None:
-            self._bar.set_postfix_str(", ".join(shown), refresh=False)
-        else:
+        if self._bar.disable:
             self.say(", ".join([f"step {step}/{self._steps}", *shown]))
+        else:
+            self._bar.set_postfix_str(", ".join(shown), refresh=False)
 
     def advance(self) -> None:
         """Advances the progress bar, if any, by one step."""
-        if self._bar is not None:
-            self._bar.update()
+        self._bar.update()
 
     def say(self, sentence: str) -> None:
         """Shows a line to the user."""
-        if self._bar is not None:
-            self._bar.write(sentence, file=self._screen)
-        else:
+        if self._bar.disable:
             say(sentence, self._screen)
+        else:
+            self._bar.write(sentence, file=self._screen)
 
     def flush(self) -> None:
         """Makes everything written so far durable, in an object store too."""
@@ -134,8 +132,7 @@ class MetricsWriter:
         """Writes what is pending."""
         if not self._writes:
             return
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
         with contextlib.suppress(OSError):  # a full disk, which has been reported
             self._board.close()
         self.flush()
