@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from flax.traverse_util import flatten_dict
+
 from varedit_jax.config import RunConfig, TokenizerRunConfig, with_current_names
 from varedit_jax.errors import UserError
 from varedit_jax.storage import files
@@ -52,12 +54,12 @@ def check_config(workdir: PathLike, values: Mapping[str, Any]) -> None:
     if not (resolve(workdir) / CONFIG_FILE).exists():
         return
     # Through JSON, because the record has lists for tuples.
-    recorded, asked = _flat(with_current_names(read_config(workdir))), _flat(json.loads(json.dumps(values)))
-    recorded = _defaults(values) | recorded
-    for field in dict.fromkeys([*asked, *recorded]):
+    given = flatten_dict(json.loads(json.dumps(values)), sep=".")
+    recorded = _defaults(values) | flatten_dict(with_current_names(read_config(workdir)), sep=".")
+    for field in dict.fromkeys([*given, *recorded]):
         if any(re.fullmatch(pattern, field) for pattern in FREE_FIELDS):
             continue
-        ours, theirs = asked.get(field, _ABSENT), recorded.get(field, _ABSENT)
+        ours, theirs = given.get(field, _ABSENT), recorded.get(field, _ABSENT)
         if ours != theirs:
             raise UserError(
                 f"{workdir} holds a run with {field} = {theirs!r}, but this one has {ours!r}; "
@@ -69,26 +71,14 @@ def _defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the defaults of the config class whose fields are those of `values`, by dotted name; {} if none fits."""
     for cls in (RunConfig, TokenizerRunConfig):
         if {field.name for field in dataclasses.fields(cls)} == set(values):
-            return _flat(json.loads(json.dumps(_field_defaults(cls))))
+            return flatten_dict(json.loads(json.dumps(_field_defaults(cls))), sep=".")
     return {}
 
 
 def _field_defaults(cls: Any) -> dict[str, Any]:
-    defaults: dict[str, Any] = {}
-    for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(field.type):
-            defaults[field.name] = _field_defaults(field.type)
-        elif field.default is not dataclasses.MISSING:
-            defaults[field.name] = field.default
-    return defaults
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns nested dicts as one, with dotted names."""
-    flat = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value
-    return flat
+    nested = dataclasses.is_dataclass
+    return {
+        field.name: _field_defaults(field.type) if nested(field.type) else field.default
+        for field in dataclasses.fields(cls)
+        if nested(field.type) or field.default is not dataclasses.MISSING
+    }
