@@ -47,7 +47,8 @@ def DEFINE_path(
 
     A path that cannot be used, for want of an extra, say, ends the program as any mistaken flag does.
     """
-    return flags.DEFINE(_PathParser(name, local), name, default, about, required=required)
+    serializer = flags.ArgumentSerializer[str]()
+    return flags.DEFINE(_PathParser(name, local), name, default, about, serializer=serializer, required=required)
 
 
 class _PathParser(flags.ArgumentParser[str]):

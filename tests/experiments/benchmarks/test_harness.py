@@ -9,6 +9,7 @@ import pytest
 from absl import flags
 
 from experiments.benchmarks import harness
+from varedit_jax import command
 from varedit_jax.errors import UserError
 
 pytestmark = pytest.mark.subprocess
@@ -72,6 +73,16 @@ def test_a_scratch_directory_is_new_and_goes(tmp_path: pathlib.Path) -> None:
         harness.new_directory("gs://bucket/x")
 
 
+def test_a_report_shows_flags_for_paths() -> None:
+    flag = command.DEFINE_path("path_of_a_test", "", "")
+    flags.FLAGS["path_of_a_test"].parse("a/b")
+    flags.FLAGS["path_of_a_test"].present = 1
+    try:
+        assert harness.command_line("some", flag) == "python -m some --path_of_a_test=a/b"
+    finally:
+        delattr(flags.FLAGS, "path_of_a_test")
+
+
 def test_a_report_has_command_date_and_machine_but_no_path_of_it(tmp_path: pathlib.Path) -> None:
     values = flags.FlagValues()
     given = [
@@ -82,10 +93,10 @@ def test_a_report_has_command_date_and_machine_but_no_path_of_it(tmp_path: pathl
         flags.DEFINE_string("output", "", "", flag_values=values),
     ]
     values(["program", "--directory=/home/somebody/x", "--sizes=2,3", "--zeros", f"--output={tmp_path}/a.md"])
-    command = harness.command_line("experiments.benchmarks.some", *given)
-    assert command == "python -m experiments.benchmarks.some --directory=... --sizes=2,3 --zeros --output=..."
-    text = harness.report("Title", command, "About it.", harness.table(("a", "b"), [(1, "x")]), "", "The end.")
-    expected = rf"# Title\n\n    {re.escape(command)}\n\n\d{{4}}-\d\d-\d\d, \d+ cores, .+; Python "
+    line = harness.command_line("experiments.benchmarks.some", *given)
+    assert line == "python -m experiments.benchmarks.some --directory=... --sizes=2,3 --zeros --output=..."
+    text = harness.report("Title", line, "About it.", harness.table(("a", "b"), [(1, "x")]), "", "The end.")
+    expected = rf"# Title\n\n    {re.escape(line)}\n\n\d{{4}}-\d\d-\d\d, \d+ cores, .+; Python "
     expected += rf"{sys.version_info.major}\.[\d.]+, jax [\d.]+\. About it\.\n\n"
     expected += r"\| a \| b \|\n\| --- \| --- \|\n\| 1 \| x \|\n\nThe end\.\n"
     assert re.fullmatch(expected, text)
