@@ -1,1 +1,1 @@
-"""Triples in, batches out."""
+"""Data: from published edit triples to prepared records, and from records to batches."""

@@ -1,16 +1,17 @@
-"""The records of a prepared data set that cannot be used: found by decoding every image once, and read by the loader.
+"""Unusable records of a prepared data set: found by decoding every image once, and skipped by the loader.
 
-DIRECTORY/SPLIT/bad.jsonl names them with their reason, after a line that says which index it is of.
+DIRECTORY/SPLIT/bad.jsonl lists them with their reasons, after a header that identifies the index.
 """
 
 import concurrent.futures
 import contextlib
+import functools
 import json
 import multiprocessing
 import pathlib
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tqdm
@@ -28,19 +29,13 @@ from varedit_jax.storage.jsonl import LineWriter, read_lines
 from varedit_jax.storage.paths import PathLike
 
 BAD = "bad.jsonl"
-CHUNK = 256  # records a line of the journal
+CHUNK = 256  # records per line of the journal
 
 Found = list[tuple[int, str, str]]  # bad records: row, reason and detail
 
 
-class _Chunk(NamedTuple):
-    records: Records
-    number: int
-
-
-def _check_chunk(chunk: _Chunk) -> tuple[int, Found]:
-    """The bad records of a chunk. Raises UserError where the machine fails: nothing is known of the records then."""
-    records, number = chunk
+def _check_chunk(records: Records, number: int) -> tuple[int, Found]:
+    """Returns the chunk's number and bad records. Raises UserError if the machine fails to read, whatever the data."""
     found = []
     for row in range(number * CHUNK, min((number + 1) * CHUNK, len(records))):
         try:
@@ -53,16 +48,17 @@ def _check_chunk(chunk: _Chunk) -> tuple[int, Found]:
 
 
 def check_split(directory: PathLike, split: str, processes: int = 1, cache_directory: str = "") -> Counter[str]:
-    """Decodes all records of a split, and lists the bad ones; returns their number by reason.
+    """Decodes all records of a split and writes the list of bad ones; returns their counts by reason.
 
-    Raises UserError if there is no such split, or the machine fails to read it or to write the list.
+    Raises UserError if there is no such split, or if reading it or writing the list fails.
     """
     records = Records(directory, split, cache_directory)
     place = records.directory / split
     journal = place / f".{BAD}.partial"
     header = {"index": records.stored.files.digest, "records": len(records)}
     done = _read_journal(journal, header)
-    chunks = [_Chunk(records, number) for number in range(-(-len(records) // CHUNK)) if number not in done]
+    chunks = [number for number in range(-(-len(records) // CHUNK)) if number not in done]
+    check = functools.partial(_check_chunk, records)
     with (
         explained("list of bad records", place),
         contextlib.closing(LineWriter(journal)) as lines,
@@ -72,12 +68,12 @@ def check_split(directory: PathLike, split: str, processes: int = 1, cache_direc
         if not done:
             lines.append(header)
         progress.update(min(len(done) * CHUNK, len(records)))
-        checked: Iterator[tuple[int, Found]] = map(_check_chunk, chunks)
+        checked: Iterator[tuple[int, Found]] = map(check, chunks)
         if processes > 1:
             context = multiprocessing.get_context("spawn")
             pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(processes, context))
             stack.callback(pool.shutdown, wait=False, cancel_futures=True)
-            checked = pool.map(_check_chunk, chunks)
+            checked = pool.map(check, chunks)
         try:
             for number, found in checked:
                 done[number] = found
@@ -100,7 +96,7 @@ def check_split(directory: PathLike, split: str, processes: int = 1, cache_direc
 
 
 def _read_journal(journal: pathlib.Path, header: dict[str, Any]) -> dict[int, Found]:
-    """Bad records by chunk, as an earlier check of the same data left them; a journal of other data is removed."""
+    """Returns bad records by chunk from an interrupted check of the same data; deletes a journal of other data."""
     with read_explained(str(journal)):
         first, *lines = read_lines(journal) or [{}]
         if first == header:
@@ -110,7 +106,7 @@ def _read_journal(journal: pathlib.Path, header: dict[str, Any]) -> dict[int, Fo
 
 
 def kept_records(records: Records) -> NDArray[np.bool_]:
-    """False for the records of a split that a check found to be bad, [n]; all True if none was made.
+    """Returns [n], False for the records of a split that a check found to be bad; all True if none has run.
 
     Raises UserError if the check was of other data.
     """

@@ -1,8 +1,8 @@
-"""Writes a page of samples of a prepared data set, to look at in any browser, without a server or a network.
+"""Writes a page of samples of a prepared data set that opens in any browser, without a server or a network.
 
     python -m data_pipelines.browse --input=data/omniedit --output=page     then open page/index.html
 
-The page filters by data set, kind, split, size, score and words of the instruction; a click compares two images.
+The page filters by data set, kind, split, size, score and words of the instruction; a click compares source and target.
 """
 
 import itertools
@@ -35,7 +35,7 @@ _TEMPLATE = pathlib.Path(__file__).parent / "page" / "browse.html"
 
 
 def choose(records: Records, count: int, seed: int) -> list[int]:
-    """Indices of `count` records, or all: of each kind of each data set as many, as far as it has them."""
+    """Returns indices of `count` records, or all of them, spread evenly over the kinds of each data set."""
     groups: dict[tuple[int, int], list[int]] = {}
     kinds = np.asarray(records.columns.dataset).astype(np.int64) * len(records.columns.kinds) + records.columns.kind
     draw = random.Random(seed)
@@ -58,7 +58,7 @@ def write_page(
 ) -> int:
     """Writes index.html and its images for the prepared data set in `directory`; returns the number of samples.
 
-    Records that cannot be read are passed over. Raises UserError if `output` exists or cannot be written, or
+    Records that cannot be read are skipped. Raises UserError if `output` exists or cannot be written, or if
     `directory` holds no data set.
     """
     splits = {split: Records(directory, split, cache_directory) for split in read_index(directory)["splits"]}
@@ -74,14 +74,14 @@ def write_page(
                 except (BrokenRecord, Damaged):
                     continue
         data = {"title": resolve(directory).name, "total": total, "samples": entries}
-        text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # so that no text can end the script
+        text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # no text may end the script
         page = _TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/null", text)
         (partial / "index.html").write_text(page, encoding="utf-8")
     return len(entries)
 
 
 def _entry(page: pathlib.Path, number: int, records: Records, index: int, side: int) -> dict[str, Any]:
-    """Writes the images of a record; returns what the page shows of it."""
+    """Writes the images of a record; returns its entry in the page's data."""
     record = records[index]
     small = check_record(record, lambda _, image: preview(image, side, quality=85))
     paths = {name: f"images/{number:05d}-{name}.jpg" for name in small}

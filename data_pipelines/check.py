@@ -2,10 +2,10 @@
 
     python -m data_pipelines.check --input=prepared/ultraedit --processes=16
 
-Records were checked when they were prepared; this is for what happened to them since, on disks and on the way. What is
-found goes to DIRECTORY/SPLIT/bad.jsonl with its reason, and training leaves it out from then on. Where the loader meets
-such a record unchecked, another example of the batch stands in for it. A check that was ended goes on when the same
-command runs again.
+Records were checked when they were prepared; this finds damage done since, on disk or in transfer. Bad records are
+listed with their reasons in DIRECTORY/SPLIT/bad.jsonl, and training leaves them out from then on. Where the loader
+meets a bad record that is not listed, another example of the batch stands in for it. The same command resumes an
+interrupted check.
 """
 
 import os
@@ -18,7 +18,7 @@ from varedit_jax import command
 
 _INPUT = command.DEFINE_path("input", None, "directory of a prepared data set", required=True)
 _CACHE = command.DEFINE_path("cache_directory", "", "for copies of shards, where --input is a bucket", local=True)
-_PROCESSES = flags.DEFINE_integer("processes", os.cpu_count() or 1, "that decode at a time", lower_bound=1)
+_PROCESSES = flags.DEFINE_integer("processes", os.cpu_count() or 1, "parallel decoding processes", lower_bound=1)
 
 
 def main(argv: list[str]) -> None:
@@ -26,8 +26,8 @@ def main(argv: list[str]) -> None:
     del argv
     for split in read_index(_INPUT.value)["splits"]:
         counts = check_split(_INPUT.value, split, _PROCESSES.value, _CACHE.value)
-        told = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
-        print(f"{split}: {counts.total()} records cannot be used{f': {told}' if told else ''}")
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+        print(f"{split}: {counts.total()} records cannot be used{f': {reasons}' if reasons else ''}")
 
 
 if __name__ == "__main__":

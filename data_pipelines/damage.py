@@ -1,4 +1,4 @@
-"""The check of a record, whose images may be unusable; and the file that keeps the names of what was left out."""
+"""Checks of a record's images, and the quarantine file that lists what was left out."""
 
 import collections
 import io
@@ -26,9 +26,9 @@ class Damaged(LeftOut):
 
 
 def check_record(record: Record, see: Callable[[str, Image.Image], Seen]) -> dict[str, Seen]:
-    """Opens both images of a record; returns `see(side, image)` of each.
+    """Opens both images of a record; returns the results of `see(side, image)` by side.
 
-    Raises Damaged if the record does not say what to do, or an image cannot be used, which `see` may find, too.
+    Raises Damaged if the record has no instruction, or if an image cannot be used (`see` may raise ImageError).
     """
     if not record.instructions or not record.instructions[0].strip():
         raise Damaged(Reason.INSTRUCTION)
@@ -43,17 +43,17 @@ def check_record(record: Record, see: Callable[[str, Image.Image], Seen]) -> dic
 
 
 class Quarantine:
-    """A JSONL file of what was left out, a line a record: id, data set, reason, detail. A record is written once."""
+    """A JSONL file of what was left out, one line per record, without repeats: id, data set, reason, detail."""
 
     def __init__(self, path: PathLike | None) -> None:
-        """Continues the file, if there is one, and creates it when there is something to write; None only counts."""
+        """Appends to the file, which is created by the first record; without a path, records are only counted."""
         self.counts: collections.Counter[str] = collections.Counter()  # of `add`, by reason
         self._path = None if path is None else resolve(path)
         self._known: set[tuple[str, str]] = set()
         self._lines: LineWriter | None = None
 
     def add(self, *, id: str, dataset: str, reason: str, detail: str = "") -> None:
-        """Counts a record, and lists it unless it is there already. Raises UserError if the disk is full."""
+        """Counts a record and lists it unless it is listed already. Raises UserError if the disk is full."""
         self.counts[str(reason)] += 1
         if self._path is None:
             return
@@ -66,7 +66,7 @@ class Quarantine:
             self._lines.append({"id": id, "dataset": dataset, "reason": str(reason), "detail": detail})
 
     def summary(self) -> str:
-        """Counts by reason as text, the most frequent first."""
+        """Returns counts by reason as text, the most frequent first."""
         return ", ".join(f"{count} {reason}" for reason, count in self.counts.most_common())
 
     def close(self) -> None:

@@ -1,7 +1,4 @@
-"""Examples that can be read in any order: of the generated data set, or of prepared records.
-
-The loader needs `ExampleSource` of them.
-"""
+"""Examples with random access: of the generated data set, or of prepared records. The loader reads `ExampleSource`."""
 
 import abc
 import contextlib
@@ -32,50 +29,50 @@ Example = dict[str, Any]
 
 _DEFAULT_DIRECTORY = "data"
 _SHOWN_TEXT = 120  # characters of an instruction beside its images
-_RECORD_SPLITS = {"train": "train", "test": "validation"}  # of prepared records, by what they are called elsewhere
+_RECORD_SPLITS = {"train": "train", "test": "validation"}  # on disk, by name in configs
 
 
 class ExampleSource(abc.ABC):
-    """Examples that can be read in any order, by default all of one size and in use."""
+    """Examples with random access; by default all have one size and all are used."""
 
-    stored: tuple[StoredSplit, ...] = ()  # where they lie, one after the other
-    read_threads = 2  # that read when features are computed
-    weights: tuple[float, ...] = (1.0,)  # of each data set: times that an epoch shows each of its examples
+    stored: tuple[StoredSplit, ...] = ()  # places on disk, in order
+    read_threads = 2  # for computing features
+    weights: tuple[float, ...] = (1.0,)  # of each data set: passes per epoch
 
     @abc.abstractmethod
     def __len__(self) -> int:
-        """Number of examples."""
+        """Returns the number of examples."""
 
     @abc.abstractmethod
     def __getitem__(self, index: int) -> Example:
-        """One example: `source` and `target`, uint8 [y, x, 3], `instruction`, and what else the data set has."""
+        """Returns `source` and `target`, uint8 [y, x, 3], `instruction`, and the data set's other features."""
 
     @abc.abstractmethod
     def instruction(self, index: int) -> str:
-        """The instruction of an example; cheap, as no image is decoded."""
+        """Returns the instruction of an example without decoding images."""
 
     def draw(self, index: int, number: int) -> Example:
-        """One example in its pass `number`, with what is random about it. Raises Damaged."""
+        """Returns one example with the random augmentation of pass `number`. Raises Damaged."""
         del number
         return self[index]
 
     def name(self, index: int) -> tuple[str, str]:
-        """Data set and id of an example, known even where it cannot be read."""
+        """Returns data set and id of an example, even if it cannot be read."""
         return "", str(index)
 
     @property
     def buckets(self) -> NDArray[np.int8]:
-        """[n] index of the size of each example's images."""
+        """Index of each example's image size, [n]."""
         return np.zeros(len(self), np.int8)
 
     @property
     def datasets(self) -> NDArray[np.integer[Any]]:
-        """[n] index into `weights`."""
+        """Index of each example into `weights`, [n]."""
         return np.zeros(len(self), np.int8)
 
     @property
     def kept(self) -> NDArray[np.bool_] | None:
-        """[n], False for those found to be bad; None keeps all."""
+        """False for examples found to be bad, [n]; None keeps all."""
         return None
 
 
@@ -83,59 +80,53 @@ class TfdsSource(ExampleSource):
     """A split of a prepared TFDS data set. Texts are str; images are decoded when an example is read."""
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str) -> None:
-        """Raises UserError for a split that the data set does not have."""
+        """Opens the split. Raises UserError if the data set does not have it."""
         if split not in builder.info.splits:
             raise UserError(f"{builder.name} has no split {split!r}; it has {', '.join(builder.info.splits)}")
         directory = resolve(builder.data_dir)
         files = LocalFiles(directory, file_hash(directory / "dataset_info.json"))
         self.stored = (StoredSplit(files, split, ((split, builder.info.splits[split].num_examples),)),)
         self._decoded = builder.as_data_source(split)
-        # For instructions alone. TFDS would decode every feature of the record, which takes about five times as long.
+        # For instructions alone: decoding every feature of the record takes about five times as long.
         self._stored = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
 
     def __len__(self) -> int:
-        """Number of examples."""
         return len(self._decoded)
 
     def __getitem__(self, index: int) -> Example:
-        """One example; all that TFDS stores as bytes is text here."""
         record = self._decoded[index]
         return {name: value.decode() if isinstance(value, bytes) else value for name, value in record.items()}
 
     def instruction(self, index: int) -> str:
-        """The instruction of an example."""
+        """Returns the instruction of an example."""
         example = tf_example_pb2.Example.FromString(self._stored[index])
         return example.features.feature["instruction"].bytes_list.value[0].decode()
 
 
 class RecordSource(ExampleSource):
-    """Prepared records of one or several directories, one after the other, their images brought to the model's size."""
+    """Prepared records of one or several directories, concatenated, with images resized for the model."""
 
     def __init__(self, data: DataConfig, parts: tuple[Records, ...], sizes: Mapping[str, tuple[int, int]]) -> None:
-        """Puts every example into its bucket.
+        """Concatenates the parts.
 
         Args:
-          data: the config's part about data.
-          parts: a directory each, in the order of the mixture.
+          data: the data section of the experiment config.
+          parts: one per directory, in the order of the mixture.
           sizes: pixels (height, width) of the images of each aspect.
         """
         self.data, self.parts, self.sizes = data, parts, sizes
         self.stored = tuple(part.stored for part in parts)
         self.read_threads = data.read_threads
         self.weights = tuple(weight for _, weight in data.mixture)
-        self.starts = np.cumsum([0, *(len(part) for part in parts)])  # first example of each part, and number of all
-        self._buckets = self._find_buckets()
+        self.starts = np.cumsum([0, *(len(part) for part in parts)])  # first example of each part, and the total
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process finds its own buckets."""
+        """Another process computes its own buckets."""
         return RecordSource, (self.data, self.parts, self.sizes)
 
-    @property
+    @functools.cached_property
     def buckets(self) -> NDArray[np.int8]:
-        """[n] index into `data.aspects`."""
-        return self._buckets
-
-    def _find_buckets(self) -> NDArray[np.int8]:
+        """Index of each example into `data.aspects`, [n]: the nearest aspect."""
         ratios = np.concatenate([part.columns.height / part.columns.width for part in self.parts])
         templates = np.array([float(name) for name in self.data.aspects])
         order = np.argsort(templates)
@@ -143,17 +134,16 @@ class RecordSource(ExampleSource):
         return order[np.searchsorted(between, ratios)].astype(np.int8)
 
     def __len__(self) -> int:
-        """Number of examples."""
         return int(self.starts[-1])
 
     @property
     def datasets(self) -> NDArray[np.integer[Any]]:
-        """[n] index of the part that an example is of."""
+        """Index of each example's part, [n]."""
         return np.repeat(np.arange(len(self.parts), dtype=np.int32), np.diff(self.starts))
 
     @property
     def kept(self) -> NDArray[np.bool_]:
-        """False for those that data_pipelines.check found to be bad, [n]."""
+        """False for examples that data_pipelines.check found to be bad, [n]."""
         return np.concatenate([kept_records(part) for part in self.parts])
 
     def _find(self, index: int) -> tuple[Records, int]:
@@ -161,26 +151,25 @@ class RecordSource(ExampleSource):
         return self.parts[part], int(index - self.starts[part])
 
     def name(self, index: int) -> tuple[str, str]:
-        """Data set and id of an example, known even where the record is broken."""
+        """Returns data set and id of an example, even if the record is broken."""
         records, row = self._find(index)
         return records.dataset(row), records.id(row)
 
     def instruction(self, index: int) -> str:
-        """The instruction of an example."""
+        """Returns the instruction of an example."""
         records, row = self._find(index)
         return records.instruction(row)
 
     def __getitem__(self, index: int) -> Example:
-        """One example, as it is without anything random."""
         return self.read(index, flip=False)
 
     def draw(self, index: int, number: int) -> Example:
-        """One example in its pass `number`, with what is random about it. Raises Damaged."""
+        """Returns one example, flipped or not as pass `number` decides. Raises Damaged."""
         flip = self.data.flip and draw_flip(self.data.seed, index, number, self.instruction(index))
         return self.read(index, flip)
 
     def read(self, index: int, flip: bool) -> Example:
-        """Images uint8 [h, w, 3] of the size of the example's bucket, and the instruction. Raises Damaged."""
+        """Returns the instruction and both images, uint8 [h, w, 3] of the bucket's size. Raises Damaged."""
         records, row = self._find(index)
         try:
             record = records[row]
@@ -200,18 +189,17 @@ def _shapes(data: DataConfig) -> tfds.core.DatasetBuilder:
 
 
 def open_split(data: DataConfig, split: str) -> TfdsSource:
-    """Split `split` (`train` or `test`) of the generated data set, prepared under `data.directory` on first use.
+    """Opens a split (`train` or `test`) of the generated data set, prepared under `data.directory` on first use.
 
     Raises UserError for a split that it does not have, and for a directory that cannot be written.
     """
     if split not in SPLITS:
         raise UserError(f"{data.name} has no split {split!r}; it has {', '.join(SPLITS)}")
-    make = functools.partial(_shapes, data)
     try:
-        builder = make()
+        builder = _shapes(data)
         builder.download_and_prepare()
     except OSError as error:
-        builder = make()
+        builder = _shapes(data)
         # Several processes may start on an unprepared directory; the first to finish wins.
         if not resolve(builder.data_dir).exists():
             raise UserError(
@@ -222,9 +210,9 @@ def open_split(data: DataConfig, split: str) -> TfdsSource:
 
 
 def image_sizes(model: EditorConfig, aspects: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """Pixels (height, width) of a model's images of each aspect.
+    """Returns pixels (height, width) of a model's images by aspect.
 
-    Raises UserError for aspects that are no templates, or that a model with a pyramid of its own does not have.
+    Raises UserError for an aspect that is not a template, and for several aspects of a model with its own pyramid.
     """
     unknown = [name for name in aspects if name not in aspect_templates()]
     if unknown:
@@ -235,10 +223,10 @@ def image_sizes(model: EditorConfig, aspects: Sequence[str]) -> dict[str, tuple[
 
 
 def open_records(data: DataConfig, split: str, model: EditorConfig) -> RecordSource:
-    """Split `split` (`train` or `test`, which is `validation` on disk) of the prepared data sets of `data.mixture`.
+    """Opens a split (`train`, or `test`, which is `validation` on disk) of the prepared data sets of `data.mixture`.
 
-    Images get the size that `model` works on. A data set may be too small to have a `validation`; it is passed over
-    in `test` if another has one. Raises UserError for directories that hold no such split, and as `image_sizes`.
+    Images get the size that `model` works on. For `test`, data sets too small to have a `validation` are skipped if
+    another has one. Raises UserError for directories that hold no such split, and as `image_sizes`.
     """
     if split not in _RECORD_SPLITS:
         raise UserError(f"prepared records have no split {split!r}; they have {', '.join(_RECORD_SPLITS)}")
@@ -258,14 +246,14 @@ def open_records(data: DataConfig, split: str, model: EditorConfig) -> RecordSou
 
 
 def open_examples(data: DataConfig, split: str, model: EditorConfig) -> TfdsSource | RecordSource:
-    """Split `split` (`train` or `test`) of what `data` names, as `open_split` and `open_records`."""
+    """Opens a split (`train` or `test`) of the data that `data` names, by `open_split` or `open_records`."""
     return open_records(data, split, model) if data.name == "records" else open_split(data, split)
 
 
 def shown_examples(source: ExampleSource, count: int) -> list[Example]:
-    """The first examples that can be used, for sheets of samples; of records, those of aspect 1.0 with short texts.
+    """Returns the first usable examples, for sheets of samples; of records, those of aspect 1.0 with short texts.
 
-    That aspect is what an editor works on if it is not told another; there are none where `data.aspects` lacks it.
+    1.0 is the default aspect of an editor; if `data.aspects` lacks it, there are none.
     """
     if not isinstance(source, RecordSource):
         return [source[index] for index in range(min(count, len(source)))]

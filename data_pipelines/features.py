@@ -1,13 +1,12 @@
-"""Features of a data set, computed ahead: what the frozen tokenizer and text encoder make of every example.
+"""Precomputed features of a data set: the outputs of the frozen tokenizer and text encoder for every example.
 
-They lie beside the data, a pair of files for each of its shards:
+They are stored beside the data, two files per shard:
 
-    DIRECTORY/features/NAME/features.json     what made them; NAME is short for it
-    DIRECTORY/features/NAME/SPLIT/SHARD.TYPE  numbers: of an example source [h, w, Z], target [h, w, Z], text [T, E]
-    DIRECTORY/features/NAME/SPLIT/SHARD.npy   int64 [n, 6]: where they begin, h, w, Z, T, E; -1 for bad examples
+    DIRECTORY/features/NAME/features.json     the weights and settings they depend on; NAME is a hash of these
+    DIRECTORY/features/NAME/SPLIT/SHARD.TYPE  per example source [h, w, Z], target [h, w, Z], text [T, E], concatenated
+    DIRECTORY/features/NAME/SPLIT/SHARD.npy   int64 [n, 6]: offset, h, w, Z, T, E; -1 for bad examples
 
-Shards are computed by any number of processes, each appears whole or not at all, and those that are there are not
-computed again.
+Any number of processes can compute shards. A shard appears complete or not at all, and an existing one is kept.
 """
 
 import concurrent.futures
@@ -19,7 +18,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, Literal, NamedTuple
 
-import ml_dtypes  # noqa: F401 - gives numpy the type bfloat16
+import ml_dtypes  # noqa: F401 - registers bfloat16 with numpy
 import numpy as np
 import tqdm
 from numpy.typing import ArrayLike, NDArray
@@ -42,34 +41,34 @@ EncodeText = Callable[[Sequence[str]], tuple[ArrayLike, NDArray[np.int32]]]  # B
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MadeBy:
-    """All that decides about features, beside the data."""
+    """The weights and settings that determine features, apart from the data."""
 
     tokenizer: str  # hash of the weights that encode images
     text: str  # hash of the weights that encode instructions; "" where only images are encoded
     text_tokens: int  # instructions are cut to this length
     sizes: dict[str, tuple[int, int]]  # pixels (height, width) of each aspect
-    resize: str  # method by which images come to that size
+    resize: str  # method of resizing images
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # on disk
 
     def values(self) -> dict[str, Any]:
-        """Returns the fields as JSON has them; the type only where it is not the one that features always had."""
+        """Returns the fields as JSON values, without a dtype of bfloat16, which older manifests do not name."""
         values = json.loads(json.dumps(dataclasses.asdict(self)))
         return {name: value for name, value in values.items() if (name, value) != ("dtype", "bfloat16")}
 
     @property
     def name(self) -> str:
-        """Of the directory."""
+        """Name of the directory."""
         return hashlib.sha256(json.dumps(self.values(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 class _Shard(NamedTuple):
     files: LocalFiles
-    numbers: str  # names of the files
+    numbers: str  # file names
     table: str
-    rows: range  # of the source
+    rows: range  # examples of the source
 
     def path(self, name: str) -> pathlib.Path:
-        """File of that name, where it is written."""
+        """Returns the path at which a file is written."""
         return self.files.directory / name
 
 
@@ -93,10 +92,10 @@ def precompute(
     process_index: int = 0,
     process_count: int = 1,
 ) -> int:
-    """Computes what is missing of every `process_count`-th shard; returns the number of shards that it wrote.
+    """Computes the missing ones among every `process_count`-th shard; returns the number of shards written.
 
-    Both functions get whole batches of one shape, the last one filled up. Raises UserError if a feature is not finite,
-    the disk is full, or features of other data lie there.
+    Both encoders get full batches of one shape; the last one is padded. Raises UserError if a feature is not finite,
+    the disk is full, or features of other data are there.
     """
     for stored in source.stored:
         _write_manifest(stored, made_by)
@@ -123,7 +122,7 @@ class _Writer(NamedTuple):
     batch_size: int
 
     def write(self, source: ExampleSource, rows: range, progress: Any) -> NDArray[np.int64]:
-        """Writes the features of some examples; returns where they are."""
+        """Writes the features of some examples; returns their rows of the table, int64 [n, 6]."""
         table = np.full((len(rows), 6), -1, np.int64)
         at = 0
         for indices, examples in _read(source, rows, self.batch_size):
@@ -138,7 +137,7 @@ class _Writer(NamedTuple):
         return table
 
     def _pieces(self, examples: list[Example]) -> Iterator[tuple[NDArray[Any], ...]]:
-        """Features of source, target and text of each, and more of the last one."""
+        """Yields features of source, target and text per example; the last example pads the batch."""
         if not examples:
             return
         filled = [*examples, *[examples[-1]] * (self.batch_size - len(examples))]
@@ -152,7 +151,7 @@ class _Writer(NamedTuple):
 
 
 def _read(source: ExampleSource, rows: range, batch_size: int) -> Iterator[tuple[list[int], list[Example]]]:
-    """Examples in batches of one bucket, with their indices; bad ones are left out."""
+    """Yields examples in batches of one bucket, with their indices, without bad ones."""
 
     def load(index: int) -> Example | None:
         try:
@@ -176,10 +175,10 @@ def _read(source: ExampleSource, rows: range, batch_size: int) -> Iterator[tuple
 
 
 class Features:
-    """The features of all examples of a source; reading a row reads the disk, or the system's cache of it."""
+    """The features of all examples of a source, memory-mapped."""
 
     def __init__(self, source: ExampleSource, made_by: MadeBy) -> None:
-        """Opens them. Raises UserError if there are none of these weights, or some are missing."""
+        """Opens them. Raises UserError if there are none for these weights and settings, or if some are missing."""
         self._source, self._made_by = source, made_by
         for stored in source.stored:
             _check_manifest(stored, made_by)
@@ -187,16 +186,16 @@ class Features:
         self._starts = np.array([shard.rows.start for shard in self._shards])
         self._table = np.concatenate([_read_table(shard) for shard in self._shards])
         self._maps: dict[int, NDArray[Any]] = {}
-        self.kept: NDArray[np.bool_] = self._table[:, 0] >= 0  # [n], False for those that could not be encoded
+        self.kept: NDArray[np.bool_] = self._table[:, 0] >= 0  # [n], False for bad examples
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process opens its own."""
         return Features, (self._source, self._made_by)
 
     def rows(self, indices: Sequence[int]) -> dict[str, NDArray[Any]]:
-        """Part of a batch: `source_features` and `target_features`, float32 [B, h, w, Z].
+        """Returns `source_features` and `target_features` of a batch, float32 [B, h, w, Z].
 
-        Where the text was encoded also `text_features` [B, T, E], of the type on disk, zero after the last token.
+        If text was encoded, also `text_features` [B, T, E], of the type on disk, zero after the last token.
         """
         pieces = [self._row(index) for index in indices]
         batch: dict[str, NDArray[Any]] = {
@@ -226,7 +225,7 @@ class Features:
 
 
 def _read_table(shard: _Shard) -> NDArray[np.int64]:
-    """Raises UserError if the shard is missing or cut short."""
+    """Returns the table of a shard, int64 [n, 6]. Raises UserError if the shard is missing or truncated."""
     path, kind = shard.path(shard.table).with_suffix(""), shard.numbers.rpartition(".")[2]
     try:
         with read_explained(str(path)):
@@ -255,7 +254,7 @@ def _write_manifest(stored: StoredSplit, made_by: MadeBy) -> None:
         return
     make_directory(path.parent)
     with explained("features", path.parent):
-        write_json(path, _manifest(stored, made_by))  # other processes may be doing the same
+        write_json(path, _manifest(stored, made_by))  # other processes may write the same
 
 
 def _manifest(stored: StoredSplit, made_by: MadeBy) -> dict[str, Any]:
@@ -263,7 +262,7 @@ def _manifest(stored: StoredSplit, made_by: MadeBy) -> dict[str, Any]:
 
 
 def _check_manifest(stored: StoredSplit, made_by: MadeBy) -> None:
-    """Raises UserError if there are no features of some data, of these weights and settings."""
+    """Raises UserError unless the directory holds features of these data, weights and settings."""
     directory = stored.files.directory
     path = directory / DIRECTORY / made_by.name / MANIFEST
     try:

@@ -1,18 +1,17 @@
-"""From examples to batches: a plan says which examples a step has (plan.py), and a Grain pipeline of steps reads them.
+"""From examples to batches: a plan gives the examples of each step (plan.py), and a Grain pipeline reads them.
 
 A batch is a dict of arrays:
 
     source, target                    uint8 [B, y, x, 3]        images; or, with precomputed features,
     source_features, target_features  float32 [B, h, w, Z]
-    text_features                     bfloat16 [B, T, E]        of the instruction, where they were computed too
+    text_features                     bfloat16 [B, T, E]        of the instruction, if these were precomputed
     text_ids                          int32 [B, T]              the instruction, padded with 0
-    text_length                       int32 [B]                 its tokens without the padding
-    example_ids                       int64 [B]                 which examples of the split these are
+    text_length                       int32 [B]                 number of tokens without padding
+    example_ids                       int64 [B]                 indices of the examples in the split
 
-An example that cannot be used never ends a run and never goes unsaid: its row gets the next example of the batch that
-can (in the order of the whole batch, over all processes; of a later batch where none of it can), a second time;
-`example_ids` has ~i, which is negative, where example i stands in for another. It is counted, and its name written
-down. Where data_pipelines.check found it before, it is no part of the plan, and there is nothing to stand in for.
+A bad example never ends a run: it is counted and logged to the quarantine, and its row repeats the next usable example
+of the batch (in the order of the global batch; of a later batch if it has none). `example_ids` is ~i, which is
+negative, where example i stands in for another. Bad examples listed by data_pipelines.check are not in the plan.
 """
 
 import dataclasses
@@ -59,21 +58,21 @@ __all__ = [
 
 Batch = dict[str, NDArray[Any]]
 
-_CACHED_TEXTS = 200_000  # examples whose token ids a pipeline keeps, about 300 bytes each
+_CACHED_TEXTS = 200_000  # examples whose token ids a pipeline caches, about 300 bytes each
 _ENDLESS = 2**48  # steps
-_LATER = 100  # steps after one of which no example can be used, in which one to stand in is looked for
-_FIRST = 1000  # examples before which the share of bad ones says nothing: so many count as seen from the start
+_LATER = 100  # steps searched for a stand-in after a step without a usable example
+_FIRST = 1000  # examples that count as seen from the start, before which the share of bad ones means little
 
 
 class InstructionTokenizer(Protocol):
     """Turns instructions into token ids."""
 
     def encode(self, instructions: Sequence[str], length: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Ids [B, length], padded with 0, and the number of tokens of each [B]."""
+        """Returns ids [B, length], padded with 0, and the number of tokens of each [B]."""
 
 
 class _Bad(NamedTuple):
-    """An example that could not be used."""
+    """A bad example."""
 
     dataset: str
     id: str
@@ -83,7 +82,7 @@ class _Bad(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Read:
-    """A step to this process's rows of its batch, and what of them could not be used."""
+    """Maps a step to this process's rows of the batch and the bad examples among them."""
 
     plan: Plan
     source: ExampleSource
@@ -91,8 +90,8 @@ class _Read:
     features: Features | None
     text_tokens: int
     rows: slice
-    random: bool  # with what is random about an example
-    # Token ids, without padding, of examples read so far: most of the cost of a batch of features would be its text.
+    random: bool  # with random augmentation
+    # Token ids without padding, by example: tokenizing would be most of the cost of a batch of features.
     # Threads may fill an entry twice, with the same value.
     tokens: dict[int, NDArray[np.int32]] = dataclasses.field(default_factory=dict)
 
@@ -107,7 +106,7 @@ class _Read:
     def _images(self, step: int, plan: Rows) -> tuple[Batch, list[_Bad]]:
         count = len(plan.indices)
         own = range(count)[self.rows]
-        found: dict[int, Example | _Bad] = {}  # by row of the whole batch
+        found: dict[int, Example | _Bad] = {}  # by row of the global batch
 
         def example(row: int) -> Example | _Bad:
             if row not in found:
@@ -137,7 +136,7 @@ class _Read:
         return batch | self._text(wanted, texts.__getitem__) | {EXAMPLE_IDS: np.array(used, np.int64)}, bad
 
     def _from_later(self, step: int, bucket: int) -> tuple[int, Example]:
-        """The next example that can be used, where none of a step's can: of later steps of the same bucket."""
+        """Returns the next usable example in later steps of the same bucket. Raises UserError if there is none."""
         end = step + _LATER if self.plan.steps is None else min(step + _LATER, self.plan.steps)
         for later in map(self.plan, range(step + 1, end)):
             for index, number in zip(later.indices.tolist(), later.passes.tolist(), strict=True):
@@ -169,18 +168,18 @@ class _Read:
 
 
 class Batches(grain.DatasetIterator[Batch]):
-    """Batches by step. Its state is the number of the next step, whatever reads them: threads, workers, processes."""
+    """Batches by step. The state is the next step, independent of the number of threads, workers and processes."""
 
     def __init__(self, data: DataConfig, read: _Read, quarantine: str | os.PathLike[str] | None) -> None:
-        """Reads nothing yet."""
+        """Sets up the iterator; reading begins with the first batch or `start_prefetch`."""
         super().__init__()
         self._data, self._read = data, read
         self._step = 0
         self._seen = 0  # examples of this process
         self._quarantine = Quarantine(quarantine)
         self._path = quarantine
-        self._running: list[Any] = []  # the pipeline from the next step on, where there is one
-        # Workers that outlive the program's last line complain, each about all that it has ready.
+        self._running: list[Any] = []  # the pipeline from the next step on, if started
+        # Workers that outlive the program complain about every batch they have ready.
         weakref.finalize(self, _close, self._running)
 
     def _pipeline(self) -> Any:
@@ -192,14 +191,14 @@ class Batches(grain.DatasetIterator[Batch]):
         steps = grain.MapDataset.range(self._step, _ENDLESS if end is None else max(end, self._step))
         read = steps.map(self._read).to_iter_dataset(options)
         if data.workers:
-            # What each has ready, as all of them together are to have `prefetch_batches`.
+            # All workers together have `prefetch_batches` ready.
             ready = max(1, data.prefetch_batches // data.workers)
             read = read.mp_prefetch(grain.MultiprocessingOptions(data.workers, per_worker_buffer_size=ready))
         self._running.append(iter(read))
         return self._running[0]
 
     def __next__(self) -> Batch:
-        """The next batch. Raises UserError if more than `data.bad_share` of the examples could not be used."""
+        """Returns the next batch. Raises UserError if the share of bad examples exceeds `data.bad_share`."""
         self._assert_not_closed()
         batch, bad = next(self._pipeline())
         self._step += 1
@@ -216,16 +215,16 @@ class Batches(grain.DatasetIterator[Batch]):
         return batch
 
     def metrics(self) -> dict[str, float]:
-        """Number of examples that could not be used since this process began, by reason."""
+        """Returns counts of bad examples since this process started, by reason."""
         counts = self._quarantine.counts
         return {f"data/bad/{reason.replace(' ', '_')}": float(count) for reason, count in sorted(counts.items())}
 
     def get_state(self) -> dict[str, Any]:
-        """The number of the next step, and which plan it is of."""
+        """Returns the next step and the digest of its plan."""
         return {"next_step": self._step, "plan": self._read.plan.digest}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues at a step. Raises UserError if the state is of other data."""
+        """Resumes at a step. Raises UserError if the state is of other data."""
         if state["plan"] != self._read.plan.digest:
             raise UserError(
                 f"the data of {self._data.name} or its mixture are not those of the checkpoint: examples were added, "
@@ -236,11 +235,11 @@ class Batches(grain.DatasetIterator[Batch]):
         self._step = int(state["next_step"])
 
     def start_prefetch(self) -> None:
-        """Begins to read."""
+        """Starts reading."""
         self._pipeline().start_prefetch()
 
     def close(self) -> None:
-        """Ends workers and threads."""
+        """Stops workers and threads."""
         if not self._closed:
             _close(self._running)
             self._quarantine.close()
@@ -248,14 +247,15 @@ class Batches(grain.DatasetIterator[Batch]):
 
 
 def _close(running: list[Any]) -> None:
-    """Ends the threads and workers of a pipeline."""
+    """Stops the threads and workers of a pipeline."""
     while running:
         running.pop().close()
 
 
-def _check(
+def _own_rows(
     data: DataConfig, source: ExampleSource, features: Features | None, process_index: int, process_count: int
-) -> None:
+) -> slice:
+    """Returns this process's rows of a batch. Raises UserError for arguments that do not fit together."""
     if not 0 <= process_index < process_count:
         raise ValueError(f"process {process_index} of {process_count} does not exist")
     if data.batch_size % process_count:
@@ -268,10 +268,12 @@ def _check(
             f"there are features of {len(features.kept)} examples, but {len(source)} examples; "
             f"compute the features of this split"
         )
+    count = data.batch_size // process_count
+    return slice(process_index * count, (process_index + 1) * count)
 
 
 def _kept(source: ExampleSource, features: Features | None) -> NDArray[np.bool_] | None:
-    """False for the examples that are left out, [n]; None keeps all."""
+    """Returns [n], False for examples that are left out; None keeps all."""
     kept = source.kept
     if features is None:
         return kept
@@ -287,24 +289,24 @@ def training_batches(
     process_count: int = 1,
     quarantine: str | os.PathLike[str] | None = None,
 ) -> Batches:
-    """Endless batches for training, in an order given by `data.seed` and the data alone (plan.py).
+    """Returns endless batches for training, in an order determined by `data.seed` and the data alone (plan.py).
 
     A process gets `data.batch_size / process_count` rows of a step's batch; together, the processes get the rows that
-    a single one would, in their order. The iterator's state (`get_state`, `set_state`) is the number of the next step,
-    so a run continues with any number of processes and of workers. With `features`, no image is decoded.
+    a single one would, in the same order. The iterator's state (`get_state`, `set_state`) is the next step, so a run
+    resumes with any number of processes and workers. With `features`, no image is decoded.
 
     Args:
-      data: `data` of the run's config.
-      vocabulary: for the instructions.
-      source: of `open_split` or `open_records`.
-      features: of all examples of `source`, or None to give images.
-      process_index, process_count: which rows.
-      quarantine: JSONL file for the names of examples that cannot be used; a process has its own.
+      data: the data section of the experiment config.
+      vocabulary: tokenizer of the instructions.
+      source: from `open_split` or `open_records`.
+      features: precomputed for all examples of `source`, or None for batches of images.
+      process_index, process_count: select this process's rows.
+      quarantine: JSONL file that lists bad examples, one per process.
 
     Raises UserError if the batch does not divide over the processes, if there are fewer examples than a batch, or if
     the features are of another number of examples.
     """
-    _check(data, source, features, process_index, process_count)
+    rows = _own_rows(data, source, features, process_index, process_count)
     if len(source) < data.batch_size:
         raise UserError(
             f"data.batch_size is {data.batch_size}, but {data.name} has only {len(source)} examples in this split; "
@@ -315,7 +317,6 @@ def training_batches(
         plan = Shuffled(source.buckets, source.datasets, source.weights, data.batch_size, data.seed, kept)
     except ValueError as error:
         raise UserError(f"there is nothing to train on: {error}; see data.mixture") from error
-    rows = _rows(data, process_index, process_count)
     return Batches(data, _Read(plan, source, vocabulary, features, data.text_tokens, rows, random=True), quarantine)
 
 
@@ -327,27 +328,20 @@ def evaluation_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Batches:
-    """Batches of the examples in their stored order, once, without mirroring.
+    """Returns batches of the examples in stored order, once, without flips.
 
-    Whole batches of each bucket only, so that all processes take equally many steps of one shape: of n examples of one
+    Only full batches of each bucket, so that all processes take equally many steps of one shape: of n examples of one
     bucket the first `n - n % data.batch_size`. Example i of a single process and bucket is row `i % B` of batch
-    `i // B`. Where no bucket fills a batch, there is one, of the largest bucket's examples again and again. Arguments
-    as of `training_batches`.
+    `i // B`. If no bucket fills a batch, there is one batch, which repeats the largest bucket's examples. Arguments
+    are those of `training_batches`.
 
     Raises UserError if the batch does not divide over the processes, if no example can be used, or if the features are
     of another number of examples.
     """
-    _check(data, source, features, process_index, process_count)
+    rows = _own_rows(data, source, features, process_index, process_count)
     plan = InOrder(source.buckets, data.batch_size, _kept(source, features))
     if not plan.steps:
         raise UserError(
             f"none of the {len(source)} held-out examples can be used; prepare more of them, by --validation"
         )
-    rows = _rows(data, process_index, process_count)
     return Batches(data, _Read(plan, source, vocabulary, features, data.text_tokens, rows, random=False), None)
-
-
-def _rows(data: DataConfig, process_index: int, process_count: int) -> slice:
-    """Rows of a batch that are this process's."""
-    count = data.batch_size // process_count
-    return slice(process_index * count, (process_index + 1) * count)

@@ -1,4 +1,4 @@
-"""Files of a prepared data set on a local disk, where memory maps and readers of shards need them."""
+"""Local copies of the files of a prepared data set: memory maps and shard readers need a local disk."""
 
 import dataclasses
 import pathlib
@@ -13,24 +13,24 @@ from varedit_jax.storage.paths import is_remote, local, size
 
 @dataclasses.dataclass(frozen=True)
 class LocalFiles:
-    """The files of one data set. Those of a bucket are copied into a local directory when they are first asked for.
+    """The files of one data set. Those of a bucket are copied to a local directory on first use.
 
-    A copy appears whole or not at all, and once on a machine, however many threads and processes ask for it.
+    A copy appears complete or not at all, and is made once per machine, however many threads and processes use it.
     """
 
     directory: pathlib.Path  # of the data set, anywhere
-    digest: str  # of its index, so that a data set that was prepared anew has other copies
-    cache_directory: str = ""  # local, for the copies; nothing needs it where the data set is local
+    digest: str  # of its index: a data set that is prepared again gets new copies
+    cache_directory: str = ""  # local directory for the copies; only for a data set in a bucket
 
     def get(self, name: str, expected: int | None = None) -> pathlib.Path:
-        """Returns a local file with the content of DIRECTORY/`name`, which may not exist where the data set is local.
+        """Returns a local path of DIRECTORY/`name`; in a local data set, it may not exist.
 
         Args:
-          name: with slashes.
-          expected: bytes that it has to have, or None. A file in the bucket of another size is not copied.
+          name: path relative to the data set, with slashes.
+          expected: size in bytes, or None; a file in the bucket of another size is not copied.
 
-        Raises UserError if there is no directory for copies, no room, or the network fails; FileNotFoundError,
-        ValueError if the bucket has no such file, or one of another size.
+        Raises UserError if there is no directory for copies, no room, or the network fails; FileNotFoundError if the
+        bucket has no such file, and ValueError if its size differs.
         """
         source = self.directory / name
         if not is_remote(self.directory):
@@ -55,7 +55,7 @@ class LocalFiles:
 def _copy(source: pathlib.Path, target: pathlib.Path, expected: int) -> None:
     make_directory(target.parent)
     with filelock.FileLock(target.with_name(f".{target.name}.lock")):
-        if target.exists():  # by another process, meanwhile
+        if target.exists():  # another process was faster
             return
         copy(source, target)
         if (found := size(target)) != expected:

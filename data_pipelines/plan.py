@@ -1,13 +1,13 @@
-"""The plan of batches: which examples each has is a pure function of the step.
+"""The plan of batches: the examples of a batch are a pure function of the step.
 
-An epoch shows every example as often as the weight of its data set says, in an order of its own. Every batch is of one
-bucket (an aspect template), so that all of its images have one shape. Examples of a bucket follow each other without
-a gap from epoch to epoch, and every `batch_size` of them are a batch; so what does not fill a batch of its bucket at
-the end of an epoch begins the first batch of that bucket in the next one, and nothing is left out or shown twice.
+Each epoch is shuffled anew and shows every example as often as the weight of its data set says. A batch is of one
+bucket (an aspect template), so that its images have one shape. The examples of a bucket form one sequence across
+epochs, cut into batches of `batch_size`: a remainder at the end of an epoch begins the bucket's first batch of the
+next one, and no example is dropped or repeated.
 
-Nothing is remembered from step to step: the examples of a step follow from the seed, the columns and the step's number
-in closed form, the same in every process and on every machine. What is random is a hash (SplitMix64), not a generator
-whose stream could change with a release.
+The plan is stateless: the examples of a step follow in closed form from the seed, the columns and the step number, the
+same in every process and on every machine. Randomness comes from a hash (SplitMix64) instead of a generator, whose
+stream might change with a release.
 """
 
 import bisect
@@ -16,39 +16,39 @@ import dataclasses
 import hashlib
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-_PASS, _EPOCH, _STEPS = 1, 2, 3  # what a hash is for
+_PASS, _EPOCH, _STEPS = 1, 2, 3  # domains of hashes
 
 
 class Rows(NamedTuple):
-    """The examples of one batch, over all processes."""
+    """The examples of one global batch."""
 
-    bucket: int  # of all of them
+    bucket: int
     indices: NDArray[np.int64]  # [B]
-    passes: NDArray[np.int64]  # [B] how often each was shown before; what is random about an example follows from it
+    passes: NDArray[np.int64]  # [B] how often each was shown before; seeds its augmentation
 
 
 class Plan(Protocol):
     """Batches by step."""
 
-    digest: str  # of all that decides; equal plans give equal batches
+    digest: str  # equal plans have equal digests
 
     @property
     def steps(self) -> int | None:
-        """Number of them; None is endless."""
+        """Number of batches; None if endless."""
 
     def __call__(self, step: int) -> Rows:
-        """The examples of a step."""
+        """Returns the examples of a step."""
 
 
 def mix(*values: ArrayLike) -> NDArray[np.uint64]:
-    """A hash of integers, which are broadcast: SplitMix64's finalizer over the chain of them."""
+    """Returns a hash of integers, broadcast: SplitMix64's finalizer chained over the values."""
     state: Any = np.uint64(0)
     with np.errstate(over="ignore"):
         for value in values:
@@ -60,23 +60,23 @@ def mix(*values: ArrayLike) -> NDArray[np.uint64]:
 
 
 def _shuffled(*key: ArrayLike) -> NDArray[np.int64]:
-    """A permutation given by hashes."""
+    """Returns the permutation that sorts by hash."""
     return np.argsort(mix(*key), kind="stable")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Group:
-    """The examples of one data set in one bucket, which follow each other pass after pass."""
+    """The examples of one data set in one bucket, shown pass after pass."""
 
     members: NDArray[np.int32]
-    weight: Fraction  # passes an epoch
+    weight: Fraction  # passes per epoch
 
     def until(self, epoch: int) -> int:
-        """Examples shown before an epoch."""
+        """Returns the number of examples shown before an epoch."""
         return math.floor(epoch * self.weight * len(self.members))
 
     def shown(self, epoch: int, seed: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Members shown in an epoch, in any order, and in which pass of the group each is."""
+        """Returns the members shown in an epoch, in any order, and the pass of each."""
         first, last, size = self.until(epoch), self.until(epoch + 1), len(self.members)
         pieces, passes = [], []
         for number in range(first // size, -(-last // size)):
@@ -88,6 +88,14 @@ class _Group:
         if not pieces:
             return self.members[:0], self.members[:0]
         return np.concatenate(pieces), np.concatenate(passes)
+
+
+def _epoch_of(value: int, first: Callable[[int], int]) -> int:
+    """Returns the last epoch whose `first` value is at most `value`."""
+    beyond = 1
+    while first(beyond) <= value:
+        beyond *= 2
+    return bisect.bisect_right(range(beyond), value, key=first) - 1
 
 
 class Shuffled:
@@ -107,15 +115,15 @@ class Shuffled:
         """Groups the examples.
 
         Args:
-          buckets: of each example [n], from 0.
-          datasets: of each example [n], indices into `weights`.
-          weights: of each data set: how many times an epoch shows each of its examples, on average; with 0.5 it is
-            every example in every second epoch, not the same half in each.
-          batch_size: over all processes.
-          seed: of everything that is random.
-          kept: [n], False for those that are never shown; None keeps all.
+          buckets: [n], bucket of each example, from 0.
+          datasets: [n], index of each example into `weights`.
+          weights: of each data set, average passes per epoch over its examples; 0.5 shows every example in every
+            second epoch, rather than the same half in each.
+          batch_size: global, over all processes.
+          seed: of all randomness.
+          kept: [n], False for examples that are never shown; None keeps all.
 
-        Raises ValueError if nothing is ever shown.
+        Raises ValueError if no example is ever shown.
         """
         self._args = buckets, datasets, tuple(weights), batch_size, seed, kept
         self._batch_size, self._seed = batch_size, seed
@@ -133,31 +141,28 @@ class Shuffled:
         digest = hashlib.sha256(repr((len(codes), tuple(map(str, exact)), batch_size, seed)).encode())
         digest.update(order.tobytes() + codes[order].tobytes())
         self.digest = digest.hexdigest()[:16]
-        # Orders of some epochs: of each bucket the last two that a batch began or ended in, more or less.
+        # Cached orders of epochs: about the last two of each bucket.
         self._orders: collections.OrderedDict[tuple[int, int], Any] = collections.OrderedDict()
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process groups its own."""
+        """Another process groups the examples itself."""
         return Shuffled, self._args
 
     def _until(self, epoch: int, bucket: int) -> int:
-        """Examples of a bucket that are shown before an epoch."""
+        """Returns the number of a bucket's examples shown before an epoch."""
         return sum(group.until(epoch) for group in self._groups[bucket])
 
     def first_step(self, epoch: int) -> int:
-        """The step that an epoch begins with."""
+        """Returns the first step of an epoch."""
         return sum(self._until(epoch, bucket) // self._batch_size for bucket in self._groups)
 
     def epoch(self, step: int) -> int:
-        """The epoch of a step."""
-        beyond = 1
-        while self.first_step(beyond) <= step:
-            beyond *= 2
-        return bisect.bisect_right(range(beyond), step, key=self.first_step) - 1
+        """Returns the epoch of a step."""
+        return _epoch_of(step, self.first_step)
 
     def __call__(self, step: int) -> Rows:
-        """The examples of a step, from 0."""
+        """Returns the examples of a step, from 0."""
         epoch = self.epoch(step)
         buckets = self._kept((epoch, -1), lambda: self._buckets(epoch))
         within = step - self.first_step(epoch)
@@ -166,7 +171,7 @@ class Shuffled:
         return Rows(bucket, *self._slice(bucket, before * self._batch_size, (before + 1) * self._batch_size))
 
     def _buckets(self, epoch: int) -> NDArray[np.int64]:
-        """Of each step of an epoch."""
+        """Returns the bucket of each step of an epoch."""
         counts = [
             self._until(epoch + 1, bucket) // self._batch_size - self._until(epoch, bucket) // self._batch_size
             for bucket in self._groups
@@ -175,11 +180,8 @@ class Shuffled:
         return buckets[_shuffled(self._seed, _STEPS, epoch, np.arange(len(buckets)))]
 
     def _slice(self, bucket: int, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """A stretch of the endless sequence of a bucket: indices and passes."""
-        beyond = 1
-        while self._until(beyond, bucket) <= start:
-            beyond *= 2
-        epoch = bisect.bisect_right(range(beyond), start, key=lambda epoch: self._until(epoch, bucket)) - 1
+        """Returns indices and passes of a slice of a bucket's endless sequence."""
+        epoch = _epoch_of(start, lambda epoch: self._until(epoch, bucket))
         found: list[Any] = []
         while start < stop:
             indices, passes = self._kept((epoch, bucket), lambda epoch=epoch: self._order(epoch, bucket))
@@ -191,14 +193,14 @@ class Shuffled:
         return tuple(np.concatenate(column).astype(np.int64) for column in zip(*found, strict=True))  # type: ignore
 
     def _order(self, epoch: int, bucket: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """The examples of a bucket in an epoch, in their order, and their passes."""
+        """Returns a bucket's examples in the order of an epoch, and their passes."""
         groups = [group.shown(epoch, self._seed) for group in self._groups[bucket]]
         indices, passes = (np.concatenate(column) for column in zip(*groups, strict=True))
         order = _shuffled(self._seed, _EPOCH, epoch, passes, indices)
         return indices[order], passes[order]
 
     def _kept(self, key: tuple[int, int], make: Any) -> Any:
-        """Returns the value kept under a key, made if there is none; the oldest goes."""
+        """Returns the cached value of a key, computed by `make` on first use; evicts the least recently used."""
         with self._lock:
             if key not in self._orders:
                 self._orders[key] = make()
@@ -209,16 +211,16 @@ class Shuffled:
 
 
 class InOrder:
-    """A plan that shows each example once, in the stored order, as far as they fill batches of their bucket.
+    """A plan that shows each example once, in stored order, in full batches of each bucket.
 
-    A batch comes where its last example is. Where no bucket fills one, there is one batch of the examples of the
-    largest bucket, again and again until it is full, so that few examples are better than none.
+    Batches are in the order of their last examples. If no bucket fills one, the only batch repeats the examples of the
+    largest bucket.
     """
 
     def __init__(
         self, buckets: NDArray[np.integer[Any]], batch_size: int, kept: NDArray[np.bool_] | None = None
     ) -> None:
-        """`buckets` [n] and `kept` [n] as of `Shuffled`."""
+        """`buckets` [n] and `kept` [n] are those of `Shuffled`."""
         shown = np.arange(len(buckets)) if kept is None else np.flatnonzero(kept)
         found = []
         for bucket in np.unique(buckets[shown]):
@@ -234,10 +236,10 @@ class InOrder:
 
     @property
     def steps(self) -> int:
-        """Number of whole batches."""
+        """Number of full batches."""
         return len(self._batches)
 
     def __call__(self, step: int) -> Rows:
-        """The examples of a step, from 0."""
+        """Returns the examples of a step, from 0."""
         indices = self._batches[step]
         return Rows(int(self._buckets[step]), indices, np.zeros_like(indices))

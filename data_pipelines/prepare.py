@@ -1,14 +1,14 @@
-"""Turns a public data set as it was downloaded into shards, with an index and a report.
+"""Turns a downloaded public data set into shards with an index and a report.
 
     python -m data_pipelines.prepare --source=omniedit --input=downloads/OmniEdit --output=data/omniedit \
         --min_side=256 --min_score=o_score:7 --near_bits=3 --min_change=3
 
-    --output=gs://bucket/omniedit    inputs and output are local, gs:// or s3://; what lies in a bucket is streamed
+    --output=gs://bucket/omniedit    inputs and output are local, gs:// or s3://; buckets are streamed
     --runner=DataflowRunner --runner_options=--project=P,--region=R    any of Beam's runners; inputs and the staging
                                                                        directory have one path for every worker
 
-The output appears whole or not at all; the same command resumes what was ended. The same inputs and flags give the
-same bytes. An image, source or target, is in training or in validation, never in both. See preparation/ for the steps.
+The output appears complete or not at all; the same command resumes an interrupted job. The same inputs and flags give
+the same bytes. An image, source or target, is in training or in validation, never in both. preparation/ has the steps.
 """
 
 import os
@@ -23,34 +23,36 @@ from varedit_jax import command
 from varedit_jax.errors import UserError
 
 _SOURCE = flags.DEFINE_string("source", None, f"format: {', '.join(SOURCES)}", required=True)
-_INPUT = flags.DEFINE_list("input", None, "files and directories as downloaded, with commas between", required=True)
+_INPUT = flags.DEFINE_list("input", None, "files and directories as downloaded, comma-separated", required=True)
 _OUTPUT = command.DEFINE_path("output", None, "new directory", required=True)
 _STAGING = command.DEFINE_path(
-    "staging_directory", "", "local directory for what is read on the way; by default beside the output, or in the "
-    "working directory where that is a bucket", local=True
+    "staging_directory", "", "local directory for intermediate files; by default beside the output, or in the "
+    "working directory if the output is in a bucket", local=True
 )  # fmt: skip
 _OPTIONS = flags.DEFINE_list("source_options", [], "NAME=VALUE,... of the format")
 _RUNNER = flags.DEFINE_string("runner", "DirectRunner", "Beam's runner; DirectRunner is this machine")
-_WORKERS = flags.DEFINE_integer("workers", 0, "processes on this machine; 0 is one a core", lower_bound=0)
+_WORKERS = flags.DEFINE_integer("workers", 0, "processes on this machine; 0 is one per core", lower_bound=0)
 _RUNNER_OPTIONS = flags.DEFINE_list("runner_options", [], "--NAME=VALUE,... for Beam")
 
-_DECODE = flags.DEFINE_bool("decode", True, "decode every image, and leave out records with damaged ones")
-_MIN_SIDE = flags.DEFINE_integer("min_side", 0, "pixels; short sides below it leave")
-_MAX_SIDE = flags.DEFINE_integer("max_side", 0, "pixels; long sides above it leave; 0 has no limit")
-_MAX_RATIO = flags.DEFINE_float("max_ratio", 0.0, "long side over short side; more leaves; 0 has no limit")
-_MIN_SCORE = flags.DEFINE_multi_string("min_score", [], "NAME:LEAST; records whose score is lower leave; repeatable")
-_FIRST_TURN = flags.DEFINE_bool("first_turn", False, "of sessions of several edits, keep the first alone")
-_MIN_CHANGE = flags.DEFINE_float("min_change", 0.0, "levels of 255; edits that change no place by as much leave")
-_EXACT = flags.DEFINE_bool("exact", True, "of records with the same images and instruction, keep one")
-_NEAR_BITS = flags.DEFINE_integer("near_bits", -1, "bits of 64 by which near-duplicates differ; -1 keeps them all")
+_DECODE = flags.DEFINE_bool("decode", True, "decode every image, and drop records with damaged ones")
+_MIN_SIDE = flags.DEFINE_integer("min_side", 0, "least short side of an image, in pixels")
+_MAX_SIDE = flags.DEFINE_integer("max_side", 0, "greatest long side of an image, in pixels; 0 is no limit")
+_MAX_RATIO = flags.DEFINE_float("max_ratio", 0.0, "greatest ratio of long to short side; 0 is no limit")
+_MIN_SCORE = flags.DEFINE_multi_string("min_score", [], "NAME:LEAST; drops records with a lower score; repeatable")
+_FIRST_TURN = flags.DEFINE_bool("first_turn", False, "of sessions of several edits, keep only the first")
+_MIN_CHANGE = flags.DEFINE_float("min_change", 0.0, "drops edits that change no region by as many levels of 255")
+_EXACT = flags.DEFINE_bool("exact", True, "deduplicate records with the same images and instruction")
+_NEAR_BITS = flags.DEFINE_integer(
+    "near_bits", -1, "drop near-duplicates that differ in up to so many of 64 bits; -1 keeps them"
+)
 _VALIDATION = flags.DEFINE_float("validation", 0.01, "share of source images kept for validation")
-_SHARD_MB = flags.DEFINE_integer("shard_mb", 1024, "MB of a shard, about", lower_bound=1)
+_SHARD_MB = flags.DEFINE_integer("shard_mb", 1024, "approximate size of a shard in MB", lower_bound=1)
 
-_VISION_URL = flags.DEFINE_string("vision_url", "", "endpoint of chat completions, as http://localhost:8000/v1")
-_VISION_MODEL = flags.DEFINE_string("vision_model", "", "model there that sees images")
+_VISION_URL = flags.DEFINE_string("vision_url", "", "endpoint of chat completions, such as http://localhost:8000/v1")
+_VISION_MODEL = flags.DEFINE_string("vision_model", "", "vision-language model at the endpoint")
 _VISION_KEY = flags.DEFINE_string("vision_key", "OPENAI_API_KEY", "environment variable that holds the key")
-_VISION_PER_MINUTE = flags.DEFINE_float("vision_per_minute", 0.0, "questions a process asks at most; 0 has no limit")
-_VISION_PARALLEL = flags.DEFINE_integer("vision_parallel", 8, "questions on their way, a process", lower_bound=1)
+_VISION_PER_MINUTE = flags.DEFINE_float("vision_per_minute", 0.0, "most requests per minute and process; 0 is no limit")
+_VISION_PARALLEL = flags.DEFINE_integer("vision_parallel", 8, "concurrent requests per process", lower_bound=1)
 
 
 def _pairs(texts: list[str], separator: str, flag: str) -> list[tuple[str, str]]:
@@ -110,8 +112,8 @@ def main(argv: list[str]) -> None:
         staging_directory=_STAGING.value,
         say=lambda sentence: print(sentence, file=sys.stderr, flush=True),
     )
-    said = ", ".join(f"{count} for {split}" for split, count in counts.items())
-    print(f"{_OUTPUT.value}: {said}; report/report.md says what left and why")
+    splits = ", ".join(f"{count} for {split}" for split, count in counts.items())
+    print(f"{_OUTPUT.value}: {splits}; report/report.md lists what was left out and why")
 
 
 if __name__ == "__main__":

@@ -1,25 +1,25 @@
-"""Reasons why a record is left out: one list for sources, decoding and preparation, as reports and lists store them."""
+"""Reasons why a record is left out by sources, decoding and preparation, as reports and lists store them."""
 
 import enum
 
 
 class Reason(enum.StrEnum):
-    """Reason why something that a data set lists is not used. Files hold the values, so those never change."""
+    """Reason why an entry of a data set is not used. Files hold the values, so these never change."""
 
-    # What a source lists, but is no record.
-    ARCHIVE = "damaged archive"  # or table, or list: what it held from there on is lost
+    # An entry of a source that is not a record.
+    ARCHIVE = "damaged archive"  # or table or list: the rest of it is lost
     ANNOTATION = "damaged annotation"
     MISSING = "missing image"
     UNSAFE = "unsafe name"  # an absolute path, one that leaves its directory, a link or a device
     SIZE = "absurd size"  # of a file in bytes, or of an image in pixels
     INSTRUCTION = "empty instruction"
     SEVERAL = "several sources"  # an edit of more than one image
-    NO_IMAGES = "no images"  # a turn that only says something
-    AMBIGUOUS = "ambiguous image"  # the same file stands for two images
+    NO_IMAGES = "no images"  # a turn of text alone
+    AMBIGUOUS = "ambiguous image"  # one file name for two images
     CORRUPT = "known to be corrupt"
     FAILED = "failed edit"  # published as an example of what not to do
 
-    # A record that cannot be used.
+    # An unusable record.
     EMPTY = "empty file"
     NOT_AN_IMAGE = "not an image"
     TRUNCATED = "cut short"
@@ -27,9 +27,9 @@ class Reason(enum.StrEnum):
     BOMB = "too many pixels"
     ANIMATED = "several frames"
     COLORS = "unknown colors"
-    RECORD = "unreadable record"  # a shard that is missing, short or damaged, or bytes that are no record
+    RECORD = "unreadable record"  # a missing, truncated or damaged shard, or bytes that are no record
 
-    # A sound record that is not wanted.
+    # A sound record that a filter drops.
     SMALL = "too small"
     LARGE = "too large"
     RATIO = "too long"
@@ -49,6 +49,6 @@ class LeftOut(Exception):
     """A record that is left out."""
 
     def __init__(self, reason: Reason, detail: str = "") -> None:
-        """`detail` is for people: what was found, and where."""
+        """`detail` tells people the finding and its place."""
         super().__init__(f"{reason}: {detail}" if detail else str(reason))
         self.reason, self.detail = reason, detail

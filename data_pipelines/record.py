@@ -1,8 +1,7 @@
-"""One example of editing: what every source is turned into, and what shards hold.
+"""One edit example: the common format of all sources, stored in shards.
 
-On disk a record is a msgpack map with a `version`. Two rules keep old files readable: a field that is added has a
-default, so that maps without it are read, and fields that a reader does not know are passed over; only when the meaning
-of a field changes does the version grow, and `decode` then learns to read both.
+On disk a record is a msgpack map with a `version`. Old files stay readable: an added field has a default, and readers
+skip fields that they do not know. The version grows only when a field changes its meaning; `decode` then reads both.
 """
 
 import dataclasses
@@ -15,16 +14,16 @@ import msgpack
 from varedit_jax.errors import UserError
 
 VERSION = 1
-EXAMPLE_IDS = "example_ids"  # entry of a batch: the numbers of its examples, int64 [B]
+EXAMPLE_IDS = "example_ids"  # entry of a batch: indices of its examples, int64 [B]
 
 
 class BrokenRecord(ValueError):
-    """Stored bytes that are no record, or a shard that no longer gives them: one example is lost, the rest is not."""
+    """Stored bytes that are not a record, or cannot be read from a damaged shard; other records are unaffected."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Record:
-    """A source image, the instruction to edit it, and the image that this should give.
+    """A source image, the edit instruction and the target image.
 
     Images are files as published (JPEG, PNG, WebP, ...), never recompressed.
     """
@@ -33,17 +32,17 @@ class Record:
     dataset: str  # name of the data set
     source: bytes  # image file
     target: bytes  # image file
-    instructions: tuple[str, ...]  # in other words each; the first is the default
-    kind: str = ""  # of edit, in the data set's own words: add, remove, ...; "" if it does not say
+    instructions: tuple[str, ...]  # alternative wordings; the first is the default
+    kind: str = ""  # of edit, as the data set names it: add, remove, ...; "" if unknown
     turn: int = 0  # of a session of several edits, from 0
-    scores: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of quality, under the data set's own names
+    scores: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of quality, as the data set names them
     mask: bytes | None = None  # image file; where the edit is
     license: str = ""  # of the data set
-    original: str = ""  # identity of the original image, the same for all edits and turns of it; "" if unknown
+    original: str = ""  # identity of the original image, shared by all its edits and turns; "" if unknown
 
     @property
     def key(self) -> str:
-        """Identity among the records of all data sets."""
+        """Identity across data sets."""
         return f"{self.dataset}/{self.id}"
 
 
@@ -55,7 +54,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 
 
 def encode(record: Record) -> bytes:
-    """A record as bytes, the same for equal records: scores are in order of their names."""
+    """Returns a record as bytes, equal for equal records: scores are sorted by name."""
     values: dict[str, Any] = {"version": VERSION}
     values |= {name: getattr(record, name) for name in _FIELDS}
     values["scores"] = {name: float(record.scores[name]) for name in sorted(record.scores)}
@@ -63,9 +62,9 @@ def encode(record: Record) -> bytes:
 
 
 def decode(data: bytes) -> Record:
-    """The record in bytes that `encode` gave, now or in an earlier version.
+    """Returns the record in bytes of `encode`, of this or an earlier version.
 
-    Raises BrokenRecord if they are none, and UserError if a newer version of this package wrote them.
+    Raises BrokenRecord if they are not a record, and UserError if a newer version of this package wrote them.
     """
     try:
         values = msgpack.unpackb(data)
@@ -95,12 +94,12 @@ def decode(data: bytes) -> Record:
 
 
 def clean_text(text: str) -> str:
-    """Text that can be written as UTF-8: halves of surrogate pairs, which JSON and tars may hold, become `?`."""
+    """Returns text that UTF-8 can encode: lone surrogates, which JSON and tars may hold, become `?`."""
     return text.encode("utf-8", "replace").decode()
 
 
 def finite_scores(values: Mapping[str, Any]) -> dict[str, float]:
-    """Scores as published, of any type, without those that are no finite numbers (null, NaN, text that is none)."""
+    """Returns published scores of any type as floats, without those that are not finite numbers (null, NaN, text)."""
     scores: dict[str, float] = {}
     for name, value in values.items():
         try:

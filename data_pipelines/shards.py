@@ -1,23 +1,22 @@
-"""Records on disk: ArrayRecord shards, and an index of them.
+"""Records on disk: ArrayRecord shards and their index.
 
-    DIRECTORY/index.json                                   shards: counts, sizes, SHA-256; names behind the columns
+    DIRECTORY/index.json                                   shards: counts, sizes, SHA-256; names for category columns
     DIRECTORY/SPLIT/NAME-00000-of-00008.array_record       records, uncompressed (images are compressed already)
-    DIRECTORY/SPLIT/columns/*.npy                          what is known of each record without reading it
+    DIRECTORY/SPLIT/columns/*.npy                          metadata of each record, without its images
 
-Columns are memory maps, so that opening a million records takes no time and processes share the memory. Shards are
-written one by one, by any number of processes; `write_index` comes last. The same records give the same bytes.
+Columns are memory-mapped, so that a million records open instantly and processes share the memory. Any number of
+processes write shards; `write_index` comes last. The same records give the same bytes.
 """
 
-import collections
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import os
 import pathlib
 import posixpath
 import re
-import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -39,7 +38,7 @@ INDEX_VERSION = 1
 COLUMNS = "columns"
 
 _SHARD_NAME = re.compile(r"(?P<name>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})\.array_record")
-# ArrayRecord has the system's words for a failure, in an exception of one type for everything.
+# ArrayRecord quotes the system's error message in a RuntimeError, its exception for everything.
 _SYSTEM_ERROR = re.compile(r"\w+\(\) failed: ([^;]+)")
 _ERROR_NUMBERS = {os.strerror(number): number for number in errno.errorcode}
 _NUMBERS = {
@@ -50,30 +49,27 @@ _CATEGORIES = ("dataset", "kind")
 
 
 def shard_path(directory: str | os.PathLike[str], name: str, index: int, count: int) -> pathlib.Path:
-    """File of shard `index` of `count`."""
+    """Returns the path of shard `index` of `count`."""
     if not 0 <= index < count <= 99_999:
         raise ValueError(f"there is no shard {index} of {count}")
     return resolve(directory) / f"{name}-{index:05d}-of-{count:05d}.array_record"
 
 
 def _notes(path: pathlib.Path) -> pathlib.Path:
-    """File that a shard's writer leaves for the index; its presence says that the shard is whole."""
+    """Returns the path of a shard's metadata for the index, which also marks the shard as complete."""
     return path.with_name(f".{path.name}.npz")
 
 
 def is_written(path: str | os.PathLike[str]) -> bool:
-    """Returns True if a ShardWriter finished the shard at `path`, so that a job need not write it again."""
+    """Returns True if the shard at `path` is complete."""
     return resolve(path).is_file() and _notes(resolve(path)).is_file()
 
 
 class ShardWriter:
-    """Writes one shard, as a context manager: it appears under its name whole, or not at all.
-
-    An exception inside of the block leaves nothing behind.
-    """
+    """Context manager that writes one shard, which appears complete or, after an exception, not at all."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """`path` is of `shard_path`. Raises UserError if it cannot be written."""
+        """`path` is from `shard_path`."""
         self.path = resolve(path)
         if not _SHARD_NAME.fullmatch(self.path.name):
             raise ValueError(f"{self.path.name} is not the name of a shard")
@@ -81,7 +77,7 @@ class ShardWriter:
         self._rows: dict[str, list[Any]] = {name: [] for name in (*_NUMBERS, *_TEXTS, *_CATEGORIES)}
 
     def __enter__(self) -> "ShardWriter":
-        """Opens the file."""
+        """Opens the file. Raises UserError if it cannot be written."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._writer = ArrayRecordWriter(str(self._partial), "group_size:1,uncompressed")
@@ -94,21 +90,14 @@ class ShardWriter:
         width, height = size
         data = encode(record)
         aspect = aspect_templates().index(nearest_aspect(height, width))
-        row: dict[str, Any] = {
-            "width": width,
-            "height": height,
-            "aspect": aspect,
-            "turn": record.turn,
-            "nbytes": len(data),
-        }
-        row |= {"id": record.id, "instruction": record.instructions[0]}
-        row |= {"dataset": record.dataset, "kind": record.kind}
         self._do(lambda: self._writer.write(data))
-        for name, value in row.items():
+        numbers = (width, height, aspect, record.turn, len(data))
+        row = (*numbers, record.id, record.instructions[0], record.dataset, record.kind)
+        for name, value in zip((*_NUMBERS, *_TEXTS, *_CATEGORIES), row, strict=True):
             self._rows[name].append(value)
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        """Gives the shard its name."""
+        """Completes the shard, or deletes it after an exception."""
         if error is not None:
             self._writer.close()
             self._partial.unlink(missing_ok=True)
@@ -121,7 +110,7 @@ class ShardWriter:
             notes[f"{name}_lengths"] = np.array([len(text) for text in encoded], np.int64)
         for name in _CATEGORIES:
             names = sorted(set(self._rows[name]))
-            codes = {value: code for code, value in enumerate(names)}  # of kinds there may be as many as records
+            codes = {value: code for code, value in enumerate(names)}  # there may be as many kinds as records
             notes[name] = np.array([codes[value] for value in self._rows[name]], np.int32)
             notes[f"{name}_names"] = np.frombuffer(json.dumps(names).encode(), np.uint8)
         notes["sha256"] = np.frombuffer(bytes.fromhex(_sha256(self._partial)), np.uint8)
@@ -135,7 +124,7 @@ class ShardWriter:
     def _do(self, work: Callable[[], object]) -> None:
         try:
             work()
-        except (OSError, RuntimeError) as error:  # RuntimeError is what ArrayRecord has for a full disk
+        except (OSError, RuntimeError) as error:  # ArrayRecord raises RuntimeError for a full disk
             self._partial.unlink(missing_ok=True)
             raise UserError(f"writing {self.path} failed: {error}; make room and run the same command again") from error
 
@@ -151,7 +140,7 @@ def file_hash(path: pathlib.Path) -> str:
 
 
 def write_index(directory: str | os.PathLike[str]) -> dict[str, int]:
-    """Writes the index of all shards under `directory`, a subdirectory for each split; returns records by split.
+    """Writes the index of all shards under `directory`, one subdirectory per split; returns record counts by split.
 
     Raises UserError if there are no shards, or some of a set are missing or unfinished.
     """
@@ -171,7 +160,7 @@ def write_index(directory: str | os.PathLike[str]) -> dict[str, int]:
 
 
 def _complete(directory: pathlib.Path) -> list[pathlib.Path]:
-    """Shards of a split, in order."""
+    """Returns the shards of a split, in order. Raises UserError if any is missing or unfinished."""
     sets: dict[tuple[str, int], set[int]] = {}
     for path in directory.glob("*.array_record"):
         if match := _SHARD_NAME.fullmatch(path.name):
@@ -184,12 +173,12 @@ def _complete(directory: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _index_split(directory: pathlib.Path, shards: Sequence[pathlib.Path]) -> dict[str, Any]:
-    notes = [np.load(_notes(path)) for path in shards]  # members are read when they are asked for
+    notes = [np.load(_notes(path)) for path in shards]  # members are read lazily
     columns = directory / COLUMNS
     columns.mkdir(exist_ok=True)
 
     def write(name: str, dtype: Any, codes: Sequence[NDArray[Any]] | None = None) -> None:
-        """A column as it is in the notes, or with what `codes` of a shard has in its place."""
+        """Writes a column from the notes, mapped through each shard's `codes` if given."""
         length = sum(len(note[name]) for note in notes)
         column = np.lib.format.open_memmap(columns / f"{name}.npy", "w+", dtype, (length,))
         start = 0
@@ -235,7 +224,7 @@ def _index_split(directory: pathlib.Path, shards: Sequence[pathlib.Path]) -> dic
 
 
 def read_index(directory: PathLike) -> dict[str, Any]:
-    """index.json of a prepared data set. Raises UserError if there is none, it is damaged or of a newer version."""
+    """Returns index.json of a prepared data set. Raises UserError if it is missing, damaged or of a newer version."""
     path = resolve(directory) / INDEX
     try:
         with read_explained(str(path)):
@@ -256,9 +245,9 @@ def read_index(directory: PathLike) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """A column of texts, of which one is decoded when it is asked for."""
+    """A column of texts, decoded on access."""
 
-    data: NDArray[np.uint8]  # UTF-8, one after the other
+    data: NDArray[np.uint8]  # UTF-8, concatenated
     offsets: NDArray[np.int64]  # [records + 1]
 
     def __len__(self) -> int:
@@ -270,7 +259,7 @@ class Texts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Facts of each record that are known without reading it: memory maps, a row per record."""
+    """Metadata of each record, without its images: memory maps with one row per record."""
 
     width: NDArray[np.int32]  # pixels of the source, upright
     height: NDArray[np.int32]
@@ -286,63 +275,46 @@ class Columns:
 
 
 class StoredSplit(NamedTuple):
-    """Identity of a split on disk, beside which features lie."""
+    """Identity of a split on disk; its features are stored beside it."""
 
     files: LocalFiles
     split: str
     shards: tuple[tuple[str, int], ...]  # name and number of examples
 
 
-class _Readers:
-    """Open readers of shards, of which each has a file descriptor; the least recently used is closed.
+@functools.lru_cache(maxsize=256)  # each has a file descriptor, closed with the last reference
+def _reader(path: str) -> ArrayRecordReader:
+    return ArrayRecordReader(path, "readahead_buffer_size:0,max_parallelism:0", file_reader_buffer_size=32768)
 
-    A reader closes when the last thread that reads with it lets it go.
+
+def read_row(path: str, row: int) -> bytes:
+    """Returns the bytes of a record of a shard; open readers are shared by all threads.
+
+    Raises OSError if the system fails, RuntimeError or ValueError if the data are damaged.
     """
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._readers: collections.OrderedDict[str, ArrayRecordReader] = collections.OrderedDict()
-        self._lock = threading.Lock()
-
-    def read(self, path: str, row: int) -> bytes:
-        """Bytes of a record. Raises OSError where the system fails, RuntimeError or ValueError where the data do."""
+    for retry in (True, False):
         try:
-            [data] = self._reader(path).read([row])
+            [data] = _reader(path).read([row])
+            return data
         except RuntimeError as error:
-            if found := _SYSTEM_ERROR.match(str(error)):
-                with self._lock:
-                    self._readers.pop(path, None)
-                raise OSError(_ERROR_NUMBERS.get(found[1], errno.EIO), found[1], path) from error
-            raise
-        return data
-
-    def _reader(self, path: str) -> ArrayRecordReader:
-        with self._lock:
-            if path not in self._readers:
-                options = "readahead_buffer_size:0,max_parallelism:0"
-                self._readers[path] = ArrayRecordReader(path, options, file_reader_buffer_size=32768)
-            self._readers.move_to_end(path)
-            while len(self._readers) > self._most:
-                self._readers.popitem(last=False)
-            return self._readers[path]
-
-    def close(self) -> None:
-        """Lets all readers go."""
-        with self._lock:
-            self._readers.clear()
-
-
-_READERS = _Readers(256)  # of all data sets of this process
+            found = _SYSTEM_ERROR.match(str(error))
+            if found is None:
+                raise
+            _reader.cache_clear()  # keeps no broken reader, and frees file descriptors
+            number = _ERROR_NUMBERS.get(found[1], errno.EIO)
+            if not (retry and number in (errno.EMFILE, errno.ENFILE)):
+                raise OSError(number, found[1], path) from error
+    raise AssertionError("unreachable")
 
 
 class Records:
-    """A split of a prepared data set, to be read in any order, by any number of threads."""
+    """A split of a prepared data set, with random access from any number of threads."""
 
     def __init__(self, directory: PathLike, split: str, cache_directory: str = "") -> None:
-        """Opens the index; a shard is opened when it is first read.
+        """Opens the index; a shard is opened on first use.
 
         Files of a bucket are copied to `cache_directory` (`LocalFiles`). Raises UserError if `directory` holds no such
-        split, or its index is damaged or of a newer version.
+        split, or if its index is damaged or of a newer version.
         """
         self.directory, self.split = resolve(directory), split
         splits = read_index(directory)["splits"]
@@ -366,7 +338,7 @@ class Records:
     def _read_columns(self, datasets: tuple[str, ...], kinds: tuple[str, ...]) -> Columns:
         def column(name: str) -> NDArray[Any]:
             path = self.stored.files.get(f"{self.split}/{COLUMNS}/{name}.npy")
-            # A memory map of nothing is not possible, and a data set may be empty, or without ids.
+            # An empty column cannot be memory-mapped.
             return np.load(path, mmap_mode="r") if path.stat().st_size > 128 else np.load(path)
 
         columns = Columns(
@@ -381,18 +353,17 @@ class Records:
         return columns
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process opens its own: readers cannot travel, memory maps need not."""
+        """Another process opens the split itself instead of unpickling columns."""
         return Records, (str(self.directory), self.split, self.stored.files.cache_directory)
 
     def __len__(self) -> int:
-        """Number of records."""
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> Record:
-        """One record.
+        """Returns one record.
 
-        Raises BrokenRecord if its shard is missing, short or damaged there, UserError if the machine cannot read it,
-        IndexError past the end.
+        Raises BrokenRecord if its shard is missing, truncated or damaged there, UserError if the machine cannot read
+        it, IndexError past the end.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
@@ -401,30 +372,20 @@ class Records:
         name, size = self._shards[shard]
         try:
             with read_explained(f"{self.directory / name}"):
-                return decode(self._read(name, size, row))
+                return decode(read_row(str(self.stored.files.get(name, size)), row))
         except (BrokenRecord, UserError):
             raise
         except (OSError, RuntimeError, ValueError) as error:
             raise BrokenRecord(f"record {row} of {posixpath.basename(name)} cannot be read: {error}") from error
 
-    def _read(self, name: str, size: int, row: int) -> bytes:
-        path = str(self.stored.files.get(name, size))
-        try:
-            return _READERS.read(path, row)
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE):
-                raise
-        _READERS.close()  # as many as there may be are open: once more with none
-        return _READERS.read(path, row)
-
     def id(self, index: int) -> str:
-        """`Record.id`, known even where the record is broken."""
+        """Returns `Record.id`, even if the record is broken."""
         return self.columns.id[index]
 
     def dataset(self, index: int) -> str:
-        """`Record.dataset`, known even where the record is broken."""
+        """Returns `Record.dataset`, even if the record is broken."""
         return self.columns.datasets[self.columns.dataset[index]]
 
     def instruction(self, index: int) -> str:
-        """The default instruction of a record; cheap, as the record is not read."""
+        """Returns the default instruction of a record without reading the record."""
         return self.columns.instruction[index]

@@ -1,1 +1,1 @@
-"""From published files to shards, step by step: what `data_pipelines.prepare` runs."""
+"""The stages of `data_pipelines.prepare`, from published files to shards."""

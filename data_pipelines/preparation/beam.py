@@ -1,4 +1,4 @@
-"""The used part of Apache Beam, imported without its warning about clients of services that nobody asked for."""
+"""The used part of Apache Beam, imported without its warnings about missing optional clients."""
 
 import logging
 
@@ -12,7 +12,7 @@ try:
 finally:
     logging.disable(logging.NOTSET)
 
-logging.getLogger("apache_beam").setLevel(logging.CRITICAL)  # errors come up as exceptions
+logging.getLogger("apache_beam").setLevel(logging.CRITICAL)  # errors are raised as exceptions
 
 __all__ = [
     "Create",

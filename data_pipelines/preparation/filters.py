@@ -1,4 +1,4 @@
-"""The steps that look at one record alone, and leave out sound records that are not wanted."""
+"""Filters of single records, which drop sound but unwanted ones."""
 
 from data_pipelines.preparation.perceptual_hash import Look, change
 from data_pipelines.preparation.settings import Settings
@@ -7,7 +7,7 @@ from data_pipelines.record import Record
 
 
 def check_text(record: Record, settings: Settings) -> None:
-    """Checks what is known without opening an image: the turn and the scores. Raises LeftOut."""
+    """Checks the turn and the scores, which need no image. Raises LeftOut."""
     if settings.first_turn and record.turn > 0:
         raise LeftOut(Reason.TURN, f"turn {record.turn}")
     for name, least in settings.min_scores:
@@ -16,7 +16,7 @@ def check_text(record: Record, settings: Settings) -> None:
 
 
 def check_size(side: str, size: tuple[int, int], settings: Settings) -> None:
-    """The size of an image, (width, height) in pixels; `side` is source or target. Raises LeftOut."""
+    """Checks the size of an image, (width, height) in pixels; `side` is source or target. Raises LeftOut."""
     short, long = sorted(size)
     text = f"{side}: {size[0]} x {size[1]} pixels"
     if short < settings.min_side:
@@ -28,7 +28,7 @@ def check_size(side: str, size: tuple[int, int], settings: Settings) -> None:
 
 
 def check_change(source: Look, target: Look, settings: Settings) -> None:
-    """Checks that the edit shows. Raises LeftOut."""
+    """Checks that the edit changes the image visibly. Raises LeftOut."""
     levels = change(source, target)
     if levels < settings.min_change:
         raise LeftOut(Reason.UNCHANGED, f"by {levels:.2f} levels, below {settings.min_change:g}")

@@ -1,7 +1,7 @@
-"""Facts by which records are compared: a row of fixed size, in files that are read a piece at a time.
+"""Fingerprints by which records are compared: one row of fixed size per record, in files that are read in pieces.
 
-Records are numbered through all parts, in the order in which they were read. Hashes are the first 64 bits of a
-SHA-256: among ten million records two that differ have the same with a probability of 3e-6.
+Records are numbered across all parts, in the order of reading. Hashes are the first 64 bits of a SHA-256: among ten
+million records, the probability of a collision is 3e-6.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ PIECE = 1 << 17  # rows in memory at a time
 
 FACTS = np.dtype(
     [
-        ("key", "<u8"),  # hash of Record.key; the lowest of several that are alike stays
+        ("key", "<u8"),  # hash of Record.key; the lowest of several duplicates is kept
         ("original", "<u8"),  # of Record.original
         ("content", "<u8"),  # of both images and the instruction
         ("source", "<u8"),  # of the source image
@@ -42,14 +42,14 @@ FACTS = np.dtype(
 
 
 def save_array(path: pathlib.Path, array: NDArray[Any]) -> None:
-    """Writes an .npy file at once or not at all."""
+    """Writes an .npy file, which appears complete or not at all."""
     make_directory(path.parent)
     with replacing(path) as file:
         np.save(file, array)
 
 
 def digest(*pieces: bytes) -> int:
-    """64 bits of a hash of bytes; where one piece ends and the next begins makes a difference."""
+    """Returns 64 bits of a hash of byte strings, which depends on where one ends and the next begins."""
     hashed = hashlib.sha256()
     for piece in pieces:
         hashed.update(len(piece).to_bytes(8, "little"))
@@ -58,12 +58,12 @@ def digest(*pieces: bytes) -> int:
 
 
 def plain_words(text: str) -> str:
-    """An instruction without what does not change its meaning: case, punctuation, white space."""
+    """Returns an instruction without case, punctuation and white space that do not change its meaning."""
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
 def hashes(record: Record) -> dict[str, int]:
-    """The hashes of a row."""
+    """Returns the hashes of a record's row."""
     instruction = record.instructions[0]
     return {
         "key": digest(record.dataset.encode(), record.id.encode()),
@@ -71,30 +71,30 @@ def hashes(record: Record) -> dict[str, int]:
         "content": digest(record.source, record.target, instruction.encode()),
         "source": digest(record.source),
         "target": digest(record.target),
-        # Writing without spaces between words, or of signs alone, is compared as it is.
+        # An instruction of symbols alone is compared as it is.
         "words": digest((plain_words(instruction) or instruction).encode()),
     }
 
 
 class PartFiles:
-    """The files of a part that was read, in its directory. See scan.py, which writes them."""
+    """The files of a scanned part, in its directory. See scan.py, which writes them."""
 
     def __init__(self, directory: pathlib.Path) -> None:
         self.directory = directory
-        self.records = directory / "records.array_record"  # those that no filter left out
+        self.records = directory / "records.array_record"  # those that passed the filters
         self.facts = directory / "facts.bin"  # a row of FACTS for each of them
         self.keys = directory / "keys.bin"  # data set and id of each, as JSON
-        self.ends = directory / "ends.bin"  # where each ends in keys.bin
-        self.left = directory / "left.jsonl"  # what was left out, as quarantine files have it
+        self.ends = directory / "ends.bin"  # end offset of each in keys.bin, int64
+        self.left = directory / "left.jsonl"  # dropped records, in the format of quarantine files
         self.counts = directory / "counts.json"
-        self.samples = directory / "samples"  # images of some that were left out
+        self.samples = directory / "samples"  # images of some dropped records
 
 
 def rows_so_far(directory: pathlib.Path) -> int:
-    """Number of records in the directories of parts below `directory`, those included that are being written."""
+    """Returns the number of records of all parts below `directory`, including unfinished ones."""
     count = 0
     for path in directory.glob("*/facts.bin"):
-        with contextlib.suppress(FileNotFoundError):  # it got its name in between
+        with contextlib.suppress(FileNotFoundError):  # renamed in between
             count += path.stat().st_size // FACTS.itemsize
     return count
 
@@ -111,31 +111,25 @@ class Facts:
         return int(self.starts[-1])
 
     def pieces(self) -> Iterator[tuple[int, NDArray[Any]]]:
-        """Rows, a few at a time, with the number of the first of them. A piece is of one part."""
+        """Yields rows in pieces, each of one part, with the number of its first row."""
         for part, start, end in zip(self.parts, self.starts[:-1], self.starts[1:], strict=True):
             with part.facts.open("rb") as file:
                 for first in range(int(start), int(end), PIECE):
                     yield first, np.fromfile(file, FACTS, min(PIECE, int(end) - first))
 
     def place(self, number: int) -> tuple[int, int]:
-        """Part of a record, and its row there."""
+        """Returns the index of a record's part, and its row there."""
         part = int(np.searchsorted(self.starts, number, side="right")) - 1
         return part, int(number - self.starts[part])
 
     def key(self, number: int) -> tuple[str, str]:
-        """Data set and id of a record."""
+        """Returns data set and id of a record."""
         index, row = self.place(number)
         part = self.parts[index]
-        with part.ends.open("rb") as ends, part.keys.open("rb") as keys:
-            begin = 0
-            if row:
-                ends.seek(8 * (row - 1))
-                begin = int.from_bytes(ends.read(8), "little")
-            else:
-                ends.seek(0)
-            end = int.from_bytes(ends.read(8), "little")
-            keys.seek(begin)
-            dataset, id = json.loads(keys.read(end - begin))
+        begin, end = (
+            np.fromfile(part.ends, "<i8", 2, offset=8 * (row - 1)) if row else (0, np.fromfile(part.ends, "<i8", 1)[0])
+        )
+        dataset, id = json.loads(np.fromfile(part.keys, np.uint8, end - begin, offset=begin).tobytes())
         return dataset, id
 
 
@@ -149,7 +143,7 @@ class FactsWriter(contextlib.ExitStack):
         )
 
     def write(self, record: Record, row: NDArray[Any]) -> None:
-        """Adds a record's row: FACTS, []."""
+        """Appends a record's row, FACTS [], and its key."""
         self._facts.write(row.tobytes())
         self._keys.write(json.dumps([record.dataset, record.id], ensure_ascii=False).encode())
         self._ends.write(self._keys.tell().to_bytes(8, "little"))

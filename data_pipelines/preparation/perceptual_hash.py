@@ -1,6 +1,6 @@
-"""The look of an image in a few bytes: to tell near-duplicates, and edits that changed nothing.
+"""Perceptual hashes of images: they detect near-duplicates, and edits that changed nothing.
 
-Everything is integer arithmetic on an image reduced to 32 x 32 cells, so that every machine gets the same bits.
+All arithmetic is on integers, of an image reduced to 32 x 32 cells, so that every machine gets the same bits.
 """
 
 import dataclasses
@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-_CELLS = 32  # a side
-_WAVES = 8  # lowest frequencies of each direction
+_CELLS = 32  # per side
+_WAVES = 8  # lowest frequencies per direction
 _LUMA = np.array([299, 587, 114])  # of RGB, in thousandths
 COLORS = 12  # numbers: RGB of four quarters
-COLOR_TOLERANCE = 12  # levels of 255 that quarters of near-duplicates may differ by
+COLOR_TOLERANCE = 12  # greatest difference of near-duplicates, in levels of 255
 
 _n = np.arange(_CELLS)
 _COSINES = np.rint(1024 * np.cos(np.pi / _CELLS * (_n + 0.5) * np.arange(_WAVES)[:, None])).astype(np.int64)
@@ -21,7 +21,7 @@ _COSINES = np.rint(1024 * np.cos(np.pi / _CELLS * (_n + 0.5) * np.arange(_WAVES)
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """An image in 1 KB."""
+    """An image reduced to 3 KB."""
 
     cells: NDArray[np.uint8]  # [32, 32, 3], means of the image's pixels
 
@@ -33,28 +33,28 @@ class Look:
 
     @property
     def shape(self) -> int:
-        """64 bits that stay alike when an image is compressed, resized or made lighter.
+        """64 bits that hardly change when an image is compressed, resized or brightened.
 
-        A perceptual hash: which of the lowest 8 x 8 cosine coefficients of the brightness are above their median.
+        Bits tell which of the lowest 8 x 8 cosine coefficients of the luma are above their median.
         """
         waves = _COSINES @ (self.cells @ _LUMA) @ _COSINES.T
         flat = waves.reshape(-1)
         middle = (flat.size - 1) // 2
-        bits = flat > np.partition(flat[1:], middle)[middle]  # the median, without the mean, which is no shape
+        bits = flat > np.partition(flat[1:], middle)[middle]  # the median without the constant term
         return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
     @property
     def colors(self) -> NDArray[np.uint8]:
-        """Mean colors of the four quarters: uint8 [12]."""
+        """Mean RGB of the four quarters, uint8 [12]."""
         half = _CELLS // 2
         sums = self.cells.reshape(2, half, 2, half, 3).astype(np.int64).sum(axis=(1, 3))
         return (sums // half**2).astype(np.uint8).reshape(COLORS)
 
 
 def change(source: Look, target: Look) -> float:
-    """Change of the cell that changed most, in levels of 255: small for what compression alone does.
+    """Returns the change of the cell that changed most, in levels of 255; compression alone gives small values.
 
-    The mean over the whole image would not tell a small object that was removed from noise.
+    A mean over the whole image would not distinguish the removal of a small object from noise.
     """
     difference = np.abs(source.cells.astype(np.int64) - target.cells)
     return float(difference.sum(axis=2).max() / 3)
@@ -67,9 +67,9 @@ def alike(
     colors_b: NDArray[np.uint8],
     bits: int,
 ) -> NDArray[np.bool_]:
-    """True where images are near-duplicates: at most `bits` of their shapes differ, and their colors hardly.
+    """Returns True where images are near-duplicates: shapes differ in at most `bits` bits, colors hardly at all.
 
-    Shapes broadcast with one another to [...], colors to [..., 12].
+    Shapes broadcast to [...], colors to [..., 12].
     """
     near = np.bitwise_count(shapes_a ^ shapes_b) <= bits
     apart = np.abs(colors_a.astype(np.int16) - colors_b).max(axis=-1)

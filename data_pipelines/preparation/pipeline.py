@@ -1,4 +1,4 @@
-"""All steps in their order: read, compare, split, ask, write, report."""
+"""All stages in order: read, deduplicate, split, query the vision model, write, report."""
 
 import collections
 import dataclasses
@@ -26,7 +26,7 @@ from varedit_jax.errors import UserError
 from varedit_jax.storage import disk
 from varedit_jax.storage.paths import PathLike, is_remote, resolve, stamp
 
-VERDICTS = (*Reason,)  # a verdict is 0 for a record that stays, otherwise 1 + index here
+VERDICTS = (*Reason,)  # a verdict is 0 for a remaining record, else 1 + index in this tuple
 
 
 def prepare(
@@ -42,19 +42,19 @@ def prepare(
     staging_directory: str = "",
     say: Callable[[str], object] = print,
 ) -> dict[str, int]:
-    """Turns a data set as downloaded into shards with an index and a report; returns records by split.
+    """Turns a downloaded data set into shards with an index and a report; returns record counts by split.
 
-    The same inputs and settings give the same bytes, whatever the runner and the number of workers. What was ended
-    resumes when it is called again. Answers of a vision-language model are kept beside the output, in OUTPUT.answers.
+    The same inputs and settings give the same bytes with any runner and number of workers. Another call resumes an
+    interrupted one. Answers of a vision-language model are stored beside the output, in OUTPUT.answers.
 
-    Raises UserError for inputs that cannot be read, settings that leave nothing, and an output that exists or lies in
-    an input.
+    Raises UserError for inputs that cannot be read, settings that leave no record, and an output that exists or is
+    below an input.
     """
     with disk.explained("data set", output):
         _check_apart(inputs, resolve(output))
         parts = find_parts(source, inputs, source_options)
         job = {
-            "facts": FACTS.descr,  # what an earlier version of this package read has other rows
+            "facts": FACTS.descr,  # rows of earlier versions of this package differ
             "settings": dataclasses.asdict(settings),
             "parts": [(part.source, part.name, dict(part.options), _stamps(part)) for part in parts],
         }
@@ -62,11 +62,11 @@ def prepare(
             stages = StageRunner(runner, workers, runner_options, staging.directory)
             steps = _Steps(staging.directory, parts, settings, stages)
             steps.read()
-            say(f"read: {len(steps.facts)} records may stay")
+            say(f"read: {len(steps.facts)} records passed the filters")
             steps.check_some_are_left()
             for reason in (Reason.SAME_ID, Reason.EXACT, Reason.NEAR):
                 steps.compare(reason)
-            steps.part_ways()
+            steps.split()
             if settings.vision:
                 beside = staging.directory if is_remote(staging.output) else staging.output
                 steps.ask(beside.with_name(f"{beside.name}.answers"))
@@ -80,7 +80,7 @@ def prepare(
 
 
 def _check_apart(inputs: Sequence[str], output: pathlib.Path) -> None:
-    """Raises UserError if the output lies in an input."""
+    """Raises UserError if the output is below an input."""
 
     def real(path: pathlib.Path) -> str:
         return str(path) if is_remote(path) else os.path.realpath(path)
@@ -94,21 +94,23 @@ def _check_apart(inputs: Sequence[str], output: pathlib.Path) -> None:
 
 
 def _stamps(part: Part) -> list[Any]:
-    """Files of a part with size and time of change; directories, which some parts read by name, without."""
+    """Returns the stamps of a part's files; directories, in which some parts look up names, have no size or time."""
     return [[str(path), 0, 0] if path.is_dir() else stamp(path) for path in map(resolve, part.files)]
 
 
 class _Steps:
-    """The steps of one job, with what they know of records so far."""
+    """The stages of one job, and the verdicts on its records so far."""
 
     def __init__(self, directory: pathlib.Path, parts: Sequence[Part], settings: Settings, stages: StageRunner) -> None:
         self._directory, self._parts, self._settings, self._stages = directory, parts, settings, stages
         self._directories = tuple(directory / "scan" / f"{index:05d}" for index in range(len(parts)))
         self._verdicts_file = directory / "verdicts.npy"
-        self.twins: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}  # by verdict: numbers, and like what
+        self.twins: dict[
+            int, tuple[NDArray[np.int64], NDArray[np.int64]]
+        ] = {}  # by verdict: dropped records, and their duplicates
 
     def read(self) -> None:
-        """Reads all parts."""
+        """Scans all parts."""
         tasks = [
             ScanTask(part=part, settings=self._settings, directory=directory)
             for part, directory in zip(self._parts, self._directories, strict=True)
@@ -118,7 +120,7 @@ class _Steps:
         self.verdicts = np.zeros(len(self.facts), np.uint8)
 
     def check_some_are_left(self) -> None:
-        """Raises UserError if no record stays."""
+        """Raises UserError if no record remains."""
         if (self.verdicts == 0).any():
             return
         total = sum(count(self.facts, self.verdicts, 0.0).values(), collections.Counter[str]())
@@ -127,7 +129,7 @@ class _Steps:
         raise UserError(f"nothing is left of {read} records: {reasons or 'the data set is empty'}; leave out less")
 
     def _leave(self, reason: Reason, numbers: NDArray[np.int64], twins: NDArray[np.int64] | None = None) -> None:
-        """Notes that records leave."""
+        """Sets the verdict of dropped records."""
         verdict = 1 + VERDICTS.index(reason)
         numbers, first = np.unique(numbers, return_index=True)
         self.verdicts[numbers] = verdict
@@ -139,7 +141,7 @@ class _Steps:
         return self._verdicts_file
 
     def compare(self, reason: Reason) -> None:
-        """Finds duplicates of one kind, unless they may stay. Ids are always compared: the index needs them."""
+        """Drops duplicates of one kind if the settings say so. Ids are always deduplicated: the index needs it."""
         settings = self._settings
         if (reason is Reason.EXACT and not settings.exact) or (reason is Reason.NEAR and settings.near_bits < 0):
             return
@@ -162,13 +164,13 @@ class _Steps:
         pairs = np.concatenate([np.load(task.found) for task in tasks])
         self._leave(reason, pairs[:, 0], pairs[:, 1])
 
-    def part_ways(self) -> None:
-        """Takes images of validation out of training."""
+    def split(self) -> None:
+        """Drops images of validation from training."""
         pairs = find_leaks(self.facts, self.verdicts, self._settings.validation, self._settings.near_bits)
         self._leave(Reason.LEAK, pairs[:, 0], pairs[:, 1])
 
     def ask(self, answers: pathlib.Path) -> None:
-        """Asks a vision-language model about what is left."""
+        """Queries a vision-language model about the remaining records."""
         assert self._settings.vision
         verdicts = self._save_verdicts()
         tasks = [

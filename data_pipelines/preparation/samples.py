@@ -1,7 +1,8 @@
-"""A few records of each data set and reason, with small images, for the report's image sheet."""
+"""Sample records of each data set and reason, with thumbnails, for the report's image sheet."""
 
 import bisect
 import collections
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Iterable
@@ -18,15 +19,15 @@ from data_pipelines.record import Record
 from varedit_jax.contact_sheet import SheetRow
 from varedit_jax.images import load_image, upright_rgb
 
-EACH = 3  # of a data set and a reason
+EACH = 3  # samples per data set and reason
 _SIDE = 144  # pixels
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class SampledRecord:
-    """A record in small."""
+    """A record with thumbnails."""
 
-    order: int  # the lowest of all records are shown, whatever the order in which they come
+    order: int  # a hash: the lowest are shown, in whatever order records come
     dataset: str
     id: str
     instruction: str
@@ -34,47 +35,42 @@ class SampledRecord:
     images: tuple[bytes, bytes]  # source and target, uint8 [144, 144, 3]
 
     def row(self) -> SheetRow:
-        """A row of a contact sheet."""
+        """Returns a row of a contact sheet."""
         images = [np.frombuffer(data, np.uint8).reshape(_SIDE, _SIDE, 3) for data in self.images]
         return SheetRow(images=images, instruction=self.instruction[:160], kind=self.reason, note=self.id[-48:])
 
 
 class SampleKeeper:
-    """Keeps `EACH` of every data set and reason among the records it is offered; as a context manager, in a file."""
+    """Keeps `EACH` of the offered records per data set and reason; as a context manager, writes them to a file."""
 
     def __init__(self, path: pathlib.Path | None = None) -> None:
         self._path = path
         self._kept: dict[tuple[str, str], list[SampledRecord]] = collections.defaultdict(list)
 
     def __enter__(self) -> Self:
-        """Self."""
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Writes the file."""
         if self._path is not None:
             self._path.write_bytes(msgpack.packb([dataclasses.astuple(sample) for sample in self]))
 
     def __iter__(self):  # type: ignore[no-untyped-def]
-        """Samples by data set and reason."""
         for name in sorted(self._kept):
             yield from self._kept[name]
 
     def offer(self, record: Record, reason: str) -> None:
-        """Takes a record if it is among the lowest so far; one whose images cannot be decoded is passed over."""
+        """Keeps a record if it is among the lowest so far and its images can be decoded."""
         order = digest(reason.encode(), record.key.encode())
         kept = self._kept[record.dataset, reason]
         if len(kept) == EACH and order >= kept[-1].order:
             return
-        try:
+        with contextlib.suppress(Damaged):
             images = check_record(record, lambda _, image: _small(image))
-        except Damaged:
-            return
-        both = (images["source"], images["target"])
-        self.add([SampledRecord(order, record.dataset, record.id, record.instructions[0], reason, both)])
+            both = (images["source"], images["target"])
+            self.add([SampledRecord(order, record.dataset, record.id, record.instructions[0], reason, both)])
 
     def add(self, samples: Iterable[SampledRecord]) -> None:
-        """Takes what another keeper kept."""
+        """Merges samples of another keeper."""
         for sample in samples:
             kept = self._kept[sample.dataset, sample.reason]
             bisect.insort(kept, sample)
@@ -82,7 +78,7 @@ class SampleKeeper:
 
 
 def read_samples(path: pathlib.Path) -> list[SampledRecord]:
-    """Reads the file of a keeper."""
+    """Returns the samples in a keeper's file."""
     return [
         SampledRecord(*values[:-1], images=tuple(values[-1]))  # type: ignore[misc]
         for values in msgpack.unpackb(path.read_bytes())
@@ -90,14 +86,14 @@ def read_samples(path: pathlib.Path) -> list[SampledRecord]:
 
 
 def _small(image: Image.Image) -> bytes:
-    """An opened image in the middle of a square, uint8 [144, 144, 3] as bytes. Raises ImageError."""
+    """Returns an opened image centered in a square, as the bytes of uint8 [144, 144, 3]. Raises ImageError."""
     image.draft("RGB", (2 * _SIDE, 2 * _SIDE))
     load_image(image)
     return square(upright_rgb(image), _SIDE).tobytes()
 
 
 def square(image_HW3: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """An image reduced or enlarged to fit into a square of the page's gray: uint8 [side, side, 3]."""
+    """Returns an image resized to fit a square with the page's gray around it, uint8 [side, side, 3]."""
     height, width = image_HW3.shape[:2]
     factor = side / max(height, width)
     size = (max(1, round(width * factor)), max(1, round(height * factor)))

@@ -1,6 +1,6 @@
-"""The first step: a part of a data set is read, each record looked at alone, and what stays is kept for the others.
+"""The first stage: reads a part of a data set, filters single records and stages the others for the next stages.
 
-A part becomes a directory with the files of `fingerprints.PartFiles`. One record is in memory at a time, and the few
+A part becomes a directory with the files of `fingerprints.PartFiles`. One record is in memory at a time, beside the
 samples.
 """
 
@@ -32,19 +32,19 @@ from varedit_jax.storage.files import new_directory, write_json
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScanTask:
-    """Reading one part."""
+    """One part to scan."""
 
     part: Part
     settings: Settings
-    directory: pathlib.Path  # of its files
+    directory: pathlib.Path  # for its files
 
     def is_done(self) -> bool:
-        """Returns True if it has been read."""
+        """Returns True if the part has been scanned."""
         return self.directory.exists()
 
 
 def scan(task: ScanTask) -> None:
-    """Reads a part. Raises UserError if its files are of another format, or cannot be read."""
+    """Scans a part. Raises UserError if its files have another format or cannot be read."""
     with new_directory(task.directory) as directory, _PartWriter(PartFiles(directory)) as part:
         for entry in read_part(task.part):
             part.counts[entry.dataset]["read"] += 1
@@ -76,13 +76,13 @@ class _PartWriter(contextlib.ExitStack):
         self.samples = self.enter_context(SampleKeeper(files.samples))
 
     def leave(self, id: str, dataset: str, reason: Reason, detail: str) -> None:
-        """Counts what is left out, and notes it."""
+        """Counts and lists a dropped record."""
         self.counts[dataset][reason] += 1
         line = {"id": id, "dataset": dataset, "reason": reason, "detail": detail}
         self._left.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def keep(self, record: Record, row: NDArray[Any]) -> None:
-        """Stores a record and its row of FACTS, [], to which what only the stored record has is added."""
+        """Stores a record and its row, FACTS [], completed with data set, original and size in bytes."""
         if not record.original:
             record = dataclasses.replace(record, original=hashlib.sha256(record.source).hexdigest())
             row["original"] = hashes(record)["original"]
@@ -95,9 +95,9 @@ class _PartWriter(contextlib.ExitStack):
 
 
 def examine(record: Record, settings: Settings) -> NDArray[Any]:
-    """A record's row of FACTS, [], without data set and number of bytes, if it may stay.
+    """Returns the row of a record that passes the filters, FACTS [], without data set and size in bytes.
 
-    Raises Damaged for what cannot be used, LeftOut for what is not wanted.
+    Raises Damaged for an unusable record, LeftOut for an unwanted one.
     """
     check_text(record, settings)
     row = np.zeros((), FACTS)

@@ -1,4 +1,4 @@
-"""Settings of prepare."""
+"""Settings of data_pipelines.prepare."""
 
 import dataclasses
 import math
@@ -9,23 +9,23 @@ from varedit_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Vision:
-    """A vision-language model behind an OpenAI-compatible endpoint, asked two questions about each record."""
+    """A vision-language model behind an OpenAI-compatible endpoint, which gets two questions per record."""
 
     url: str  # up to, and without, /chat/completions
     model: str
     key_variable: str = "OPENAI_API_KEY"  # environment variable with the key; may be unset
-    side: int = 768  # pixels; longer sides of images are reduced to it before they are sent
-    parallel: int = 8  # questions on their way at a time, a process
-    per_minute: float = 0.0  # questions, a process; 0 has no limit
-    tries: int = 6  # of a question, with growing pauses
-    timeout: float = 120.0  # seconds
+    side: int = 768  # pixels; images with longer sides are reduced before they are sent
+    parallel: int = 8  # concurrent requests per process
+    per_minute: float = 0.0  # requests per process; 0 is no limit
+    tries: int = 6  # per question, with exponential backoff
+    timeout: float = 120.0  # seconds per request
 
     def __post_init__(self) -> None:
-        """Raises UserError for what is no address."""
+        """Raises UserError if `url` is not an HTTP address."""
         try:
             parts = urllib.parse.urlsplit(self.url)
             sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        except ValueError:  # of the port, or of brackets
+        except ValueError:  # invalid port or brackets
             sound = False
         if not sound:
             raise UserError(f"the endpoint is {self.url!r}; give an address like http://localhost:8000/v1")
@@ -33,23 +33,23 @@ class Vision:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Choice of the records that are left out, and layout of the others. Defaults leave out what cannot be used."""
+    """Filters, deduplication, split and layout of the shards. Defaults drop unusable records only."""
 
     decode: bool = True  # decode both images of every record
     min_side: int = 0  # pixels of the short side of source and target
-    max_side: int = 0  # pixels of the long side; 0 has no limit
-    max_ratio: float = 0.0  # long side over short side; 0 has no limit
-    min_scores: tuple[tuple[str, float], ...] = ()  # a record that lacks the score stays
-    first_turn: bool = False  # of sessions, the first edit only
-    min_change: float = 0.0  # levels of 255 (`looks.change`); 0 keeps records whose target is the source
-    exact: bool = True  # one of several records with the same images and instruction
-    near_bits: int = -1  # of 64 that near-duplicates may differ by (`looks.alike`); -1 does not look for them
-    validation: float = 0.01  # share of images
-    shard_bytes: int = 2**30  # of a shard, about
+    max_side: int = 0  # pixels of the long side; 0 is no limit
+    max_ratio: float = 0.0  # long side over short side; 0 is no limit
+    min_scores: tuple[tuple[str, float], ...] = ()  # records without the score are kept
+    first_turn: bool = False  # keep only the first edit of a session
+    min_change: float = 0.0  # levels of 255 (`perceptual_hash.change`); 0 keeps unchanged images
+    exact: bool = True  # deduplicate records with the same images and instruction
+    near_bits: int = -1  # of 64 that near-duplicates may differ by (`perceptual_hash.alike`); -1 keeps them
+    validation: float = 0.01  # share of source images
+    shard_bytes: int = 2**30  # approximate size of a shard
     vision: Vision | None = None
 
     def __post_init__(self) -> None:
-        """Raises UserError for what does not make sense, with the value."""
+        """Raises UserError for a value out of range."""
         for name in ("min_side", "max_side", "max_ratio", "min_change"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name} is {getattr(self, name)}; it cannot be below 0")
@@ -68,5 +68,5 @@ class Settings:
 
     @property
     def looks(self) -> bool:
-        """True if it matters what images look like."""
+        """True if perceptual hashes are needed."""
         return self.min_change > 0 or self.near_bits >= 0

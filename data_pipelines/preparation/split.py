@@ -1,4 +1,4 @@
-"""Training and validation: which images are in which, and that none is in both."""
+"""The split into training and validation, with no image in both."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,10 +12,10 @@ _SIDES = ("source", "target")
 
 
 def in_validation(images: NDArray[np.uint64], share: float) -> NDArray[np.bool_]:
-    """True where images, known by the hash of their identity, are for validation.
+    """Returns True where images, given by hashes of their identity, belong to validation.
 
-    The hash alone decides, so that an image that two data sets have under one name, or the same bytes, is in the same
-    split of both, and stays there when a data set grows.
+    The hash alone decides, so that an image shared by two data sets, by name or bytes, is in the same split of both,
+    and stays there when a data set grows.
     """
     return images < np.uint64(min(round(share * 2**64), 2**64 - 1))
 
@@ -25,11 +25,11 @@ def _columns(side: str) -> tuple[str, str, str]:
 
 
 def find_leaks(facts: Facts, verdicts: NDArray[np.uint8], share: float, near_bits: int) -> Pairs:
-    """Records of training that have an image of validation under another name; and a record that has it there.
+    """Returns training records that share an image with validation under another name, with such a validation record.
 
-    Sources and targets alike, since some data sets list an edit and the same turned around. The same file, or, where
-    near-duplicates are looked for (`near_bits` of at least 0), one of the same shape and like colors. Memory is that
-    of validation.
+    Sources and targets are compared with each other, since some data sets list an edit and its reverse. Images match
+    if they are the same file or, with `near_bits` of at least 0, have the same perceptual hash and similar colors.
+    Memory grows with validation only.
     """
     kept: list[list[NDArray]] = []
     for numbers, rows in left(facts, verdicts):

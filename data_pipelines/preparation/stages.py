@@ -1,8 +1,8 @@
-"""Work for Apache Beam: stages of tasks that write files, each stage after the one before it.
+"""Stages on Apache Beam: each runs tasks that write files, after the previous stage has finished.
 
-What a runner moves is the names of tasks, never records: those go from file to file. So memory does not grow with the
-data set under any runner (Beam's local one keeps in memory what it groups), and a job that was ended goes on with the
-tasks that are left. Inputs and the output have to be where every worker sees them under the same path.
+Runners move tasks, never records, which go from file to file. So memory does not grow with the data set under any
+runner (Beam's local one groups in memory), and a resumed job runs the remaining tasks only. Every worker must see
+inputs and output under the same path.
 """
 
 import pathlib
@@ -24,10 +24,10 @@ _LOCAL = ("DirectRunner", "FnApiRunner")
 
 
 class StageTask(Protocol):
-    """Work that can be sent to a worker."""
+    """Picklable unit of work."""
 
     def is_done(self) -> bool:
-        """Returns True if its output is there."""
+        """Returns True if its output exists."""
 
 
 T = TypeVar("T", bound=StageTask)
@@ -37,7 +37,7 @@ class StageRunner:
     """Runs stages on one of Beam's runners."""
 
     def __init__(self, runner: str, workers: int, options: Sequence[str], directory: pathlib.Path) -> None:
-        """`runner` and `options` are Beam's; `workers` are processes of the local runner; `directory` is for errors.
+        """`runner` and `options` are Beam's; `workers` are processes of the local runner; errors go to `directory`.
 
         Raises UserError if there is no such runner.
         """
@@ -47,9 +47,9 @@ class StageRunner:
     def run(
         self, name: str, work: Callable[[T], object], tasks: Sequence[T], note: Callable[[], str] = lambda: ""
     ) -> None:
-        """Does those tasks that are not done yet. Raises UserError with what stopped one of them.
+        """Runs the tasks that are not done yet; `note` adds the progress of running ones to the progress bar.
 
-        `note` says how far tasks are that are not over yet, for the progress bar.
+        Raises UserError if one of them did.
         """
         todo = [task for task in tasks if not task.is_done()]
         if not todo:
@@ -64,7 +64,7 @@ class StageRunner:
             _ = tasks_P | name >> beam.ParDo(_Do(work, self._directory))
             try:
                 pipeline.run().wait_until_finish()
-            except RuntimeError as error:  # what the local runner makes of Ctrl-C in a task
+            except RuntimeError as error:  # the local runner converts Ctrl-C in a task
                 if "KeyboardInterrupt" in str(error):
                     raise KeyboardInterrupt from error
                 raise
@@ -72,10 +72,10 @@ class StageRunner:
             raise UserError(path.read_text(encoding="utf-8"))
 
     def _runner(self, tasks: int) -> tuple[beam.PipelineRunner, list[str]]:
-        """A runner for some tasks, and its options.
+        """Returns a runner for a number of tasks, and its options.
 
-        DirectRunner would first try to fetch another runner from the network, so the local one is named. Its processes
-        take seconds to start: there are no more than tasks, and for one task none.
+        DirectRunner would first try to download another runner, so the local one is chosen explicitly. Its processes
+        take seconds to start: there are no more than tasks, and a single task runs in this process.
         """
         if self._name not in _LOCAL:
             try:
@@ -93,7 +93,7 @@ class StageRunner:
 
 
 class _Do(beam.DoFn):
-    """Does tasks. What the user can put right becomes a file: runners bury exceptions in words of their own."""
+    """Runs tasks. A UserError becomes a file, since runners wrap exceptions beyond recognition."""
 
     def __init__(self, work: Callable[[Any], object], directory: pathlib.Path) -> None:
         self._work, self._directory = work, directory
@@ -109,7 +109,7 @@ class _Do(beam.DoFn):
 
 
 class _Watch:
-    """Moves a bar on as tasks are done, by whatever process."""
+    """Updates a progress bar as tasks are done, in whatever process."""
 
     def __init__(self, bar: tqdm.tqdm, tasks: Sequence[StageTask], note: Callable[[], str]) -> None:
         self._bar, self._left, self._note = bar, list(tasks), note

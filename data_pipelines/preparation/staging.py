@@ -1,13 +1,12 @@
-"""The staging directory of a data set that is being prepared, which gets its name only once it is complete.
+"""The staging directory of a data set in preparation, which gets its final name only when complete.
 
-    .OUT.partial/job.json           what is being prepared; other settings begin anew
-                 scan/00000/        what was read of a part, see scan.py
-                 step/...           what the steps that compare records found
+    .OUT.partial/job.json           inputs and settings; a job with others starts over
+                 scan/00000/        a scanned part, see scan.py
+                 step/...           duplicates and vision verdicts
                  out/               the data set, which becomes OUT
 
-It is local, since shards are written to local files. Where OUT is in an object store it lies in the working directory,
-and `out` is uploaded at the end. What a task has written appears under its name at once, so that a task that is found
-done is not done again.
+It is local, since shards are written to local files. If OUT is in an object store, it is in the working directory, and
+`out` is uploaded at the end. The output of a task appears complete or not at all, so finished tasks are not repeated.
 """
 
 import hashlib
@@ -28,7 +27,7 @@ _JOB = "job.json"
 
 
 def staging_directory(output: pathlib.Path, chosen: str = "") -> pathlib.Path:
-    """Returns the local directory for an output's staging: the one chosen, or one by the output's name."""
+    """Returns the local staging directory of an output: the chosen one, or one named after the output."""
     if chosen:
         return local(chosen, "the staging directory")
     if not is_remote(output):
@@ -38,10 +37,10 @@ def staging_directory(output: pathlib.Path, chosen: str = "") -> pathlib.Path:
 
 
 class Staging:
-    """The directory, as a context manager that one process at a time can hold."""
+    """The staging directory, as a context manager that one process at a time can hold."""
 
     def __init__(self, output: PathLike, job: Mapping[str, Any], directory: str = "") -> None:
-        """`job` is what must be the same for an earlier attempt to be resumed; `directory` is that of the staging.
+        """`job` must equal that of an interrupted attempt to resume it; `directory` overrides the default place.
 
         Raises UserError if the output exists.
         """
@@ -53,14 +52,14 @@ class Staging:
         self._lock = Lock(self.directory, flag="--output")
 
     def __enter__(self) -> Self:
-        """Takes the directory, and empties it if it is of another job."""
+        """Locks the directory, and empties it if it is of another job."""
         self._lock.__enter__()
         path = self.directory / _JOB
         if not path.exists() or json.loads(path.read_text()) != self._job:
             for other in children(self.directory):
                 if other.name != LOCK_FILE:
                     _remove(other)
-            if is_remote(self.output):  # what an upload that was ended left of another job
+            if is_remote(self.output):  # remains of another job's interrupted upload
                 files.remove_directory(self.output)
             files.write_json(path, self._job)
         for unfinished in (*self.directory.glob("*/.*.partial"), *self.directory.glob("*/.*.draft")):
@@ -68,11 +67,11 @@ class Staging:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Leaves what is there, to be resumed."""
+        """Keeps the contents, to be resumed."""
         self._lock.__exit__(*error)
 
     def finish(self) -> None:
-        """Gives the data set its name, or uploads it, and removes the rest."""
+        """Moves or uploads the data set to the output, and removes the rest."""
         if is_remote(self.output):
             _upload(self.directory / "out", self.output)
         else:
@@ -88,7 +87,7 @@ def _remove(path: pathlib.Path) -> None:
 
 
 def _upload(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Uploads a directory, without the files that an earlier attempt uploaded; it is complete at once."""
+    """Uploads a directory, which appears complete at once; files of an earlier attempt are kept."""
     files.begin(target)
     for path in files_below(source):
         there = target / path.relative_to(source).as_posix()

@@ -1,14 +1,15 @@
-"""The report on a data set: what came in, what left and why, and what some of it looks like.
+"""The report on a data set: counts of records read, dropped by reason and kept, and samples of them.
 
     report/report.json       counts by data set: read, each reason, train, validation
-    report/report.md         the same for people
-    report/quarantine.jsonl  a line for each record that was left out: id, data set, reason, detail
-    report/samples.png       some records of each data set and reason, and some that stayed
+    report/report.md         the same as a table
+    report/quarantine.jsonl  one line per dropped record: id, data set, reason, detail
+    report/samples.png       some records of each data set and reason, and some that were kept
 
 The same records give the same bytes: no dates, no durations.
 """
 
 import collections
+import itertools
 import json
 import pathlib
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from data_pipelines.preparation.write import StagedRecords
 from data_pipelines.reasons import Reason
 from varedit_jax.contact_sheet import contact_sheet
 
-_SHEET_ROWS = 40  # of the image sheet; a page is no longer than can be looked at
+_SHEET_ROWS = 40  # of the image sheet, to limit its length
 _ORDER = [*map(str, Reason)]
 
 Twins = Mapping[int, tuple[NDArray[np.int64], NDArray[np.int64]]]
@@ -38,29 +39,28 @@ def write_report(
 
     Args:
       directory: to write to.
-      facts: rows of the N records that no filter left out.
-      verdicts: uint8 [N]; 0 where a record stayed, otherwise 1 + index of its Reason.
-      twins: by verdict, numbers of records in order, and of those that each of them is like.
-      validation: share of images.
+      facts: rows of the N records that passed the filters.
+      verdicts: uint8 [N]; 0 for kept records, else 1 + index of the Reason.
+      twins: by verdict, sorted numbers of dropped records, and of the records that they duplicate.
+      validation: share of source images.
     """
     directory.mkdir(parents=True, exist_ok=True)
     counts = count(facts, verdicts, validation)
-    (directory / "report.json").write_text(
-        json.dumps(_as_json(counts), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    text = json.dumps(_as_json(counts), indent=1, ensure_ascii=False) + "\n"
+    (directory / "report.json").write_text(text, encoding="utf-8")
     (directory / "report.md").write_text(_as_markdown(counts), encoding="utf-8")
     _write_quarantine(directory / "quarantine.jsonl", facts, verdicts, twins)
     _draw_samples(directory / "samples.png", facts, verdicts)
 
 
 def count(facts: Facts, verdicts: NDArray[np.uint8], validation: float) -> Counts:
-    """By data set: how many were "read", left for each reason, and stayed in each split."""
+    """Returns counts by data set: "read", dropped for each reason, and kept in each split."""
     counts: Counts = collections.defaultdict(collections.Counter)
     names = []
     for part in facts.parts:
-        said = json.loads(part.counts.read_text())
-        names.append(said["datasets"])
-        for dataset, some in said["counts"].items():
+        scanned = json.loads(part.counts.read_text())
+        names.append(scanned["datasets"])
+        for dataset, some in scanned["counts"].items():
             counts[dataset].update(some)
     labels = [*SPLITS, *map(str, Reason)]
     for first, rows in facts.pieces():
@@ -74,7 +74,7 @@ def count(facts: Facts, verdicts: NDArray[np.uint8], validation: float) -> Count
 
 
 def _reasons(counts: Counts) -> list[str]:
-    """Reasons that occur, in the order of the steps."""
+    """Returns the reasons that occur, in the order of the stages."""
     found = {name for some in counts.values() for name in some} - {"read", *SPLITS}
     return [*(name for name in _ORDER if name in found), *sorted(found.difference(_ORDER))]
 
@@ -128,20 +128,16 @@ def _draw_samples(path: pathlib.Path, facts: Facts, verdicts: NDArray[np.uint8])
         keeper.add(read_samples(part.samples))
     records = StagedRecords(facts)
     for verdict, name in enumerate(("stayed", *map(str, Reason))):
-        # The first of each part are enough to choose from; keys are hashes, so any are as good.
+        # The first of each part are enough candidates.
         for start, end in zip(facts.starts[:-1], facts.starts[1:], strict=True):
             for number in (np.flatnonzero(verdicts[start:end] == verdict)[:EACH] + start).tolist():
                 keeper.offer(records[number], name)
     samples = sorted(
         keeper, key=lambda sample: ((*_ORDER, "stayed").index(sample.reason), sample.dataset, sample.order)
     )
-    # A row of each first, where not all have room.
-    turns = collections.Counter[tuple[str, str]]()
-    ranked = []
-    for place, sample in enumerate(samples):
-        ranked.append((turns[sample.reason, sample.dataset], place))
-        turns[sample.reason, sample.dataset] += 1
-    shown = sorted(place for _, place in sorted(ranked)[:_SHEET_ROWS])
-    if shown:
-        rows = [samples[place].row() for place in shown]
+    if samples:
+        # If there is not room for all, every group gets its first rows before any gets more.
+        groups = itertools.groupby(range(len(samples)), lambda place: (samples[place].reason, samples[place].dataset))
+        ranked = sorted((rank, place) for _, group in groups for rank, place in enumerate(group))
+        rows = [samples[place].row() for place in sorted(place for _, place in ranked[:_SHEET_ROWS])]
         contact_sheet(rows, ["source", "target"], scale=1, heading="What left, why, and what stayed").save(path)

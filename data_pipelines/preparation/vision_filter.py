@@ -1,8 +1,8 @@
-"""A vision-language model looks at each record: was the edit made, and was everything else kept?
+"""Filter by a vision-language model: the edit must have been made, and everything else kept.
 
-Any endpoint that speaks OpenAI's chat completions will do. Every answer is written down at once, by hash of what was
-asked, and never asked for again: a job that was ended, or one with other thresholds, pays for new questions only. If
-the edit was not made, the second question is not asked.
+Any endpoint of OpenAI's chat completions works. Answers are stored at once, by hash of the question, and reused, so a
+resumed job, or one with other thresholds, pays for new questions only. If the edit was not made, the second question
+is skipped.
 """
 
 import base64
@@ -34,7 +34,7 @@ from data_pipelines.transforms import preview
 from varedit_jax.errors import UserError
 from varedit_jax.images import open_image
 
-QUESTIONS = {  # in the order in which they are asked, with what a "no" means
+QUESTIONS = {  # in order, by the meaning of a "no"
     Reason.NOT_DONE: (
         "The second image should be the first one after this edit: {instruction}\n"
         "Was the edit made as asked? Answer with one word, yes or no."
@@ -45,27 +45,27 @@ QUESTIONS = {  # in the order in which they are asked, with what a "no" means
         "Answer with one word, yes or no."
     ),
 }
-_FIRST = 20  # answers of a part; if most of them are unclear, so will the rest be
-_PASSING = (408, 409, 425, 429, 500, 502, 503, 504)  # status of what may be over soon
-_REFUSED = (400, 413, 422)  # of what is wrong with one question
-# No connection, one that was cut, or an answer of no shape.
+_FIRST = 20  # answers of a part after which it fails if most are unclear
+_PASSING = (408, 409, 425, 429, 500, 502, 503, 504)  # temporary failures, which are retried
+_REFUSED = (400, 413, 422)  # failures of this question alone
+# No connection, an interrupted one, or a malformed answer.
 _TROUBLE = (OSError, http.client.HTTPException, ValueError, LookupError, TypeError)
 _LONGEST_PAUSE = 60.0  # seconds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuestionTask:
-    """Asking about the records of one part that are left."""
+    """The remaining records of one part, to ask about."""
 
     vision: Vision
     parts: tuple[pathlib.Path, ...]
     verdicts: pathlib.Path
     part: int
-    answers: pathlib.Path  # file of answers, which outlives the job
-    found: pathlib.Path  # [n, 2] int64: number of a record that leaves, and index of its reason in REASONS
+    answers: pathlib.Path  # database of answers, which outlives the job
+    found: pathlib.Path  # int64 [n, 2]: number of a dropped record, and index of its reason in REASONS
 
     def is_done(self) -> bool:
-        """Returns True if all have been asked about."""
+        """Returns True if the part is finished."""
         return self.found.exists()
 
 
@@ -73,13 +73,13 @@ REASONS = (Reason.NOT_DONE, Reason.NOT_KEPT, Reason.UNCLEAR)
 
 
 def ask(task: QuestionTask) -> None:
-    """Asks about a part. Raises UserError if the endpoint does not answer, or hardly ever with yes or no."""
+    """Asks about a part. Raises UserError if the endpoint fails, or hardly ever answers yes or no."""
     facts = Facts([PartFiles(directory) for directory in task.parts])
     start, end = facts.starts[task.part : task.part + 2]
     verdicts = np.load(task.verdicts, mmap_mode="r")
     numbers = (np.flatnonzero(verdicts[start:end] == 0) + start).tolist()
     records, found, clear = StagedRecords(facts), [], 0
-    # Closed inside out: no thread may still write down an answer when the file of answers is closed.
+    # Threads must have stored their answers before the database closes.
     with (
         Model(task.vision, task.answers) as model,
         contextlib.closing(model.reasons((number, records[number]) for number in numbers)) as asked,
@@ -97,14 +97,14 @@ def ask(task: QuestionTask) -> None:
 
 
 class Model:
-    """The endpoint with its answers so far, as a context manager."""
+    """The endpoint with its stored answers, as a context manager."""
 
     def __init__(self, vision: Vision, answers: pathlib.Path) -> None:
-        """`answers` is a file that is gone on with. Raises UserError if it cannot be written."""
+        """`answers` is a database to create or extend. Raises UserError if it cannot be written."""
         self._vision = vision
         self._key = os.environ.get(vision.key_variable, "").strip()
         self._lock = threading.Lock()
-        self._next = 0.0  # when the next question may be asked
+        self._next = 0.0  # time of the next request
         self.last = ""
         try:
             answers.parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +121,7 @@ class Model:
             self._answers.close()
 
     def reasons(self, records: Iterator[tuple[int, Record]]) -> Generator[tuple[int, Reason | None], None, None]:
-        """Yields the reason why each record leaves, or None, in order; a few are asked about at a time."""
+        """Yields the reason for dropping each record, or None, in order; several requests run at once."""
         with concurrent.futures.ThreadPoolExecutor(self._vision.parallel) as pool:
             waiting: list[tuple[int, concurrent.futures.Future[Reason | None]]] = []
             try:
@@ -138,7 +138,7 @@ class Model:
                     future.cancel()
 
     def reason(self, record: Record) -> Reason | None:
-        """Returns why a record leaves, or None. Raises UserError if the endpoint does not answer."""
+        """Returns the reason for dropping a record, or None. Raises UserError if the endpoint does not answer."""
         images: list[str] = []
         for reason, question in QUESTIONS.items():
             text = question.format(instruction=record.instructions[0])
@@ -149,11 +149,11 @@ class Model:
                 answer = self._ask(text, images)
                 with self._lock:
                     self._answers.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (digest, answer))
-            said = re.search(r"\b(yes|no)\b", answer.casefold())
-            if said is None:
+            word = re.search(r"\b(yes|no)\b", answer.casefold())
+            if word is None:
                 self.last = answer
                 return Reason.UNCLEAR
-            if said[1] == "no":
+            if word[1] == "no":
                 return reason
         return None
 
@@ -171,7 +171,7 @@ class Model:
         return None if row is None else row[0]
 
     def _ask(self, text: str, images: list[str]) -> str:
-        """The answer of the endpoint, "" if it refuses this question."""
+        """Returns the answer of the endpoint, "" if it refuses this question. Raises UserError if it fails."""
         vision = self._vision
         content = [{"type": "text", "text": text}]
         content += [{"type": "image_url", "image_url": {"url": url}} for url in images]  # type: ignore[dict-item]
@@ -186,7 +186,7 @@ class Model:
             json.dumps(body).encode(),
             {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {}),
         )
-        said = ""
+        failure = ""
         for attempt in range(vision.tries):
             self._wait_for_turn()
             pause = min(2.0**attempt, _LONGEST_PAUSE)
@@ -194,23 +194,23 @@ class Model:
                 with urllib.request.urlopen(request, timeout=vision.timeout) as response:
                     return str(json.load(response)["choices"][0]["message"]["content"] or "")
             except urllib.error.HTTPError as error:
-                said = f"status {error.code}: {error.read(300).decode(errors='replace')}"
+                failure = f"status {error.code}: {error.read(300).decode(errors='replace')}"
                 if error.code in _REFUSED:
-                    self.last = said
+                    self.last = failure
                     return ""
                 if error.code not in _PASSING:
                     raise UserError(
-                        f"{vision.url} refused {vision.model} with {said}; check --vision_url, --vision_model and the "
-                        f"key in {vision.key_variable}"
+                        f"{vision.url} refused {vision.model} with {failure}; check --vision_url, --vision_model and "
+                        f"the key in {vision.key_variable}"
                     ) from error
                 pause = _asked_pause(error.headers.get("Retry-After"), pause)
             except _TROUBLE as error:
-                said = str(error) or type(error).__name__
+                failure = str(error) or type(error).__name__
             if attempt + 1 < vision.tries:
                 time.sleep(pause)
         raise UserError(
-            f"{vision.url} did not answer in {vision.tries} tries ({said}); run the same command again later, answers "
-            f"so far are kept"
+            f"{vision.url} did not answer in {vision.tries} tries ({failure}); run the same command again later, "
+            f"answers so far are kept"
         )
 
     def _wait_for_turn(self) -> None:
@@ -223,7 +223,7 @@ class Model:
 
 
 def _asked_pause(header: str | None, otherwise: float) -> float:
-    """Seconds that the endpoint asks to wait, if it says so in a number."""
+    """Returns the seconds in a Retry-After header, or `otherwise` if it is not a number."""
     try:
         return min(max(float(header or ""), 0.0), 10 * _LONGEST_PAUSE)
     except ValueError:
@@ -231,6 +231,6 @@ def _asked_pause(header: str | None, otherwise: float) -> float:
 
 
 def _data_url(data: bytes, side: int) -> str:
-    """An image as JPEG in a data URL, upright, its longer side at most `side`."""
+    """Returns an image as an upright JPEG in a data URL, with a long side of at most `side` pixels."""
     small = preview(open_image(io.BytesIO(data)), side, quality=90)
     return f"data:image/jpeg;base64,{base64.b64encode(small).decode()}"

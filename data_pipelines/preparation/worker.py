@@ -1,4 +1,4 @@
-"""A process of Beam's local runner. Beam's own reports on the life of such processes are for who works on Beam."""
+"""A process of Beam's local runner, without Beam's log messages about its life cycle."""
 
 import logging
 import sys

@@ -1,48 +1,44 @@
-"""The last step: records that stayed, in shards whose order is that of their hashes, which is no order."""
+"""The last stage: writes the kept records to shards, ordered by hash and thus shuffled."""
 
-import collections
 import dataclasses
 import pathlib
 from collections.abc import Sequence
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader
 from numpy.typing import NDArray
 
 from data_pipelines.preparation.duplicates import left
 from data_pipelines.preparation.fingerprints import Facts, PartFiles, save_array
 from data_pipelines.preparation.split import SPLITS, in_validation
 from data_pipelines.record import Record, decode
-from data_pipelines.shards import ShardWriter, is_written, shard_path
+from data_pipelines.shards import ShardWriter, is_written, read_row, shard_path
 from varedit_jax.storage.files import replacing
-
-_OPEN = 128  # parts that are open at a time
 
 _PLACED = np.dtype([("key", "<u8"), ("number", "<i8"), ("width", "<i4"), ("height", "<i4")])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShardPlan:
-    """Number of shards of each split, and the records that go into each."""
+    """The number of shards of each split, and the records of each shard."""
 
     directory: pathlib.Path
     shards: dict[str, int]  # by split
 
     @property
     def placed(self) -> pathlib.Path:
-        """Rows of _PLACED: runs, in each of which a shard's records follow one another."""
+        """Rows of _PLACED in runs, each sorted by shard."""
         return self.directory / "placed.bin"
 
     @property
     def offsets(self) -> pathlib.Path:
-        """[runs, shards of all splits + 1] int64: where in `placed` each shard's records of a run begin."""
+        """int64 [runs, shards of all splits + 1]: first row in `placed` of each shard's records in a run."""
         return self.directory / "offsets.npy"
 
 
 def lay_out(
     directory: pathlib.Path, facts: Facts, verdicts: NDArray[np.uint8], validation: float, shard_bytes: int
 ) -> ShardPlan:
-    """Decides where each record that is left goes: the hash of its key says which shard of its split."""
+    """Assigns each remaining record to a shard of its split, by the hash of its key."""
     nbytes = np.zeros(len(SPLITS), np.int64)
     records = np.zeros(len(SPLITS), np.int64)
     for _, rows in left(facts, verdicts):
@@ -82,7 +78,7 @@ class ShardTask:
 
     @property
     def path(self) -> pathlib.Path:
-        """The shard."""
+        """File of the shard."""
         return shard_path(self.output / self.split, self.name, self.index, self.plan.shards[self.split])
 
     def is_done(self) -> bool:
@@ -91,7 +87,7 @@ class ShardTask:
 
 
 def shard_tasks(plan: ShardPlan, parts: Sequence[pathlib.Path], output: pathlib.Path, name: str) -> list[ShardTask]:
-    """A task for each shard."""
+    """Returns a task per shard."""
     return [
         ShardTask(parts=tuple(parts), plan=plan, output=output, name=name, split=split, index=index)
         for split in SPLITS
@@ -116,20 +112,11 @@ def write(task: ShardTask) -> None:
 
 
 class StagedRecords:
-    """Records of all parts by their number, read in any order."""
+    """Records of all parts by number, with random access."""
 
     def __init__(self, facts: Facts) -> None:
         self._facts = facts
-        self._readers: collections.OrderedDict[int, ArrayRecordReader] = collections.OrderedDict()
 
     def __getitem__(self, number: int) -> Record:
         part, row = self._facts.place(number)
-        if part not in self._readers:
-            if len(self._readers) == _OPEN:
-                self._readers.popitem(last=False)[1].close()
-            path = str(self._facts.parts[part].records)
-            options = "readahead_buffer_size:0,max_parallelism:0"
-            self._readers[part] = ArrayRecordReader(path, options, file_reader_buffer_size=32768)
-        self._readers.move_to_end(part)
-        [data] = self._readers[part].read([row])
-        return decode(data)
+        return decode(read_row(str(self._facts.parts[part].records), row))

@@ -156,7 +156,7 @@ def test_filters_work_in_a_browser(browser: Browser, page: pathlib.Path) -> None
     browser.run("document.querySelector('#side').value = 90; document.querySelector('form').oninput()")
     assert _shown(browser) == texts(lambda record: min(60 + 4 * int(record.id[1:]), 100) >= 90)
     browser.type("#words", "nobody wrote this")
-    assert browser.run("return document.querySelector('#none').textContent") == "Nothing fits these filters."
+    assert browser.run("return document.querySelector('#none').textContent") == "No sample matches these filters."
     assert browser.errors() == []
 
 

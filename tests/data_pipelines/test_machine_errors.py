@@ -1,6 +1,7 @@
 """What fails in the machine is never taken for damage of the data: nothing is marked bad, and one sentence says why."""
 
 import errno
+import functools
 import os
 import pathlib
 import socket
@@ -62,7 +63,7 @@ def test_more_shards_than_files_may_be_open_are_read_all_the_same(
 
 
 def test_few_readers_are_open_at_a_time(directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "_READERS", shards._Readers(3))
+    monkeypatch.setattr(shards, "_reader", functools.lru_cache(3)(shards._reader.__wrapped__))
     records, before = Records(directory, "train"), len(os.listdir("/proc/self/fd"))
     for index in (*range(COUNT), *range(COUNT)):
         assert records[index] == _record(index, "set")
@@ -85,7 +86,7 @@ def failing(request: pytest.FixtureRequest, directory: pathlib.Path, monkeypatch
             return self._reader.read(rows)
 
     monkeypatch.setattr(shards, "ArrayRecordReader", Failing)
-    monkeypatch.setattr(shards, "_READERS", shards._Readers(3))
+    monkeypatch.setattr(shards, "_reader", functools.lru_cache(3)(shards._reader.__wrapped__))
     return words
 
 
