@@ -1,1 +1,1 @@
-"""The procedural data set `shapes`: scenes, edits of them, the TFDS builder and the exact judge."""
+"""The procedural data set `shapes`: scenes, edits, the TFDS builder and the exact judge."""

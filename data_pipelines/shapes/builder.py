@@ -1,4 +1,4 @@
-"""The data set `shapes` as a TFDS builder: drawn on demand, stored as ArrayRecord, without TensorFlow.
+"""The data set `shapes` as a TFDS builder: generated on demand, stored as ArrayRecord, without TensorFlow.
 
 builder = Shapes(data_dir="data", train_examples=24000, test_examples=1000)
 builder.download_and_prepare()
@@ -21,13 +21,13 @@ from varedit_jax.errors import UserError
 SPLITS = ("train", "test")
 TRAIN_EXAMPLES = 24_000
 TEST_EXAMPLES = 1_000
-_CACHED_IMAGES = 4096  # encoded images kept while preparing; many scenes come up more than once
+_CACHED_IMAGES = 4096  # cached during preparation, since many scenes recur
 
 
 def example_novelty(split: str, index: int) -> Novelty:
-    """In `test`, every tenth example asks for a held-out combination and the others edit held-out scenes.
+    """Returns `train`, or in `test` `combination` for every tenth example and `scene` for the others.
 
-    Drawn evenly, 8 % of the edits of single objects would have such a combination.
+    Uniform draws would give such a combination to 8 % of the edits of single objects.
     """
     if split == "train":
         return "train"
@@ -35,7 +35,7 @@ def example_novelty(split: str, index: int) -> Novelty:
 
 
 def example_edit(seed: int, split: str, index: int) -> Edit:
-    """Edit `index` of a split; depends on the arguments alone, not on the size of the split."""
+    """Returns edit `index` of a split, which does not depend on the size of the split."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     return random_edit(rng, example_novelty(split, index))
 
@@ -48,15 +48,15 @@ def _png(scene: Scene) -> bytes:
 
 
 class Shapes(tfds.core.GeneratorBasedBuilder):
-    """Instruction-guided edits of images of colored shapes, every target known exactly.
+    """Instruction-guided edits of images of colored shapes, with exact targets.
 
-    The name of the builder's config holds the sizes and the seed, so data sets of different sizes or seeds lie in
-    different directories.
+    The name of the builder's config contains the sizes and the seed, so data sets that differ in these get different
+    directories.
     """
 
     name = "shapes"
     VERSION = tfds.core.Version("2.0.0")
-    url_infos = None  # no download, no checksums; TFDS would look for them with a package it does not install
+    url_infos = None  # no checksums; TFDS would look for them with a package that it does not install
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
-        """Further arguments are those of every TFDS builder. Raises UserError for a split without examples."""
+        """Passes further arguments to the TFDS builder. Raises UserError for a split without examples or seed < 0."""
         if min(train_examples, test_examples) < 1 or seed < 0:
             raise UserError(
                 f"shapes of {train_examples} training and {test_examples} test examples with seed {seed} cannot be "

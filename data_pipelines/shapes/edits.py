@@ -1,10 +1,10 @@
 """Edits of scenes, and the instructions that ask for them.
 
-Seven kinds, modelled on the task list of EMU-Edit. Every instruction, read beside its source image, determines the
-target scene exactly; the wording varies, and so does the way an object is referred to.
+Seven kinds, modeled on the task list of EMU-Edit. Together with its source image, every instruction determines the
+target scene exactly; its wording and its references to objects vary.
 
-Some things are held out of training, to measure what an editor generalizes to: about a tenth of all scenes, and a
-fixed set of (kind, object) combinations.
+To measure generalization, about a tenth of all scenes and a fixed set of (kind, object) combinations are held out of
+training.
 """
 
 import dataclasses
@@ -32,15 +32,15 @@ Novelty = Literal["train", "scene", "combination"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 NOVELTIES: tuple[Novelty, ...] = get_args(Novelty)
-PLAIN_SHARE = 0.75  # of the sources, whose style is `plain`
-FULL_NAME_SHARE = 0.5  # of the references, which say "the red circle"; the others are drawn from all that fit
-HELD_OUT_SCENES = 10  # one scene of so many is held out
+PLAIN_SHARE = 0.75  # of the sources: style is `plain`, otherwise random
+FULL_NAME_SHARE = 0.5  # of the references: full names ("the red circle"), otherwise any fitting phrase
+HELD_OUT_SCENES = 10  # one scene in ten is held out
 
-# Training draws from these: what asks for pixels that the source does not have takes more examples to learn.
+# Training repeats kinds that ask for pixels not in the source, which take more examples to learn.
 TRAINING_KINDS: tuple[Kind, ...] = (*KINDS, "add", "recolor", "recolor", "replace", "move")
 
-# Objects that are never the subject of an edit of this kind in training: 8 of 80 combinations. Each of these objects,
-# shapes and colors is seen in training as the subject of other kinds.
+# Objects that are never the subject of an edit of this kind in training: 8 of 80 combinations. Training shows each of
+# them as the subject of other kinds.
 HELD_OUT_COMBINATIONS: dict[Kind, tuple[Object, ...]] = {
     "add": (Object("triangle", "red"), Object("cross", "yellow")),
     "remove": (Object("circle", "blue"),),
@@ -103,7 +103,7 @@ TEMPLATES: dict[Kind, tuple[str, ...]] = {
     ),
 }
 
-# A change of style is asked for by (style of the source, style of the target).
+# By (style of the source, style of the target).
 STYLE_TEMPLATES: dict[tuple[Style, Style], tuple[str, ...]] = {
     ("plain", "night"): (
         "make it night",
@@ -161,10 +161,10 @@ _BACKGROUND_WORDS: dict[Background, str] = {"sky": "sky blue"}  # where the name
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Edit:
-    """One edit: what is asked for, of which scene, and what comes out of it.
+    """One edit: instruction, source scene and target scene.
 
-    `subject` is what the edit is about: the object added, removed or moved, the object that results from recoloring
-    or replacing, the new background, or the new style.
+    `subject` is the object added, removed or moved, the object that results from recoloring or replacing, the new
+    background, or the new style.
     """
 
     kind: Kind
@@ -175,21 +175,21 @@ class Edit:
 
 
 def scene_held_out(scene: Scene) -> bool:
-    """Returns True if the scene is kept out of training, as one in `HELD_OUT_SCENES` is, on every machine the same."""
+    """Returns True if the scene is held out of training, by a hash: about one in `HELD_OUT_SCENES`."""
     digest = hashlib.blake2b(scene.encode().encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % HELD_OUT_SCENES == 0
 
 
 def combination_held_out(kind: Kind, subject: str) -> bool:
-    """Returns True if edits of this kind and subject are kept out of training."""
+    """Returns True if edits of this kind and subject are held out of training."""
     return any(subject == str(item) for item in HELD_OUT_COMBINATIONS.get(kind, ()))
 
 
 def novelty_of(edit: Edit) -> Novelty | None:
-    """Returns what is new to an editor that saw only training edits; None if more than one thing is.
+    """Returns the kind of novelty of an edit relative to training; None if it is of several kinds.
 
-    In a `train` edit neither scene nor combination is held out. A `scene` edit starts from a held-out scene; a
-    `combination` edit has a held-out combination, on scenes that are not.
+    In a `train` edit, neither scenes nor combination are held out. A `scene` edit starts from a held-out scene; a
+    `combination` edit has a held-out combination, with scenes that are not.
     """
     combination = combination_held_out(edit.kind, edit.subject)
     if scene_held_out(edit.source):
@@ -204,7 +204,7 @@ def _choose(rng: np.random.Generator, options: Sequence[_T]) -> _T:
 
 
 def references(scene: Scene, position: int) -> tuple[str, ...]:
-    """Every phrase that names the object in cell `position` and no other object of the scene; its full name first."""
+    """Returns every phrase that refers to the object in cell `position` alone; its full name first."""
     item = scene.cells[position]
     if item is None:
         raise UserError(f"the cell at the {POSITIONS[position]} of {scene.encode()!r} is empty: nothing to refer to")
@@ -215,7 +215,7 @@ def references(scene: Scene, position: int) -> tuple[str, ...]:
     if sum(other.color == item.color for other in scene.objects) == 1:
         phrases.append(f"the {item.color} shape")
     if len(scene.objects) == 1:
-        phrases.append("the only shape")  # "the shape at the top left" must not begin with a phrase of its own
+        phrases.append("the only shape")  # "the shape" would be a prefix of "the shape at the top left"
     return tuple(phrases)
 
 
@@ -231,7 +231,7 @@ def _with_cell(scene: Scene, *changes: tuple[int, Object | None]) -> Scene:
 
 
 def _edit(rng: np.random.Generator, kind: Kind, source: Scene) -> Edit | None:
-    """An edit of `source` of this kind; None if the scene allows none or the draw does not fit."""
+    """Returns an edit of `source` of this kind; None if the scene allows none or the draw does not fit."""
     occupied = [p for p, item in enumerate(source.cells) if item is not None]
     empty = [p for p, item in enumerate(source.cells) if item is None]
     if kind == "background":
@@ -269,11 +269,10 @@ def _edit(rng: np.random.Generator, kind: Kind, source: Scene) -> Edit | None:
 
 
 def random_edit(rng: np.random.Generator, novelty: Novelty = "train") -> Edit:
-    """A random edit whose `novelty_of` is the one given.
+    """Returns a random edit of the given novelty.
 
     Kinds are drawn evenly from `TRAINING_KINDS` for `train`, from the five kinds that have held-out combinations for
-    `combination`, and else from `KINDS`. Three sources of four are in the plain style. Raises UserError for an unknown
-    novelty.
+    `combination`, and from `KINDS` for `scene`. Raises UserError for an unknown novelty.
     """
     if novelty not in NOVELTIES:
         raise UserError(f"unknown novelty {novelty!r}; known are {', '.join(NOVELTIES)}")

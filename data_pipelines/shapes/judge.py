@@ -1,4 +1,4 @@
-"""The exact judge: reads what an edited image shows, from the image alone, and compares it with the target scene.
+"""The exact judge: reads the scene from an edited image alone, and compares it with the target scene.
 
 Reading compares every cell with all its possible renderings, takes the nearest whole reading, and then accepts it
 only if every cell is clearly that rendering. The limits below scale with the contrast of the style; colors of one
@@ -57,7 +57,7 @@ class Verdict:
 
     @property
     def exact(self) -> bool:
-        """The image shows the target scene."""
+        """True if the image shows the target scene."""
         return self.done and self.kept
 
 
@@ -79,7 +79,7 @@ def _renderings() -> _Renderings:
         ],
         np.float32,
     )
-    # Greatest step from a pixel to one of its eight neighbors.
+    # Largest step from a pixel to one of its eight neighbors.
     padded = np.pad(images, ((0, 0), (0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
     steps = np.zeros(images.shape[:-1], np.float32)
     for dy in range(3):
@@ -99,7 +99,7 @@ def _renderings() -> _Renderings:
 
 
 def _read(images: NDArray[np.uint8]) -> list[Scene | None]:
-    """`read_scenes` of at most a few dozen images."""
+    """Reads the scenes of at most `BATCH` images; None for unclear ones."""
     known = _renderings()
     count = len(images)
     cells = images.reshape(count, 2, CELL, 2, CELL, 3).transpose(1, 3, 0, 2, 4, 5).astype(np.float32)
@@ -108,7 +108,7 @@ def _read(images: NDArray[np.uint8]) -> list[Scene | None]:
     flat = known.pixels.reshape(len(POSITIONS), -1, _VALUES)
     distances = known.squares.reshape(len(POSITIONS), 1, -1) - 2 * (cells @ flat.transpose(0, 2, 1))
     distances = distances.reshape(len(POSITIONS), count, len(_LOOKS), len(_OBJECTS))
-    contents = distances.argmin(-1)  # [4, B, 16]: the best content of each cell under each look
+    contents = distances.argmin(-1)  # [4, B, 16]: best content of each cell under each look
     looks = distances.min(-1).sum(0).argmin(-1)  # [B]: one look for the whole image
     contents = np.take_along_axis(contents, looks[None, :, None], -1)[..., 0]  # [4, B]
 
@@ -126,7 +126,7 @@ def _read(images: NDArray[np.uint8]) -> list[Scene | None]:
 
 
 def read_scenes(images: NDArray[np.uint8]) -> list[Scene | None]:
-    """Reads what each image of a batch uint8 [B, 32, 32, 3] shows; None where an image shows nothing clearly.
+    """Returns the scene that each image of uint8 [B, 32, 32, 3] shows; None for an unclear image.
 
     Raises UserError for another shape or type.
     """
@@ -138,7 +138,7 @@ def read_scenes(images: NDArray[np.uint8]) -> list[Scene | None]:
 
 
 def read_scene(image: NDArray[np.uint8]) -> Scene | None:
-    """Reads what one image uint8 [32, 32, 3] shows; None if some part of it is not clearly one of the renderings."""
+    """Returns the scene that an image uint8 [32, 32, 3] shows; None if a cell is not clearly one of the renderings."""
     return read_scenes(image[None])[0]
 
 
@@ -146,7 +146,7 @@ def _verdict(reading: Scene | None, source: Scene, target: Scene) -> Verdict:
     if reading is None:
         return Verdict(done=False, kept=False)
     parts = [
-        (scene.background, scene.style, *scene.cells)  # everything that a scene consists of
+        (scene.background, scene.style, *scene.cells)  # all parts of a scene
         for scene in (reading, source, target)
     ]
     done = kept = True
@@ -167,6 +167,6 @@ def judge(image: NDArray[np.uint8], source: Scene, target: Scene) -> Verdict:
 
 
 def judge_batch(images: NDArray[np.uint8], sources: Sequence[Scene], targets: Sequence[Scene]) -> list[Verdict]:
-    """`judge` of every image of uint8 [B, 32, 32, 3], with its source and target scene."""
+    """Returns the verdicts of `judge` on images uint8 [B, 32, 32, 3] with their source and target scenes."""
     readings = read_scenes(images)
     return [_verdict(*case) for case in zip(readings, sources, targets, strict=True)]

@@ -1,7 +1,7 @@
 """Scenes of up to four colored shapes on a colored background, and their 32 x 32 images.
 
-An image is a 2 x 2 arrangement of square cells. A cell is empty or shows one object, centerd. A style changes the
-look of the whole image. Rendering is exact and has no antialiasing, so an image can be read back (`judge.py`).
+An image is a 2 x 2 arrangement of square cells. A cell is empty or shows one centered object. A style changes the
+whole image. Rendering is exact and has no antialiasing, so an image can be read back (`judge.py`).
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ BACKGROUND_RGB: dict[Background, tuple[int, int, int]] = {
 
 
 def _masks() -> NDArray[np.bool_]:
-    """Masks [4, 16, 16] of the shapes, in the order of `SHAPES`; each is 12 pixels wide and high."""
+    """Returns masks [4, 16, 16] of the shapes, in the order of `SHAPES`; each is 12 pixels wide and high."""
     y, x = np.mgrid[:CELL, :CELL] - (CELL - 1) / 2  # from the center of the cell: -7.5, -6.5, ..., 7.5
     circle = y**2 + x**2 <= 34
     square = (abs(y) < 6) & (abs(x) < 6)
@@ -93,12 +93,12 @@ class Scene:
         return tuple(item for item in self.cells if item is not None)
 
     def encode(self) -> str:
-        """The scene as text: `grey|plain|red circle,-,blue cross,-`."""
+        """Returns the scene as text: `grey|plain|red circle,-,blue cross,-`."""
         return f"{self.background}|{self.style}|{','.join(str(item or '-') for item in self.cells)}"
 
     @classmethod
     def decode(cls, text: str) -> "Scene":
-        """Inverse of `encode`. Raises UserError for text that is not a scene."""
+        """Returns the scene of a text from `encode`. Raises UserError for text that is not a scene."""
         try:
             background, style, cells = text.split("|")
             words = [cell.split(" ") for cell in cells.split(",")]
@@ -118,7 +118,7 @@ def _check(what: str, value: str, known: tuple[str, ...]) -> None:
 
 
 def style_color(rgb: tuple[int, int, int], style: Style) -> NDArray[np.uint8]:
-    """The color [3] that `rgb` has in an image of this style."""
+    """Returns the color [3] of `rgb` in an image of this style."""
     color = np.array(rgb, np.uint8)
     if style == "night":
         return np.round(color * 0.6).astype(np.uint8)
@@ -129,7 +129,7 @@ def style_color(rgb: tuple[int, int, int], style: Style) -> NDArray[np.uint8]:
 
 @functools.cache
 def cell_image(background: Background, style: Style, item: Object | None, position: int) -> NDArray[np.uint8]:
-    """Read-only image [16, 16, 3] of one cell; `position` matters for the frame alone."""
+    """Returns a read-only image [16, 16, 3] of one cell; `position` matters only for the frame."""
     pixels_yx3 = np.tile(style_color(BACKGROUND_RGB[background], style), (CELL, CELL, 1))
     if item is not None:
         pixels_yx3[MASKS[SHAPES.index(item.shape)]] = style_color(COLOR_RGB[item.color], style)
@@ -143,7 +143,7 @@ def cell_image(background: Background, style: Style, item: Object | None, positi
 
 
 def render(scene: Scene) -> NDArray[np.uint8]:
-    """The image of a scene: uint8 [32, 32, 3]."""
+    """Returns the image of a scene, uint8 [32, 32, 3]."""
     image = np.empty((SIZE, SIZE, 3), np.uint8)
     for position, item in enumerate(scene.cells):
         y, x = CELL * (position // 2), CELL * (position % 2)
@@ -152,7 +152,7 @@ def render(scene: Scene) -> NDArray[np.uint8]:
 
 
 def random_scene(rng: np.random.Generator, style: Style | None = None) -> Scene:
-    """A scene of 1 to 4 objects, no two alike, in random cells; all is uniform, and so is `style` unless given."""
+    """Returns a uniformly random scene of 1 to 4 distinct objects in random cells; `style` is random unless given."""
     count = int(rng.integers(1, len(POSITIONS) + 1))
     positions = rng.choice(len(POSITIONS), count, replace=False)
     kinds = rng.choice(len(SHAPES) * len(COLORS), count, replace=False)

@@ -1,20 +1,20 @@
-"""Public data sets of edit triples, read as they are downloaded, without unpacking anything to disk.
+"""Public data sets of edit triples, read as downloaded, without unpacking to disk.
 
-    for part in find_parts("ultraedit", ["downloads/UltraEdit"]):    # cheap; each can go to another process
+    for part in find_parts("ultraedit", ["downloads/UltraEdit"]):    # cheap; parts can go to different processes
         for entry in read_part(part):                                # a stream
             ...                                                      # Record, or Refused with a reason
 
-A source is a file here with a `SOURCE`; SOURCES has them by name. Every triple that a data set lists comes back exactly
-once, as a Record or as Refused, and in the same order every time. Names in archives and lists that lead out of their
-directory are refused, and never used as a path. Images are not decoded here.
+A source is a module here with a `SOURCE`; SOURCES has them by name. Every triple that a data set lists is yielded
+exactly once, as Record or Refused, always in the same order. Names in archives and lists that lead out of their
+directory are refused and never used as a path. Images are not decoded here.
 
-What is in memory at a time is one triple, and beside it what a source's own text says:
+One triple is in memory at a time, and in addition:
 
- - tables: a group of rows, as the publisher made them
- - tars whose neighbors belong together (varedit, x2edit): one group
- - uncompressed archives of which a table names the members (imgedit): where each member of an archive lies
- - compressed archives that lists name the members of (seed, gpt_image_edit, packed files of pico_banana): `join`, with
-   bounds in memory and in temporary files
+ - tables: a row group, as published
+ - tars with one group of neighboring members per triple (varedit, x2edit): a group
+ - uncompressed archives whose members are named by a table (imgedit): offsets of all members
+ - compressed archives whose members are named by lists (seed, gpt_image_edit, packed files of pico_banana): `join`,
+   with bounds in memory and in temporary files
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,9 +51,9 @@ SOURCES: dict[str, SourceFormat] = {
 
 
 def find_parts(source: str, inputs: Sequence[PathLike], options: Mapping[str, str] = {}) -> list[Part]:
-    """Parts of a data set, in order: each is read on its own, and its name stays the same from run to run.
+    """Returns the parts of a data set, in order: each is read independently, and its name is the same in every run.
 
-    Raises UserError for an unknown source or option, and where nothing of the format is found.
+    Raises UserError for an unknown source or option, and if nothing of the format is found.
     """
     if source not in SOURCES:
         raise UserError(f"unknown source {source!r}; known are {', '.join(SOURCES)}")
@@ -69,9 +69,9 @@ def find_parts(source: str, inputs: Sequence[PathLike], options: Mapping[str, st
 
 
 def read_part(part: Part) -> Iterator[Entry]:
-    """Entries of a part, in the same order every time.
+    """Yields the entries of a part, always in the same order.
 
-    Raises UserError if its files are of another format, or cannot be read for a reason that is not in them.
+    Raises UserError if its files have another format, or if the machine cannot read them.
     """
     try:
         yield from SOURCES[part.source].read(part)
@@ -80,6 +80,6 @@ def read_part(part: Part) -> Iterator[Entry]:
 
 
 def read(source: str, inputs: Sequence[PathLike], options: Mapping[str, str] = {}) -> Iterator[Entry]:
-    """Entries of all parts, one after the other."""
+    """Yields the entries of all parts, in order."""
     for part in find_parts(source, inputs, options):
         yield from read_part(part)

@@ -1,4 +1,4 @@
-"""Tar archives as they are downloaded: split into parts, compressed or not, read without unpacking."""
+"""Tar archives as downloaded, split into parts or not, compressed or not, read without unpacking."""
 
 import gzip
 import io
@@ -21,14 +21,14 @@ _PART = re.compile(r"(?P<name>.+\.(?:tar|tar\.gz|tgz))(?:\.(?:part|split)[-.]?(?
 
 
 class Member(NamedTuple):
-    """A file in an archive that was read."""
+    """A file read from an archive."""
 
     name: str  # plain relative path
     data: bytes
 
 
 class Damage(NamedTuple):
-    """Something in an archive that was not read. After Reason.ARCHIVE nothing more of the archive comes."""
+    """A refused member of an archive. Reason.ARCHIVE means that the rest of the archive is lost."""
 
     name: str
     reason: Reason
@@ -36,10 +36,10 @@ class Damage(NamedTuple):
 
 
 def group_parts(files: Sequence[str]) -> dict[str, list[str]]:
-    """Archives by name, each with its parts in order: numbers as numbers, `aa`, `ab`, ... by letters.
+    """Returns archives by name, each with its parts in numeric order, or in the order `aa`, `ab`, ...
 
-    Raises UserError if a part before the last is missing, since all after it could not be read. Letters begin with
-    `aa`, numbers with 0 or 1.
+    Raises UserError if a part before the last is missing, as the rest could not be read. Letters begin with `aa`,
+    numbers with 0 or 1.
     """
     groups: dict[str, dict[int, str]] = {}
     for file in files:
@@ -61,7 +61,7 @@ def group_parts(files: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _part_number(part: str) -> int:
-    """Place of a part among others: a number, or letters as the digits of one."""
+    """Returns the number of a part; letters are its digits in base 26."""
     if part.isdecimal():
         return int(part)
     number = 0
@@ -77,7 +77,7 @@ def is_compressed(files: Sequence[str]) -> bool:
 
 
 def _infos(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Headers in order. Unlike TarFile.next it neither remembers them all nor takes a damaged one for the end."""
+    """Yields headers in order. Unlike TarFile.next, it does not keep them, or take a damaged one for the end."""
     info = tar.firstmember  # type: ignore[attr-defined]
     while info is not None:
         yield info
@@ -88,7 +88,7 @@ def _infos(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
             return
         except tarfile.EmptyHeaderError as error:  # type: ignore[attr-defined]
             raise tarfile.ReadError("ends without its end mark") from error
-        if tar.offset <= start:  # a size below 0; the same headers would come again, without end
+        if tar.offset <= start:  # a negative size would repeat the same headers forever
             raise tarfile.ReadError(f"{info.name} has a size of {info.size} bytes")
 
 
@@ -103,14 +103,14 @@ def _problem(info: tarfile.TarInfo, name: str | None) -> tuple[Reason, str] | No
 
 
 def members(files: Sequence[str], wanted: Callable[[str], bool] | None = None) -> Iterator[Member | Damage]:
-    """Regular files of an archive in their order, and what was refused; one member is in memory at a time.
+    """Yields the regular files of an archive in order, and refused ones; one member is in memory at a time.
 
-    Only those whose names are `wanted` are read. Names that leave the directory, links, devices and absurd sizes are
-    refused; so is the rest of an archive from where it is damaged or cut short.
+    Only files whose names are `wanted` are read. Names that leave the directory, links, devices and absurd sizes are
+    refused, as is the rest of a damaged or truncated archive.
     """
     try:
         with open_input(*files) as file:
-            # Sought forward only, which in a compressed stream is reading on.
+            # Seeks are forward only, which a compressed stream supports by reading.
             stream = io.BufferedReader(gzip.GzipFile(fileobj=file), 1 << 17) if is_compressed(files) else file  # type: ignore[type-var]
             with tarfile.open(fileobj=stream, mode="r:") as tar:
                 for info in _infos(tar):
@@ -130,24 +130,24 @@ def _cut_short(files: Sequence[str], error: Exception) -> Damage:
 
 
 def tail(name: str, components: int = 2) -> str:
-    """The last components of a path."""
+    """Returns the last components of a path."""
     return "/".join(name.split("/")[-components:])
 
 
 class TarIndex:
-    """Places of the files in an uncompressed archive, so that they can be read in any order.
+    """Index of an uncompressed archive, for random access.
 
-    Files are known by the last two components of their paths, since what archives have above differs from what
-    annotations say. The index takes about 250 bytes of memory a file.
+    The keys are the last two components of paths, since archives and annotations disagree on those above. The index
+    takes about 250 bytes of memory per file.
     """
 
     def __init__(self, files: Sequence[str]) -> None:
-        """Reads the headers alone. What is damaged is in `damage`."""
+        """Reads only the headers. `damage` has the refused members."""
         self.damage: list[Damage] = []
         self._places: dict[str, tuple[int, int] | None] = {}  # None where two files have the same name
         self._volume = Volume(files)
         try:
-            # A small buffer: between headers it is sought ahead.
+            # A small buffer, since file contents between headers are skipped.
             with open_input(*files, buffer=1 << 13) as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 for info in _infos(tar):
                     self._add(info)
@@ -171,11 +171,11 @@ class TarIndex:
         self.release()
 
     def release(self) -> None:
-        """Closes the file that is open, until more is read."""
+        """Closes the open file, which the next read opens again."""
         self._volume.release()
 
     def read(self, name: str) -> bytes | Reason:
-        """A file's bytes, or why there are none: MISSING, AMBIGUOUS, or ARCHIVE where the archive is cut short."""
+        """Returns a file's bytes, or MISSING, AMBIGUOUS, or ARCHIVE if the archive is truncated."""
         if tail(name) not in self._places:
             return Reason.MISSING
         place = self._places[tail(name)]
@@ -194,7 +194,7 @@ class TarIndex:
 
 
 def first_name(files: Sequence[str]) -> str | None:
-    """Name of the first regular file in an archive, as a plain path; None if it has none that can be read."""
+    """Returns the plain path of the first regular file in an archive; None if no file can be read."""
     found = members(files, wanted=lambda _: True)
     member = next((member for member in found if isinstance(member, Member)), None)
     found.close()  # type: ignore[attr-defined]

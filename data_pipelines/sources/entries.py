@@ -1,4 +1,4 @@
-"""Records as sources give them, and what they had to leave out with the reason."""
+"""The entries that sources yield: records, and refusals with their reasons."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ MAX_FILE_BYTES = 256 * 2**20  # of one image file; a 64-megapixel image without 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Refused:
-    """Something that did not become a record."""
+    """An entry that did not become a record."""
 
     id: str  # of the record, or the name of the archive, table or member
     dataset: str
@@ -20,7 +20,7 @@ class Refused:
     detail: str = ""
 
     def __post_init__(self) -> None:
-        """Whatever the names, a refusal can be written down."""
+        """Makes the texts encodable as UTF-8."""
         for field in ("id", "detail"):
             object.__setattr__(self, field, clean_text(getattr(self, field)))
 
@@ -30,24 +30,24 @@ Entry = Record | Refused
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
-    """A piece of a data set that is read in one go, independently of others and in any process."""
+    """A piece of a data set that any process can read independently of the others."""
 
-    source: str  # name in SOURCES
+    source: str  # key in SOURCES
     name: str  # unique in the data set and the same on every machine
-    files: tuple[str, ...]  # that it reads
+    files: tuple[str, ...]  # files to read
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceFormat:
-    """A public format."""
+    """The format of a public data set."""
 
     name: str
     license: str
-    # Files and directories to parts, in order. Raises UserError if there is nothing of the format there.
+    # Maps files and directories to parts, in order. Raises UserError if nothing of the format is there.
     parts: Callable[[Sequence[str], Mapping[str, str]], list[Part]]
     read: Callable[[Part], Iterator[Entry]]
-    options: tuple[str, ...] = ()  # names of what `parts` takes beside paths
+    options: tuple[str, ...] = ()  # names of the options of `parts`
 
 
 def make_entry(
@@ -59,9 +59,10 @@ def make_entry(
     instructions: Iterable[object],
     **fields: Any,
 ) -> Entry:
-    """A record, or Refused if an image is missing or no instruction has words.
+    """Returns a Record, or Refused if an image is missing or too large, or if there is no instruction.
 
-    Instructions lose the white space around them, and those that are empty, repeated or no text are dropped.
+    Instructions are stripped of surrounding white space; empty and repeated ones, and those that are not text, are
+    dropped.
     """
     texts = [clean_text(text).strip() for text in instructions if isinstance(text, str)]
     texts = list(dict.fromkeys(text for text in texts if text))

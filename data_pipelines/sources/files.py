@@ -1,4 +1,4 @@
-"""Files of a data set as it was downloaded: found by name, read as bytes or entry by entry, images by safe names."""
+"""Files of a downloaded data set: found by pattern, read as bytes or by entry, images by safe names."""
 
 import bisect
 import contextlib
@@ -23,33 +23,33 @@ from varedit_jax.storage import disk, paths
 
 _BUFFER = 1 << 17
 _SPACE = " \t\r\n"
-# Of a name that no file has; a text in place of a name may be too long for one.
+# The file does not exist; text in place of a name may be too long for one.
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
-_OUTSIDE = re.compile(r"^/|^[A-Za-z]:|[\\\0]")  # absolute paths, and characters that other systems take for more
+_OUTSIDE = re.compile(r"^/|^[A-Za-z]:|[\\\0]")  # absolute paths, and characters special to other systems
 
 
 class ReadError(Exception):
-    """An input cannot be read, for a reason that is not in its data: permission, a bad disk, no free file handle.
+    """The machine cannot read an input: no permission, a bad disk, no free file handle.
 
-    Its text is one sentence for the user. It is neither an OSError nor a ValueError, which is what parsers raise.
+    The text is one sentence for the user. It is neither an OSError nor a ValueError, which parsers raise.
     """
 
 
 @contextlib.contextmanager
 def reading(path: str) -> Iterator[None]:
-    """Turns whatever is raised in the block, which reads bytes and parses nothing, into a ReadError."""
+    """Turns any exception in the block, which only reads bytes, into a ReadError."""
     try:
         yield
-    except Exception as error:  # clients of networks have classes of their own
+    except Exception as error:  # network clients have their own exceptions
         raise ReadError(
             f"cannot read {path}: {disk.reason(error)}; put it right and run the same command again"
         ) from error
 
 
 class Volume(io.RawIOBase):
-    """Files read as if they were one, in the order given; one of them is open at a time.
+    """Files concatenated in the order given, of which one is open at a time.
 
-    Whatever fails is a ReadError, so that an exception of a parser is about the data.
+    Reading raises ReadError only, so that any other exception of a parser is about the data.
     """
 
     def __init__(self, files: Sequence[str]) -> None:
@@ -71,17 +71,17 @@ class Volume(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        """Returns the place in the whole."""
+        """Returns the position in the concatenation."""
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Moves to a place in the whole, and returns it."""
+        """Moves to a position in the concatenation, and returns it."""
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._starts[-1]}[whence]
         self._position = max(0, base + offset)
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """Reads up to the end of the file that the place lies in."""
+        """Reads at most up to the end of the file at the current position."""
         if self._position >= self._starts[-1]:
             return 0
         index = bisect.bisect_right(self._starts, self._position) - 1
@@ -96,13 +96,13 @@ class Volume(io.RawIOBase):
         return count
 
     def release(self) -> None:
-        """Closes the file that is open, until more is read."""
+        """Closes the open file, which the next read opens again."""
         if self._open is not None:
             self._open[1].close()
             self._open = None
 
     def close(self) -> None:
-        """Closes the file that is open."""
+        """Closes the open file."""
         self.release()
         super().close()
 
@@ -112,7 +112,7 @@ def _open(path: str) -> Any:
 
 
 def open_input(*files: str, buffer: int = _BUFFER) -> io.BufferedReader:
-    """Opens files as one, to be read and sought in. Reading raises ReadError where the machine fails."""
+    """Opens files as one seekable file. Reading raises ReadError if the machine fails."""
     return io.BufferedReader(Volume(files), buffer)
 
 
@@ -121,7 +121,7 @@ def _open_text(path: str) -> io.TextIOWrapper:
 
 
 def safe_name(name: object) -> str | None:
-    """Returns a name in a data set as a plain relative path; None if it is absolute, leaves it, or is no name."""
+    """Returns a name as a plain relative path; None if it is absolute, contains `..`, or is not a name."""
     if not isinstance(name, str) or _OUTSIDE.search(name):
         return None
     pieces = [piece for piece in name.split("/") if piece not in ("", ".")]
@@ -129,10 +129,10 @@ def safe_name(name: object) -> str | None:
 
 
 def find(inputs: Sequence[str], *patterns: str) -> list[str]:
-    """Files given, or lying anywhere under directories given, whose path ends like one of the patterns; sorted.
+    """Returns the input files, and files anywhere below input directories, that match one of the patterns; sorted.
 
-    Patterns are of `fnmatch`, matched with the last components: `annotations/split_*.jsonl`. Raises UserError if an
-    input does not exist, ReadError if a directory cannot be listed.
+    Patterns are `fnmatch` patterns of the last components: `annotations/split_*.jsonl`. Raises UserError if an input
+    does not exist, ReadError if a directory cannot be listed.
     """
     found = set()
     for path in inputs:
@@ -144,7 +144,7 @@ def find(inputs: Sequence[str], *patterns: str) -> list[str]:
 
 
 def _walk(text: str) -> Iterator[str]:
-    """Files below a directory, or a file itself."""
+    """Yields the files below a directory, or a file itself."""
     path = paths.resolve(text)
     with reading(text):
         exists, is_directory = path.exists(), path.is_dir()
@@ -167,7 +167,7 @@ def _walk(text: str) -> Iterator[str]:
 
 
 def distinct(files: Sequence[str]) -> Sequence[str]:
-    """The same files. Raises UserError if two have the same name, where ids of records are made of it."""
+    """Returns the same files. Raises UserError if two have the same name, which record ids contain."""
     known: dict[str, str] = {}
     for file in files:
         if (other := known.setdefault(posixpath.basename(file), file)) != file:
@@ -178,18 +178,18 @@ def distinct(files: Sequence[str]) -> Sequence[str]:
 
 
 def relative_name(file: str, inputs: Sequence[str]) -> str:
-    """Name of a file below the directory that was given, or its own name where it was given itself."""
+    """Returns the path of a file relative to the input directory, or its name if it is an input itself."""
     above = next((path for path in inputs if file.startswith(f"{path.rstrip('/')}/")), posixpath.dirname(file))
     return file[len(above.rstrip("/")) + 1 :]
 
 
 def stem(path: str) -> str:
-    """Name of a file without its last suffix."""
+    """Returns the name of a file without its last suffix."""
     return posixpath.splitext(posixpath.basename(path))[0]
 
 
 def read_lines(path: str, dataset: str) -> Iterator[tuple[str, dict[str, Any] | Refused]]:
-    """Objects of a JSONL file with their place, FILE:LINE; what cannot be read is Refused. Empty lines are passed."""
+    """Yields the objects of a JSONL file with their place, FILE:LINE; Refused for damaged lines. Skips empty lines."""
     name = posixpath.basename(path)
     with _open_text(path) as file:
         for number, line in enumerate(file, 1):
@@ -208,16 +208,16 @@ def read_lines(path: str, dataset: str) -> Iterator[tuple[str, dict[str, Any] | 
 
 
 def json_items(path: str) -> Iterator[tuple[str, Any]]:
-    """Entries of a large JSON file one by one: (position, value) of an array, (key, value) of an object.
+    """Yields the entries of a large JSON file: (position, value) of an array, (key, value) of an object.
 
-    Memory is that of the largest entry. Raises ValueError where the file is not JSON, or is neither.
+    Memory is that of the largest entry. Raises ValueError if the file is not JSON, or is neither of these.
     """
     decoder = json.JSONDecoder()
     with _open_text(path) as file:
         text, at = "", 0
 
         def skip(characters: str) -> str:
-            """The next character that is none of `characters`, left in place; "" at the end of the file."""
+            """Moves to the next character not in `characters`, and returns it; "" at the end of the file."""
             nonlocal text, at
             while True:
                 while at < len(text) and text[at] in characters:
@@ -234,7 +234,7 @@ def json_items(path: str) -> Iterator[tuple[str, Any]]:
             while True:
                 try:
                     found, end = decoder.raw_decode(text, at)
-                    # A number at the end of what was read so far may go on.
+                    # A number at the end of the buffer may continue.
                     if end < len(text) or not isinstance(found, (int, float)):
                         at = end
                         return found
@@ -270,7 +270,7 @@ def json_items(path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _lies_in(path: str, directory: str) -> bool:
-    """Returns True if a file, links resolved, lies in a directory; the Hub's cache links snapshots/ to blobs/."""
+    """Returns True if a file is in a directory after resolving links; the Hub's cache links snapshots/ to blobs/."""
     real, above = os.path.realpath(path), os.path.realpath(directory)
     if real.startswith(f"{above.rstrip('/')}/"):
         return True
@@ -279,10 +279,10 @@ def _lies_in(path: str, directory: str) -> bool:
 
 
 def read_below(directories: Sequence[str], name: object) -> bytes | Reason:
-    """Bytes of the file `name` in the first directory that has it; MISSING, UNSAFE or SIZE if there are none.
+    """Returns the bytes of file `name` in the first directory that has it; otherwise MISSING, UNSAFE or SIZE.
 
-    A name never leads out of the directories, not over links either; those of the Hub's cache are followed. Raises
-    ReadError if a file is there and cannot be read.
+    A name never leads out of the directories, not through links either, except those of the Hub's cache. Raises
+    ReadError if a file exists but cannot be read.
     """
     plain = safe_name(name)
     if plain is None:
@@ -297,7 +297,7 @@ def read_below(directories: Sequence[str], name: object) -> bytes | Reason:
 
 
 def _can_be(name: str) -> bool:
-    """Returns True unless a text in place of a name cannot be one on any system."""
+    """Returns True if a text can be a file name on some system."""
     try:
         return max(map(len, name.encode().split(b"/"))) <= 255
     except UnicodeEncodeError:

@@ -1,9 +1,9 @@
 """GPT-Image-Edit-1.5M: archives of inputs and outputs, `gpt-edit/{hqedit,omniedit,ultraedit}.tar.gz.part000`.
 
-What was asked is in `training_json/*.json` beside them (an array of `image`: [input, output] and `conversations`), or
-else in `TASK/metadata/*.json` inside of the archives (an array of `id`, `task`, `input`, `output`, `instruction`), for
-which they are read once more. A part is a family. Its archive holds all inputs of a task before its outputs, so it is
-read at two places at once.
+Instructions are in `training_json/*.json` beside them (an array of `image`: [input, output] and `conversations`), or
+else in `TASK/metadata/*.json` inside the archives (an array of `id`, `task`, `input`, `output`, `instruction`), which
+takes another pass. A part is one of the three families. Its archive holds all inputs of a task before its outputs, so
+it is read at two positions at once.
 """
 
 import json
@@ -21,7 +21,7 @@ from varedit_jax.errors import UserError
 
 _NAME, _LICENSE = "gpt_image_edit", "CC-BY-4.0"
 
-# Directory that the names in a training JSON are below of.
+# Directory to which the names in a training JSON are relative.
 _TRAINING = {
     "hqedit_gpt_edit": "hqedit/edit",
     "hqedit_gpt_generate": "hqedit/generate",
@@ -58,12 +58,12 @@ def _read(part: Part) -> Iterator[Entry]:
 
 
 def _below(name: str, side: str) -> str | None:
-    """The name of a member that lies in a directory called `side`, without a directory `gpt-edit` above."""
+    """Returns the name, without `gpt-edit/`, of a member in a directory called `side`; None for another member."""
     return name.removeprefix("gpt-edit/") if side in name.split("/")[:-1] else None
 
 
 def _lists_inside(archive: Sequence[str], directory: str) -> Iterator[tuple[str, str]]:
-    """Lists found in the archive, put aside, and the directories that their names are below of."""
+    """Extracts lists from the archive; yields their paths, and the directories to which their names are relative."""
     for member in members(archive, wanted=lambda name: name.endswith(".json") and "/metadata/" in name):
         if isinstance(member, Member):
             path = posixpath.join(directory, posixpath.basename(member.name))
@@ -97,13 +97,13 @@ def _wanted(id: str, above: str, value: Mapping[str, Any]) -> Wanted | Refused:
     if not isinstance(instruction, str) or not instruction.strip():
         return Refused(id=id, dataset=_NAME, reason=Reason.INSTRUCTION)
     source, target = (f"{above}/{name}" for name in names)
-    kind = source.split("/")[1]  # the task's directory
+    kind = source.split("/")[1]  # the directory of the task
     about = {"id": id, "instructions": [instruction], "kind": kind, "original": source}
     return Wanted(json.dumps(about), ((0, source), (1, target)))
 
 
 def _first_words(conversations: Any) -> str | None:
-    """First words of the human, without the placeholder of the image."""
+    """Returns the first human message without its image placeholder; None if there is none."""
     first = conversations[0] if isinstance(conversations, list) and conversations else {}
     text = first.get("value") if isinstance(first, dict) else None
     return text.replace("<image>", "") if isinstance(text, str) else None

@@ -1,4 +1,4 @@
-"""ImgEdit: tables of names and instructions, and the images in uncompressed tars that are split in parts.
+"""ImgEdit: tables of names and instructions, and images in uncompressed tars that are split into parts.
 
     Parquet/add_part0.parquet                                  input_images, output_images, prompt
     Parquet/content_memory_part2.parquet                       data: the same for each turn of a session
@@ -6,13 +6,12 @@
     Multiturn/results_content_memory_part2.tar.split.000
     all_dataset_gpt_score.json                                 {"results_add_laion_part0/SAMPLE": score}
 
-A part is a table. Its images are read in the order of the table, by an index of where members lie. Which archive
-they are in is not said: their directory's name (`results_add_laion_part0`) is that of the directory in the archive for
-most tables, and for the others the name of the archive is that of the table, but for `results_` and `_laion`; some
-tables have the names of files alone. Samples have the same names in different archives, so that one archive is never
-searched in place of another.
+A part is a table. Its images are read in the order of the table, by an index of the archive's members. Tables do not
+name archives: for most, the directory of an image (`results_add_laion_part0`) is also the directory in the archive; for
+the others, the archive is named like the table, apart from `results_` and `_laion`. Some tables have only file names.
+Different archives have samples of the same name, so no other archive is ever searched.
 
-A turn without images sets a rule for the turns after it; they get it in front of their own instruction.
+A turn without images sets a rule for the following turns, whose instructions it precedes.
 """
 
 import collections
@@ -33,10 +32,10 @@ from data_pipelines.sources.tables import read_table
 from varedit_jax.errors import UserError
 
 _NAME = "imgedit"
-_OPEN = 32  # archives
+_OPEN = 32  # archives open at a time
 _SCORES = "all_dataset_gpt_score.json"
 
-# What scores are listed under where it is not the directory of the images.
+# Directory in the list of scores, where it differs from that of the images.
 _SCORED_AS = {
     "replace": "results",
     "results_extract_ref_part1": "results_extract_laion_part1",
@@ -79,8 +78,8 @@ def _read(part: Part) -> Iterator[Entry]:
 
 
 def _columns(table: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Needed and other columns: a table is of sessions or of single turns."""
-    with open_input(table) as file, contextlib.suppress(OSError, ValueError):  # damage is met again by read_table
+    """Returns needed and optional columns: a table is of sessions or of single turns."""
+    with open_input(table) as file, contextlib.suppress(OSError, ValueError):  # read_table reports damage
         if "data" in pq.read_schema(file).names:
             return ("data",), ()
     return ("input_images", "output_images", "prompt"), ()
@@ -125,22 +124,22 @@ def _entry(
         kind=re.sub(r"_part\d+$", "", table),
         turn=turn,
         scores=scores.of(directory, sample),
-        original=sample,  # of LAION, and named alike in all archives
+        original=sample,  # an image of LAION, with the same name in all archives
     )
 
 
 def _directory(name: str) -> str:
-    """The directory of samples that an image's name starts with; "" if it has none."""
+    """Returns the directory of samples in an image's name; "" if it has none."""
     return name.rsplit("/", 2)[0].rsplit("/", 1)[-1] if name.count("/") >= 2 else ""
 
 
 class _Images:
-    """Images of a table by their names. Of its archives the `_OPEN` last used are open."""
+    """Images of a table by name. The `_OPEN` most recently used archives are open."""
 
     def __init__(self, table: str, archives: Mapping[str, Sequence[str]], stack: contextlib.ExitStack) -> None:
         self._table, self._archives, self._stack = table, archives, stack
         self._first = {name: _first_name(files) for name, files in archives.items()}
-        self._chosen: dict[str, list[str]] = {}  # archives by the directory in names
+        self._chosen: dict[str, list[str]] = {}  # archives by directory
         self._used: collections.OrderedDict[str, None] = collections.OrderedDict()
         self.indices: dict[str, TarIndex] = {}
 
@@ -159,7 +158,7 @@ class _Images:
             self._used.move_to_end(archive)
             if len(self._used) > _OPEN:
                 self.indices[self._used.popitem(last=False)[0]].release()
-            # Some tables leave out the one directory that an archive has.
+            # Some tables omit the only directory of an archive.
             found = self.indices[archive].read(plain if "/" in plain else f"{_parent(self._first[archive])}/{plain}")
             if isinstance(found, bytes):
                 break
@@ -172,7 +171,7 @@ class _Images:
 
 
 def _first_name(files: Sequence[str]) -> str:
-    """Name of an archive's first file, "" if it has none. Raises UserError if it is compressed, thus without index."""
+    """Returns the name of an archive's first file, "" if it has none. Raises UserError if it is compressed."""
     if is_compressed(files):
         raise UserError(f"{files[0]} is compressed, but the archives of ImgEdit are not; decompress it with gunzip")
     return first_name(files) or ""
@@ -187,7 +186,7 @@ def _plain(name: str) -> str:
 
 
 class _Scores:
-    """Scores of the samples of a directory, read from the list of all when the first is asked for."""
+    """Scores of samples, read from the list by directory on first use."""
 
     def __init__(self, files: Sequence[str]) -> None:
         self._files = files
@@ -212,7 +211,7 @@ class _Scores:
 
 
 def _numbers(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Numbers in a judge's answer under names of their own: it is a number, several, or text with several."""
+    """Yields named numbers of a judge's answer, which is a number, text with numbers, or a nest of these."""
     if isinstance(value, Mapping):
         for key, each in value.items():
             yield from _numbers(f"{name}_{key}", each)

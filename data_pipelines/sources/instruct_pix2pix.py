@@ -1,4 +1,4 @@
-"""InstructPix2Pix: tables (instructpix2pix-clip-filtered), or the original directories, unpacked or in their zip files.
+"""InstructPix2Pix: tables (instructpix2pix-clip-filtered), or the original directories, unpacked or in zip files.
 
 The original has `seeds.json`, pairs [name, [seed, ...]], and for each name a directory with `prompt.json`, images
 `SEED_0.jpg` and `SEED_1.jpg`, and `metadata.jsonl` with the scores of each seed.
@@ -16,15 +16,7 @@ from data_pipelines.reasons import Reason
 from data_pipelines.record import finite_scores
 from data_pipelines.sources.archives import tail
 from data_pipelines.sources.entries import MAX_FILE_BYTES, Entry, Part, Refused, SourceFormat, make_entry
-from data_pipelines.sources.files import (
-    distinct,
-    find,
-    json_items,
-    open_input,
-    read_below,
-    relative_name,
-    safe_name,
-)
+from data_pipelines.sources.files import distinct, find, json_items, open_input, read_below, relative_name, safe_name
 from data_pipelines.sources.tables import convert_rows, image_bytes
 from varedit_jax.errors import UserError
 
@@ -77,10 +69,10 @@ def _convert_row(row: dict[str, Any], table: str, number: int) -> Entry:
 
 class _Files(Protocol):
     def has(self, directory: str) -> bool:
-        """Returns True if this very directory is here, rather than in another zip file."""
+        """Returns True if this directory is here, rather than in another zip file."""
 
     def read(self, name: str) -> bytes | None:
-        """A file's bytes; None if there is no such file."""
+        """Returns a file's bytes; None if it is missing or damaged."""
 
 
 class _Directory:
@@ -96,7 +88,7 @@ class _Directory:
 
 
 class _Zip:
-    """A zip file. Its directories are known by their names alone, whatever they lie in."""
+    """A zip file, whose directories are found by name at any depth."""
 
     def __init__(self, path: str) -> None:
         self._file = open_input(path)
@@ -123,12 +115,12 @@ class _Zip:
             return None
         try:
             return self._zip.read(self._names[tail(name)])
-        except (zipfile.BadZipFile, zlib.error, EOFError):  # damage of this member alone
+        except (zipfile.BadZipFile, zlib.error, EOFError):  # other members are unaffected
             return None
 
 
 def _read_directory(files: _Files, value: Any) -> Iterator[Entry]:
-    """Records of one entry of seeds.json."""
+    """Yields the records of one entry of seeds.json."""
     name = safe_name(value[0]) if isinstance(value, list) and len(value) == 2 else None
     if name is None or not isinstance(value[1], list):
         reason = Reason.UNSAFE if name is None and isinstance(value, list) and value else Reason.ANNOTATION
@@ -151,12 +143,12 @@ def _read_directory(files: _Files, value: Any) -> Iterator[Entry]:
             target=files.read(f"{name}/{seed}_1.jpg"),
             instructions=[prompt.get("edit")] if isinstance(prompt, dict) else [],
             scores=scores.get(str(seed), {}),
-            original=name,  # the images of one prompt are alike
+            original=name,  # images of one prompt are similar
         )
 
 
 def _scores(lines: bytes) -> dict[str, dict[str, float]]:
-    """Scores by seed."""
+    """Returns scores by seed."""
     found = {}
     for line in lines.splitlines():
         with contextlib.suppress(ValueError, RecursionError):

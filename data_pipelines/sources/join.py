@@ -1,10 +1,10 @@
-"""Annotations joined with images of compressed archives, which can only be read from front to back.
+"""Joins annotations with images of compressed archives, which can only be read sequentially.
 
-All archives are read side by side. An image whose partner has not come yet is held: in memory up to a bound, then in
-files of a temporary directory up to another bound, and past that it is let go. What could not be put together for that
-reason is in another pass over the archives. Where archives are in like order (sources and targets packed from
-directories of the same names), little is held and one pass does; in the worst case a pass yields pairs of at least the
-held bytes. Annotations wait in a temporary SQLite file, so memory does not grow with their number.
+All archives are read in parallel. An image that arrives before its partner is held: in memory up to a bound, then in
+temporary files up to another bound; beyond that it is dropped, and its pairs are joined in another pass over the
+archives. If archives have a similar order (sources and targets packed from directories of the same names), few images
+are held and one pass suffices; in the worst case, a pass yields pairs of at least the held bytes. Annotations are in a
+temporary SQLite file, so memory does not grow with their number.
 """
 
 import collections
@@ -28,17 +28,17 @@ DISK_BYTES = 16 * 2**30
 
 
 class Stream(NamedTuple):
-    """Archives read one after the other, or a section of them that is to be read beside another."""
+    """Archives read one after the other, in parallel to other streams."""
 
     archives: Sequence[Sequence[str]]  # parts of each
-    # Name of a member to the name that annotations have for it; None if the member is of no interest.
+    # Maps the name of a member to that in annotations; None to skip the member.
     rename: Callable[[str], str | None]
 
 
 class Wanted(NamedTuple):
-    """Images that belong together."""
+    """Images to join."""
 
-    key: str  # comes back with them
+    key: str  # returned with them
     images: tuple[tuple[int, str], ...]  # (stream, name)
 
 
@@ -50,7 +50,7 @@ class Found(NamedTuple):
 
 
 class Lost(NamedTuple):
-    """A Wanted with images that are in no archive."""
+    """A Wanted with images that are not in the archives."""
 
     key: str
     names: tuple[str, ...]  # of the missing images
@@ -62,7 +62,7 @@ class _Held:
     def __init__(self, directory: pathlib.Path, memory_bytes: int, disk_bytes: int) -> None:
         self._directory, self._limits = directory, (memory_bytes, disk_bytes)
         self._used = [0, 0]  # bytes in memory, on disk
-        # Bytes, or the number of a file; size; how many pairs still need the image.
+        # Bytes, or the number of a file; size; number of pairs that still need the image.
         self._images: dict[tuple[int, str], tuple[bytes | int, int, int]] = {}
         self._files = itertools.count()
         self.by_stream: collections.Counter[int] = collections.Counter()  # bytes
@@ -92,7 +92,7 @@ class _Held:
         return self._file(kept).read_bytes() if isinstance(kept, int) else kept
 
     def release(self, image: tuple[int, str]) -> None:
-        """One pair less needs it."""
+        """Drops an image when the last pair that needs it has it."""
         kept, size, awaited = self._images.pop(image)
         if awaited > 1:
             self._images[image] = (kept, size, awaited - 1)
@@ -109,15 +109,15 @@ def join(
     memory_bytes: int = MEMORY_BYTES,
     disk_bytes: int = DISK_BYTES,
 ) -> Iterator[Found | Lost | Damage]:
-    """Images put together, in the order in which archives complete them; then what is lost.
+    """Yields joined images in the order in which archives complete them; then the lost ones.
 
-    Keys are unique. An image may be wanted by several. Every Wanted comes back exactly once, as Found or Lost. The
-    temporary directory lies where TMPDIR says. Raises UserError if it has no room.
+    Keys are unique; several Wanted may share an image. Every Wanted is yielded exactly once, as Found or Lost. The
+    temporary directory is below TMPDIR. Raises UserError if it has no room.
     """
     try:
         with tempfile.TemporaryDirectory(prefix="join-", ignore_cleanup_errors=True) as name:
             yield from _join(pathlib.Path(name), streams, wanted, memory_bytes, disk_bytes)
-    except (sqlite3.Error, OSError) as error:  # of the temporary directory: archives raise ReadError
+    except (sqlite3.Error, OSError) as error:  # of the temporary directory, as archives raise ReadError
         raise UserError(
             f"what waits for its partners cannot be kept in {tempfile.gettempdir()}: "
             f"{getattr(error, 'strerror', None) or error}; set TMPDIR to a directory with "
@@ -138,18 +138,18 @@ def _join(
             for event in _read_through(database, streams, _Held(directory, memory_bytes, disk_bytes), first=False):
                 found = True
                 yield event
-        yield from _lost(database, _ALL)  # seen, but the archive is damaged there
+        yield from _lost(database, _ALL)  # seen, but lost to damage of the archive
 
 
 def joined(
-    dataset: str, license: str, streams: Sequence[Stream], asked: Callable[[], Iterator[Wanted | Refused]]
+    dataset: str, license: str, streams: Sequence[Stream], annotations: Callable[[], Iterator[Wanted | Refused]]
 ) -> Iterator[Entry]:
-    """Records of pairs (source, target) whose keys are the other fields of a record, as JSON; and what was refused.
+    """Yields records of pairs (source, target), whose keys are the other fields of a record as JSON, and refusals.
 
-    `asked` is called twice, so that the pairs need not be remembered.
+    `annotations` is called twice, so that pairs need not be kept in memory.
     """
-    yield from (item for item in asked() if isinstance(item, Refused))
-    for event in join(streams, (item for item in asked() if isinstance(item, Wanted))):
+    yield from (item for item in annotations() if isinstance(item, Refused))
+    for event in join(streams, (item for item in annotations() if isinstance(item, Wanted))):
         if isinstance(event, Damage):
             yield Refused(id=event.name, dataset=dataset, reason=event.reason, detail=event.detail)
             continue
@@ -172,7 +172,7 @@ def _store(database: sqlite3.Connection, wanted: Iterable[Wanted]) -> None:
         CREATE TABLE seen (stream INTEGER NOT NULL, name TEXT NOT NULL, PRIMARY KEY (stream, name)) WITHOUT ROWID;
         """
     )
-    database.execute("BEGIN")  # and never committed: nothing of it outlives the join
+    database.execute("BEGIN")  # never committed, since nothing outlives the join
     for number, pair in enumerate(wanted):
         database.execute("INSERT INTO pair (id, key) VALUES (?, ?)", (number, pair.key))
         database.executemany(
@@ -185,16 +185,16 @@ def _store(database: sqlite3.Connection, wanted: Iterable[Wanted]) -> None:
 def _read_through(
     database: sqlite3.Connection, streams: Sequence[Stream], held: _Held, first: bool
 ) -> Iterator[Found | Damage]:
-    """One pass over all archives; an image that found no room keeps its pairs from being held for in this pass."""
-    let_go: set[int] = set()  # pairs
+    """Makes a pass over all archives; pairs of an image that found no room are dropped in this pass."""
+    dropped: set[int] = set()  # pairs
 
     def pairs_of(image: tuple[int, str]) -> list[int]:
-        """Pairs that still need an image; it was seen, whether there will be room for it or not."""
+        """Returns the pairs that still need an image, and marks it as seen."""
         query = "SELECT pair FROM need WHERE stream = ? AND name = ? ORDER BY pair"
         pairs = [pair for (pair,) in database.execute(query, image)]
         if pairs and first:
             database.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", image)
-        return [pair for pair in pairs if pair not in let_go]
+        return [pair for pair in pairs if pair not in dropped]
 
     def known_as(number: int, name: str) -> tuple[int, str] | None:
         renamed = streams[number].rename(name)
@@ -210,7 +210,7 @@ def _read_through(
     needed = [number for (number,) in database.execute("SELECT DISTINCT stream FROM need ORDER BY stream")]
     readers = {number: reader(number, streams[number]) for number in needed}
     while readers:
-        # The archive whose images wait least is behind; that keeps archives of like order in step.
+        # The stream with the fewest held bytes is behind; reading it keeps archives of similar order in step.
         number = min(readers, key=lambda number: (held.by_stream[number], number))
         member = next(readers[number], None)
         if member is None:
@@ -219,7 +219,7 @@ def _read_through(
             if first:
                 yield member
         elif image := known_as(number, member.name):
-            yield from _arrived(database, image, member.data, pairs_of(image), held, let_go)
+            yield from _arrived(database, image, member.data, pairs_of(image), held, dropped)
 
 
 def _arrived(
@@ -228,8 +228,9 @@ def _arrived(
     data: bytes,
     pairs: list[int],
     held: _Held,
-    let_go: set[int],
+    dropped: set[int],
 ) -> Iterator[Found]:
+    """Yields the pairs that an image completes, and holds it for the others."""
     waiting = []
     for pair in pairs:
         needs = database.execute("SELECT stream, name FROM need WHERE pair = ? ORDER BY place", (pair,)).fetchall()
@@ -245,7 +246,7 @@ def _arrived(
             waiting.append((pair, others))
     if waiting and not held.add(image, data, len(waiting)):
         for pair, others in waiting:
-            let_go.add(pair)
+            dropped.add(pair)
             for other in others:
                 if other in held:
                     held.release(other)
@@ -261,7 +262,7 @@ _UNSEEN = f"""{_ALL} LEFT JOIN seen ON seen.stream = need.stream AND seen.name =
 
 
 def _lost(database: sqlite3.Connection, which: str) -> Iterator[Lost]:
-    """The pairs of needs that the clause `which` selects, and the names of these; they are forgotten."""
+    """Yields the pairs of needs that the clause `which` selects, with their names, and deletes them."""
     rows = database.execute(f"SELECT pair.id, pair.key, need.name {which} ORDER BY need.pair, need.place")
     for (_, key), group in itertools.groupby(rows, key=lambda row: row[:2]):
         yield Lost(key, tuple(name for _, _, name in group))

@@ -1,4 +1,4 @@
-"""MagicBrush: tables with a row for each turn of a session. Turns are counted from 1 there, from 0 here."""
+"""MagicBrush: tables with one row per turn of a session. Turns count from 1 there, from 0 here."""
 
 from typing import Any
 

@@ -1,9 +1,8 @@
-"""A JSONL list of one's own: an object a line with `source`, `target` and `instruction`.
+"""A user's JSONL list: one object per line with `source`, `target` and `instruction`.
 
-Names of images are relative to the list's directory, or to the option `root`; absolute ones must lie below it. More may
-be said of a record: `id`, `instructions` (other wordings), `kind`, `turn`, `scores`, `mask`, `license`,
-`original` (earlier lists say `licence` and `picture`). The option `dataset` names the data set, which otherwise has
-the name of the list.
+Names of images are relative to the list's directory, or to the option `root`; absolute ones must be below it. Optional
+fields are `id`, `instructions` (other wordings), `kind`, `turn`, `scores`, `mask`, `license` and `original` (earlier
+lists have `licence` and `picture`). The option `dataset` names the data set, by default after the list.
 """
 
 import posixpath

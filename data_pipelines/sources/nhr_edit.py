@@ -1,5 +1,5 @@
 """NHR-Edit: `train/metadata.jsonl` beside `train/images/00/image_XXX_original.jpg` and `image_XXX_edited_Y.jpg`, or
-tables that others made of it, with the images in them.
+third-party tables that contain the images.
 """
 
 import posixpath
@@ -67,7 +67,7 @@ def _convert(value: Mapping[str, Any], place: str, directories: Sequence[str]) -
         instructions=[value.get("edit_instruction"), *(others if isinstance(others, list) else [])],
         kind=str(value.get("category") or ""),
         license=_LICENSE,
-        original=shared[1] if shared else str(names[0]),  # edits of edits are of the same original
+        original=shared[1] if shared else str(names[0]),  # edits of edits share the original
     )
 
 

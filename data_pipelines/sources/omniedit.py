@@ -1,4 +1,4 @@
-"""OmniEdit-Filtered: tables with several wordings of each instruction and a judge's scores."""
+"""OmniEdit-Filtered: tables with several wordings per instruction, and scores by a judge."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def _convert(row: dict[str, Any], stem: str, number: int) -> Entry:
         dataset="omniedit",
         source=image_bytes(row["src_img"]),
         target=image_bytes(row["edited_img"]),
-        instructions=[texts] if isinstance(texts, str) else texts,  # one text is no list of letters
+        instructions=[texts] if isinstance(texts, str) else texts,  # a str would be split into characters
         kind=str(row.get("task") or ""),
         scores=finite_scores({name: row.get(name) for name in _SCORES}),
         license=_LICENSE,

@@ -1,10 +1,9 @@
 """Pico-Banana-400K: lists `sft.jsonl`, `preference.jsonl`, `multi_turn.jsonl`, and images beside them.
 
-An edited image lies under the path that `output_image` names, `images/positive-edit/1.png`. Its source, from Open
-Images, lies where `local_input_image` says, which the publisher's script adds, or under the last part of its URL in any
-directory that was given; or it is still in the packed files of Open Images, `train_0.tar.gz`, given beside the lists.
-What `preference.jsonl` lists are failed edits, so these are refused. Some outputs stand for two edits: both are
-refused.
+`output_image` is the path of an edited image, such as `images/positive-edit/1.png`. Its source, from Open Images, is at
+`local_input_image`, which the publisher's script adds, or in any input directory under the last component of its URL,
+or in the archives of Open Images, `train_0.tar.gz`, given beside the lists. `preference.jsonl` lists failed edits,
+which are refused. If two edits have the same output, both are refused.
 """
 
 import collections
@@ -23,7 +22,7 @@ from varedit_jax.errors import UserError
 
 _ARCHIVES = (".tar", ".tar.gz")
 _NAME, _LICENSE = "pico_banana", "CC-BY-NC-ND-4.0"
-_SOURCES = "openimage_source_images"  # where the publisher's instructions unpack the packed files
+_SOURCES = "openimage_source_images"  # where the publisher's instructions unpack the archives
 
 
 def _parts(inputs: Sequence[str], options: Mapping[str, str]) -> list[Part]:
@@ -72,13 +71,13 @@ def _read(part: Part) -> Iterator[Entry]:
 
 
 def _packed(edit: Mapping[str, Any], directories: Sequence[str], archives: Mapping[str, Any]) -> bool:
-    """Returns True if the source has to come out of an archive."""
+    """Returns True if the source must be read from an archive."""
     named = bool(edit["sources"]) and safe_name(edit["sources"][0]) is not None
     return bool(archives) and named and _source(edit, directories) is Reason.MISSING
 
 
 def _source(edit: Mapping[str, Any], directories: Sequence[str]) -> bytes | Reason:
-    """The first of the names that a source may have which is there, or what is wrong with the first of all."""
+    """Returns the first source candidate that exists, or the reason why the first candidate fails."""
     found = [read_below(directories, name) for name in edit["sources"]]
     return next((data for data in found if isinstance(data, bytes)), found[0] if found else Reason.MISSING)
 
@@ -114,7 +113,7 @@ def _edits(path: str) -> Iterator[dict[str, Any] | Refused]:
 
 
 def _turns(id: str, value: Mapping[str, Any]) -> Iterator[dict[str, Any] | Refused]:
-    """Turns of a session: its files are `original_input_image`, `edit_turn1`, ..., `final_image`."""
+    """Yields the turns of a session with the files `original_input_image`, `edit_turn1`, ..., `final_image`."""
     listed = value["files"] if isinstance(value["files"], list) else []
     files = {file["id"]: file for file in listed if isinstance(file, dict) and isinstance(file.get("id"), str)}
     original = files.get("original_input_image", {})
@@ -145,10 +144,10 @@ def _text(value: object) -> str:
 
 
 def _last(url: object) -> str:
-    """The last part of a URL's path: Open Images are known by it."""
+    """Returns the last component of a URL's path, which identifies an Open Images file; "" if there is none."""
     try:
         return posixpath.basename(urllib.parse.urlparse(url).path) if isinstance(url, str) else ""
-    except ValueError:  # "http://[", say
+    except ValueError:  # such as "http://["
         return ""
 
 

@@ -1,13 +1,12 @@
-"""SEED-Data-Edit: automatic edits of Open Images and of Unsplash, real ones, and sessions of several turns.
+"""SEED-Data-Edit: automatic edits of Open Images and Unsplash, real edits, and sessions of several turns.
 
     auto_editing/openimages/{annotations,annotations_GPT4V}/split_0001.jsonl     {source,target}_images.tar.gz.part-aa
     auto_editing/unsplash/{annotations,annotations_GPT4V}/split_0001.jsonl       unsplash_images.tar.gz.part-aa
     real_editing/annotations/split_0001.jsonl                                    images/images.tar.gz
     multi_turn_editing/annotations/split_0001.jsonl                              images/multi_turn.tar.gz.part-aa
 
-Each of the four is a part, since its archives are compressed as a whole; see `join` for how they are read. Where
-GPT-4V rewrote an instruction, the new one comes first. A session's turns are records of their own, with the image
-of the session's start as their identity.
+Each of the four is a part, since its archives are compressed as a whole; `join` reads them. An instruction rewritten by
+GPT-4V precedes the original one. Each turn of a session is a record, with the first image of the session as `original`.
 """
 
 import itertools
@@ -26,7 +25,7 @@ from varedit_jax.errors import UserError
 
 _NAME, _LICENSE = "seed", "CC-BY-NC-4.0"
 _CORRUPT = tuple(f"20240330_315P_1323turns/Data/{number}/" for number in range(208, 213))
-# Directories that annotations and archives name or leave out as they please; those in _TOP with others above them.
+# Directories that annotations and archives name inconsistently; those in _TOP may have others above them.
 _TOP = frozenset(("source_images", "target_images", "unsplash_images", "real_editing", "multi_turn_editing"))
 _ABOVE = _TOP | {"auto_editing", "openimages", "unsplash", "images", "multi_turn"}
 
@@ -56,14 +55,14 @@ def _read(part: Part) -> Iterator[Entry]:
     rewritten = _rewritten(file for file in lists if "annotations_GPT4V" in file)
     lists = [file for file in lists if "annotations_GPT4V" not in file]
 
-    def asked() -> Iterator[Wanted | Refused]:
+    def annotations() -> Iterator[Wanted | Refused]:
         return itertools.chain.from_iterable(_annotations(part.name, file, rewritten) for file in lists)
 
-    yield from joined(_NAME, _LICENSE, _streams(archives), asked)
+    yield from joined(_NAME, _LICENSE, _streams(archives), annotations)
 
 
 def _streams(archives: Mapping[str, Sequence[str]]) -> list[Stream]:
-    """Sources, targets. Where one archive has both, it is read at two places at once."""
+    """Returns streams of sources and targets; an archive with both is read at two positions at once."""
     sides = []
     for side in ("source_images", "target_images"):
         own = [files for name, files in archives.items() if posixpath.basename(name).startswith(side)]
@@ -72,14 +71,14 @@ def _streams(archives: Mapping[str, Sequence[str]]) -> list[Stream]:
 
 
 def _canonical(name: str) -> str:
-    """An image's name without the directories that may be above it."""
+    """Returns an image's name without the directories that may be above it."""
     pieces = name.split("/")
     start = next((place for place, piece in enumerate(pieces[:-1]) if piece in _TOP), 0)
     return "/".join(itertools.dropwhile(lambda piece: piece in _ABOVE, pieces[start:]))
 
 
 def _rewritten(files: Iterator[str]) -> dict[tuple[Any, Any], str]:
-    """Instructions that GPT-4V rewrote, by source and target; a small part of all."""
+    """Returns instructions rewritten by GPT-4V, by source and target; a small part of all."""
     found = {}
     for _, value in itertools.chain.from_iterable(read_lines(file, _NAME) for file in files):
         if not isinstance(value, Refused) and isinstance(value.get("instruction_new"), str):
@@ -116,7 +115,7 @@ def _turns(id: str, value: Mapping[str, Any]) -> Iterator[Wanted | Refused]:
 def _wanted(
     id: str, pair: tuple[Any, Any], instructions: list[Any], turn: int, first: Any, one: bool = False
 ) -> Wanted | Refused:
-    """A pair to look for; with `one`, both of it in the same archive, since neighboring turns share images."""
+    """Returns a pair to join; with `one`, both are in the same stream, since neighboring turns share images."""
     names = [safe_name(name) for name in pair]
     start = safe_name(first)
     if names[0] is None or names[1] is None or start is None:
@@ -134,7 +133,7 @@ def _wanted(
 
 
 def _side_of_target(name: str) -> int:
-    """Number of the stream that has a target. Edits that were turned around have their target among the sources."""
+    """Returns the stream that has a target. Reversed edits have their target among the sources."""
     return 0 if name.startswith("source_images/") else 1
 
 

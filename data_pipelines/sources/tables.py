@@ -1,7 +1,7 @@
-"""Parquet tables, row by row, and sources that are nothing but such tables.
+"""Parquet tables, row by row, and sources that consist of such tables.
 
-Memory is that of a group of rows, about twice, since writers put all images of a group into one page. Publishers make
-groups of 100 to 1000 rows.
+Memory is about twice a row group, since writers put all images of a group into one page. Published row groups have 100
+to 1000 rows.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,16 +15,16 @@ from data_pipelines.sources.entries import Entry, Part, Refused, SourceFormat
 from data_pipelines.sources.files import distinct, find, open_input, relative_name, stem
 from varedit_jax.errors import UserError
 
-_ROWS = 16  # read at a time; a row may hold three images of several megabytes
-_BUFFER = 1 << 20  # bytes of a column that are read ahead
-_DAMAGE = (OSError, pa.ArrowException)  # Arrow's OSErrors are of its formats: reading raises ReadError
+_ROWS = 16  # per batch; a row may hold three images of several megabytes
+_BUFFER = 1 << 20  # bytes of read-ahead per column
+_DAMAGE = (OSError, pa.ArrowException)  # Arrow's OSErrors are about the format, as reading raises ReadError
 
 
-Convert = Callable[[dict[str, Any], str, int], Entry]  # a row, the stem of its file's name, its number in there
+Convert = Callable[[dict[str, Any], str, int], Entry]  # a row, the stem of its file name, its number in the file
 
 
 def image_bytes(value: Any) -> bytes | None:
-    """An image of a table as it was published: bytes, or a struct with `bytes`; None if there are none."""
+    """Returns a published image of a table, which is bytes or a struct with `bytes`; None if there is none."""
     if isinstance(value, Mapping):
         value = value.get("bytes")
     return value if isinstance(value, bytes) else None
@@ -38,7 +38,7 @@ def table_source(
     optional: Sequence[str] = (),
     pattern: str = "*.parquet",
 ) -> SourceFormat:
-    """A data set whose rows are its records, and whose parts are its files."""
+    """Returns the format of a data set of tables: rows are records, files are parts."""
 
     def parts(inputs: Sequence[str], options: Mapping[str, str]) -> list[Part]:
         files = distinct(find(inputs, pattern))
@@ -53,7 +53,7 @@ def table_source(
 
 
 def convert_rows(part: Part, convert: Convert, needed: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Entry]:
-    """Entries of the part's file, a row each; `needed` and `optional` are as of `read_table`."""
+    """Yields an entry per row of the part's file; `needed` and `optional` are those of `read_table`."""
     for number, row in read_table(part, needed, optional):
         yield row if isinstance(row, Refused) else convert(row, stem(part.files[0]), number)
 
@@ -61,10 +61,10 @@ def convert_rows(part: Part, convert: Convert, needed: Sequence[str], optional: 
 def read_table(
     part: Part, needed: Sequence[str], optional: Sequence[str] = ()
 ) -> Iterator[tuple[int, dict[str, Any] | Refused]]:
-    """Rows of the part's file with their numbers: columns `needed`, and those of `optional` that it has.
+    """Yields the rows of the part's file with their numbers: columns `needed`, and those of `optional` that it has.
 
-    A damaged group of rows is Refused as one, and the next is gone on with; so is a file that is no table. Raises
-    UserError if a needed column is missing.
+    A damaged row group is Refused as one, and reading continues with the next; a file that is not a table is Refused
+    as one, too. Raises UserError if a needed column is missing.
     """
     with open_input(path := part.files[0]) as file:
         try:
@@ -99,7 +99,7 @@ def read_table(
 def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
     try:
         yield from batch.to_pylist()
-    except UnicodeDecodeError:  # before the first row; text of one of them is not UTF-8
+    except UnicodeDecodeError:  # before the first row, if text of any is not UTF-8
         for row in range(batch.num_rows):
             try:
                 yield from batch.slice(row, 1).to_pylist()

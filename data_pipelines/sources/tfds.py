@@ -1,9 +1,8 @@
-"""Any prepared TFDS data set, by the names of its features.
+"""Any prepared TFDS data set, by feature names.
 
-Options: `source`, `target` and `instruction` name features (`a/b` for one inside of another; these very names if not
-given), `mask`, `kind` and `id` more of them; `split` is a split, `train` if not given. Images come as they are
-stored, without decoding. The data set's own code is not needed, but its files must be of a format that can be read in
-any order, as `array_record` is.
+The options `source`, `target`, `instruction`, `mask`, `kind` and `id` name features (`a/b` for nested ones), by default
+those of the same name; `split` is `train` by default. Images are read as stored, without decoding. The data set's own
+code is not needed, but its file format must support random access, such as `array_record`.
 """
 
 import posixpath
@@ -21,7 +20,7 @@ from varedit_jax.storage.paths import local
 
 _NAME = "tfds"
 _FAILED_CALL = re.compile(r"\w+\(\) failed: ")  # ArrayRecord: "open() failed: Too many open files; opening ..."
-_EXAMPLES = 4096  # of a part
+_EXAMPLES = 4096  # per part
 _FIELDS = ("source", "target", "instruction", "mask", "kind", "id")
 
 
@@ -64,7 +63,7 @@ def _read(part: Part) -> Iterator[Entry]:
         id = f"{part.options['split']}/{index}"
         try:
             example = tf_example_pb2.Example.FromString(source[index])
-        except Exception as error:  # ArrayRecord and protobuf each have their own for bytes that are none
+        except Exception as error:  # ArrayRecord and protobuf have their own exceptions for damaged bytes
             if _FAILED_CALL.match(str(error)):
                 raise ReadError(f"cannot read {part.files[0]}: {error}; run the same command again") from error
             detail = str(error)[:200]

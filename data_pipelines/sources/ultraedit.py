@@ -1,4 +1,4 @@
-"""UltraEdit: tables with the images in them, with masks (UltraEdit) or without (UltraEdit_500k)."""
+"""UltraEdit: tables that contain the images, with masks (UltraEdit) or without (UltraEdit_500k)."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ _LICENSE = "CC-BY-4.0"
 
 def _convert(row: dict[str, Any], stem: str, number: int) -> Entry:
     return make_entry(
-        id=f"{stem.split('-')[0]}/{row['idx']}",  # numbers are of a split: FreeForm_0-00000-of-00071
+        id=f"{stem.split('-')[0]}/{row['idx']}",  # unique in a split, as in FreeForm_0-00000-of-00071
         dataset="ultraedit",
         source=image_bytes(row["source_image"]),
         target=image_bytes(row["edited_image"]),

@@ -1,4 +1,4 @@
-"""The VAREdit release's own training data: WebDataset tars with `src.jpg`, `tgt.jpg` and `txt` of each triple."""
+"""Data in the format of the VAREdit release: WebDataset tars with `src.jpg`, `tgt.jpg` and `txt` per triple."""
 
 from collections.abc import Mapping
 

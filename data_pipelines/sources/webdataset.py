@@ -1,4 +1,4 @@
-"""Tars whose neighboring members belong together by the start of their names, up to the first dot."""
+"""WebDataset tars: neighboring members whose names are equal up to the first dot form a group."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -11,7 +11,7 @@ _IMAGES = ("jpg", "jpeg", "png", "webp")
 
 
 def tar_source(name: str, license: str, convert: Callable[[str, Mapping[str, bytes]], Entry]) -> SourceFormat:
-    """A data set of tars, a part each, whose groups are its records. `convert` gets an id, of the tar, and a group."""
+    """Returns the format of a data set of tars: groups are records, tars parts. `convert` gets an id and a group."""
 
     def parts(inputs: Sequence[str], options: Mapping[str, str]) -> list[Part]:
         archives = group_parts(find(inputs, "*.tar", "*.tar.gz", "*.tgz"))
@@ -30,14 +30,14 @@ def tar_source(name: str, license: str, convert: Callable[[str, Mapping[str, byt
 
 
 def image(group: Mapping[str, bytes], side: str) -> bytes | None:
-    """The image `side`.jpg of a group, or of another kind."""
+    """Returns the image `side`.jpg of a group, or one with another suffix; None if there is none."""
     return next((group[f"{side}.{kind}"] for kind in _IMAGES if f"{side}.{kind}" in group), None)
 
 
 def groups(files: Sequence[str], dataset: str) -> Iterator[tuple[str, dict[str, bytes]] | Refused]:
-    """(key, file by what comes after the first dot of its name) of each group, and what was refused.
+    """Yields (key, files by suffix after the first dot) of each group, and refusals.
 
-    The key is the path up to that dot. A group is as long as its members follow each other; one is in memory at a time.
+    The key is the path up to that dot. Only adjacent members form a group; one group is in memory at a time.
     """
     current, group = "", dict[str, bytes]()
     for member in members(files):
@@ -51,6 +51,6 @@ def groups(files: Sequence[str], dataset: str) -> Iterator[tuple[str, dict[str, 
             yield current, group
             group = {}
         current = key
-        group[kind.lstrip(".").lower()] = member.data  # some names have two dots there
+        group[kind.lstrip(".").lower()] = member.data  # some names have two dots
     if group:
         yield current, group

@@ -1,7 +1,7 @@
 """X2Edit: tars `BUILDER/SHARD/N.tar` with `ID.1.0.jpg` (source), `ID.1.1.jpg` (mask, not always), `ID.2.jpg` (target),
 `ID.json` and `ID.txt`.
 
-The JSON says how the triple was made: its keys differ from builder to builder, and scores may be text like "[9, 8]".
+The JSON describes the triple: its keys differ between builders, and scores may be text like "[9, 8]".
 """
 
 import ast
@@ -16,13 +16,13 @@ from data_pipelines.sources.webdataset import image, tar_source
 
 _NAME, _LICENSE = "x2edit", "Apache-2.0"
 _INSTRUCTIONS = ("instruction", "instruction_en", "caption_en", "instruction_zh")
-_LONGEST = 500  # characters of scores as text; the parser has no memory for thousands of brackets
+_LONGEST = 500  # characters of scores as text; thousands of brackets would exhaust the parser
 _KINDS = ("task", "label_fine", "label")
 
 
 def _convert(id: str, group: Mapping[str, bytes]) -> Entry:
     about: Any = {}
-    with contextlib.suppress(ValueError, RecursionError):  # without it, the text alone has to do
+    with contextlib.suppress(ValueError, RecursionError):  # damaged JSON leaves the text alone
         about = json.loads(group.get("json", b"{}"))
     about = about if isinstance(about, dict) else {}
     return make_entry(
@@ -39,7 +39,7 @@ def _convert(id: str, group: Mapping[str, bytes]) -> Entry:
 
 
 def _scores(about: Mapping[str, Any]) -> dict[str, float]:
-    """All that is called a score; of a list, or of a list written as text, each number."""
+    """Returns all values whose names contain `score`; lists, also as text, give one per number."""
     found: dict[str, Any] = {}
     for name, value in about.items():
         if "score" not in name:

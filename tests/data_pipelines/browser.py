@@ -48,7 +48,7 @@ class Browser:
         self._do("POST", "/url", {"url": page.absolute().as_uri()})
 
     def run(self, script: str) -> Any:
-        """What JavaScript, the body of a function, returns."""
+        """Returns the result of JavaScript, the body of a function."""
         return self._do("POST", "/execute/sync", {"script": script, "args": []})
 
     def _find(self, selector: str) -> str:
@@ -61,7 +61,7 @@ class Browser:
         self._do("POST", f"/element/{self._find(selector)}/value", {"text": text})
 
     def errors(self) -> list[str]:
-        """What the page complained about."""
+        """Returns the errors that the page logged."""
         return [entry["message"] for entry in self._do("POST", "/se/log", {"type": "browser"})]
 
     def screenshot(self, path: pathlib.Path) -> None:

@@ -12,7 +12,7 @@ from varedit_jax.images import open_image
 
 
 def encoded(size: tuple[int, int] = (40, 30), kind: str = "JPEG", seed: int = 0, **options: object) -> bytes:
-    """A file of noise, which compresses badly: every byte of it matters."""
+    """Returns a file of noise, which compresses badly, so that every byte matters."""
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, kind, **options)
@@ -31,7 +31,7 @@ def frames() -> bytes:
 
 
 def png_of_size(width: int, height: int) -> bytes:
-    """A PNG of a few bytes that claims to be of this size."""
+    """Returns a PNG of a few bytes that claims this size."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

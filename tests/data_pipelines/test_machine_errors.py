@@ -35,7 +35,7 @@ def _epoch(directory: pathlib.Path, **fields: Any) -> list[int]:
     return sorted(int(index) for _ in range(COUNT // 4) for index in next(batches)["example_ids"])
 
 
-# As many files as the program has open by then, and 20 more.
+# The files open so far, and 20 more.
 LIMITED = """
 import os, pathlib, resource, sys
 from tests.data_pipelines import test_machine_errors as tests
@@ -72,7 +72,7 @@ def test_few_readers_are_open_at_a_time(directory: pathlib.Path, monkeypatch: py
 
 @pytest.fixture(params=[errno.EIO, errno.EACCES, errno.EMFILE, errno.ESTALE])
 def failing(request: pytest.FixtureRequest, directory: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The system's words for its failure to read every shard but the first."""
+    """Makes reading fail for every shard but the first; returns the system's message."""
     words = os.strerror(request.param)
     reader = shards.ArrayRecordReader
 
@@ -103,7 +103,7 @@ def test_training_ends_in_one_sentence_where_the_machine_fails(directory: pathli
 
 
 def test_a_worker_hands_its_sentence_on(directory: pathlib.Path) -> None:
-    """In place of a shard lies a socket: the system cannot open it, and nothing can be said of the records."""
+    """A socket takes the place of a shard: the system cannot open it, so nothing is known about the records."""
     with tempfile.TemporaryDirectory() as short, socket.socket(socket.AF_UNIX) as server:
         server.bind(f"{short}/s")
         os.replace(f"{short}/s", shard_path(directory / "train", "set", 20, COUNT))

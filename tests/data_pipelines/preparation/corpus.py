@@ -18,13 +18,13 @@ SETTINGS = Settings(
 
 
 def photo(seed: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
-    """Soft blots, others for each seed."""
+    """Returns soft blots, different for each seed."""
     blots = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
     return Image.fromarray(blots).resize(size, Image.Resampling.BICUBIC)
 
 
 def edited(image: Image.Image, level: int = 250) -> Image.Image:
-    """With a gray square in it."""
+    """Returns the image with a gray square."""
     image = image.copy()
     image.paste((level, level, level), (20, 10, 36, 26))
     return image

@@ -26,7 +26,7 @@ def train() -> list[Edit]:
 
 
 def understood(instruction: str, scene: Scene) -> set[Scene]:
-    """Every scene that the instruction could ask for, worked out from its words alone, without its template."""
+    """Returns every scene that the instruction could ask for, derived from its words alone, without its template."""
     if instruction in STYLE_OF:
         return {dataclasses.replace(scene, style=STYLE_OF[instruction])}
     words = instruction.replace("sky blue", "sky").split()

@@ -39,7 +39,7 @@ def to_uint8(images: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def blur(images: NDArray[Any], sigma: float) -> NDArray[np.float64]:
-    """Gaussian blur of images [B, 32, 32, 3]; sigma in pixels."""
+    """Returns images [B, 32, 32, 3] with a Gaussian blur; sigma in pixels."""
     taps = np.exp(-(np.arange(-6, 7) ** 2) / (2 * sigma**2))
     result = images.astype(float)
     for axis in (1, 2):

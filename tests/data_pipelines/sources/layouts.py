@@ -44,7 +44,7 @@ class Download:
 
 
 def draw(name: str, kind: str = "JPEG") -> bytes:
-    """An image file of its own for each name, 24 x 16 pixels, also to those who look for near duplicates."""
+    """Returns an image file of 24 x 16 pixels, distinct for each name and not a near-duplicate of others."""
     noise = PIL.Image.frombytes("RGB", (6, 4), hashlib.shake_256(name.encode()).digest(6 * 4 * 3))
     data = io.BytesIO()
     noise.resize((24, 16), PIL.Image.Resampling.NEAREST).save(data, kind)

@@ -21,7 +21,7 @@ DEEP = "[" * 100_000
 
 
 def _listed(directory: pathlib.Path, values: list[dict[str, Any]]) -> list[Entry]:
-    """What a list of such objects gives, all of the same good images unless they say otherwise."""
+    """Returns the entries of a list of such objects, with the same good images by default."""
     (directory / "a.jpg").write_bytes(b"a")
     (directory / "b.jpg").write_bytes(b"b")
     good = {"source": "a.jpg", "target": "b.jpg", "instruction": "make it foggy"}

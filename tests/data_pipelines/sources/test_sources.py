@@ -37,7 +37,7 @@ LAYOUTS: list[tuple[str, Callable[[pathlib.Path], Download]]] = [
 
 
 def _found(record: Record, expected: Expected) -> Expected:
-    """What a record is, in the words of what it should be: names of the images if these are the right ones."""
+    """Returns a record in the form of the expectation, with names for images that have the right bytes."""
 
     def named(data: bytes | None, name: str) -> str:
         return "" if data is None else name if data == draw(name) else f"not {name}"
