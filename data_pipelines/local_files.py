@@ -3,11 +3,10 @@
 import dataclasses
 import pathlib
 
-import filelock
-
 from varedit_jax.errors import UserError
 from varedit_jax.storage.disk import explained, read_explained
 from varedit_jax.storage.files import copy, make_directory
+from varedit_jax.storage.lock import waiting_lock
 from varedit_jax.storage.paths import is_remote, local, size
 
 
@@ -54,7 +53,7 @@ class LocalFiles:
 
 def _copy(source: pathlib.Path, target: pathlib.Path, expected: int) -> None:
     make_directory(target.parent)
-    with filelock.FileLock(target.with_name(f".{target.name}.lock")):
+    with waiting_lock(target.with_name(f".{target.name}.lock")):
         if target.exists():  # another process was faster
             return
         copy(source, target)

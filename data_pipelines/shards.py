@@ -30,7 +30,7 @@ from data_pipelines.record import BrokenRecord, Record, decode, encode
 from varedit_jax.errors import UserError
 from varedit_jax.scales import aspect_templates, nearest_aspect
 from varedit_jax.storage.disk import read_explained
-from varedit_jax.storage.files import replacing, write_json
+from varedit_jax.storage.files import replacing, take_place, write_json
 from varedit_jax.storage.paths import PathLike, resolve
 
 INDEX = "index.json"
@@ -114,7 +114,7 @@ class ShardWriter:
             notes[name] = np.array([codes[value] for value in self._rows[name]], np.int32)
             notes[f"{name}_names"] = np.frombuffer(json.dumps(names).encode(), np.uint8)
         notes["sha256"] = np.frombuffer(bytes.fromhex(_sha256(self._partial)), np.uint8)
-        self._partial.replace(self.path)
+        take_place(self._partial, self.path)
         self._do(lambda: self._write_notes(notes))
 
     def _write_notes(self, notes: dict[str, Any]) -> None:

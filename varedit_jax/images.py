@@ -2,12 +2,11 @@
 
 import contextlib
 import dataclasses
-import enum
 import io
 import os
 import warnings
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -32,17 +31,17 @@ class Limits(NamedTuple):
 _DEFAULT = Limits()
 
 
-class Fault(enum.StrEnum):
-    """Reasons why an image cannot be used."""
-
-    EMPTY = "empty file"
-    NOT_AN_IMAGE = "not an image"
-    TRUNCATED = "cut short"
-    DECODING = "damaged image"
-    BOMB = "too many pixels"
-    SIZE = "absurd size"
-    ANIMATED = "several frames"
-    COLORS = "unknown colors"
+# Reasons why an image cannot be used.
+Fault = Literal[
+    "empty file",
+    "not an image",
+    "cut short",
+    "damaged image",
+    "too many pixels",
+    "absurd size",
+    "several frames",
+    "unknown colors",
+]
 
 
 class ImageError(UserError):
@@ -153,14 +152,14 @@ def open_image(file: BinaryIO, name: str = "the image", limits: Limits = _DEFAUL
     start = file.read(12)
     file.seek(0)
     if not start:
-        raise ImageError(Fault.EMPTY, f"{name} is empty (0 bytes); save the image again")
+        raise ImageError("empty file", f"{name} is empty (0 bytes); save the image again")
     Image.init()  # at once where it has been done; what imports one kind of image registers that alone
     try:
         with _decoding(name):
             image = Image.open(file, formats=[kind for kind in _READABLE if kind in Image.OPEN])
     except UnidentifiedImageError as error:
         raise ImageError(
-            Fault.NOT_AN_IMAGE,
+            "not an image",
             f"{name} is not an image of a known kind, or damaged at its start; save it as PNG, JPEG or WebP",
             f"it begins with {start!r}",
         ) from error
@@ -187,7 +186,7 @@ def _decoding(name: str) -> Iterator[None]:
         if is_machine_error(error):
             raise
         text = str(error) or type(error).__name__
-        fault = Fault.TRUNCATED if "truncated" in text.lower() else Fault.DECODING
+        fault: Fault = "cut short" if "truncated" in text.lower() else "damaged image"
         sentence = f"{name} is damaged or cut short ({text}); copy or save it again"
         raise ImageError(fault, sentence, text) from error
 
@@ -200,7 +199,7 @@ def _check_opened(image: Image.Image, name: str, limits: Limits) -> None:
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     if frames > 1:
         raise ImageError(
-            Fault.ANIMATED,
+            "several frames",
             f"{name} has {frames} frames, but only single images can be edited; "
             f"save its first frame as an image of its own",
             f"{frames} frames",
@@ -210,7 +209,7 @@ def _check_opened(image: Image.Image, name: str, limits: Limits) -> None:
 def _too_large(name: str, size: str, limits: Limits) -> ImageError:
     limit = f"{limits.max_pixels / 1e6:g} million"
     sentence = f"{name} has {size} pixels, but at most {limit} can be edited; make it smaller"
-    return ImageError(Fault.BOMB, sentence, f"{size} pixels")
+    return ImageError("too many pixels", sentence, f"{size} pixels")
 
 
 def upright_rgb(image: Image.Image, name: str = "the image") -> np.ndarray:
@@ -230,7 +229,7 @@ def _check_size(name: str, height: int, width: int, limits: Limits) -> None:
     short, long = sorted((height, width))
     if short < 1:
         sentence = f"{name} has no pixels (it is {width} x {height}); give an image of at least 1 x 1"
-        raise ImageError(Fault.SIZE, sentence, "no pixels")
+        raise ImageError("absurd size", sentence, "no pixels")
     if height * width > limits.max_pixels:
         raise _too_large(name, f"{width} x {height}", limits)
     if short < limits.min_side or long > limits.max_side or long > limits.max_ratio * short:
@@ -238,7 +237,7 @@ def _check_size(name: str, height: int, width: int, limits: Limits) -> None:
             f"{name} has {width} x {height} pixels; give sides from {limits.min_side} to {limits.max_side}, "
             f"the longer at most {limits.max_ratio:g} times the shorter"
         )
-        raise ImageError(Fault.SIZE, sentence, f"{width} x {height} pixels")
+        raise ImageError("absurd size", sentence, f"{width} x {height} pixels")
 
 
 def orientation(image: Image.Image) -> int:
@@ -260,7 +259,7 @@ def _rgb(image: Image.Image, name: str) -> np.ndarray:
         layer = image.convert("RGBA")
     except (ValueError, OSError) as error:  # a mode that PIL reads but does not convert
         sentence = f"{name} has unknown colors ({image.mode}): {error}; save it as RGB"
-        raise ImageError(Fault.COLORS, sentence, f"mode {image.mode}: {error}") from error
+        raise ImageError("unknown colors", sentence, f"mode {image.mode}: {error}") from error
     white = Image.new("RGBA", layer.size, "white")
     return np.array(Image.alpha_composite(white, layer).convert("RGB"))
 
@@ -271,7 +270,7 @@ def _deep_gray(image: Image.Image, name: str) -> np.ndarray:
     low, high = gray_HW.min(), gray_HW.max()
     if image.mode == "F" or low < 0 or high > 65535:
         values = f"gray values of {8 * gray_HW.dtype.itemsize} bits, from {low} to {high}"
-        raise ImageError(Fault.COLORS, f"{name} has {values}; save it with 8 or 16", values)
+        raise ImageError("unknown colors", f"{name} has {values}; save it with 8 or 16", values)
     byte_HW = ((gray_HW.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 65535 = 257 * 255
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):

@@ -19,6 +19,7 @@ from varedit_jax.errors import UserError
 from varedit_jax.parameters import abstract_params
 from varedit_jax.sampling.sampler import sample_bits
 from varedit_jax.scales import Pyramid, nearest_aspect, published_pyramid
+from varedit_jax.storage.paths import resolve
 from varedit_jax.tokenizer import tokens as tokens_lib
 from varedit_jax.tokenizer.autoencoder import Autoencoder
 from varedit_jax.tokenizer.pixels import to_model_range
@@ -111,7 +112,7 @@ def _by_scale(value: Any) -> float | tuple[float, ...]:
 
 def read_golden(directory: str | os.PathLike[str]) -> Golden:
     """Reads a golden directory. Raises UserError for anything missing or damaged, naming it."""
-    directory = pathlib.Path(directory)
+    directory = resolve(directory)
     try:
         values = json.loads((directory / "config.json").read_text())
     except (OSError, json.JSONDecodeError) as error:

@@ -27,7 +27,7 @@ _PIXEL_BUDGETS: dict[str, PixelBudget] = {"256": "0.06M", "512": "0.25M", "1024"
 
 def family_of(path: str) -> str:
     """Family in the name of a file or its directory: varedit or infinity; "" if there is none."""
-    for name in reversed(pathlib.Path(path).parts[-2:]):
+    for name in reversed(pathlib.PurePath(path).parts[-2:]):
         found = [family for family in FAMILIES if family in name.lower()]
         if len(found) == 1:
             return found[0]
@@ -36,7 +36,7 @@ def family_of(path: str) -> str:
 
 def pixel_budget_of(path: str) -> PixelBudget | Literal[""]:
     """Pixel budget by the resolution in the name of a file or its directory, as in 8B-512; "" if there is none."""
-    for name in reversed(pathlib.Path(path).parts[-2:]):
+    for name in reversed(pathlib.PurePath(path).parts[-2:]):
         found = set(re.findall(r"(?<![A-Za-z0-9.])(256|512|1024)(?=x\d|px|[^A-Za-z0-9]|$)", name))
         if len(found) == 1:
             return _PIXEL_BUDGETS[found.pop()]

@@ -90,7 +90,7 @@ class TensorFile:
         with self.path.open("r+b", buffering=0) as file:
             for offset, data in self._frame(checksums):
                 _write_at(file.fileno(), offset, memoryview(data))
-            os.fsync(file.fileno())
+            files.make_durable(file)
 
     def _join(self, frame: Mapping[int, bytes]) -> None:
         """Writes the object that the pieces and `frame` are, unless an earlier attempt did, and removes the pieces."""

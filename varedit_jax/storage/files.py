@@ -5,6 +5,7 @@ object is atomic; a directory is written in place, with a marker in it until it 
 """
 
 import contextlib
+import io
 import json
 import os
 import pathlib
@@ -34,6 +35,17 @@ def make_directory(directory: pathlib.Path) -> None:
         raise UserError(f"cannot create {directory}: {disk.reason(error)}") from error
 
 
+def make_durable(file: BinaryIO | io.FileIO) -> None:
+    """Returns when what was written to an open local file is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def take_place(draft: pathlib.Path, path: pathlib.Path) -> None:
+    """Gives a complete local file its name, at once, in place of whatever has it."""
+    draft.replace(path)
+
+
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
     """Yields a binary file that replaces `path` when the block ends without an error."""
@@ -48,9 +60,8 @@ def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
     try:
         with draft.open("xb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
+            make_durable(file)
+        take_place(draft, path)
     finally:
         with contextlib.suppress(OSError):  # it was renamed if all went well
             draft.unlink()

@@ -81,6 +81,11 @@ class Lock:
         return UserError(f"{self._directory} is in use by {who}; wait for it, end it, or use another {self._flag}")
 
 
+def waiting_lock(path: pathlib.Path) -> filelock.BaseFileLock:
+    """Returns a context manager that holds the kernel's lock on a local file, waiting for whoever has it."""
+    return filelock.FileLock(path)
+
+
 class _Lease:
     """An object with the owner and the time of the last renewal."""
 

@@ -175,11 +175,11 @@ def _open_index(path: pathlib.Path) -> WeightsFile:
     text = path.read_bytes()
     try:
         shard_of: dict[str, str] = json.loads(text)["weight_map"]
-        names = sorted({pathlib.Path(name).name for name in shard_of.values()})
+        names = sorted({pathlib.PurePath(name).name for name in shard_of.values()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not an index of shards: {error!r}") from error
     shards = {name: open_weights(path.parent / name) for name in names}
-    shard_of = {name: pathlib.Path(shard).name for name, shard in shard_of.items()}
+    shard_of = {name: pathlib.PurePath(shard).name for name, shard in shard_of.items()}
     lost = [f"{name} (in {shard})" for name, shard in shard_of.items() if name not in shards[shard]]
     if lost:
         raise UserError(f"{path} lists tensors that its shards do not hold: {', '.join(lost)}")

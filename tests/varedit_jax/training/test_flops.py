@@ -185,7 +185,7 @@ def test_counting():
     assert count(lambda x: (x @ x @ x, x @ x)[1], x) == product
     assert count(lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ x, lambda x: x, x), x) == product
     assert count(jax.value_and_grad(jax.checkpoint(lambda x: jnp.sum(jnp.sin(x @ x)))), x) == 4 * product
-    with pytest.raises(ValueError, match="a loop of unknown length has matrix products in it"):
+    with pytest.raises(ValueError, match="a loop of unknown length has matmuls in it"):
         count(lambda x: jax.lax.while_loop(lambda c: c[0, 0] > 0, lambda c: c @ x, x), x)
     mesh = jax.make_mesh((1,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
     split = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=jax.P("a"), out_specs=jax.P("a"))
