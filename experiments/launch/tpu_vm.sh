@@ -65,5 +65,5 @@ while true; do
     exit 1
   fi
   echo "the run ended before it was finished, and resumes from its newest checkpoint" >&2
-  sleep 30
+  sleep 100  # the lease on a bucket outlives a process that was killed by 90 s
 done

@@ -56,7 +56,8 @@ def test_killed_and_resumed_equals_a_run_on_this_disk(
     assert checkpoint_steps(workdir) == [5]
     with pytest.raises(UserError, match=r"is in use by process \d+ on "):
         Run(workdir)()  # its lease has not expired
-    monkeypatch.setattr("varedit_jax.storage.lock.EXPIRY_SECONDS", 0.0)
+    lease = resolve(workdir) / "lock"
+    lease.write_text(json.dumps(json.loads(lease.read_text()) | {"renewed": 0.0}))  # as if long ago
     monkeypatch.chdir(tmp_path)
     run = Run(workdir)
     assert_same_outcome(outcome(run, *run()), whole)
