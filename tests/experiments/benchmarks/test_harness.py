@@ -56,7 +56,10 @@ def test_a_program_is_killed_with_its_descendants(monkeypatch: pytest.MonkeyPatc
         return found
 
     monkeypatch.setattr(harness, "family", family)
-    harness.kill_program(lambda: len(psutil.Process().children(recursive=True)) > 1, "a longer one", "starts")
+    before = set(psutil.Process().children(recursive=True))  # of other tests in this process
+    harness.kill_program(
+        lambda: len({*psutil.Process().children(recursive=True)} - before) > 1, "a longer one", "starts"
+    )
     assert len(found) == 2
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in found)
     with pytest.raises(UserError, match="^sleeps ended before it could be killed; give a longer one$"):
