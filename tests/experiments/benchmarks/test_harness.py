@@ -3,6 +3,7 @@
 import pathlib
 import re
 import sys
+import time
 
 import psutil
 import pytest
@@ -46,6 +47,13 @@ def test_a_program_that_fails_is_a_sentence() -> None:
         harness.run_program("fails")
 
 
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 @pytest.mark.usefixtures("programs")
 def test_a_program_is_killed_with_its_descendants(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[psutil.Process] = []
@@ -61,7 +69,10 @@ def test_a_program_is_killed_with_its_descendants(monkeypatch: pytest.MonkeyPatc
         lambda: len({*psutil.Process().children(recursive=True)} - before) > 1, "a longer one", "starts"
     )
     assert len(found) == 2
-    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in found)
+    deadline = time.monotonic() + 10  # the system takes a moment, and nobody may collect an orphan
+    while any(map(_lives, found)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(map(_lives, found))
     with pytest.raises(UserError, match="^sleeps ended before it could be killed; give a longer one$"):
         harness.kill_program(lambda: False, "a longer one", "sleeps")
 
