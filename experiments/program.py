@@ -156,9 +156,9 @@ class _FieldParser(flags.ArgumentParser[Any]):
 
 def load_config(path: str, cls: type[Config]) -> Config:
     """Returns the configuration of the file `PATH[:variant]`. Raises UserError if that is not a `cls`."""
-    paths.local(path, "--config")
+    paths.local(path, "--config")  # before it is split: gs:// is no variant
     file, _, variant = path.partition(":")
-    module = _load_module(pathlib.Path(file).expanduser())
+    module = _load_module(file)
     get_config = getattr(module, "get_config", None)
     if get_config is None:
         raise UserError(f"{file} is not an experiment config: it has no function get_config")
@@ -185,18 +185,20 @@ def load_config(path: str, cls: type[Config]) -> Config:
     return config
 
 
-def _load_module(file: pathlib.Path) -> types.ModuleType:
-    if not file.is_file():
-        configs = sorted(str(path) for path in file.parent.glob("*.py") if path.name != "__init__.py")
-        raise UserError(f"there is no experiment config {file}{_nearest(str(file), configs)}")
-    spec = importlib.util.spec_from_file_location("experiment_config", file)
+def _load_module(file: str) -> types.ModuleType:
+    path = paths.local(file, "--config")
+    if not path.is_file():
+        names = [name for name in paths.child_names(path.parent, "*.py") if name != "__init__.py"]
+        configs = [os.path.join(os.path.dirname(file), name) for name in names]
+        raise UserError(f"there is no experiment config {file}{_nearest(file, configs)}")
+    spec = importlib.util.spec_from_file_location("experiment_config", path)
     if spec is None or spec.loader is None:
         raise UserError(f"{file} is not an experiment config: its name does not end in .py")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
-        own = pathlib.Path(error.filename or "").absolute() == file.absolute()
+        own = error.filename == str(path)
         raise UserError(f"{file if own else error.filename}, line {error.lineno}: {error.msg}") from error
     except ValueError as error:
         raise UserError(f"{file}: {error}") from error

@@ -55,7 +55,7 @@ def citations(path: pathlib.Path) -> Iterator[tuple[str, str, str]]:
 
 
 def broken_citation(page: str, numbers: str, title: str) -> str:
-    """What is wrong with a citation; "" if nothing is."""
+    """Returns the fault of a citation; "" if there is none."""
     path = ROOT / "docs" / page
     if not path.is_file():
         return f"there is no docs/{page}"
@@ -155,7 +155,7 @@ def all_flags() -> frozenset[str]:
 
 
 def is_field(path: str) -> bool:
-    """Whether a config of a run has this field: a dotted name."""
+    """Returns True if a config of a run has this field: a dotted name."""
     found: list[Any] = [RunConfig, TokenizerRunConfig]
     for name in path.split("."):
         fields = [field for cls in found if dataclasses.is_dataclass(cls) for field in dataclasses.fields(cls)]
@@ -224,7 +224,7 @@ def sentences() -> frozenset[str]:
 
 
 def is_said(quoted: str) -> bool:
-    """Whether a program says this; `…` is anything."""
+    """Returns True if a program says this; `…` is anything."""
     pattern = re.compile(".*".join(re.escape(piece.strip()) for piece in quoted.split("…")), re.S)
     return any(pattern.search(sentence) for sentence in sentences())
 

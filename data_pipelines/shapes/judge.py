@@ -158,15 +158,10 @@ def _verdict(reading: Scene | None, source: Scene, target: Scene) -> Verdict:
     return Verdict(done=done, kept=kept)
 
 
-def judge(image: NDArray[np.uint8], source: Scene, target: Scene) -> Verdict:
-    """Judges `image` uint8 [32, 32, 3] against the edit from `source` to `target`.
+def judge_batch(images: NDArray[np.uint8], sources: Sequence[Scene], targets: Sequence[Scene]) -> list[Verdict]:
+    """Judges images uint8 [B, 32, 32, 3] against the edits from `sources` to `targets`.
 
     An image that cannot be read is neither done nor kept.
     """
-    return _verdict(read_scene(image), source, target)
-
-
-def judge_batch(images: NDArray[np.uint8], sources: Sequence[Scene], targets: Sequence[Scene]) -> list[Verdict]:
-    """Returns the verdicts of `judge` on images uint8 [B, 32, 32, 3] with their source and target scenes."""
     readings = read_scenes(images)
     return [_verdict(*case) for case in zip(readings, sources, targets, strict=True)]

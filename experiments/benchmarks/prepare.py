@@ -39,7 +39,7 @@ _ROUND = 100  # records, with each fault once, except in the first round
 _WRONG = {0: Reason.EXACT, 1: Reason.NEAR, 2: Reason.UNCHANGED, 3: Reason.TRUNCATED}
 
 
-class Row(NamedTuple):
+class PreparedSet(NamedTuple):
     """Measurements of one data set."""
 
     records: int
@@ -105,7 +105,7 @@ def _arguments(source: pathlib.Path, output: pathlib.Path) -> list[str]:
     ]  # fmt: skip
 
 
-def _measure(directory: pathlib.Path, count: int, with_kill: bool) -> Row:
+def _measure(directory: pathlib.Path, count: int, with_kill: bool) -> PreparedSet:
     source, output, killed = directory / "in", directory / "out", directory / "killed"
     _make(source, count)
     prepared = harness.run_program("data_pipelines.prepare", *_arguments(source, output))
@@ -119,7 +119,7 @@ def _measure(directory: pathlib.Path, count: int, with_kill: bool) -> Row:
     resumed = _kill_and_resume(source, output, killed, -(-count // _TAR) // 2) if with_kill else None
     for path in (source, output, killed):
         shutil.rmtree(path, ignore_errors=True)
-    return Row(count, prepared, resumed, opening)
+    return PreparedSet(count, prepared, resumed, opening)
 
 
 def _kill_and_resume(source: pathlib.Path, output: pathlib.Path, killed: pathlib.Path, tars: int) -> float:

@@ -1,4 +1,4 @@
-"""What fails in the machine is never taken for damage of the data: nothing is marked bad, and one sentence says why."""
+"""A failure of the machine is never taken for damage of the data: nothing is marked bad, and one sentence says why."""
 
 import errno
 import functools

@@ -1,4 +1,4 @@
-"""What the tests of the model code share: parameters without a compiled `init`, and a quick compiler."""
+"""Fixtures of the tests of the model code: parameters without a compiled `init`, and a quick compiler."""
 
 import functools
 from collections.abc import Callable

@@ -190,7 +190,7 @@ def to_jax(request: Published, output: PathLike, quiet: bool = False) -> int:
     fingerprint = {"to": "jax", "files": [stamp(path) for path in paths], "request": dataclasses.asdict(request)}
     if not quiet:
         print(opened)
-    with stream.Job(output, fingerprint) as job:
+    with stream.ConversionJob(output, fingerprint) as job:
         writers = {part: native.OrbaxPart(job.staging / part, leaves[part]) for part in matched}
         tasks = [
             _import_task(part, opened.files[part], link, leaves[part], writers[part])
@@ -230,7 +230,7 @@ def _import_task(
     lazy = file[link.name]
     shape = leaves[link.path].shape[0 if link.index is None else 1 :]
 
-    def work() -> stream.Record:
+    def work() -> stream.ManifestEntry:
         tensor = lazy.load()
         found = _record(part, link, tensor)
         if link.is_buffer:
@@ -244,7 +244,7 @@ def _import_task(
     return stream.TensorTask(f"{part}/{link.name}", int(np.prod(lazy.shape)) * lazy.dtype.itemsize, work)
 
 
-def _record(part: str, link: names.Link, tensor: np.ndarray) -> stream.Record:
+def _record(part: str, link: names.Link, tensor: np.ndarray) -> stream.ManifestEntry:
     return {
         "part": part,
         "name": link.name,
@@ -322,10 +322,10 @@ def to_torch(
     return size
 
 
-def _export_job(source: ExportSource, output: PathLike, to: str, options: list[Any]) -> stream.Job:
+def _export_job(source: ExportSource, output: PathLike, to: str, options: list[Any]) -> stream.ConversionJob:
     """The job of an export, which is resumed if weights, parts and options are the same."""
     weights = [str(source.directory), *source.stamp()]
-    return stream.Job(output, {"to": to, "source": weights, "options": [list(source.parts), *options]})
+    return stream.ConversionJob(output, {"to": to, "source": weights, "options": [list(source.parts), *options]})
 
 
 def mapping_from(source: ExportSource, dtype: str = "", chunks: int | None = None) -> list[Mapped]:
@@ -380,7 +380,7 @@ def _files_of(
 def _export_task(
     part: str, link: names.Link, planned: Planned, leaf: native.Leaf, file: TensorFile
 ) -> stream.TensorTask:
-    def work() -> stream.Record:
+    def work() -> stream.ManifestEntry:
         if link.is_buffer:
             tensor = names.BUFFERS[link.layout](link.shape).astype(planned.dtype)
         else:
@@ -432,7 +432,7 @@ def _copy_task(
 ) -> stream.TensorTask:
     nbytes = planned.nbytes if index is None else planned.nbytes // planned.shape[0]
 
-    def work() -> stream.Record:
+    def work() -> stream.ManifestEntry:
         tensor = _rounded(np.asarray(leaf.read(index)), planned.dtype, _indexed(planned.name, index))
         file.write(planned.name, tensor, start=nbytes * (index or 0))
         return {"part": part, "path": planned.name, "index": index, "ours": sha256(tensor)}
@@ -461,7 +461,7 @@ def verify(directory: PathLike) -> int:
     return len(tensors)
 
 
-def _damaged_published(root: pathlib.Path, part: str, entries: Sequence[stream.Record]) -> Iterator[str]:
+def _damaged_published(root: pathlib.Path, part: str, entries: Sequence[stream.ManifestEntry]) -> Iterator[str]:
     """Names of published tensors that are missing, or differ from their entries in the manifest."""
     pth = root / f"{part}.pth"
     file = open_weights(pth if pth.exists() or not (root / part).exists() else root / part).under("vae.")
@@ -471,7 +471,7 @@ def _damaged_published(root: pathlib.Path, part: str, entries: Sequence[stream.R
         file.release()
 
 
-def _damaged(root: pathlib.Path, part: str, entries: Sequence[stream.Record]) -> Iterator[str]:
+def _damaged(root: pathlib.Path, part: str, entries: Sequence[stream.ManifestEntry]) -> Iterator[str]:
     """The same for a directory of weights; buffers have no path in our tree."""
     leaves = native.open_part(root, part, abstract_params(read_editor_config(root)[0], part))
     for entry in (entry for entry in entries if entry["path"]):

@@ -22,7 +22,7 @@ from varedit_jax.weights.manifest import MANIFEST, MANIFEST_VERSION
 _JOURNAL = "journal.jsonl"
 _WORKERS = 2  # tensors in flight; each takes up to four times its size in memory
 
-Record = dict[str, Any]
+ManifestEntry = dict[str, Any]
 
 
 class TensorTask(NamedTuple):
@@ -30,10 +30,10 @@ class TensorTask(NamedTuple):
 
     key: str  # of its record in the journal
     nbytes: int
-    work: Callable[[], Record]  # reads, checks and writes it; returns its entry in the manifest
+    work: Callable[[], ManifestEntry]  # reads, checks and writes it; returns its entry in the manifest
 
 
-class Job:
+class ConversionJob:
     """The staging directory of an output, and its journal: a context manager that holds the directory alone."""
 
     def __init__(self, output: PathLike, fingerprint: Mapping[str, Any]) -> None:
@@ -46,14 +46,14 @@ class Job:
         self._check_new()
         self._fingerprint = json.loads(json.dumps(fingerprint))  # tuples become lists, as in the journal
         self._held = contextlib.ExitStack()
-        self.done: dict[str, Record] = {}
+        self.done: dict[str, ManifestEntry] = {}
 
     def _check_new(self) -> None:
         with disk.read_explained(str(self.output)):
             if files.exists(self.output) or (not is_remote(self.output) and self.output.is_symlink()):
                 raise UserError(f"{self.output} exists; give a new directory, or remove it first")
 
-    def __enter__(self) -> "Job":
+    def __enter__(self) -> "ConversionJob":
         """Opens the staging directory; `done` holds the records of an earlier attempt with the same fingerprint."""
         with contextlib.ExitStack() as held, disk.explained("journal", self.output):
             held.enter_context(Lock(self.output.with_name(f".{self.output.name}.partial"), flag="--output"))
@@ -83,7 +83,7 @@ class Job:
         if isinstance(error, UserError) and not disk.is_machine_error(error):
             files.remove_directory(self.staging)
 
-    def _write(self, line: Record) -> None:
+    def _write(self, line: ManifestEntry) -> None:
         # The tensor is durable already; one whose line a crash loses is converted again.
         self._journal.append(line)
 
@@ -140,9 +140,11 @@ class Job:
             files.commit(self.output)
 
 
-def _in_flight(pool: concurrent.futures.Executor, tasks: Sequence[TensorTask]) -> Iterator[tuple[TensorTask, Record]]:
+def _in_flight(
+    pool: concurrent.futures.Executor, tasks: Sequence[TensorTask]
+) -> Iterator[tuple[TensorTask, ManifestEntry]]:
     """Tasks with their records, in order; at most one more in flight than there are workers."""
-    waiting: list[tuple[TensorTask, concurrent.futures.Future[Record]]] = []
+    waiting: list[tuple[TensorTask, concurrent.futures.Future[ManifestEntry]]] = []
     try:
         for task in tasks:
             waiting.append((task, pool.submit(task.work)))

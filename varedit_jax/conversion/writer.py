@@ -137,7 +137,7 @@ class SafetensorsFile(TensorFile):
 
 
 class PthFile(TensorFile):
-    """A `.pth` file as torch.save writes it: a zip of a pickle and one stored file a tensor.
+    """A `.pth` file as torch.save writes it: a zip of a pickle and one stored file per tensor.
 
     `under` wraps the state dict: {under: state dict}, as published tokenizers have it.
     """

@@ -52,7 +52,9 @@ class Lock:
         path = self._directory / LOCK_FILE
         if is_remote(path):
             self._lease = _Lease(path)
-            if (owner := self._lease.take()) is not None:
+            with disk.explained(LOCK_FILE, self._directory):
+                owner = self._lease.take()
+            if owner is not None:
                 raise self._refusal(owner)
             return self
         try:
@@ -114,8 +116,8 @@ class _Lease:
             return
         self._ended.set()
         self._thread.join()
-        if _read(self._path).get("id") == self._id:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):  # without the network it expires by itself
+            if _read(self._path).get("id") == self._id:
                 self._path.unlink()
 
     def _write(self) -> None:
@@ -140,8 +142,11 @@ def _me() -> dict[str, Any]:
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the holder named in a lock file; {} if the file is just being written, absent or broken."""
+    """Returns the holder named in a lock file; {} if the file is just being written, absent or broken.
+
+    Raises the storage's error if the file cannot be read: it may name a holder.
+    """
     try:
         return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+    except (FileNotFoundError, ValueError, TypeError):
         return {}

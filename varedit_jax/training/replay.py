@@ -28,8 +28,6 @@ from varedit_jax.weights import run_directory
 REPLAY = "replay"
 MOST = 10  # steps per run that are dumped without a request
 
-Batch = dict[str, np.ndarray]
-
 
 class Inputs:
     """Keeps the last two batches: a step turns out to be bad only after the next one has been dispatched."""
@@ -38,9 +36,9 @@ class Inputs:
         """Dumps go to `workdir`/replay, which the first one creates."""
         self._directory = resolve(workdir) / REPLAY
         self._dumped = len(child_names(self._directory, "step_*"))  # by earlier processes too
-        self._batches: dict[int, Batch] = {}
+        self._batches: dict[int, dict[str, np.ndarray]] = {}
 
-    def keep(self, step: int, batch: Batch) -> None:
+    def keep(self, step: int, batch: dict[str, np.ndarray]) -> None:
         """Keeps the batch of a step as it came from the pipeline."""
         self._batches = {number: kept for number, kept in self._batches.items() if number >= step - 1}
         self._batches[step] = batch
@@ -65,7 +63,7 @@ class Inputs:
             checkpoint.save_tree(directory / "state", state)
 
 
-def read_inputs(directory: PathLike, ids_field: str = "") -> tuple[int, Batch, np.ndarray | None]:
+def read_inputs(directory: PathLike, ids_field: str = "") -> tuple[int, dict[str, np.ndarray], np.ndarray | None]:
     """Returns the number of the step dumped in `directory`, this process's batch without `ids_field`, and that field.
 
     Raises UserError if it is no such directory, or was written by another number of processes.
@@ -97,7 +95,7 @@ def replay(
     key: jax.Array,
     abstract_state: TrainState,
     step_fn: Callable[[int], Any],
-    put: Callable[[Batch], Any],
+    put: Callable[[dict[str, np.ndarray]], Any],
     ids_field: str = "",
     say: Callable[[str], None] = say,
 ) -> dict[str, Any]:

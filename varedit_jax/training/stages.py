@@ -13,7 +13,7 @@ from varedit_jax.parallel.processes import wait_for_all
 from varedit_jax.training.state import StepFn, TrainState
 from varedit_jax.types import Batch, Metrics
 
-Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # of a batch, by name
+BatchShapes = tuple[tuple[str, tuple[int, ...]], ...]  # of a batch, by name
 
 
 class Stages:
@@ -36,7 +36,7 @@ class Stages:
         self._step_of = [step_of for _, step_of in steps]
         self._frozen = frozen
         self._functions = [self._function(stage) for stage in range(len(steps))]
-        self._compiled: dict[tuple[int, Shapes], concurrent.futures.Future[Any]] = {}
+        self._compiled: dict[tuple[int, BatchShapes], concurrent.futures.Future[Any]] = {}
         self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="compile")
 
     def __enter__(self) -> Self:

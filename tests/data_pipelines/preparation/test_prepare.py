@@ -29,7 +29,7 @@ OPTIONS = {"dataset": "made"}
 
 
 class Corpus:
-    """What was made, and what prepare made of it."""
+    """A made download, and the output of prepare."""
 
     def __init__(self, directory: pathlib.Path) -> None:
         self.inputs, self.stay, self.left = write_corpus(directory / "in")

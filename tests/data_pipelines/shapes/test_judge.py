@@ -56,6 +56,10 @@ def verdicts(images: NDArray[Any], cases: list[Edit]) -> list[Verdict]:
     return judge.judge_batch(to_uint8(images), [case.source for case in cases], [case.target for case in cases])
 
 
+def verdict(image: NDArray[np.uint8], source: Scene, target: Scene) -> Verdict:
+    return judge.judge_batch(image[None], [source], [target])[0]
+
+
 def targets(cases: list[Edit]) -> NDArray[np.uint8]:
     return np.stack([render(case.target) for case in cases])
 
@@ -90,14 +94,14 @@ def test_copying_the_source_keeps_everything_and_does_nothing(cases: list[Edit])
 )
 def test_done_and_kept_are_told_apart(shown: str, done: bool, kept: bool) -> None:
     image = render(Scene.decode(shown))
-    assert judge.judge(image, SOURCE, TARGET) == Verdict(done=done, kept=kept)
+    assert verdict(image, SOURCE, TARGET) == Verdict(done=done, kept=kept)
 
 
 def test_a_move_is_done_only_if_the_object_left_and_arrived() -> None:
     moved = Scene.decode("grey|plain|red circle,blue cross,-,-")
     stayed = render(Scene.decode("grey|plain|red circle,blue cross,blue cross,-"))
-    assert judge.judge(stayed, SOURCE, moved) == Verdict(done=False, kept=True)
-    assert judge.judge(render(moved), SOURCE, moved) == EXACT
+    assert verdict(stayed, SOURCE, moved) == Verdict(done=False, kept=True)
+    assert verdict(render(moved), SOURCE, moved) == EXACT
 
 
 @pytest.mark.parametrize(("noise", "sigma"), [(6.0, 0.0), (0.0, 0.6), (4.0, 0.5)])
@@ -132,7 +136,7 @@ def test_half_drawn_objects_are_rejected(cases: list[Edit]) -> None:
 
 def test_mixtures_of_two_scenes_are_rejected() -> None:
     half = to_uint8((render(SOURCE).astype(float) + render(TARGET)) / 2)
-    assert judge.judge(half, SOURCE, TARGET) == UNREADABLE
+    assert verdict(half, SOURCE, TARGET) == UNREADABLE
     styles = to_uint8((render(SOURCE).astype(float) + render(Scene.decode("grey|night|red circle,-,blue cross,-"))) / 2)
     assert judge.read_scene(styles) is None
 
@@ -162,9 +166,7 @@ def test_every_single_content_is_read(cases: list[Edit]) -> None:
 
 def test_batches_and_single_images_agree_and_bad_input_is_refused(cases: list[Edit]) -> None:
     some = cases[:5]
-    assert verdicts(targets(some), some) == [
-        judge.judge(render(case.target), case.source, case.target) for case in some
-    ]
+    assert verdicts(targets(some), some) == [verdict(render(case.target), case.source, case.target) for case in some]
     with pytest.raises(UserError, match=r"not float64 \[1, 32, 32, 3\]"):
         judge.read_scenes(np.zeros((1, 32, 32, 3)))  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"\[1, 16, 16, 3\]"):

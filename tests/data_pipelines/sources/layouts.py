@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Expected:
-    """What a record has to be."""
+    """The expected record."""
 
     source: str  # name that its image was drawn for
     target: str

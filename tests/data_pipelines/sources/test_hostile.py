@@ -1,4 +1,4 @@
-"""What is published may say anything: it costs the record that says it, and no more."""
+"""Hostile content of published files costs the record that has it, and no more."""
 
 import json
 import pathlib

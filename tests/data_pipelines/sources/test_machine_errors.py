@@ -1,4 +1,4 @@
-"""What fails in the machine ends the program; it is never taken for damage of the data."""
+"""A failure of the machine ends the program; it is never taken for damage of the data."""
 
 import errno
 import os

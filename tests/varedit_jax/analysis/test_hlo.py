@@ -22,7 +22,7 @@ def test_loops_within_loops_multiply():
 
 
 def test_kernels_with_line_breaks_in_their_attributes():
-    """What comes behind them is read too."""
+    """The instructions behind them are read too."""
     module = hlo.parse(LOOP)
     kernel, *_ = (entry for entry, _, _ in module.instructions() if entry.opcode == "custom-call")
     assert kernel.op_name == "jit(step)/attention/splash" and list(module.computations[module.entry])[-1] == "while.2"

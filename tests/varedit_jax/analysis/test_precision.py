@@ -1,4 +1,4 @@
-"""What a TPU's cheaper products change, emulated."""
+"""The effect of a TPU's cheaper products, emulated."""
 
 import dataclasses
 

@@ -88,7 +88,7 @@ def test_mistakes_name_both_values(name):
         make()
 
 
-# depth, width, heads, tokenizer bits, bits a token: model.md, section 1.
+# depth, width, heads, tokenizer bits, bits per token: model.md, section 1.
 PUBLISHED = {
     "125m": (12, 768, 8, 32, 32),
     "350m": (16, 1152, 12, 32, 32),

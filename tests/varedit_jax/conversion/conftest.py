@@ -1,4 +1,4 @@
-"""What the tests of conversion share: small published state dicts, and files of them."""
+"""Fixtures of the tests of conversion: small published state dicts, and files of them."""
 
 import pathlib
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def write_pth() -> Callable[..., pathlib.Path]:
 
 @pytest.fixture(scope="session")
 def published() -> Callable[..., convert.Published]:
-    """What asks for the conversion of one file: `(part, path, **options)`."""
+    """Returns a function that asks for the conversion of one file: `(part, path, **options)`."""
 
     def ask(part: str, path: pathlib.Path, **options: str) -> convert.Published:
         return convert.Published(files={part: str(path)}, family="varedit", pixel_budget="0.06M", **options)

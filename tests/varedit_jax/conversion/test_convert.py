@@ -210,7 +210,7 @@ def test_an_interrupted_conversion_resumes(
     write_pth: Callable[..., pathlib.Path],
     published: Callable[..., convert.Published],
 ) -> None:
-    """What is done is not done again, and the result is that of a conversion that was not interrupted."""
+    """Finished tensors are not converted again, and the result is that of a conversion that was not interrupted."""
     path = write_pth(tmp_path / "in.pth", states["transformer"])
     convert.to_jax(published("transformer", path), tmp_path / "ours", quiet=True)
     start = {

@@ -1,4 +1,4 @@
-"""What files say of their model: names, shapes and types of every published size, and what is in a file's name."""
+"""Configurations read off files: names, shapes and types of every published size, and what is in a file's name."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""What cannot be converted, exported or verified: one sentence that names it, and nothing is left behind."""
+"""Refusals to convert, export or verify: one sentence that names the fault, and nothing is left behind."""
 
 import errno
 import json
@@ -134,7 +134,7 @@ def test_a_disk_that_runs_full(
     write_pth: Write,
     published: Callable[..., convert.Published],
 ) -> None:
-    """One sentence, nothing lost: the same command goes on when there is room."""
+    """One sentence, nothing lost: the same command resumes when there is room."""
     path = write_pth(tmp_path / "in.pth", states["transformer"])
     convert.to_jax(published("transformer", path), tmp_path / "ours", quiet=True)
     source = open_source(tmp_path / "ours")
@@ -161,7 +161,7 @@ def test_two_conversions_into_one_directory(
     states: dict[str, StateDict], tmp_path: pathlib.Path, write_pth: Write, published: Callable[..., convert.Published]
 ) -> None:
     path = write_pth(tmp_path / "in.pth", states["transformer"])
-    first = stream.Job(tmp_path / "out", {"to": "jax"})
+    first = stream.ConversionJob(tmp_path / "out", {"to": "jax"})
     with (
         first,
         pytest.raises(UserError, match="out.partial is in use by process .*; wait for it, .* another --output"),

@@ -15,7 +15,7 @@ from varedit_jax.parallel.topology import topology_devices
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What the layout of a mesh asks of a TPU."""
+    """The attributes of a TPU that the layout of a mesh reads."""
 
     id: int
     slice_index: int

@@ -1,4 +1,4 @@
-"""Which array lies where: the table is complete for every model, and strict."""
+"""Shardings of parameters: the table is complete for every model, and strict."""
 
 import jax
 import numpy as np

@@ -118,6 +118,20 @@ def test_a_lease_that_cannot_be_renewed_ends_the_holder(gs_bucket: str, monkeypa
     assert killed == [(os.getpid(), 15)]
 
 
+def test_a_lease_that_cannot_be_read_is_not_taken(gs_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may name a holder; the failure of the network is one sentence."""
+
+    def refuse(*_: object) -> None:
+        raise TimeoutError("timed out")
+
+    directory = lock.resolve(gs_bucket + "/run")
+    monkeypatch.setattr(type(directory), "read_text", refuse)
+    with pytest.raises(UserError, match="writing the lock failed in gs://.*: timed out; put that right"):
+        Lock(directory).__enter__()
+    monkeypatch.undo()
+    assert child_names(directory) == []
+
+
 def test_a_directory_that_cannot_be_locked(tmp_path: pathlib.Path) -> None:
     (tmp_path / "lock").mkdir()
     with pytest.raises(UserError, match=r"cannot write .*/lock: Is a directory"):

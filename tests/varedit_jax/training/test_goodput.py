@@ -1,4 +1,4 @@
-"""Where the time of a run went, over restarts."""
+"""The time of a run by kind, over restarts."""
 
 import contextlib
 import json

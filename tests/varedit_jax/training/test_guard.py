@@ -1,4 +1,4 @@
-"""What the guard counts, says and refuses."""
+"""Counts, sentences and refusals of the guard."""
 
 import math
 

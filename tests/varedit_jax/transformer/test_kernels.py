@@ -45,7 +45,7 @@ def dense(q, k, v, visibility):
 
 KERNELS = {
     "plain": prefix_attention,
-    "plain, scores made again": functools.partial(prefix_attention, remat=True),
+    "plain, scores recomputed": functools.partial(prefix_attention, remat=True),
     "splash": functools.partial(splash_attention, interpret=True),
     "grouped": functools.partial(grouped_attention, implementation="xla", small=16),
 }

@@ -1,4 +1,4 @@
-"""What the backward pass computes again, by what is kept: counted operations of the published models."""
+"""Recomputation in the backward pass, by what is kept: counted operations of the published models."""
 
 import dataclasses
 import functools
@@ -39,7 +39,7 @@ def operations(name, depth, **changes):
 
 
 def again_of_forward(name, depth, saved):
-    """What the backward pass of a preset computes again, as a share of the forward pass.
+    """Returns what the backward pass of a preset recomputes, as a share of the forward pass.
 
     Without the scores of self-attention, which the backward pass of every fast kernel makes by itself.
     """
@@ -66,7 +66,7 @@ def test_every_name_keeps_what_it_says():
 
 
 def kernels(jaxpr):
-    """How many kernels a program calls; a scanned layer counts once."""
+    """Returns the number of kernels that a program calls; a scanned layer counts once."""
     inner = [body for equation in jaxpr.eqns for body in jaxprs_in_params(equation.params)]
     return sum(equation.primitive.name == "pallas_call" for equation in jaxpr.eqns) + sum(map(kernels, inner))
 
