@@ -1,1 +1,1 @@
-"""Looks at models from the outside: speed and memory."""
+"""Models from the outside: speed, memory, precision, parity with golden data, and steps compiled ahead of time."""

@@ -1,1 +1,1 @@
-"""Loss, step, loop, checkpoints, ledger."""
+"""The trainer and what it needs: steps, optimizer, checkpoints, metrics, guards."""
