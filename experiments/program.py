@@ -82,7 +82,7 @@ def setup_jax() -> None:
 
 
 def _without_late_reports(report: "sys.UnraisableHookArgs") -> None:
-    """Ignores reads and writes that report to the event loop that Orbax (0.12.8) closed when the first of them failed."""
+    """Ignores reads and writes that report to the event loop that Orbax (0.12.8) closed when the first one failed."""
     if str(report.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(report)
 

@@ -94,8 +94,8 @@ def abstract_arguments(
     )
 
 
-# Without it, libtpu (0.0.42.1) turns a reduce-scatter over all chips into an all-reduce, which moves twice the bytes. It has no
-# effect on chips without sparse cores (v5e).
+# Without it, libtpu (0.0.42.1) turns a reduce-scatter over all chips into an all-reduce, which moves twice the bytes.
+# It has no effect on chips without sparse cores (v5e).
 _TPU_OPTIONS = {"xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter": True}
 
 

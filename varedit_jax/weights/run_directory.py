@@ -131,7 +131,7 @@ def damage_explained(checkpoints: pathlib.Path, step: int | str) -> Iterator[Non
     try:
         yield
     except Exception as error:
-        # Orbax 0.12.8 wraps a failed read in a bare Exception; other types, such as one for lack of memory, are no damage.
+        # Orbax 0.12.8 wraps a failed read in a bare Exception; other types, such as for lack of memory, are no damage.
         damage = isinstance(error, (OSError, ValueError, KeyError, TypeError)) or type(error) is Exception
         if not damage or isinstance(error, UserError):
             raise
