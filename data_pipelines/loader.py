@@ -42,7 +42,7 @@ from varedit_jax.config import DataConfig
 from varedit_jax.errors import UserError
 
 __all__ = [
-    "Batch",
+    "HostBatch",
     "Batches",
     "RecordSource",
     "ExampleSource",
@@ -56,7 +56,7 @@ __all__ = [
     "training_batches",
 ]
 
-Batch = dict[str, NDArray[Any]]
+HostBatch = dict[str, NDArray[Any]]
 
 _CACHED_TEXTS = 200_000  # examples whose token ids a pipeline caches, about 300 bytes each
 _ENDLESS = 2**48  # steps
@@ -95,7 +95,7 @@ class _Read:
     # Threads may fill an entry twice, with the same value.
     tokens: dict[int, NDArray[np.int32]] = dataclasses.field(default_factory=dict)
 
-    def __call__(self, step: int) -> tuple[Batch, list[_Bad]]:
+    def __call__(self, step: int) -> tuple[HostBatch, list[_Bad]]:
         plan = self.plan(step)
         if self.features is not None:
             wanted = plan.indices[self.rows].tolist()
@@ -103,7 +103,7 @@ class _Read:
             return batch | self._text(wanted, self.source.instruction) | {EXAMPLE_IDS: np.array(wanted, np.int64)}, []
         return self._images(step, plan)
 
-    def _images(self, step: int, plan: Rows) -> tuple[Batch, list[_Bad]]:
+    def _images(self, step: int, plan: Rows) -> tuple[HostBatch, list[_Bad]]:
         count = len(plan.indices)
         own = range(count)[self.rows]
         found: dict[int, Example | _Bad] = {}  # by row of the global batch
@@ -115,7 +115,7 @@ class _Read:
 
         used, bad = [], []
         texts: dict[int, str] = {}
-        batch: Batch = {}
+        batch: HostBatch = {}
         for place, row in enumerate(own):
             for other in range(row, row + count):
                 content = example(other % count)
@@ -153,7 +153,7 @@ class _Read:
         except Damaged as error:
             return _Bad(*self.source.name(index), str(error.reason), error.detail)
 
-    def _text(self, wanted: list[int], instruction: Callable[[int], str]) -> Batch:
+    def _text(self, wanted: list[int], instruction: Callable[[int], str]) -> HostBatch:
         rows = {index: self.tokens[index] for index in wanted if index in self.tokens}
         missing = [index for index in dict.fromkeys(wanted) if index not in rows]
         if missing:
@@ -167,7 +167,7 @@ class _Read:
         return {"text_ids": ids_BT, "text_length": np.array([len(rows[index]) for index in wanted], np.int32)}
 
 
-class Batches(grain.DatasetIterator[Batch]):
+class Batches(grain.DatasetIterator[HostBatch]):
     """Batches by step. The state is the next step, independent of the number of threads, workers and processes."""
 
     def __init__(self, data: DataConfig, read: _Read, quarantine: str | os.PathLike[str] | None) -> None:
@@ -197,7 +197,7 @@ class Batches(grain.DatasetIterator[Batch]):
         self._running.append(iter(read))
         return self._running[0]
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> HostBatch:
         """Returns the next batch. Raises UserError if the share of bad examples exceeds `data.bad_share`."""
         self._assert_not_closed()
         batch, bad = next(self._pipeline())

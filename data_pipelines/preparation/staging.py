@@ -9,6 +9,7 @@ It is local, since shards are written to local files. If OUT is in an object sto
 `out` is uploaded at the end. The output of a task appears complete or not at all, so finished tasks are not repeated.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,9 +20,8 @@ from typing import Any, Self
 
 from varedit_jax.errors import UserError
 from varedit_jax.storage import files
-from varedit_jax.storage.files import copy
 from varedit_jax.storage.lock import LOCK_FILE, Lock
-from varedit_jax.storage.paths import PathLike, children, files_below, is_remote, local, resolve, size
+from varedit_jax.storage.paths import PathLike, children, is_remote, local, resolve
 
 _JOB = "job.json"
 
@@ -49,11 +49,17 @@ class Staging:
             raise UserError(f"{self.output} exists; give a new directory, or remove it first")
         self.directory = staging_directory(self.output, directory)
         self._job = json.loads(json.dumps(job))  # tuples become lists, as in the file
-        self._lock = Lock(self.directory, flag="--output")
+        self._locked = [self.directory]
+        if is_remote(self.output):  # which other machines, with staging directories of their own, could write, too
+            self._locked.append(self.output.with_name(f".{self.output.name}.partial"))
+        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         """Locks the directory, and empties it if it is of another job."""
-        self._lock.__enter__()
+        with contextlib.ExitStack() as stack:
+            for directory in self._locked:
+                stack.enter_context(Lock(directory, flag="--output"))
+            self._stack = stack.pop_all()
         path = self.directory / _JOB
         if not path.exists() or json.loads(path.read_text()) != self._job:
             for other in children(self.directory):
@@ -68,14 +74,14 @@ class Staging:
 
     def __exit__(self, *error: object) -> None:
         """Keeps the contents, to be resumed."""
-        self._lock.__exit__(*error)
+        self._stack.close()
 
     def finish(self) -> None:
         """Moves or uploads the data set to the output, and removes the rest."""
         if is_remote(self.output):
-            _upload(self.directory / "out", self.output)
+            files.upload(self.directory / "out", self.output, keep=True)
         else:
-            (self.directory / "out").rename(self.output)
+            files.take_place(self.directory / "out", self.output)
         shutil.rmtree(self.directory)
 
 
@@ -84,13 +90,3 @@ def _remove(path: pathlib.Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
-
-
-def _upload(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Uploads a directory, which appears complete at once; files of an earlier attempt are kept."""
-    files.begin(target)
-    for path in files_below(source):
-        there = target / path.relative_to(source).as_posix()
-        if not (there.exists() and size(there) == size(path)):
-            copy(path, there)
-    files.commit(target)

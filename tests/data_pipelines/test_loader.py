@@ -62,11 +62,11 @@ class Levels(Features):
         return {"source_features": values, "target_features": values + 100}
 
 
-def indices(batch: loader.Batch) -> list[int]:
+def indices(batch: loader.HostBatch) -> list[int]:
     return (batch["text_ids"][:, 0] - 1).tolist()
 
 
-def take(count: int, data: DataConfig = DATA, **kwargs: Any) -> list[loader.Batch]:
+def take(count: int, data: DataConfig = DATA, **kwargs: Any) -> list[loader.HostBatch]:
     return list(itertools.islice(loader.training_batches(data, Numbers(), Numbered(), **kwargs), count))
 
 

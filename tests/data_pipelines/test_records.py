@@ -94,23 +94,23 @@ def _batches(data: DataConfig, process: int = 0, processes: int = 1, **options: 
     return loader.training_batches(data, Lengths(), source, process_index=process, process_count=processes, **options)
 
 
-def _same(one: loader.Batch, other: loader.Batch) -> None:
+def _same(one: loader.HostBatch, other: loader.HostBatch) -> None:
     assert set(one) == set(other)
     for name, value in one.items():
         np.testing.assert_array_equal(value, other[name])
 
 
-def _joined(parts: Sequence[loader.Batch]) -> loader.Batch:
+def _joined(parts: Sequence[loader.HostBatch]) -> loader.HostBatch:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 @pytest.fixture(scope="module")
-def whole(directories: tuple[str, str]) -> list[loader.Batch]:
+def whole(directories: tuple[str, str]) -> list[loader.HostBatch]:
     """The batches of two epochs, read by the process itself."""
     return list(itertools.islice(_batches(_data(directories, read_threads=0)), 2 * COUNT // 4))
 
 
-def test_images_are_of_their_record_in_one_shape_a_batch(whole: list[loader.Batch]) -> None:
+def test_images_are_of_their_record_in_one_shape_a_batch(whole: list[loader.HostBatch]) -> None:
     shapes = Counter(batch["source"].shape for batch in whole)
     assert len(shapes) == 3 and (4, 256, 256, 3) in shapes
     for batch in whole:
@@ -125,7 +125,7 @@ def test_images_are_of_their_record_in_one_shape_a_batch(whole: list[loader.Batc
     assert sorted(ids) == sorted([*range(COUNT)] * 2)
 
 
-def test_source_and_target_are_mirrored_together_and_only_where_it_may_be(whole: list[loader.Batch]) -> None:
+def test_source_and_target_are_mirrored_together_and_only_where_it_may_be(whole: list[loader.HostBatch]) -> None:
     mirrored: dict[int, list[bool]] = {number: [] for number in range(COUNT)}
     for batch in whole:
         for row, number in enumerate(batch["text_ids"][:, 0].tolist()):
@@ -139,7 +139,7 @@ def test_source_and_target_are_mirrored_together_and_only_where_it_may_be(whole:
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_have_the_rows_of_one(
-    directories: tuple[str, str], whole: list[loader.Batch], processes: int
+    directories: tuple[str, str], whole: list[loader.HostBatch], processes: int
 ) -> None:
     parts = [_batches(_data(directories), process, processes) for process in range(processes)]
     for batch in whole[:20]:
@@ -147,7 +147,7 @@ def test_processes_have_the_rows_of_one(
 
 
 def test_workers_give_the_same_batches_and_each_goes_on_where_another_was(
-    directories: tuple[str, str], whole: list[loader.Batch]
+    directories: tuple[str, str], whole: list[loader.HostBatch]
 ) -> None:
     four = _batches(_data(directories, workers=4, read_threads=1))
     for batch in whole[:7]:
@@ -162,7 +162,7 @@ def test_workers_give_the_same_batches_and_each_goes_on_where_another_was(
     assert two[0].get_state() == two[1].get_state()
 
 
-def test_kills_at_random_moments_change_nothing(directories: tuple[str, str], whole: list[loader.Batch]) -> None:
+def test_kills_at_random_moments_change_nothing(directories: tuple[str, str], whole: list[loader.HostBatch]) -> None:
     draw = np.random.default_rng(0)
     state: dict[str, Any] | None = None
     step = 0

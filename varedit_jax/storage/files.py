@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, cast
 
 from varedit_jax.errors import UserError
 from varedit_jax.storage import disk
-from varedit_jax.storage.paths import child_names, files_below, is_remote
+from varedit_jax.storage.paths import child_names, files_below, is_remote, size
 
 INCOMPLETE = "_INCOMPLETE"  # in an object store: the directory is still being written, or its writer has died
 
@@ -147,12 +147,18 @@ def new_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def upload(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Copies a local directory to an object store, where it is incomplete until all files are there."""
-    remove_directory(target)  # of what an interrupted attempt left
+def upload(source: pathlib.Path, target: pathlib.Path, *, keep: bool = False) -> None:
+    """Copies a local directory to an object store, where it is incomplete until all files are there.
+
+    What an interrupted attempt left is removed, or with `keep` stays, and what is there in its size is not copied.
+    """
+    if not keep:
+        remove_directory(target)
     begin(target)
     for path in files_below(source):
-        copy(path, target / path.relative_to(source).as_posix())
+        there = target / path.relative_to(source).as_posix()
+        if not (keep and there.exists() and size(there) == size(path)):
+            copy(path, there)
     commit(target)
 
 

@@ -8,6 +8,7 @@ complete checkpoint loadable.
 A checkpoint can be restored on another mesh, by another number of processes.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -22,7 +23,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from varedit_jax.errors import UserError
 from varedit_jax.storage import disk, files
-from varedit_jax.storage.disk import explained
+from varedit_jax.storage.disk import explained, read_explained
 from varedit_jax.storage.orbax import check_directory, checkpointer, quiet_orbax, support_object_stores
 from varedit_jax.storage.paths import PathLike, child_names, children, resolve
 from varedit_jax.training.metrics import read_metrics
@@ -264,11 +265,10 @@ def check_resume(workdir: PathLike, resume: bool | None) -> None:
 
 
 def _saved(root: pathlib.Path) -> dict[str, Any]:
-    """Returns the content of saved.json; {} if it cannot be read."""
-    try:
+    """Returns the content of saved.json; {} if there is none, or it is broken."""
+    with read_explained(SAVED_FILE), contextlib.suppress(FileNotFoundError, ValueError, TypeError):
         return dict(json.loads((root / SAVED_FILE).read_text()))
-    except (OSError, ValueError, TypeError):
-        return {}
+    return {}
 
 
 def _fields(state: TrainState) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class Profiler:
         self._annotation.close()
         jax.profiler.stop_trace()
         if self._local:
-            upload(pathlib.Path(self._local.name), self._directory)
+            upload(pathlib.Path(self._local.name), self._directory, keep=True)
             self._local.cleanup()
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from varedit_jax.errors import UserError
 from varedit_jax.parallel.processes import say
-from varedit_jax.storage.disk import explained
+from varedit_jax.storage.disk import explained, read_explained
 from varedit_jax.storage.files import make_directory, replacing, write_json
 from varedit_jax.storage.paths import PathLike, child_names, resolve
 from varedit_jax.training import checkpoint
@@ -70,7 +70,10 @@ def read_inputs(directory: PathLike, ids_field: str = "") -> tuple[int, dict[str
     """
     root = resolve(directory)
     try:
-        step = int(json.loads((root / "step.json").read_text())["step"])
+        with read_explained(str(root)):
+            step = int(json.loads((root / "step.json").read_text())["step"])
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{directory} holds no inputs of a step; give a directory as RUN/{REPLAY}/step_12") from error
     files = child_names(root, "inputs_process_*.npz")
@@ -81,9 +84,11 @@ def read_inputs(directory: PathLike, ids_field: str = "") -> tuple[int, dict[str
             f"processes as it was written by"
         )
     try:
-        with (root / own).open("rb") as file, np.load(file) as arrays:
+        with read_explained(str(root / own)), (root / own).open("rb") as file, np.load(file) as arrays:
             # NumPy does not know bfloat16, the type of precomputed features.
             batch = {name: x.view(jnp.bfloat16) if x.dtype == np.dtype("V2") else x for name, x in arrays.items()}
+    except UserError:
+        raise
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{root / own} cannot be read: {error}") from error
     return step, batch, batch.pop(ids_field, None)

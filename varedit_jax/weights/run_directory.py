@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from varedit_jax.errors import UserError
-from varedit_jax.storage.disk import is_machine_error, reason
+from varedit_jax.storage.disk import is_machine_error, read_explained, reason
 from varedit_jax.storage.orbax import checkpointer
 from varedit_jax.storage.paths import PathLike, child_names, is_remote, resolve
 
@@ -28,7 +28,10 @@ def read_config(directory: PathLike) -> dict[str, Any]:
     """
     path = resolve(directory) / CONFIG_FILE
     try:
-        values = json.loads(path.read_text())
+        with read_explained(str(path)):
+            values = json.loads(path.read_text())
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise UserError(f"{directory} is not the directory of a run: it has no {CONFIG_FILE}") from error
     except (OSError, ValueError) as error:
