@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol
 
 import grain
 import numpy as np
+from grain.multiprocessing import SharedMemoryArray
 from numpy.typing import NDArray
 
 from data_pipelines.damage import Damaged, Quarantine
@@ -91,6 +92,7 @@ class _Read:
     text_tokens: int
     rows: slice
     random: bool  # with random augmentation
+    shared: bool  # images go into memory that another process can open, where Grain would copy them
     # Token ids without padding, by example: tokenizing would be most of the cost of a batch of features.
     # Threads may fill an entry twice, with the same value.
     tokens: dict[int, NDArray[np.int32]] = dataclasses.field(default_factory=dict)
@@ -113,10 +115,9 @@ class _Read:
                 found[row] = self._example(int(plan.indices[row]), int(plan.passes[row]))
             return found[row]
 
-        used, bad = [], []
+        used, bad, contents = [], [], []
         texts: dict[int, str] = {}
-        batch: HostBatch = {}
-        for place, row in enumerate(own):
+        for row in own:
             for other in range(row, row + count):
                 content = example(other % count)
                 if not isinstance(content, _Bad):
@@ -128,12 +129,14 @@ class _Read:
                 index, content = self._from_later(step, plan.bucket)
             used.append(~index if isinstance(example(row), _Bad) else index)
             texts[index] = content["instruction"]
-            for side in ("source", "target"):
-                if side not in batch:
-                    batch[side] = np.empty((len(own), *content[side].shape), np.uint8)
-                batch[side][place] = content[side]
+            contents.append(content)
+        batch = {side: self._stacked([content[side] for content in contents]) for side in ("source", "target")}
         wanted = [index if index >= 0 else ~index for index in used]
         return batch | self._text(wanted, texts.__getitem__) | {EXAMPLE_IDS: np.array(used, np.int64)}, bad
+
+    def _stacked(self, images: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+        shape = (len(images), *images[0].shape)
+        return np.stack(images, out=SharedMemoryArray(shape, np.uint8) if self.shared else np.empty(shape, np.uint8))
 
     def _from_later(self, step: int, bucket: int) -> tuple[int, Example]:
         """Returns the next usable example in later steps of the same bucket. Raises UserError if there is none."""
@@ -186,12 +189,14 @@ class Batches(grain.DatasetIterator[HostBatch]):
         if self._running:
             return self._running[0]
         data = self._data
-        options = grain.ReadOptions(num_threads=data.read_threads, prefetch_buffer_size=data.prefetch_batches)
+        threads, ahead = data.read_threads, data.prefetch_batches
+        if data.workers:  # all of them together have `prefetch_batches` ready
+            threads = ahead = 0 if _reads_alone(data) else threads
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
         end = self._read.plan.steps
         steps = grain.MapDataset.range(self._step, _ENDLESS if end is None else max(end, self._step))
         read = steps.map(self._read).to_iter_dataset(options)
         if data.workers:
-            # All workers together have `prefetch_batches` ready.
             ready = max(1, data.prefetch_batches // data.workers)
             read = read.mp_prefetch(grain.MultiprocessingOptions(data.workers, per_worker_buffer_size=ready))
         self._running.append(iter(read))
@@ -244,6 +249,14 @@ class Batches(grain.DatasetIterator[HostBatch]):
             _close(self._running)
             self._quarantine.close()
         super().close()
+
+
+def _reads_alone(data: DataConfig) -> bool:
+    """Returns True if a worker reads without further threads: batches handed over at once can be in shared memory.
+
+    Those that a thread has ready when the worker is stopped would stay there.
+    """
+    return data.workers > 0 and data.read_threads <= 1
 
 
 def _close(running: list[Any]) -> None:
@@ -317,7 +330,8 @@ def training_batches(
         plan = Shuffled(source.buckets, source.datasets, source.weights, data.batch_size, data.seed, kept)
     except ValueError as error:
         raise UserError(f"there is nothing to train on: {error}; see data.mixture") from error
-    return Batches(data, _Read(plan, source, vocabulary, features, data.text_tokens, rows, random=True), quarantine)
+    read = _Read(plan, source, vocabulary, features, data.text_tokens, rows, True, _reads_alone(data))
+    return Batches(data, read, quarantine)
 
 
 def evaluation_batches(
@@ -344,4 +358,5 @@ def evaluation_batches(
         raise UserError(
             f"none of the {len(source)} held-out examples can be used; prepare more of them, by --validation"
         )
-    return Batches(data, _Read(plan, source, vocabulary, features, data.text_tokens, rows, random=False), None)
+    read = _Read(plan, source, vocabulary, features, data.text_tokens, rows, False, _reads_alone(data))
+    return Batches(data, read, None)

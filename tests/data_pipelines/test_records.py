@@ -4,6 +4,8 @@ import dataclasses
 import io
 import itertools
 import pathlib
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +27,7 @@ SIZES = ((64, 64), (96, 64), (60, 100))  # pixels, width and height: of three te
 ASPECTS = ("1.0", "0.666", "1.75")
 MODEL = EditorConfig(pixel_budget="0.06M")
 COUNT = 60
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 class Lengths:
@@ -160,6 +163,31 @@ def test_workers_give_the_same_batches_and_each_goes_on_where_another_was(
     for batch in whole[7:12]:
         _same(batch, _joined([next(part) for part in two]))
     assert two[0].get_state() == two[1].get_state()
+
+
+_STOPPED = """
+import sys
+from absl import flags
+from data_pipelines import loader
+from varedit_jax.config import DataConfig, EditorConfig
+from varedit_jax.text.vocabulary import Vocabulary
+
+flags.FLAGS(sys.argv[:1])
+data = DataConfig(name="records", mixture=((sys.argv[1], 1.0),), batch_size=4, workers=2, read_threads=1)
+source = loader.open_records(data, "train", EditorConfig(pixel_budget="0.06M"))
+batches = loader.training_batches(data, Vocabulary.load(), source)
+shared = [type(next(batches)["source"]).__name__ for _ in range(3)]
+batches.close()
+print(*shared)
+"""
+
+
+@pytest.mark.subprocess
+def test_workers_that_are_stopped_leave_no_shared_memory(directories: tuple[str, str]) -> None:
+    command = [sys.executable, "-c", _STOPPED, directories[0]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["SharedMemoryArray"] * 3
+    assert "leaked shared_memory" not in done.stderr  # Python's, of blocks that nobody removed
 
 
 def test_kills_at_random_moments_change_nothing(directories: tuple[str, str], whole: list[loader.HostBatch]) -> None:
