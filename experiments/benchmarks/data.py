@@ -2,12 +2,14 @@
 
     python -m experiments.benchmarks.data --directory=/tmp/data --peer_python=PEER/bin/python --output=data.md
 
-Makes JPEG pairs with a short side of 512 px, as prepared records and as WebDataset tars. Each contestant turns them
-into batches in its own process, round by round: bare Pillow that only decodes and resizes images in memory (the limit),
-the loader with threads and with worker processes, and a PyTorch DataLoader over the tars. PEER is an environment with
-torch, webdataset and pillow; without it there is no peer. The directory is removed at the end.
+Makes JPEG pairs of 1024 x 768 px, as prepared records and as WebDataset tars. Each contestant turns them into batches
+in its own process, round by round: bare Pillow that only decodes and resizes images in memory (the limit), the loader
+with threads and with worker processes, and a PyTorch DataLoader over the tars. PEER is an environment with torch,
+webdataset and the same release of pillow; without it there is no peer. Each figure is printed as it is measured, and
+kept beside the output, in data.jsonl. The directory is removed at the end.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -17,9 +19,11 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import PIL
 import tqdm
 from absl import flags
 from PIL import Image
@@ -35,6 +39,7 @@ from varedit_jax.config import DataConfig, EditorConfig, PixelBudget
 from varedit_jax.errors import UserError
 from varedit_jax.scales import aspect_templates
 from varedit_jax.storage import paths
+from varedit_jax.storage.jsonl import LineWriter
 from varedit_jax.text.vocabulary import Vocabulary
 
 _DIRECTORY = command.DEFINE_path("directory", None, "new directory to work in", local=True, required=True)
@@ -50,15 +55,17 @@ BATCH = 16
 WARM_UP = 6
 AHEAD = 4  # prefetched batches: few, because they are made before the clock starts
 CORES = os.cpu_count() or 1
+PIXELS = (1024, 768)  # width and height of the images: both sizes below need a true resize
 SIZES = {256: "0.06M", 512: "0.25M"}  # pixels -> budget of the model
 
 
 def _photo(draw: np.random.Generator) -> Image.Image:
-    """Returns an image of 640 x 512 px with details of every size, about as many bytes as a photo."""
-    pixels = draw.normal(0, 3, (512, 640, 3))
+    """Returns an image with details of every size, about as many bytes as a photo."""
+    width, height = PIXELS
+    pixels = draw.normal(0, 3, (height, width, 3))
     for cell, weight in ((8, 0.25), (32, 0.35), (128, 0.4)):
-        coarse = Image.fromarray(draw.integers(0, 256, (512 // cell, 640 // cell, 3), np.uint8))
-        pixels += weight * np.asarray(coarse.resize((640, 512), Image.Resampling.BICUBIC), np.float64)
+        coarse = Image.fromarray(draw.integers(0, 256, (height // cell, width // cell, 3), np.uint8))
+        pixels += weight * np.asarray(coarse.resize(PIXELS, Image.Resampling.BICUBIC), np.float64)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
@@ -110,41 +117,57 @@ def _turn(kind: str, budget: Any) -> dict[str, float]:
     return measured
 
 
-def _call(*command: str) -> dict[str, float]:
+def _call(*command: str) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"{' '.join(command)} failed: {done.stderr.strip().splitlines()[-1:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _race(directory: pathlib.Path, size: int) -> list[tuple[object, ...]]:
-    """Returns the rows of the table for one size."""
+def _contestants(directory: pathlib.Path, size: int) -> dict[str, list[str]]:
+    """Returns the commands for one size by title, the limit first."""
     ours = [sys.executable, "-m", "experiments.benchmarks.data"]
     ours += [f"--directory={directory}", f"--batches={_BATCHES.value}"]
     numbers = [str(number) for number in (size, BATCH, _BATCHES.value, WARM_UP, CORES, AHEAD // CORES)]
-    contestants = {
+    found = {
         "bare Pillow, decode and resize": [sys.executable, peer.__file__, "limit", str(directory), *numbers],
         "loader, threads": [*ours, f"--turn=threads:{SIZES[size]}"],
         "loader, worker processes": [*ours, f"--turn=workers:{SIZES[size]}"],
     }
     if _PEER.value:
-        title = "PyTorch DataLoader over WebDataset"
-        python = paths.local(_PEER.value, "--peer_python")
-        contestants[title] = [str(python), peer.__file__, "webdataset", str(directory), *numbers]
-    turns: dict[str, list[dict[str, float]]] = {title: [] for title in contestants}
-    for _ in tqdm.trange(_ROUNDS.value, desc=f"{size} px", unit="round"):
-        for title, arguments in contestants.items():
-            turns[title].append(_call(*arguments))
+        python = str(paths.local(_PEER.value, "--peer_python"))
+        release = subprocess.run([python, "-c", "import PIL; print(PIL.__version__)"], capture_output=True, text=True)
+        if release.stdout.strip() != PIL.__version__:
+            raise UserError(
+                f"{python} has Pillow {release.stdout.strip() or 'of no release'}, and this environment "
+                f"{PIL.__version__}, so the decoders would be compared; install pillow=={PIL.__version__} there"
+            )
+        command = [python, peer.__file__, "webdataset", str(directory), *numbers]
+        found["PyTorch DataLoader over WebDataset"] = command
+    return found
+
+
+def _race(directory: pathlib.Path, size: int, keep: Callable[[dict[str, Any]], None]) -> list[tuple[object, ...]]:
+    """Returns the rows of the table for one size; `keep` gets each figure as it is measured."""
+    contestants = _contestants(directory, size)
     images = 2 * BATCH * _BATCHES.value
-    rates = {
-        title: [statistics.median(images / turn[clock] for turn in taken) for clock in ("seconds", "cpu_seconds")]
-        for title, taken in turns.items()
-    }
-    (_, limit), *_ = rates.values()
-    return [
-        (f"{size} px", title, f"{wall / 2 / BATCH:.2f}", f"{wall:.0f}", f"{cpu:.0f}", f"{cpu / limit:.2f}")
-        for title, (wall, cpu) in rates.items()
-    ]
+    rates: dict[str, list[tuple[float, float]]] = {title: [] for title in contestants}  # images/s, wall and processor
+    for number in range(_ROUNDS.value):
+        for title, arguments in contestants.items():
+            turn = _call(*arguments)
+            rates[title].append((images / turn["seconds"], images / turn["cpu_seconds"]))
+            keep({"size": size, "round": number, "contestant": title} | turn)
+    limit, *_ = rates.values()
+    return [(f"{size} px", title, *_figures(taken, limit)) for title, taken in rates.items()]
+
+
+def _figures(taken: list[tuple[float, float]], limit: list[tuple[float, float]]) -> list[str]:
+    """Returns the medians of both rates and of their ratios to the limit of the same round, these with their range."""
+    cells = [f"{statistics.median(rates):.0f}" for rates in zip(*taken, strict=True)]
+    for clock in (0, 1):
+        ratios = [own[clock] / most[clock] for own, most in zip(taken, limit, strict=True)]
+        cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    return cells
 
 
 def _many(directory: pathlib.Path) -> list[tuple[str, str]]:
@@ -176,26 +199,45 @@ def _many(directory: pathlib.Path) -> list[tuple[str, str]]:
     ]
 
 
+@contextlib.contextmanager
+def _kept() -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Yields a function that prints a figure and appends it to the lines beside the output."""
+    with contextlib.ExitStack() as stack:
+        lines = None
+        if _OUTPUT.value:
+            lines = stack.enter_context(
+                contextlib.closing(LineWriter(paths.resolve(_OUTPUT.value).with_suffix(".jsonl")))
+            )
+
+        def keep(figure: dict[str, Any]) -> None:
+            print(json.dumps(figure), flush=True)
+            if lines is not None:
+                lines.append(figure)
+
+        yield keep
+
+
 def main(argv: list[str]) -> None:
     """Makes images, measures all contestants, and writes the tables."""
     del argv
     if _TURN.value:
         print(json.dumps(_turn(*_TURN.value.split(":"))))
         return
-    with harness.scratch_directory(_DIRECTORY.value) as directory:
+    with harness.scratch_directory(_DIRECTORY.value) as directory, _kept() as keep:
         _make_pairs(directory)
-        rows = [row for size in SIZES for row in _race(directory, size)]
+        rows = [row for size in SIZES for row in _race(directory, size, keep)]
         many = _many(directory / "small")
     text = harness.report(
         "Throughput of the loader",
         harness.command_line(
             "experiments.benchmarks.data", _DIRECTORY, _PEER, _PAIRS, _ROUNDS, _BATCHES, _RECORDS, _OUTPUT
         ),
-        f"Load {os.getloadavg()[2]:.0f}. {_PAIRS.value} pairs of JPEGs of 640 x 512 px, the middle resized to the size "
-        f"(Lanczos), batches of {BATCH} pairs, {CORES} threads or processes; {_BATCHES.value} batches per turn, median "
-        f"of {_ROUNDS.value} turns, one contestant after the other. Images per processor second count all processes, "
-        "and depend less on the other load of the machine.",
-        harness.table(("to", "", "batches/s", "images/s", "images / processor second", "of the limit"), rows),
+        f"{_PAIRS.value} pairs of JPEGs of {PIXELS[0]} x {PIXELS[1]} px, the middle resized to the size (Lanczos), "
+        f"batches of {BATCH} pairs, {CORES} threads or processes; {_BATCHES.value} batches per turn. In each of "
+        f"{_ROUNDS.value} rounds one contestant runs after the other. Figures are medians; ratios are to the limit of "
+        "the same round, with their range. Images per processor second count all processes, and depend less on what "
+        "else runs.",
+        harness.table(("to", "", "images/s", "images / processor second", "of the limit", "of it, by processor"), rows),
         harness.table(("", "seconds"), many),
     )
     harness.publish(text, _OUTPUT.value)
