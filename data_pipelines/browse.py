@@ -20,6 +20,7 @@ from data_pipelines.record import BrokenRecord
 from data_pipelines.shards import Records, read_index
 from data_pipelines.transforms import preview
 from varedit_jax import command
+from varedit_jax.images import orientation, upright_size
 from varedit_jax.storage.disk import explained
 from varedit_jax.storage.files import new_directory
 from varedit_jax.storage.paths import PathLike, resolve
@@ -58,12 +59,13 @@ def write_page(
 ) -> int:
     """Writes index.html and its images for the prepared data set in `directory`; returns the number of samples.
 
-    Records that cannot be read are skipped. Raises UserError if `output` exists or cannot be written, or if
-    `directory` holds no data set.
+    Records that cannot be drawn are listed on the page with the reason. Raises UserError if `output` exists or cannot
+    be written, or if `directory` holds no data set.
     """
     splits = {split: Records(directory, split, cache_directory) for split in read_index(directory)["splits"]}
     total = sum(map(len, splits.values()))
     entries: list[dict[str, Any]] = []
+    broken: list[dict[str, str]] = []
     with explained("page", resolve(output)), new_directory(resolve(output)) as partial:
         (partial / "images").mkdir()
         for split, records in splits.items():
@@ -71,9 +73,10 @@ def write_page(
             for index in tqdm.tqdm(choose(records, share, seed), desc=split, unit="record", leave=False):
                 try:
                     entries.append(_entry(partial, len(entries), records, index, side) | {"split": split})
-                except (BrokenRecord, Damaged):
-                    continue
-        data = {"title": resolve(directory).name, "total": total, "samples": entries}
+                except (BrokenRecord, Damaged) as error:
+                    name = {"id": records.id(index), "dataset": records.dataset(index)}
+                    broken.append(name | {"split": split, "reason": str(error)})
+        data = {"title": resolve(directory).name, "total": total, "samples": entries, "broken": broken}
         text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # no text may end the script
         page = _TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/null", text)
         (partial / "index.html").write_text(page, encoding="utf-8")
@@ -83,7 +86,10 @@ def write_page(
 def _entry(page: pathlib.Path, number: int, records: Records, index: int, side: int) -> dict[str, Any]:
     """Writes the images of a record; returns its entry in the page's data."""
     record = records[index]
-    small = check_record(record, lambda _, image: preview(image, side, quality=85))
+    seen = check_record(
+        record, lambda _, image: (upright_size(image), orientation(image), preview(image, side, quality=85))
+    )
+    small = {name: data for name, (_, _, data) in seen.items()}
     paths = {name: f"images/{number:05d}-{name}.jpg" for name in small}
     for name, data in small.items():
         (page / paths[name]).write_bytes(data)
@@ -95,8 +101,8 @@ def _entry(page: pathlib.Path, number: int, records: Records, index: int, side: 
         "instructions": record.instructions,
         "scores": dict(record.scores),
         "license": record.license,
-        "width": int(records.columns.width[index]),
-        "height": int(records.columns.height[index]),
+        "sizes": {name: size for name, (size, _, _) in seen.items()},
+        "turns": {name: turn for name, (_, turn, _) in seen.items()},
         **paths,
     }
 

@@ -19,7 +19,7 @@ from data_pipelines.reasons import Reason
 from data_pipelines.record import BrokenRecord
 from data_pipelines.shapes.builder import SPLITS, TEST_EXAMPLES, TRAIN_EXAMPLES, Shapes
 from data_pipelines.shards import Records, StoredSplit, file_hash, read_index
-from data_pipelines.transforms import draw_flip, fitted
+from data_pipelines.transforms import decoded, draw_flip, fitted_pair
 from varedit_jax.config import DataConfig, EditorConfig
 from varedit_jax.errors import UserError
 from varedit_jax.scales import aspect_templates, editor_pyramid, image_size
@@ -176,8 +176,11 @@ class RecordSource(ExampleSource):
         except BrokenRecord as error:
             raise Damaged(Reason.RECORD, str(error)) from error
         size = self.sizes[self.data.aspects[self.buckets[index]]]
-        images = check_record(record, lambda _, image: fitted(image, size, self.data.resize, flip))
-        return {"instruction": record.instructions[0], **images}
+        images = check_record(record, lambda _, image: decoded(image))
+        return {
+            "instruction": record.instructions[0],
+            **fitted_pair(**images, size_hw=size, resize=self.data.resize, flip=flip),
+        }
 
 
 def _shapes(data: DataConfig) -> tfds.core.DatasetBuilder:

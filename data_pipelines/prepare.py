@@ -38,6 +38,10 @@ _DECODE = flags.DEFINE_bool("decode", True, "decode every image, and drop record
 _MIN_SIDE = flags.DEFINE_integer("min_side", 0, "least short side of an image, in pixels")
 _MAX_SIDE = flags.DEFINE_integer("max_side", 0, "greatest long side of an image, in pixels; 0 is no limit")
 _MAX_RATIO = flags.DEFINE_float("max_ratio", 0.0, "greatest ratio of long to short side; 0 is no limit")
+_MAX_ASPECT_CHANGE = flags.DEFINE_float(
+    "max_aspect_change", 1.5, "greatest ratio of the aspects of source and target, whose sides must not be turned "
+    "against each other either; 0 is no limit"
+)  # fmt: skip
 _MIN_SCORE = flags.DEFINE_multi_string("min_score", [], "NAME:LEAST; drops records with a lower score; repeatable")
 _FIRST_TURN = flags.DEFINE_bool("first_turn", False, "of sessions of several edits, keep only the first")
 _MIN_CHANGE = flags.DEFINE_float("min_change", 0.0, "drops edits that change no region by as many levels of 255")
@@ -87,6 +91,7 @@ def _settings() -> Settings:
         min_side=_MIN_SIDE.value,
         max_side=_MAX_SIDE.value,
         max_ratio=_MAX_RATIO.value,
+        max_aspect_change=_MAX_ASPECT_CHANGE.value,
         min_scores=tuple(_score(*pair) for pair in _pairs(_MIN_SCORE.value, ":", "min_score")),
         first_turn=_FIRST_TURN.value,
         min_change=_MIN_CHANGE.value,

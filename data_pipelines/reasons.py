@@ -33,6 +33,7 @@ class Reason(enum.StrEnum):
     SMALL = "too small"
     LARGE = "too large"
     RATIO = "too long"
+    ASPECT = "sides differ in aspect"
     SCORE = "low score"
     TURN = "later turn"
     UNCHANGED = "nothing changed"

@@ -25,6 +25,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from numpy.typing import NDArray
 
+from data_pipelines.geometry import SIZES, pair_kinds
 from data_pipelines.local_files import LocalFiles
 from data_pipelines.record import BrokenRecord, Record, decode, encode
 from varedit_jax.errors import UserError
@@ -44,6 +45,11 @@ _ERROR_NUMBERS = {os.strerror(number): number for number in errno.errorcode}
 _NUMBERS = {
     "width": np.int32, "height": np.int32, "aspect": np.int8, "turn": np.int32, "nbytes": np.int64
 }  # fmt: skip
+# Columns that data sets prepared before 0.2 do not have.
+_LATER_NUMBERS = {
+    "target_width": np.int32, "target_height": np.int32, "source_turn": np.int8, "target_turn": np.int8
+}  # fmt: skip
+_COLUMNS = _NUMBERS | _LATER_NUMBERS
 _TEXTS = ("id", "instruction")
 _CATEGORIES = ("dataset", "kind")
 
@@ -74,7 +80,7 @@ class ShardWriter:
         if not _SHARD_NAME.fullmatch(self.path.name):
             raise ValueError(f"{self.path.name} is not the name of a shard")
         self._partial = self.path.with_name(f".{self.path.name}.partial")
-        self._rows: dict[str, list[Any]] = {name: [] for name in (*_NUMBERS, *_TEXTS, *_CATEGORIES)}
+        self._rows: dict[str, list[Any]] = {name: [] for name in (*_COLUMNS, *_TEXTS, *_CATEGORIES)}
 
     def __enter__(self) -> "ShardWriter":
         """Opens the file. Raises UserError if it cannot be written."""
@@ -85,15 +91,28 @@ class ShardWriter:
             raise UserError(f"cannot write {self.path}: {error}; give a directory that can be written") from error
         return self
 
-    def write(self, record: Record, size: tuple[int, int]) -> None:
-        """Adds a record; `size` is (width, height) of its source in pixels, upright."""
+    def write(
+        self,
+        record: Record,
+        size: tuple[int, int],
+        target_size: tuple[int, int] | None = None,
+        turns: tuple[int, ...] = (1, 1),
+    ) -> None:
+        """Adds a record.
+
+        Args:
+          record: the record.
+          size: (width, height) of its source in pixels, upright.
+          target_size: that of its target; None if it is the same.
+          turns: EXIF orientations of source and target, from 1 to 8.
+        """
         width, height = size
         data = encode(record)
         aspect = aspect_templates().index(nearest_aspect(height, width))
         self._do(lambda: self._writer.write(data))
-        numbers = (width, height, aspect, record.turn, len(data))
+        numbers = (width, height, aspect, record.turn, len(data), *(target_size or size), *turns)
         row = (*numbers, record.id, record.instructions[0], record.dataset, record.kind)
-        for name, value in zip((*_NUMBERS, *_TEXTS, *_CATEGORIES), row, strict=True):
+        for name, value in zip((*_COLUMNS, *_TEXTS, *_CATEGORIES), row, strict=True):
             self._rows[name].append(value)
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
@@ -103,7 +122,7 @@ class ShardWriter:
             self._partial.unlink(missing_ok=True)
             return
         self._do(self._writer.close)
-        notes: dict[str, Any] = {name: np.array(self._rows[name], dtype) for name, dtype in _NUMBERS.items()}
+        notes: dict[str, Any] = {name: np.array(self._rows[name], dtype) for name, dtype in _COLUMNS.items()}
         for name in _TEXTS:
             encoded = [text.encode() for text in self._rows[name]]
             notes[name] = np.frombuffer(b"".join(encoded), np.uint8)
@@ -188,7 +207,7 @@ def _index_split(directory: pathlib.Path, shards: Sequence[pathlib.Path]) -> dic
             start += len(piece)
         column.flush()
 
-    for name, dtype in _NUMBERS.items():
+    for name, dtype in _COLUMNS.items():
         write(name, dtype)
     for name in _TEXTS:
         write(name, np.uint8)
@@ -211,13 +230,14 @@ def _index_split(directory: pathlib.Path, shards: Sequence[pathlib.Path]) -> dic
     ]
     for note in notes:
         note.close()
-    loaded = {name: np.load(columns / f"{name}.npy") for name in ("dataset", "aspect")}
-    datasets, aspects = (Counter(column.tolist()) for column in loaded.values())
+    loaded = {name: np.load(columns / f"{name}.npy") for name in ("dataset", "aspect", *SIZES)}
+    datasets, aspects = (Counter(loaded[name].tolist()) for name in ("dataset", "aspect"))
     return {
         "records": sum(entry["records"] for entry in entries),
         "bytes": sum(entry["bytes"] for entry in entries),
         "datasets": {name: datasets[code] for code, name in enumerate(known["dataset"])},
         "aspects": {name: aspects[code] for code, name in enumerate(aspect_templates()) if aspects[code]},
+        "pairs": pair_kinds(*(loaded[name] for name in SIZES)),
         "kinds": known["kind"],
         "shards": entries,
     }
@@ -266,6 +286,10 @@ class Columns:
     aspect: NDArray[np.int8]  # template nearest to the source: index into `scales.aspect_templates()`
     turn: NDArray[np.int32]
     nbytes: NDArray[np.int64]  # of the encoded record
+    target_width: NDArray[np.int32]  # those of the source where they were not recorded, before 0.2
+    target_height: NDArray[np.int32]
+    source_turn: NDArray[np.int8]  # EXIF orientation, 1 to 8; 1 where it was not recorded
+    target_turn: NDArray[np.int8]
     dataset: NDArray[np.int32]  # index into `datasets`
     kind: NDArray[np.int32]  # index into `kinds`
     id: Texts
@@ -329,25 +353,33 @@ class Records:
                 self._starts = np.cumsum([0, *counts])
                 names = [shard["file"].removesuffix(".array_record") for shard in entry["shards"]]
                 self.stored = StoredSplit(files, split, tuple(zip(names, counts, strict=True)))
-                self.columns = self._read_columns(tuple(entry["datasets"]), tuple(entry["kinds"]))
+                self.columns = self._read_columns(tuple(entry["datasets"]), tuple(entry["kinds"]), "pairs" in entry)
         except UserError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"the index of {directory} is damaged: {error!r}; prepare the data set again") from error
 
-    def _read_columns(self, datasets: tuple[str, ...], kinds: tuple[str, ...]) -> Columns:
+    def _read_columns(self, datasets: tuple[str, ...], kinds: tuple[str, ...], paired: bool) -> Columns:
         def column(name: str) -> NDArray[Any]:
             path = self.stored.files.get(f"{self.split}/{COLUMNS}/{name}.npy")
             # An empty column cannot be memory-mapped.
             return np.load(path, mmap_mode="r") if path.stat().st_size > 128 else np.load(path)
 
+        numbers = {name: column(name) for name in _NUMBERS}
+        if paired:
+            numbers |= {name: column(name) for name in _LATER_NUMBERS}
+        else:
+            upright = np.ones(len(self), np.int8)
+            numbers |= {"target_width": numbers["width"], "target_height": numbers["height"]}
+            numbers |= {"source_turn": upright, "target_turn": upright}
         columns = Columns(
-            **{name: column(name) for name in (*_NUMBERS, *_CATEGORIES)},  # type: ignore[arg-type]
+            **numbers,  # type: ignore[arg-type]
+            **{name: column(name) for name in _CATEGORIES},  # type: ignore[arg-type]
             **{name: Texts(column(name), column(f"{name}_offsets")) for name in _TEXTS},  # type: ignore[arg-type]
             datasets=datasets,
             kinds=kinds,
         )
-        for name in (*_NUMBERS, *_CATEGORIES, *_TEXTS):
+        for name in (*_COLUMNS, *_CATEGORIES, *_TEXTS):
             if len(getattr(columns, name)) != len(self):
                 raise ValueError(f"column {name} has not a row for each of {len(self)} records")
         return columns

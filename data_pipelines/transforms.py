@@ -1,8 +1,9 @@
-"""Resizes published images to the model's size, and flips source and target where the instruction stays correct.
+"""Brings pairs of published images to the model's size, and flips both where the instruction stays correct.
 
-`crop` takes the largest centered box with the aspect of the final size and resizes it (Lanczos); `pad` extends the
-image with white at the right or bottom to that aspect and resizes, as editing does (images.py). Before either, the
-decoder reduces a JPEG that is several times too large, to no less than `REDUCING_GAP` times the size needed.
+As the release does (its `preprocess`), a target is first resized to its source's size (bicubic), so that what was not
+edited lies at the same place in both. Then both alike: `crop` resizes an image to cover the final size (Lanczos) and
+crops the center; `pad` extends it with white at the right or bottom to the final aspect and resizes, as editing does
+(images.py).
 """
 
 import io
@@ -14,8 +15,6 @@ from PIL import Image
 
 from data_pipelines.plan import mix
 from varedit_jax.images import fit, load_image, orientation, upright_rgb
-
-REDUCING_GAP = 3.0  # left for Lanczos, so that the difference is hardly visible
 
 _FLIP = 4  # domain of a hash, beside those of plan.py
 
@@ -51,40 +50,41 @@ def draw_flip(seed: int, index: int, number: int, instruction: str) -> bool:
     return bool(mix(seed, _FLIP, number, index) & np.uint64(1)) and may_flip(instruction)
 
 
-def fitted(image: Image.Image, size_hw: tuple[int, int], resize: str, flip: bool = False) -> NDArray[np.uint8]:
-    """Returns an opened image as uint8 [h, w, 3] with (h, w) = `size_hw`. Raises ImageError."""
-    h, w = size_hw
-    if image.format == "JPEG":
-        _reduce(image, size_hw, resize)
+def decoded(image: Image.Image) -> Image.Image:
+    """Returns an opened image decoded, upright and RGB. Raises ImageError."""
     load_image(image)
-    if image.mode != "RGB" or orientation(image) != 1:
-        image = Image.fromarray(upright_rgb(image))
+    if image.mode == "RGB" and orientation(image) == 1:
+        return image
+    return Image.fromarray(upright_rgb(image))
+
+
+def fitted_pair(
+    source: Image.Image, target: Image.Image, size_hw: tuple[int, int], resize: str, flip: bool = False
+) -> dict[str, NDArray[np.uint8]]:
+    """Returns `source` and `target`, uint8 [h, w, 3] with (h, w) = `size_hw`, from decoded images."""
+    if target.size != source.size:
+        target = target.resize(source.size, Image.Resampling.BICUBIC)
+    return {"source": fitted(source, size_hw, resize, flip), "target": fitted(target, size_hw, resize, flip)}
+
+
+def fitted(image: Image.Image, size_hw: tuple[int, int], resize: str, flip: bool = False) -> NDArray[np.uint8]:
+    """Returns a decoded image as uint8 [h, w, 3] with (h, w) = `size_hw`."""
     if resize == "pad":
         pixels = np.asarray(image)
         return fit(np.ascontiguousarray(pixels[:, ::-1]) if flip else pixels, size_hw)[0]  # padding stays at the right
-    if image.size != (w, h):
-        image = image.resize((w, h), Image.Resampling.LANCZOS, box=_middle(image.size, w / h))
-    pixels = np.asarray(image)
+    pixels = np.asarray(_covered(image, *size_hw))
     return pixels[:, ::-1] if flip else pixels
 
 
-def _middle(size: tuple[int, int], aspect: float) -> tuple[float, float, float, float]:
-    """Returns the largest centered box (left, top, right, bottom) with width / height = `aspect`."""
-    width, height = size
-    wide, high = min(width, height * aspect), min(height, width / aspect)
-    left, top = (width - wide) / 2, (height - high) / 2
-    return left, top, left + wide, top + high
-
-
-def _reduce(image: Image.Image, size_hw: tuple[int, int], resize: str) -> None:
-    """Lets the decoder reduce a JPEG that is several times too large, which is cheaper than decoding all of it."""
-    width, height = image.size
-    h, w = size_hw
-    if orientation(image) >= 5:
-        h, w = w, h
-    scale = max(w / width, h / height) if resize == "crop" else min(w / width, h / height)
-    wanted = round(width * scale * REDUCING_GAP), round(height * scale * REDUCING_GAP)
-    image.draft(None, wanted)  # the smallest of 1, 1/2, 1/4, 1/8 that is not below
+def _covered(image: Image.Image, h: int, w: int) -> Image.Image:
+    """Returns the center of an image resized to cover h x w pixels: the release's `transform`, to the bit."""
+    aspect = image.width / image.height
+    wide, high = (w, int(w / aspect)) if aspect <= w / h else (int(aspect * h), h)
+    wide, high = max(wide, w), max(high, h)  # the release would be a pixel short where a quotient is rounded down
+    left, top = (wide - w) // 2, (high - h) // 2
+    # Pillow resizes rows, rounds, and resizes columns; so columns can go in between, and need no second pass.
+    image = image.resize((wide, image.height), Image.Resampling.LANCZOS).crop((left, 0, left + w, image.height))
+    return image.resize((w, high), Image.Resampling.LANCZOS).crop((0, top, w, top + h))
 
 
 def preview(image: Image.Image, side: int, quality: int) -> bytes:

@@ -1,5 +1,6 @@
 """Filters of single records, which drop sound but unwanted ones."""
 
+from data_pipelines.geometry import aspect_change, is_turned
 from data_pipelines.preparation.perceptual_hash import Look, change
 from data_pipelines.preparation.settings import Settings
 from data_pipelines.reasons import LeftOut, Reason
@@ -25,6 +26,15 @@ def check_size(side: str, size: tuple[int, int], settings: Settings) -> None:
         raise LeftOut(Reason.LARGE, text)
     if settings.max_ratio and long > settings.max_ratio * short:
         raise LeftOut(Reason.RATIO, text)
+
+
+def check_aspects(source: tuple[int, int], target: tuple[int, int], settings: Settings) -> None:
+    """Checks that a target can be brought to its source's size; sizes are (width, height) in pixels. Raises LeftOut."""
+    text = f"{source[0]} x {source[1]} against {target[0]} x {target[1]} pixels"
+    if settings.max_aspect_change and is_turned(*source, *target):
+        raise LeftOut(Reason.ASPECT, f"{text}: one side is turned")
+    if settings.max_aspect_change and aspect_change(*source, *target) > settings.max_aspect_change:
+        raise LeftOut(Reason.ASPECT, text)
 
 
 def check_change(source: Look, target: Look, settings: Settings) -> None:

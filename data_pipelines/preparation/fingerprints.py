@@ -35,6 +35,10 @@ FACTS = np.dtype(
         ("target_colors", "u1", COLORS),
         ("width", "<i4"),  # pixels of the source, upright
         ("height", "<i4"),
+        ("target_width", "<i4"),
+        ("target_height", "<i4"),
+        ("source_turn", "u1"),  # EXIF orientation, 1 to 8
+        ("target_turn", "u1"),
         ("nbytes", "<i8"),  # of the encoded record
         ("dataset", "<i4"),  # index into the part's list of names
     ]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_pipelines.damage import Damaged, check_record
-from data_pipelines.preparation.filters import check_change, check_size, check_text
+from data_pipelines.preparation.filters import check_aspects, check_change, check_size, check_text
 from data_pipelines.preparation.fingerprints import FACTS, FactsWriter, PartFiles, hashes
 from data_pipelines.preparation.perceptual_hash import Look
 from data_pipelines.preparation.samples import SampleKeeper
@@ -26,7 +26,7 @@ from data_pipelines.preparation.settings import Settings
 from data_pipelines.reasons import LeftOut, Reason
 from data_pipelines.record import Record, encode
 from data_pipelines.sources import Part, Refused, read_part
-from varedit_jax.images import load_image, upright_rgb, upright_size
+from varedit_jax.images import load_image, orientation, upright_rgb, upright_size
 from varedit_jax.storage.files import new_directory, write_json
 
 
@@ -103,16 +103,19 @@ def examine(record: Record, settings: Settings) -> NDArray[Any]:
     row = np.zeros((), FACTS)
     looks: dict[str, Look] = {}
 
-    def see(side: str, image: Image.Image) -> tuple[int, int]:
+    def see(side: str, image: Image.Image) -> tuple[tuple[int, int], int]:
         size = upright_size(image)
         check_size(side, size, settings)
         if settings.decode:
             load_image(image)
             if settings.looks:
                 looks[side] = Look.of(upright_rgb(image))
-        return size
+        return size, orientation(image)
 
-    row["width"], row["height"] = check_record(record, see)["source"]
+    seen = check_record(record, see)
+    (row["width"], row["height"]), row["source_turn"] = seen["source"]
+    (row["target_width"], row["target_height"]), row["target_turn"] = seen["target"]
+    check_aspects(seen["source"][0], seen["target"][0], settings)
     if settings.looks:
         check_change(looks["source"], looks["target"], settings)
         for side, look in looks.items():

@@ -39,6 +39,7 @@ class Settings:
     min_side: int = 0  # pixels of the short side of source and target
     max_side: int = 0  # pixels of the long side; 0 is no limit
     max_ratio: float = 0.0  # long side over short side; 0 is no limit
+    max_aspect_change: float = 1.5  # ratio of the sides' aspects; one side turned is dropped too; 0 is no limit
     min_scores: tuple[tuple[str, float], ...] = ()  # records without the score are kept
     first_turn: bool = False  # keep only the first edit of a session
     min_change: float = 0.0  # levels of 255 (`perceptual_hash.change`); 0 keeps unchanged images
@@ -50,13 +51,17 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Raises UserError for a value out of range."""
-        for name in ("min_side", "max_side", "max_ratio", "min_change"):
+        for name in ("min_side", "max_side", "max_ratio", "max_aspect_change", "min_change"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name} is {getattr(self, name)}; it cannot be below 0")
         if self.max_side and self.max_side < self.min_side:
             raise UserError(f"max_side is {self.max_side}, less than min_side, {self.min_side}; nothing would be left")
         if self.max_ratio and self.max_ratio < 1:
             raise UserError(f"max_ratio is {self.max_ratio}; long side over short side is at least 1")
+        if 0 < self.max_aspect_change < 1:
+            raise UserError(
+                f"max_aspect_change is {self.max_aspect_change}; the greater aspect over the less is at least 1"
+            )
         if not -1 <= self.near_bits <= 7:
             raise UserError(f"near_bits is {self.near_bits}; it must be from 0 to 7, or -1 not to look for them")
         if not 0 <= self.validation < 1:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipelines.geometry import SIZES, pair_kinds
 from data_pipelines.preparation.fingerprints import Facts
 from data_pipelines.preparation.samples import EACH, SampleKeeper, read_samples
 from data_pipelines.preparation.split import SPLITS, in_validation
@@ -48,7 +49,7 @@ def write_report(
     counts = count(facts, verdicts, validation)
     text = json.dumps(_as_json(counts), indent=1, ensure_ascii=False) + "\n"
     (directory / "report.json").write_text(text, encoding="utf-8")
-    (directory / "report.md").write_text(_as_markdown(counts), encoding="utf-8")
+    (directory / "report.md").write_text(_as_markdown(counts, _pairs(facts, verdicts)), encoding="utf-8")
     _write_quarantine(directory / "quarantine.jsonl", facts, verdicts, twins)
     _draw_samples(directory / "samples.png", facts, verdicts)
 
@@ -73,6 +74,16 @@ def count(facts: Facts, verdicts: NDArray[np.uint8], validation: float) -> Count
     return counts
 
 
+def _pairs(facts: Facts, verdicts: NDArray[np.uint8]) -> collections.Counter[str]:
+    """Returns how many kept records have sides of the same size, the same aspect, another aspect."""
+    pairs: collections.Counter[str] = collections.Counter()
+    for first, rows in facts.pieces():
+        kept = rows[verdicts[first : first + len(rows)] == 0]
+        pairs.update(pair_kinds(*(kept[name] for name in SIZES)))
+        pairs["turned by EXIF"] += int(np.count_nonzero((kept["source_turn"] > 1) | (kept["target_turn"] > 1)))
+    return pairs
+
+
 def _reasons(counts: Counts) -> list[str]:
     """Returns the reasons that occur, in the order of the stages."""
     found = {name for some in counts.values() for name in some} - {"read", *SPLITS}
@@ -91,7 +102,7 @@ def _as_json(counts: Counts) -> dict[str, Any]:
     }
 
 
-def _as_markdown(counts: Counts) -> str:
+def _as_markdown(counts: Counts, pairs: collections.Counter[str]) -> str:
     names = sorted(counts)
     table = [("read", "read"), *((name, name) for name in _reasons(counts)), *((f"**{s}**", s) for s in SPLITS)]
     total: collections.Counter[str] = sum((counts[name] for name in names), collections.Counter())
@@ -101,6 +112,8 @@ def _as_markdown(counts: Counts) -> str:
     lines.append("|---" * (len(columns) + 1) + "|")
     for title, name in table:
         lines.append(f"| {title} | " + " | ".join(f"{some[name]:,}" for _, some in columns) + " |")
+    kinds = ", ".join(f"{number:,} {kind}" for kind, number in pairs.items())
+    lines += ["", f"Sides of the records that stayed: {kinds}. Training resizes a target to its source's size."]
     lines += ["", "Each record that left is in `quarantine.jsonl` with what was found; `samples.png` shows some."]
     return "\n".join(lines) + "\n"
 

@@ -7,14 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipelines.geometry import SIZES
 from data_pipelines.preparation.duplicates import left
-from data_pipelines.preparation.fingerprints import Facts, PartFiles, save_array
+from data_pipelines.preparation.fingerprints import FACTS, Facts, PartFiles, save_array
 from data_pipelines.preparation.split import SPLITS, in_validation
 from data_pipelines.record import Record, decode
 from data_pipelines.shards import ShardWriter, is_written, read_row, shard_path
 from varedit_jax.storage.files import replacing
 
-_PLACED = np.dtype([("key", "<u8"), ("number", "<i8"), ("width", "<i4"), ("height", "<i4")])
+_SHAPE = (*SIZES, "source_turn", "target_turn")
+_PLACED = np.dtype([("key", "<u8"), ("number", "<i8"), *((name, FACTS[name]) for name in _SHAPE)])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,7 @@ def lay_out(
             shards = starts[split] + (rows["key"] % counts[split].astype(np.uint64)).astype(np.int64)
             order = np.lexsort((numbers, rows["key"], shards))
             placed = np.zeros(len(numbers), _PLACED)
-            for name in ("key", "width", "height"):
+            for name in ("key", *_SHAPE):
                 placed[name] = rows[name]
             placed["number"] = numbers
             runs.append(file.tell() // _PLACED.itemsize + np.searchsorted(shards[order], np.arange(starts[-1] + 1)))
@@ -108,7 +110,8 @@ def write(task: ShardTask) -> None:
     records = StagedRecords(Facts([PartFiles(directory) for directory in task.parts]))
     with ShardWriter(task.path) as writer:
         for row in placed:
-            writer.write(records[int(row["number"])], (int(row["width"]), int(row["height"])))
+            width, height, target_width, target_height, *turns = (int(row[name]) for name in _SHAPE)
+            writer.write(records[int(row["number"])], (width, height), (target_width, target_height), tuple(turns))
 
 
 class StagedRecords:

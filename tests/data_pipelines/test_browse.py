@@ -19,6 +19,8 @@ from varedit_jax.errors import UserError
 
 EVIL = '</script><script>document.title = "taken"</script> "quoted" & <b>bold</b>'
 
+LONG = ", and then some more" * 40
+
 
 def _record(number: int) -> Record:
     image = photo(number, (60 + 4 * number, 100))
@@ -26,8 +28,10 @@ def _record(number: int) -> Record:
         id=f"n{number}",
         dataset=("omniedit", "magicbrush")[number % 3 == 0],
         source=jpeg(image),
-        target=b"no image" if number == 11 else jpeg(edited(image)),
-        instructions=(EVIL,) if number == 0 else (f"make edit number {number}", "another wording"),
+        target=b"no image" if number == 11 else jpeg(edited(image).resize((70, 70)) if number == 2 else edited(image)),
+        instructions=(EVIL,)
+        if number == 0
+        else (f"make edit number {number}{LONG * (number == 3)}", "another wording"),
         kind=("add", "remove", "")[number % 4 % 3],
         turn=number % 2,
         scores={"quality": number / 2} if number % 3 else {},
@@ -53,7 +57,9 @@ def page(prepared: pathlib.Path) -> pathlib.Path:
 
 
 def _data(page: pathlib.Path) -> dict[str, Any]:
-    found = re.search(r"^const \{title, total, samples\} = (.*);$", (page / "index.html").read_text(), re.MULTILINE)
+    found = re.search(
+        r"^const \{title, total, samples, broken\} = (.*);$", (page / "index.html").read_text(), re.MULTILINE
+    )
     assert found
     return json.loads(found[1])
 
@@ -63,6 +69,11 @@ def test_the_page_has_every_sample_with_small_images_and_nothing_from_elsewhere(
     assert data["total"] == 16 and data["title"] == "made edits"
     assert [sample["id"] for sample in data["samples"]] == [f"n{number}" for number in range(16) if number != 11]
     assert {sample["split"] for sample in data["samples"]} == {"train", "validation"}
+    [broken] = data["broken"]
+    assert (broken["id"], broken["dataset"], broken["split"]) == ("n11", "omniedit", "train")
+    assert "not an image" in broken["reason"]
+    assert data["samples"][1]["sizes"] == {"source": [64, 100], "target": [64, 100]}
+    assert data["samples"][2]["sizes"] == {"source": [68, 100], "target": [70, 70]}
     for sample in data["samples"]:
         with Image.open(page / sample["source"]) as source, Image.open(page / sample["target"]) as target:
             assert max(source.size) == max(target.size) == 64
@@ -157,6 +168,32 @@ def test_filters_work_in_a_browser(browser: Browser, page: pathlib.Path) -> None
     assert _shown(browser) == texts(lambda record: min(60 + 4 * int(record.id[1:]), 100) >= 90)
     browser.type("#words", "nobody wrote this")
     assert browser.run("return document.querySelector('#none').textContent") == "No sample matches these filters."
+    assert browser.errors() == []
+
+
+@pytest.mark.subprocess
+def test_what_is_of_no_use_is_hidden_long_texts_are_folded_and_differences_are_marked(
+    browser: Browser, page: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    browser.open(page / "index.html")
+    visible = "return [...document.querySelectorAll('{}')].map(e => e.offsetParent !== null)"
+    assert browser.run(visible.format("#side-label, #score, #least-label")) == [True, True, False]  # in this order
+    marks = browser.run("return [...document.querySelectorAll('article mark')].map(mark => mark.textContent)")
+    assert marks == ["68 × 100 → 70 × 70"]
+    heights = "return [...document.querySelectorAll('article p')].map(p => p.offsetHeight)"
+    folded = browser.run(heights)[3]
+    browser.click("article:nth-child(4) .more")
+    assert browser.run(heights)[3] > 2 * folded
+    browser.click("article:nth-child(4) .more")
+    assert browser.run(heights)[3] == folded
+    listed = browser.run("return [...document.querySelectorAll('#broken li')].map(li => li.textContent)")
+    assert len(listed) == 1 and "omniedit/n11 (train): not an image" in listed[0]
+    with ShardWriter(shard_path(tmp_path / "one" / "train", "one", 0, 1)) as writer:
+        writer.write(_record(3), (72, 100))
+    write_index(tmp_path / "one")
+    write_page(tmp_path / "one", tmp_path / "page")
+    browser.open(tmp_path / "page" / "index.html")  # controls for one sample would choose nothing
+    assert browser.run(visible.format("#side-label, #score, #broken, .chips")) == [False] * 6
     assert browser.errors() == []
 
 

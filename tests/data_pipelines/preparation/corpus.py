@@ -30,9 +30,9 @@ def edited(image: Image.Image, level: int = 250) -> Image.Image:
     return image
 
 
-def jpeg(image: Image.Image, quality: int = 90) -> bytes:
+def jpeg(image: Image.Image, quality: int = 90, **options: Any) -> bytes:
     file = io.BytesIO()
-    image.save(file, "JPEG", quality=quality)
+    image.save(file, "JPEG", quality=quality, **options)
     return file.getvalue()
 
 
@@ -66,6 +66,13 @@ def write_corpus(directory: pathlib.Path, lists: int = 3) -> tuple[list[pathlib.
     add("idle", jpeg(image, 95), jpeg(image, 90), "x", Reason.UNCHANGED)
     add("broken", sound[0], sound[1][:1000], "x", "cut short")
     add("silent", *sound, " ", "empty instruction")
+    sides = [edited(photo(110 + number)) for number in range(4)]
+    add("turned", jpeg(photo(110)), jpeg(sides[0].transpose(Image.Transpose.ROTATE_90)), "x", Reason.ASPECT)
+    add("stretched", jpeg(photo(111, (90, 46))), jpeg(sides[1].resize((60, 50))), "x", Reason.ASPECT)
+    add("square", jpeg(photo(112)), jpeg(sides[2].resize((60, 60))), "x")
+    exif = Image.Exif()
+    exif[0x0112] = 8  # to be turned counterclockwise, which gives what it was before
+    add("by-exif", jpeg(photo(113)), jpeg(sides[3].transpose(Image.Transpose.ROTATE_270), exif=exif), "x")
     add("without-score", jpeg(photo(104)), jpeg(edited(photo(104))), "y")
     for name, quality, instruction in (("exact", 90, "Edit 3!"), ("near", 91, "edit 4")):
         image = photo(int(instruction.strip("!")[-1]))

@@ -12,6 +12,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
+from data_pipelines.geometry import SIZES
 from data_pipelines.preparation import pipeline, scan
 from data_pipelines.preparation.pipeline import prepare
 from data_pipelines.preparation.settings import Settings
@@ -81,6 +82,21 @@ def test_records_are_as_they_were_published_and_know_their_image(corpus: Corpus)
     assert all(len(record.original) == 64 for record in records)
 
 
+def test_sizes_and_turns_of_both_sides_are_recorded(corpus: Corpus) -> None:
+    found = {}
+    for split in ("train", "validation"):
+        records = Records(corpus.output, split)
+        names = (*SIZES, "source_turn", "target_turn")
+        rows = zip(*(getattr(records.columns, name).tolist() for name in names), strict=True)
+        found |= {records.id(number): row for number, row in enumerate(rows)}
+    assert found["good-0"] == (64, 48, 64, 48, 1, 1)
+    assert found["square"] == (64, 48, 60, 60, 1, 1)
+    assert found["by-exif"] == (64, 48, 64, 48, 1, 8)
+    report = (corpus.output / "report" / "report.md").read_text()
+    same = len(corpus.stay) - 3  # two copies left, one has another aspect
+    assert f"{same} same size, 0 same aspect, 1 other aspect, 1 turned by EXIF" in report
+
+
 def test_no_image_is_in_training_and_in_validation(corpus: Corpus) -> None:
     images: dict[str, set[str]] = {"train": set(), "validation": set()}
     for split, record in _all(corpus.output):
@@ -137,9 +153,9 @@ def test_a_job_that_was_ended_goes_on_and_one_process_writes_the_same_bytes_as_t
 
 def test_other_settings_begin_anew_and_mistakes_are_told(corpus: Corpus, tmp_path: pathlib.Path) -> None:
     output = tmp_path / "out"
-    with pytest.raises(UserError, match="nothing is left of 32 records: 28 too small, 1 "):
+    with pytest.raises(UserError, match="nothing is left of 36 records: 32 too small, 1 "):
         corpus.prepare(output, dataclasses.replace(SETTINGS, min_side=90))
-    everything = Settings(decode=False, exact=False, validation=0)
+    everything = Settings(decode=False, exact=False, validation=0, max_aspect_change=0)
     corpus.prepare(output, everything)
     left = {line["id"]: line["reason"] for line in read_lines(output / "report" / "quarantine.jsonl")}
     assert left == {"silent": "empty instruction"}
@@ -209,7 +225,7 @@ def test_the_program_prepares_and_tells_mistakes_in_one_line(corpus: Corpus, tmp
     inputs = ",".join(map(str, corpus.inputs))
     arguments = ["--source=manifest", f"--input={inputs}", f"--output={tmp_path / 'out'}", "--workers=1"]
     done = _program(*arguments, "--source_options=dataset=made", "--min_score=quality:6", "--validation=0")
-    assert done.returncode == 0 and "24 for train; report/report.md" in done.stdout
+    assert done.returncode == 0 and "26 for train; report/report.md" in done.stdout
     failed = _program(*arguments, "--min_score=quality")
     assert failed.returncode == 1
     assert failed.stderr == "error: --min_score is 'quality'; it must be like NAME:VALUE\n"
@@ -240,6 +256,7 @@ def test_texts_are_utf_8_whatever_the_machine_takes_for_usual(corpus: Corpus, tm
         ({"min_side": -1}, "min_side is -1"),
         ({"min_side": 9, "max_side": 8}, "max_side is 8, less than min_side, 9"),
         ({"max_ratio": 0.5}, "max_ratio is 0.5"),
+        ({"max_aspect_change": 0.9}, "max_aspect_change is 0.9"),
         ({"near_bits": 8}, "near_bits is 8"),
         ({"validation": 1.0}, "validation is 1.0"),
         ({"decode": False, "min_change": 1.0}, "leave decode on"),
