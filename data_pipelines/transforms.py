@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_pipelines.plan import mix
-from varedit_jax.images import fit, load_image, orientation, upright_rgb
+from varedit_jax.images import fit, load_image, orientation, upright, upright_rgb
 
 REDUCING_GAP = 3.0  # left for Lanczos, so that the difference is hardly visible
 
@@ -57,8 +57,7 @@ def fitted(image: Image.Image, size_hw: tuple[int, int], resize: str, flip: bool
     if image.format == "JPEG":
         _reduce(image, size_hw, resize)
     load_image(image)
-    if image.mode != "RGB" or orientation(image) != 1:
-        image = Image.fromarray(upright_rgb(image))
+    image = upright(image)
     if resize == "pad":
         pixels = np.asarray(image)
         return fit(np.ascontiguousarray(pixels[:, ::-1]) if flip else pixels, size_hw)[0]  # padding stays at the right
