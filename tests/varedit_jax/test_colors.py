@@ -15,6 +15,7 @@ SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 # Primaries as XYZ under D50, from the columns of the matrix of each space (Bradford-adapted).
 DISPLAY_P3 = ((0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189), (0.15710, 0.06657, 0.78407))
 ADOBE_RGB = ((0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457))
+CORNERS = tuple(itertools.product((0, 1), repeat=4))
 SRGB_CURVE = tuple(
     round(65535 * (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4)) for x in np.linspace(0, 1, 1024)
 )
@@ -48,15 +49,20 @@ def rgb_profile(primaries, values: bytes) -> bytes:
     return profile("RGB ", tags | {f"{c}TRC": values for c in "rgb"})
 
 
-def cmyk_profile() -> bytes:
-    """Returns a profile of inks so pale that full cyan, magenta and yellow leave a lightness of 40 of 100."""
-    grid = b"".join(
-        bytes((round(255 * (1 - 0.2 * (c + m + y)) * (1 - k)), 128, 128))
-        for c, m, y, k in itertools.product((0, 1), repeat=4)
-    )
+def table(inputs: int, outputs: int, grid: bytes) -> bytes:
+    """Returns a table of two points along each input, which is otherwise straight."""
     unity = struct.pack(">9i", *(65536 * (i % 4 == 0) for i in range(9)))
-    table = b"mft1" + bytes(4) + bytes((4, 3, 2, 0)) + unity + bytes(range(256)) * 4 + grid + bytes(range(256)) * 3
-    return profile("CMYK", {"wtpt": xyz(0.9642, 1.0, 0.8249), "A2B0": table}, "Lab ", "prtr")
+    straight = bytes(range(256))
+    return b"mft1" + bytes(4) + bytes((inputs, outputs, 2, 0)) + unity + straight * inputs + grid + straight * outputs
+
+
+def cmyk_profile() -> bytes:
+    """Returns a profile of pale inks: cyan, magenta and yellow leave a lightness of 40 of 100, black alone of 10."""
+    lightness = [1 - 0.2 * (c + m + y) - 0.9 * k * (1 - 0.2 * (c + m + y)) for c, m, y, k in CORNERS]
+    colors = b"".join(bytes((round(255 * value), 128, 128)) for value in lightness)
+    inks = b"".join(bytes((0, 0, 0, 255 * (1 - light))) for light, _, _ in itertools.product((0, 1), repeat=3))
+    tags = {"wtpt": xyz(0.9642, 1.0, 0.8249), "A2B0": table(4, 3, colors), "B2A0": table(3, 4, inks)}
+    return profile("CMYK", tags, "Lab ", "prtr")
 
 
 P3 = rgb_profile(DISPLAY_P3, curve(*SRGB_CURVE))
@@ -101,7 +107,8 @@ def test_gray_with_a_curve_of_its_own() -> None:
 
 def test_cmyk_by_its_profile() -> None:
     icc = cmyk_profile()
-    for ink, gray in (((0, 0, 0, 0), 255), ((255, 255, 255, 0), 94), ((0, 0, 0, 255), 0)):  # L* of 40 is 94
+    for ink, gray in (((0, 0, 0, 0), 255), ((255, 255, 255, 0), 90), ((0, 0, 0, 255), 0)):
+        # L* of 10 is the blackest of it and becomes black; L* of 40 is 94 of 255, and 90 above that black.
         for kind in ("TIFF", "JPEG"):
             assert np.abs(read(Image.new("CMYK", (16, 16), ink), icc, kind).astype(int) - gray).max() <= 3
     assert read(Image.new("CMYK", (16, 16), (255, 255, 255, 0)), None, "TIFF").max() == 0
@@ -142,6 +149,13 @@ def test_broken_profiles_and_those_of_other_colors_are_passed_over(icc) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
     for kind in ("PNG", "TIFF"):
         np.testing.assert_array_equal(read(Image.fromarray(noise), icc, kind), noise)
+
+
+def test_images_that_need_no_copy_are_converted_too() -> None:
+    image = Image.new("RGB", (2, 2), (117, 251, 76))
+    image.info["icc_profile"] = P3
+    np.testing.assert_array_equal(np.array(images.upright(image)), images.upright_rgb(image))
+    assert np.abs(images.upright_rgb(image)[0, 0].astype(int) - (0, 255, 0)).max() <= 4
 
 
 def test_profile_that_is_a_number_is_passed_over() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from varedit_jax import jpeg
 from varedit_jax.images import ImageError, open_image, read_image
 
 KINDS = [
@@ -97,6 +98,36 @@ def test_zeroed_bytes_of_progressive_files_are_found_where_zeros_are_no_end_of_a
         except ImageError as error:
             found += error.detail == "512 zeroed bytes"
     assert found > (len(data) - 1600) // 500 // 3  # others give a plain area, as sound files may have it
+
+
+def mosaic() -> Image.Image:
+    """Blocks of one shade each: all bits tell differences of DC, whose lowest bit is 0."""
+    shades = np.random.default_rng(0).integers(0, 128, (64, 80)) * 2
+    return Image.fromarray(np.kron(shades, np.ones((8, 8), int)).astype(np.uint8))
+
+
+def test_zeroed_differences_of_plain_blocks_are_found_as_they_fall_below_black() -> None:
+    data = encoded(mosaic(), optimize=True)
+    assert fault(zeroed(data, len(data) // 2, 400)).endswith(" zeroed bytes")
+
+
+def test_low_bits_of_progressive_files_may_be_zeros() -> None:
+    data = encoded(mosaic(), progressive=True)
+    assert bytes(600) in data
+    np.testing.assert_array_equal(read_image(io.BytesIO(data))[..., 0], np.array(mosaic()))
+
+
+def test_end_of_several_blocks_is_known_to_progressive_files_alone() -> None:
+    parts = [jpeg._Part(1, None, jpeg._Zero(2, 0x10))]
+    assert jpeg._may_be_zeros(8 * 256, parts, progressive=True)
+    assert not jpeg._may_be_zeros(8 * 256, parts, progressive=False)
+
+
+def test_bytes_behind_the_end_are_none_of_the_image() -> None:
+    data = encoded(photo(), quality=90)
+    np.testing.assert_array_equal(
+        read_image(io.BytesIO(data + b"\0\2" + zeroed(data, len(data) // 2, 512))), read_image(io.BytesIO(data))
+    )
 
 
 def test_zeros_in_place_of_the_end_are_found_and_padding_is_not() -> None:
