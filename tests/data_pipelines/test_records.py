@@ -243,12 +243,12 @@ def test_few_held_out_examples_are_one_batch(directories: tuple[str, str], tmp_p
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, str]]:
-    """240 records, 12 of them damaged in as many ways; and the reasons by id."""
+    """240 records, some damaged in every way; and the reasons by id."""
     directory = tmp_path_factory.mktemp("damaged") / "set"
     records = [_record(number, "set") for number in range(240)]
     reasons = {}
     for place, (data, fault) in enumerate([*DAMAGE.values(), (b"", None)]):
-        number = 7 + 19 * place
+        number = 7 + 17 * place
         fields = {"source" if place % 2 else "target": data} if fault else {"instructions": (" ",)}
         records[number] = dataclasses.replace(records[number], **fields)
         reasons[records[number].id] = str(fault or "empty instruction")
