@@ -316,7 +316,7 @@ def test_shards_that_are_short_or_gone_cost_their_own_records(tmp_path: pathlib.
 
 def test_too_much_damage_ends_the_run_with_a_summary(damaged: tuple[str, dict[str, str]]) -> None:
     batches = _batches(_data([damaged[0]], bad_share=0.01))
-    with pytest.raises(UserError, match=r"12 of 232 examples .*\d empty instruction.*data.bad_share=0.01.*check"):
+    with pytest.raises(UserError, match=r"11 of 220 examples .*\d empty instruction.*data.bad_share=0.01.*check"):
         list(itertools.islice(batches, 100))
 
 
