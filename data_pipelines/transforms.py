@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_pipelines.plan import mix
-from varedit_jax.images import fit, load_image, orientation, upright_rgb
+from varedit_jax.images import fit, load_image, upright, upright_rgb
 
 _FLIP = 4  # domain of a hash, beside those of plan.py
 
@@ -53,9 +53,7 @@ def draw_flip(seed: int, index: int, number: int, instruction: str) -> bool:
 def decoded(image: Image.Image) -> Image.Image:
     """Returns an opened image decoded, upright and RGB. Raises ImageError."""
     load_image(image)
-    if image.mode == "RGB" and orientation(image) == 1:
-        return image
-    return Image.fromarray(upright_rgb(image))
+    return upright(image)
 
 
 def fitted_pair(

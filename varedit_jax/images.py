@@ -10,8 +10,13 @@ from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
+from varedit_jax.colors import to_srgb
 from varedit_jax.errors import UserError
+from varedit_jax.jpeg import check_scans
+from varedit_jax.png import without_large_metadata
 from varedit_jax.storage.disk import explained, is_machine_error, read_explained, reason
 from varedit_jax.storage.files import write_bytes
 from varedit_jax.storage.paths import PathLike, is_remote, resolve
@@ -57,6 +62,13 @@ _READABLE = (
     "PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO", "PCX"
 )  # fmt: skip
 
+_SLOW = {"JPEG2000": 4}  # kinds that take so much longer than others; as much fewer pixels of them are read
+_MAX_PIECES = 100_000  # strips or tiles of an image
+_MAX_COUNTED = 100  # frames
+
+# Modes whose pixels a color profile may describe, and what others become.
+_COLORS = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}
+
 # Options of each format that `write_image` can write.
 _FORMATS: dict[str, tuple[str, dict[str, int]]] = {
     ".png": ("PNG", {}),
@@ -69,6 +81,7 @@ _FORMATS: dict[str, tuple[str, dict[str, int]]] = {
 }
 
 _EXIF_ORIENTATION = 0x0112
+_TIFF_BITS = 0x0102  # of each sample
 _UPRIGHT = {  # what undoes each value of the tag; 1 is upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -84,7 +97,7 @@ def read_image(source: ImageSource, max_pixels: int = _DEFAULT.max_pixels) -> np
     """An image as uint8 [H, W, 3], RGB, from a file name, an open binary file, a PIL image or an array.
 
     EXIF orientation is applied, transparency is laid on white; palette, gray (1, 8 or 16 bits) and CMYK images become
-    RGB. Color profiles are not applied. Arrays are uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] (with alpha).
+    RGB; color profiles are converted to sRGB. Arrays are uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] (with alpha).
 
     Raises UserError, one sentence with the name of the image, if it cannot be read, is no image, is damaged, has
     several frames, no pixels, or more than `max_pixels`.
@@ -156,7 +169,10 @@ def open_image(file: BinaryIO, name: str = "the image", limits: Limits = _DEFAUL
     Image.init()  # at once where it has been done; what imports one kind of image registers that alone
     try:
         with _decoding(name):
+            file = without_large_metadata(file)
             image = Image.open(file, formats=[kind for kind in _READABLE if kind in Image.OPEN])
+            if isinstance(image, JpegImageFile):
+                _check_jpeg(image, file)
     except UnidentifiedImageError as error:
         raise ImageError(
             "not an image",
@@ -167,6 +183,16 @@ def open_image(file: BinaryIO, name: str = "the image", limits: Limits = _DEFAUL
         raise _too_large(name, "hundreds of millions of", limits) from error
     _check_opened(image, name, limits)
     return image
+
+
+def _check_jpeg(image: JpegImageFile, file: BinaryIO) -> None:
+    """Raises ValueError for damage that the decoder would not notice, and for what would keep it busy for minutes."""
+    start = file.tell()  # opening ends behind the header of the first scan
+    file.seek(0)
+    check_scans(file.read(), start, image.layers)
+    file.seek(start)
+    if any(0 in table for table in image.quantization.values()):
+        raise ValueError("a quantization table with zeros")
 
 
 def load_image(image: Image.Image, name: str = "the image") -> None:
@@ -193,17 +219,36 @@ def _decoding(name: str) -> Iterator[None]:
 
 def _check_opened(image: Image.Image, name: str, limits: Limits) -> None:
     width, height = image.size
-    _check_size(name, height, width, limits)
+    slowness = _SLOW.get(image.format or "", 1)
+    _check_size(name, height, width, limits._replace(max_pixels=limits.max_pixels // slowness))
     with _decoding(name):
-        # A camera's MPO is a JPEG with previews or depth behind the photo, which comes first.
-        frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-    if frames > 1:
+        frames = _frames(image)
+    if frames != "1":
         raise ImageError(
             "several frames",
             f"{name} has {frames} frames, but only single images can be edited; "
             f"save its first frame as an image of its own",
             f"{frames} frames",
         )
+    pieces = len(getattr(image, "tile", ()))
+    if pieces > _MAX_PIECES:
+        sentence = f"{name} is stored in {pieces} pieces, but at most {_MAX_PIECES} are read; save it as PNG"
+        raise ImageError("damaged image", sentence, f"{pieces} pieces")
+
+
+def _frames(image: Image.Image) -> str:
+    """Returns how many frames an opened image has, in words."""
+    # A camera's MPO is a JPEG with previews or depth behind the photo, which comes first.
+    if image.format == "MPO" or not getattr(image, "is_animated", False):
+        return "1"
+    if image.format != "TIFF":
+        return str(getattr(image, "n_frames", 1))
+    for count in range(1, _MAX_COUNTED + 1):  # PIL would read all of them to count them, slower with each
+        try:
+            image.seek(count)
+        except EOFError:
+            return str(count)
+    return f"more than {_MAX_COUNTED}"
 
 
 def _too_large(name: str, size: str, limits: Limits) -> ImageError:
@@ -212,8 +257,15 @@ def _too_large(name: str, size: str, limits: Limits) -> ImageError:
     return ImageError("too many pixels", sentence, f"{size} pixels")
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """A loaded image of any mode as `upright_rgb` gives it, not copied where it is so already. Raises ImageError."""
+    if image.mode == "RGB" and orientation(image) == 1 and not image.has_transparency_data:
+        return to_srgb(image)
+    return Image.fromarray(upright_rgb(image))
+
+
 def upright_rgb(image: Image.Image, name: str = "the image") -> np.ndarray:
-    """Pixels of a loaded image of any mode, EXIF orientation applied: uint8 [H, W, 3]. Raises ImageError."""
+    """Pixels of a loaded image of any mode in sRGB, EXIF orientation applied: uint8 [H, W, 3]. Raises ImageError."""
     image_HW3 = _rgb(image, name)
     turn = _UPRIGHT.get(orientation(image))
     return image_HW3 if turn is None else np.array(Image.fromarray(image_HW3).transpose(turn))
@@ -250,32 +302,41 @@ def orientation(image: Image.Image) -> int:
 
 
 def _rgb(image: Image.Image, name: str) -> np.ndarray:
-    """Pixels of a loaded image of any mode, uint8 [H, W, 3]."""
+    """Pixels of a loaded image of any mode in sRGB, on white, uint8 [H, W, 3]."""
     if image.mode == "F" or image.mode.startswith("I"):
-        return _deep_gray(image, name)
+        image = _byte_gray(image, name)
     try:
+        colors = to_srgb(image.convert(_COLORS.get(image.mode, "RGB"))).convert("RGB")
         if not image.has_transparency_data:
-            return np.array(image.convert("RGB"))
-        layer = image.convert("RGBA")
+            return np.array(colors)
+        alpha = image.convert("RGBA").getchannel("A")
     except (ValueError, OSError) as error:  # a mode that PIL reads but does not convert
         sentence = f"{name} has unknown colors ({image.mode}): {error}; save it as RGB"
         raise ImageError("unknown colors", sentence, f"mode {image.mode}: {error}") from error
-    white = Image.new("RGBA", layer.size, "white")
-    return np.array(Image.alpha_composite(white, layer).convert("RGB"))
+    colors.putalpha(alpha)
+    white = Image.new("RGBA", colors.size, "white")
+    return np.array(Image.alpha_composite(white, colors).convert("RGB"))
 
 
-def _deep_gray(image: Image.Image, name: str) -> np.ndarray:
+def _byte_gray(image: Image.Image, name: str) -> Image.Image:
     """16-bit gray to 8 bits. PIL keeps it in the modes I;16 (also I;16B) and I, and clips it if asked to convert."""
     gray_HW = np.array(image)
     low, high = gray_HW.min(), gray_HW.max()
-    if image.mode == "F" or low < 0 or high > 65535:
+    # Values of 32 bits do not say which of them is white: 1, 255, 65535 and 2**32 - 1 are all in use.
+    deep = image.mode == "F" or (isinstance(image, TiffImageFile) and 32 in image.tag_v2.get(_TIFF_BITS, ()))
+    if deep or low < 0 or high > 65535:
         values = f"gray values of {8 * gray_HW.dtype.itemsize} bits, from {low} to {high}"
-        raise ImageError("unknown colors", f"{name} has {values}; save it with 8 or 16", values)
+        sentence = (
+            f"{name} has {values}, which do not say what is white; save it with 8 bits (white is 255) or 16 (65535)"
+        )
+        raise ImageError("unknown colors", sentence, values)
     byte_HW = ((gray_HW.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 65535 = 257 * 255
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         byte_HW[gray_HW == transparent] = 255
-    return np.repeat(byte_HW[:, :, None], 3, axis=2)
+    gray = Image.fromarray(byte_HW)
+    gray.info = {name: value for name, value in image.info.items() if name == "icc_profile"}
+    return gray
 
 
 def _from_array(array: np.ndarray, limits: Limits) -> np.ndarray:

@@ -47,6 +47,16 @@ def damaged_png() -> bytes:
     return bytes(data)
 
 
+def zeroed_jpeg() -> bytes:
+    data = encoded((100, 80))
+    return data[:1000] + bytes(512) + data[1512:]
+
+
+def endless_jpeg() -> bytes:
+    data = encoded(progressive=True)
+    return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * 100
+
+
 DAMAGE = {
     "empty": (b"", Reason.EMPTY),
     "page instead of an image": (b"<html>404 Not Found</html>", Reason.NOT_AN_IMAGE),
@@ -54,6 +64,8 @@ DAMAGE = {
     "JPEG cut short": (encoded()[:700], Reason.TRUNCATED),
     "PNG cut short": (encoded(kind="PNG")[:900], Reason.TRUNCATED),
     "bytes lost in a PNG": (damaged_png(), Reason.DECODING),
+    "bytes zeroed in a JPEG": (zeroed_jpeg(), Reason.DECODING),
+    "JPEG of endless scans": (endless_jpeg(), Reason.DECODING),
     "bomb": (png_of_size(9000, 9000), Reason.BOMB),
     "bomb of gigapixels": (png_of_size(60_000, 60_000), Reason.BOMB),
     "tracking pixel": (encoded((1, 1), "PNG"), Reason.SIZE),

@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import pathlib
+import re
 import struct
 import zlib
 
@@ -120,13 +121,23 @@ def test_transparent_value_of_sixteen_bit_gray_is_white(tmp_path):
     assert images.read_image(path)[0, :, 0].tolist() == [0, 255, 255]
 
 
-@pytest.mark.parametrize("mode", ["I", "F"])
-def test_gray_beyond_sixteen_bits_is_refused(tmp_path, mode):
-    values = np.array([[-5, 70000]], np.int32 if mode == "I" else np.float32)
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+@pytest.mark.parametrize("values", [[-5, 70000], [0, 255], [0, 65535]])
+def test_gray_of_32_bits_is_refused_with_its_range(tmp_path, dtype, values):
+    """255 as white would be black if 65535 were."""
     path = tmp_path / "in.tiff"
-    Image.fromarray(values).save(path)
-    with pytest.raises(UserError, match=r"in\.tiff has gray values of 32 bits, from -5(\.0)? to 70000(\.0)?; save it"):
+    Image.fromarray(np.array([values], dtype)).save(path)
+    low, high = (re.escape(str(dtype(value))) for value in values)
+    with pytest.raises(
+        UserError, match=rf"in\.tiff has gray values of 32 bits, from {low} to {high}, which do not say"
+    ):
         images.read_image(path)
+
+
+def test_sixteen_bits_in_a_wider_mode():
+    """PIL's own convention for 16 bits in memory."""
+    image = Image.fromarray(np.array([[0, 257, 65535]], np.int32))
+    assert images.read_image(image)[0, :, 0].tolist() == [0, 1, 255]
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
@@ -339,6 +350,34 @@ def test_several_frames(tmp_path, suffix):
     assert "first frame" in message
     with Image.open(path) as image:
         assert "has 3 frames" in refusal(image)
+
+
+def test_pages_are_not_counted_without_end(tmp_path):
+    path = tmp_path / "in.tiff"
+    frames = [Image.new("L", (8, 8), value) for value in range(110)]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    assert "has more than 100 frames" in refusal(path)
+
+
+def tiff_of_rows(rows: int) -> io.BytesIO:
+    """A file whose rows, 16 pixels wide, are strips that share their bytes."""
+    tags = [(256, 3, 1, 16), (257, 4, 1, rows), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1)]
+    tags += [(273, 4, rows, 200), (278, 3, 1, 1), (279, 4, rows, 200 + 4 * rows)]
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    start = (b"II*\0" + struct.pack("<I", 8) + directory).ljust(200, b"\0")
+    return io.BytesIO(start + struct.pack("<I", 100) * rows + struct.pack("<I", 16) * rows)
+
+
+def test_image_of_very_many_pieces_is_refused():
+    assert images.read_image(tiff_of_rows(1000)).shape == (1000, 16, 3)
+    assert "stored in 100001 pieces, but at most 100000" in refusal(tiff_of_rows(100_001))
+
+
+def test_fewer_pixels_of_a_slow_kind(tmp_path):
+    path = tmp_path / "in.jp2"
+    Image.fromarray(photo()).save(path)
+    assert images.read_image(path, max_pixels=2400).shape == (20, 30, 3)
+    assert "30 x 20 pixels, but at most 0.000599 million" in refusal(path, max_pixels=2399)
 
 
 def test_no_pixels():
