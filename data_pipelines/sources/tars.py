@@ -191,7 +191,11 @@ class Tar:
                 found = self._at(at)
                 if found is _Kind.ZEROS:  # less than a block, at the end
                     at, found = zeros, _Kind.END
-                if found is _Kind.NOISE and (at := self._next_head(at + 1)) != zeros:
+                is_mark = at > start
+                if found is _Kind.NOISE:  # zeros may be no whole number of blocks
+                    at = self._next_head(at + 1)
+                    is_mark = is_mark and at == zeros
+                if not is_mark:
                     yield Found(start, Lost(at, self._why(start, at) or "no sound header"))
                     told = at
                 else:

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 from varedit_jax.errors import UserError
 
 _CHUNK = 1 << 12  # compressed bytes at a time; Zstandard can make 2^15 times as many of them
+_PIECE = 1 << 16  # bytes of the contents at a time, from codecs that can stop
 _KEPT = 1 << 18  # bytes of the contents to which one can go back without reading all again
 _BACK = 1 << 16  # compressed bytes that may be misread before a codec notices that they are another stream's
 _LONGEST = 10  # bytes of the longest of these
@@ -99,10 +100,11 @@ class Unpacked:
                 continue
             begin = self._file.tell() - len(rest)
             decoder, error_type = _decoder(rest)
-            while not decoder.eof:
+            limit = () if error_type.__name__ == "ZstdError" else (_PIECE,)
+            while True:
                 before = decoder.copy() if hasattr(decoder, "copy") else None
                 try:
-                    piece = decoder.decompress(rest)
+                    piece = decoder.decompress(rest, *limit)
                 except error_type as error:
                     if piece := _salvaged(before, rest):
                         place += len(piece)
@@ -116,7 +118,9 @@ class Unpacked:
                     yield piece
                 if decoder.eof:
                     rest = decoder.unused_data
-                elif not (rest := self._file.read(_CHUNK)):
+                    break
+                rest = decoder.unconsumed_tail if hasattr(decoder, "unconsumed_tail") else b""
+                if not rest and getattr(decoder, "needs_input", True) and not (rest := self._file.read(_CHUNK)):
                     self.breaks.setdefault(place, "ends inside of a compressed stream")
                     return
 
