@@ -24,19 +24,19 @@ def is_compressed(head: bytes) -> bool:
     return _MAGIC.match(head) is not None
 
 
-def _decoder(head: bytes) -> tuple[Any, type[Exception]]:
-    """Returns a decoder for a stream by its beginning, and the exception with which it rejects damage."""
+def _decoder(head: bytes) -> tuple[Any, tuple[int, ...], type[Exception]]:
+    """Returns a decoder for a stream by its beginning, its limit of bytes, and the exception for damage."""
     if head.startswith(b"\x1f\x8b"):
-        return zlib.decompressobj(wbits=31), zlib.error
+        return zlib.decompressobj(wbits=31), (_PIECE,), zlib.error
     if head.startswith(b"BZh"):
-        return bz2.BZ2Decompressor(), OSError
+        return bz2.BZ2Decompressor(), (_PIECE,), OSError
     if head.startswith(b"\xfd"):
-        return lzma.LZMADecompressor(), lzma.LZMAError
+        return lzma.LZMADecompressor(), (_PIECE,), lzma.LZMAError
     try:
         import zstandard
     except ImportError as error:
         raise UserError("archives in Zstandard take the package zstandard: pip install zstandard") from error
-    return zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError
+    return zstandard.ZstdDecompressor().decompressobj(), (), zstandard.ZstdError
 
 
 class Unpacked:
@@ -99,8 +99,7 @@ class Unpacked:
                 rest = rest[found.start() if found else max(1, len(rest) - _LONGEST + 1) :]
                 continue
             begin = self._file.tell() - len(rest)
-            decoder, error_type = _decoder(rest)
-            limit = () if error_type.__name__ == "ZstdError" else (_PIECE,)
+            decoder, limit, error_type = _decoder(rest)
             while True:
                 before = decoder.copy() if hasattr(decoder, "copy") else None
                 try:

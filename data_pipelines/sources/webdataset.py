@@ -36,6 +36,11 @@ class Sample:
     is_known: bool = False  # one of its files has a suffix of the format
     is_broken: bool = False  # it begins or ends at a damaged place
 
+    def precedes(self, key: str) -> bool:
+        """Returns True if its files, all of suffixes unknown to the format, belong to a sample of this key."""
+        names = [f"{self.key}.{suffix}".lower() for suffix in self.files]
+        return not self.is_known and all(name.startswith(f"{key.lower()}.") for name in names)
+
 
 def tar_source(
     name: str, license: str, suffixes: Iterable[str], convert: Callable[[str, Mapping[str, bytes]], Entry]
@@ -169,11 +174,11 @@ def samples_from(files: Sequence[str], suffixes: Sequence[str], offset: int) -> 
         found = samples(items_from(files, offset, margin), suffixes)
         is_certain, first = True, list[Sample | Item]()
         for item in found:
-            is_certain = is_certain and (isinstance(item, Item) or item.is_certain)
-            if item.start >= offset:
-                first.append(item)
-                break
-            is_certain = isinstance(item, Item) or item.is_certain
+            first += [item] if item.start >= offset else []
+            if isinstance(item, Sample):
+                is_certain = item.is_certain and (is_certain or item.start < offset)
+                if first:
+                    break
         if is_certain:
             yield from itertools.chain(first, found)
             return
@@ -183,11 +188,13 @@ def samples_from(files: Sequence[str], suffixes: Sequence[str], offset: int) -> 
 def samples(found: Iterable[Item], suffixes: Sequence[str]) -> Iterator[Sample | Item]:
     """Yields samples and damage, by position; one sample is in memory at a time.
 
-    A sample ends where the key is another, at an end mark, at damage, and where it has a file already, since joined
-    tars may have the same keys. The same file twice in a row is there once.
+    A sample ends where the key is another, at an end mark and at damage. Joined tars may have samples of the same key
+    next to each other: one also ends before a file that it has already, or that the first of this key began with. The
+    same file twice in a row is there once.
     """
     sample: Sample | None = None
     behind: list[Item] = []  # refused members between those of the sample
+    opening = ""  # the role of the file that samples begin with, as far as it is known
     is_certain = is_broken = False
     for item in found:
         member = item.what
@@ -195,14 +202,19 @@ def samples(found: Iterable[Item], suffixes: Sequence[str]) -> Iterator[Sample |
             behind.append(item)
             continue
         key, suffix, is_known = _split(member.name, suffixes, sample) if isinstance(member, Member) else ("", "", False)
+        role = _role(suffix)
+        goes_on = False
         if sample and isinstance(member, Member) and sample.key == key:
             if sample.last == member:
                 continue
-            goes_on = suffix not in sample.files
-        else:
-            goes_on = False
-            # Where the key of a sample whose beginning is not known is another, there is certainly a new one.
+            roles = [_role(suffix) for suffix in sample.files]
+            goes_on = role not in roles and (role != opening if opening else role > roles[-1])
+        elif sample and is_known and sample.precedes(key):
+            sample.key, goes_on = key, True
+        elif not isinstance(member, Damage) and not is_broken:
+            # Where a sample certainly begins, what begins it is known too.
             is_certain = is_certain or member is None or bool(sample and (sample.is_known or is_known))
+            opening = role
         if sample and not goes_on:
             sample.is_broken |= isinstance(member, Damage)
             yield sample
@@ -212,15 +224,20 @@ def samples(found: Iterable[Item], suffixes: Sequence[str]) -> Iterator[Sample |
             behind = []
         if isinstance(member, Member):
             sample = sample or Sample(item.start, key, is_certain, is_broken=is_broken)
-            sample.key, sample.last, sample.is_known = key, member, sample.is_known or is_known
+            sample.last, sample.is_known = member, sample.is_known or is_known
             sample.files[suffix] = member.data
         is_broken = isinstance(member, Damage)
         if is_broken:
-            is_certain = True
             yield item
     if sample:
         yield sample
     yield from behind
+
+
+def _role(suffix: str) -> str:
+    """Returns a suffix without the kind of an image."""
+    role, _, kind = suffix.rpartition(".")
+    return role if kind in _IMAGES else suffix
 
 
 def _split(name: str, suffixes: Sequence[str], sample: Sample | None) -> tuple[str, str, bool]:
