@@ -130,7 +130,9 @@ def _passed_over(found: Found) -> bool:
     return isinstance(found.what, tarfile.TarInfo) and (found.what.isdir() or is_clutter(found.what.name))
 
 
-def items(tar: Tar, files: Sequence[str], wanted: Callable[[str], bool] | None = None, start: int = 0) -> Iterator[Item]:
+def items(
+    tar: Tar, files: Sequence[str], wanted: Callable[[str], bool] | None = None, start: int = 0
+) -> Iterator[Item]:
     """Yields what lies in an archive from a position on, in order; one member is in memory at a time.
 
     Regular files whose names are not `wanted` are left out, directories and clutter of file systems too. Refused are
@@ -163,8 +165,8 @@ def members(files: Sequence[str], wanted: Callable[[str], bool] | None = None) -
 def items_from(files: Sequence[str], offset: int, margin: int) -> Iterator[Item]:
     """Yields the items of an uncompressed archive from some place on that is `margin` or more bytes before `offset`.
 
-    They are those that reading from the beginning yields, whatever the archive holds. No more than tars.LONGEST and a few
-    margins before `offset` are read if the archive is nothing unusual.
+    They are those that reading from the beginning yields, whatever the archive holds. Of an archive that is nothing
+    unusual, no more than tars.LONGEST and a few margins before `offset` are read.
     """
     with open_tar(files) as tar:
         back, entry = margin, None

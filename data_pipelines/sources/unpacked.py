@@ -35,7 +35,7 @@ def _decoder(head: bytes) -> tuple[Any, tuple[int, ...], type[Exception]]:
     try:
         import zstandard
     except ImportError as error:
-        raise UserError("archives in Zstandard take the package zstandard: pip install zstandard") from error
+        raise UserError("archives in Zstandard take the package zstandard: pip install 'varedit-jax[prepare]'") from error
     return zstandard.ZstdDecompressor().decompressobj(), (), zstandard.ZstdError
 
 

@@ -126,7 +126,8 @@ def _named(
             refused.setdefault(item.key, _Incomplete()).add(item, entry)
         else:
             yield item.start, entry
-    yield from sorted(itertools.chain.from_iterable(map(_Incomplete.entries, refused.values())), key=lambda pair: pair[0])
+    counted = itertools.chain.from_iterable(incomplete.entries() for incomplete in refused.values())
+    yield from sorted(counted, key=lambda pair: pair[0])
 
 
 def _number(key: str, known: dict[str, int]) -> str:

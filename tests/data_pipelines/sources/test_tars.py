@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import pytest
 
-from data_pipelines.reasons import Reason
 from data_pipelines.record import Record
 from data_pipelines.sources import Entry, Refused, find_parts, read_part, tars, webdataset
 

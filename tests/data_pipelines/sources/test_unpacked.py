@@ -16,8 +16,11 @@ from tests.data_pipelines.sources.layouts import tar
 
 Compress = Callable[[bytes], bytes]
 CODECS: dict[str, Compress] = {
-    ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor(write_checksum=True).compress,
-}  # fmt: skip
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard.ZstdCompressor(write_checksum=True).compress,
+}
 FIRST, SECOND = (random.Random(seed).randbytes(200_000) for seed in (1, 2))
 SKIPPED = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"more"  # a frame of Zstandard without contents
 
