@@ -72,10 +72,9 @@ class Tar:
         self.fileobj, self.offset = stream, 0
         self.pax_headers: dict[str, str] = {}
         self._breaks = breaks
-        stream.seek(0)
-        head = stream.read(_BLOCK)
+        head = self._read_at(0, _BLOCK)
         # Headers of the oldest format, V7, have no magic. Those of others without it are damaged.
-        self.has_magic = head[_MAGIC_AT:].startswith(_MAGIC)
+        self.has_magic = head[_MAGIC_AT:].startswith(_MAGIC) or not _is_sound(head)
 
     def size(self) -> int:
         """Returns the size of the archive; it is not compressed."""

@@ -35,7 +35,9 @@ def _decoder(head: bytes) -> tuple[Any, tuple[int, ...], type[Exception]]:
     try:
         import zstandard
     except ImportError as error:
-        raise UserError("archives in Zstandard take the package zstandard: pip install 'varedit-jax[prepare]'") from error
+        raise UserError(
+            "archives in Zstandard take the package zstandard: pip install 'varedit-jax[prepare]'"
+        ) from error
     return zstandard.ZstdDecompressor().decompressobj(), (), zstandard.ZstdError
 
 

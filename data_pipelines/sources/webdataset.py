@@ -195,8 +195,9 @@ def samples(found: Iterable[Item], suffixes: Sequence[str]) -> Iterator[Sample |
     """
     sample: Sample | None = None
     behind: list[Item] = []  # refused members between those of the sample
-    opening = ""  # the role of the file that samples begin with, as far as it is known
-    is_certain = is_broken = False
+    openings: set[str] = set()  # roles of the files with which samples of this key begin, as far as they are known
+    last_key: str | None = None  # of the sample before an end mark
+    is_certain, is_broken = False, True  # what begins in the middle of an archive may begin behind damage
     for item in found:
         member = item.what
         if isinstance(member, Damage) and member.reason is not Reason.ARCHIVE:
@@ -209,17 +210,20 @@ def samples(found: Iterable[Item], suffixes: Sequence[str]) -> Iterator[Sample |
             if sample.last == member:
                 continue
             roles = [_role(suffix) for suffix in sample.files]
-            goes_on = role not in roles and (role != opening if opening else role > roles[-1])
+            goes_on = role not in roles and (role not in openings if openings else role > roles[-1])
         elif sample and is_known and sample.precedes(key):
             sample.key, goes_on = key, True
-        elif not isinstance(member, Damage) and not is_broken:
-            # Where a sample certainly begins, what begins it is known too.
-            is_certain = is_certain or member is None or bool(sample and (sample.is_known or is_known))
-            opening = role
+        elif isinstance(member, Member) and not is_broken and not (sample and sample.is_broken):
+            # A sample certainly begins here, and what begins it is known. Behind damage, a name may be cut short. Zeros
+            # in place of members look like an end mark.
+            if key == last_key:
+                openings = openings | {role}
+            else:
+                openings, is_certain = {role}, True
         if sample and not goes_on:
             sample.is_broken |= isinstance(member, Damage)
             yield sample
-            sample = None
+            last_key, sample = sample.key if member is None else None, None
         if not sample:
             yield from behind
             behind = []
@@ -227,9 +231,12 @@ def samples(found: Iterable[Item], suffixes: Sequence[str]) -> Iterator[Sample |
             sample = sample or Sample(item.start, key, is_certain, is_broken=is_broken)
             sample.last, sample.is_known = member, sample.is_known or is_known
             sample.files[suffix] = member.data
-        is_broken = isinstance(member, Damage)
-        if is_broken:
+            last_key, is_broken = None, False
+        elif isinstance(member, Damage):
+            is_broken = True
             yield item
+        elif not item.start:  # nothing is before it
+            is_certain, is_broken = True, False
     if sample:
         yield sample
     yield from behind
