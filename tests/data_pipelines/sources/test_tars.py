@@ -91,7 +91,7 @@ def _refused(entries: Sequence[Entry]) -> list[tuple[str, str, str]]:
     return sorted((entry.id, entry.reason, entry.detail) for entry in entries if isinstance(entry, Refused))
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("names_bytes", [1 << 30, 30_000])
 def test_joined_tars_come_back_whole_in_any_number_of_parts(
     seed: int, names_bytes: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
@@ -123,7 +123,8 @@ def _damaged(draw: random.Random, data: bytes) -> tuple[bytes, int, int]:
     return data[:start] + new + data[end:], start, end
 
 
-@pytest.mark.parametrize("seed", range(60))
+# Beyond the first, seeds at which a faulty version failed.
+@pytest.mark.parametrize("seed", [*range(8), 14, 18, 19, 23, 25, 1006, 1048, 1129, 1151, 1160])
 def test_damage_costs_what_it_hits_and_is_told(
     seed: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,9 +136,61 @@ def test_damage_costs_what_it_hits_and_is_told(
     records = [planted for _, planted in _records(whole)]
     sound = [planted for planted, begin, stop in samples if not (begin <= end and start < stop)]
     assert [planted for planted in records if planted in sound] == sound
+    for record in records:  # never one's source with another's target or words
+        of = [[number for number, (planted, _, _) in enumerate(samples) if planted[i] == record[i]] for i in range(3)]
+        assert len({number for numbers in of for number in numbers}) <= 1
     # One that lies between end marks and becomes zeros, or leaves nothing at all, leaves no trace.
     left = [planted for planted, begin, stop in samples if not (start <= begin and stop <= end)]
     assert len(records) >= len(left) or _refused(whole)
     for part_bytes in (draw.randint(1, 20) * 1000, draw.randint(1, 300) * 512):
         parts = _entries(tmp_path, monkeypatch, part_bytes)
         assert _records(parts) == _records(whole) and _refused(parts) == _refused(whole)
+
+
+def _deceptive(draw: random.Random, chained: bool) -> bytes:
+    """An archive whose files hold headers that lead from one to the next, or else whole tars."""
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as archive:
+        for number in range(20):
+            if chained:
+                header = tarfile.TarInfo(f"{number}.none.jpg")
+                header.size = 4096
+                content = draw.randbytes(1024) + header.tobuf() + draw.randbytes(2560)
+            else:
+                names = [f"{number}inner{place}" for place in range(draw.randint(1, 2))]
+                content = _tar(draw, names, False)[0][: LARGEST - 512]
+                content += bytes(-len(content) % 512)
+            _pack(archive, f"{number}.src.jpg", content)
+    return data.getvalue()
+
+
+@pytest.mark.parametrize("chained", [True, False])
+def test_no_header_inside_of_a_file_is_taken_for_a_beginning(chained: bool) -> None:
+    tar = tars.Tar(io.BytesIO(_deceptive(random.Random(0), chained)), {})
+    true = {found.start for found in tar.walk(0, lambda _: False)}
+    heads = list(tar.heads(0))
+    assert len(heads) > 1.9 * len(true) > 30
+    entries = [
+        tar.entry(first, first + tars.LONGEST + 9 * 1024) for first in range(0, heads[-1] - 2 * tars.LONGEST, 512)
+    ]
+    assert true.issuperset(entry for entry in entries if entry is not None)
+    assert all(entry is None for entry in entries) == chained  # nothing but the beginning tells
+
+
+def test_a_shifted_archive_is_told_though_zeros_end_before_its_headers(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, samples = _tar(random.Random(1), ["0", "1"], False)
+    (tmp_path / "a.tar").write_bytes(data[:600] + b"+" + data[600:] + bytes(1024))
+    entries = _entries(tmp_path, monkeypatch, 1 << 30)
+    assert [planted for _, planted in _records(entries)] == [samples[1][0]]
+    assert ("a.tar", "damaged archive") in [refused[:2] for refused in _refused(entries)]
+
+
+def test_names_for_all_members_behind_are_those_of_none(tmp_path: pathlib.Path) -> None:
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w", format=tarfile.PAX_FORMAT, pax_headers={"path": "x"}) as archive:
+        _pack(archive, "0.src.jpg", b"0")
+        _pack(archive, "1.src.jpg", b"1")
+    tar = tars.Tar(data, {})
+    assert [getattr(found.what, "name", None) for found in tar.walk(0, lambda _: True)][1] == "1.src.jpg"
