@@ -7,13 +7,14 @@ class Reason(enum.StrEnum):
     """Reason why an entry of a data set is not used. Files hold the values, so these never change."""
 
     # An entry of a source that is not a record.
-    ARCHIVE = "damaged archive"  # or table or list: the rest of it is lost
+    ARCHIVE = "damaged archive"  # or table or list: a part of it is lost
     ANNOTATION = "damaged annotation"
     MISSING = "missing image"
     UNSAFE = "unsafe name"  # an absolute path, one that leaves its directory, a link or a device
     SIZE = "absurd size"  # of a file in bytes, or of an image in pixels
     INSTRUCTION = "empty instruction"
     SEVERAL = "several sources"  # an edit of more than one image
+    APART = "members apart"  # files of a sample that are not neighbors in an archive
     NO_IMAGES = "no images"  # a turn of text alone
     AMBIGUOUS = "ambiguous image"  # one file name for two images
     CORRUPT = "known to be corrupt"

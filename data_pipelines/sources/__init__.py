@@ -11,7 +11,7 @@ directory are refused and never used as a path. Images are not decoded here.
 One triple is in memory at a time, and in addition:
 
  - tables: a row group, as published
- - tars with one group of neighboring members per triple (varedit, x2edit): a group
+ - tars whose triples are neighboring members (varedit, x2edit): a triple, and names in 4 GiB of the archive
  - uncompressed archives whose members are named by a table (imgedit): offsets of all members
  - compressed archives whose members are named by lists (seed, gpt_image_edit, packed files of pico_banana): `join`,
    with bounds in memory and in temporary files

@@ -1,23 +1,27 @@
 """Tar archives as downloaded, split into parts or not, compressed or not, read without unpacking."""
 
-import gzip
-import io
+import contextlib
 import posixpath
 import re
 import tarfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from data_pipelines.reasons import Reason
+from data_pipelines.sources import tars, unpacked
 from data_pipelines.sources.entries import MAX_FILE_BYTES
-from data_pipelines.sources.files import Volume, open_input, safe_name
+from data_pipelines.sources.files import Volume, is_clutter, open_input, safe_name
+from data_pipelines.sources.tars import Found, Lost, Tar
 from varedit_jax.errors import UserError
 
-_DAMAGE = (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error, ValueError, RecursionError)
+ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
+# For files.find: whole archives, and those split into parts.
+PATTERNS = tuple(f"*{ending}{part}" for ending in ENDINGS for part in ("", ".part*", ".split*"))
 
 # NAME.tar.gz.part-aa, NAME.tar.gz.part001, NAME.tar.split.000
-_PART = re.compile(r"(?P<name>.+\.(?:tar|tar\.gz|tgz))(?:\.(?:part|split)[-.]?(?P<part>\d+|[A-Za-z]+))?")
+_PART = re.compile(
+    rf"(?P<name>.+(?:{'|'.join(map(re.escape, ENDINGS))}))(?:\.(?:part|split)[-.]?(?P<part>\d+|[A-Za-z]+))?"
+)
 
 
 class Member(NamedTuple):
@@ -28,11 +32,18 @@ class Member(NamedTuple):
 
 
 class Damage(NamedTuple):
-    """A refused member of an archive. Reason.ARCHIVE means that the rest of the archive is lost."""
+    """A refused member of an archive. Reason.ARCHIVE means a place without a sound member, told by `detail`."""
 
     name: str
     reason: Reason
     detail: str
+
+
+class Item(NamedTuple):
+    """What lies at a place of an archive: None is an end mark, behind which other tars may follow."""
+
+    start: int  # position in the archive, or in its contents if it is compressed
+    what: Member | Damage | None
 
 
 def group_parts(files: Sequence[str]) -> dict[str, list[str]]:
@@ -71,25 +82,28 @@ def _part_number(part: str) -> int:
 
 
 def is_compressed(files: Sequence[str]) -> bool:
-    """Returns True if an archive is compressed with gzip, regardless of its name."""
+    """Returns True if an archive is compressed, regardless of its name."""
     with open_input(files[0], buffer=16) as file:
-        return file.read(2) == b"\x1f\x8b"
+        return unpacked.is_compressed(file.read(16))
 
 
-def _infos(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Yields headers in order. Unlike TarFile.next, it does not keep them, or take a damaged one for the end."""
-    info = tar.firstmember  # type: ignore[attr-defined]
-    while info is not None:
-        yield info
-        tar.fileobj.seek(tar.offset)  # type: ignore[union-attr]
-        try:
-            start, info = tar.offset, tarfile.TarInfo.fromtarfile(tar)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
-            return
-        except tarfile.EmptyHeaderError as error:  # type: ignore[attr-defined]
-            raise tarfile.ReadError("ends without its end mark") from error
-        if tar.offset <= start:  # a negative size would repeat the same headers forever
-            raise tarfile.ReadError(f"{info.name} has a size of {info.size} bytes")
+@contextlib.contextmanager
+def open_tar(files: Sequence[str], buffer: int = 1 << 17) -> Iterator[Tar]:
+    """Opens an archive, compressed or not."""
+    with open_input(*files, buffer=buffer) as file:
+        if is_compressed(files):
+            contents = unpacked.Unpacked(file)
+            yield Tar(contents, contents.breaks)
+        else:
+            yield Tar(file, {})
+
+
+def bytes_to_share(files: Sequence[str]) -> int:
+    """Returns the size of an archive that can be read from anywhere in it; 0 for another."""
+    if is_compressed(files):
+        return 0
+    with open_tar(files) as tar:
+        return tar.size() if tar.has_magic else 0
 
 
 def _problem(info: tarfile.TarInfo, name: str | None) -> tuple[Reason, str] | None:
@@ -102,31 +116,67 @@ def _problem(info: tarfile.TarInfo, name: str | None) -> tuple[Reason, str] | No
     return None
 
 
-def members(files: Sequence[str], wanted: Callable[[str], bool] | None = None) -> Iterator[Member | Damage]:
-    """Yields the regular files of an archive in order, and refused ones; one member is in memory at a time.
+def _refused(found: Found, files: Sequence[str]) -> Damage | None:
+    """Returns why what was found is no file to use; None if it is one."""
+    if isinstance(found.what, Lost):
+        where = f"bytes {found.start} to {found.what.end}" if found.what.end > found.start else f"byte {found.start}"
+        return Damage(posixpath.basename(files[0]), Reason.ARCHIVE, f"{where}: {found.what.why}")
+    assert found.what
+    problem = _problem(found.what, safe_name(found.what.name))
+    return Damage(found.what.name, *problem) if problem else None
 
-    Only files whose names are `wanted` are read. Names that leave the directory, links, devices and absurd sizes are
-    refused, as is the rest of a damaged or truncated archive.
+
+def _passed_over(found: Found) -> bool:
+    return isinstance(found.what, tarfile.TarInfo) and (found.what.isdir() or is_clutter(found.what.name))
+
+
+def items(
+    tar: Tar, files: Sequence[str], wanted: Callable[[str], bool] | None = None, start: int = 0
+) -> Iterator[Item]:
+    """Yields what lies in an archive from a position on, in order; one member is in memory at a time.
+
+    Regular files whose names are not `wanted` are left out, directories and clutter of file systems too. Refused are
+    names that leave the directory, links, devices, absurd sizes, and places that are damaged or cut short.
     """
-    try:
-        with open_input(*files) as file:
-            # Seeks are forward only, which a compressed stream supports by reading.
-            stream = io.BufferedReader(gzip.GzipFile(fileobj=file), 1 << 17) if is_compressed(files) else file  # type: ignore[type-var]
-            with tarfile.open(fileobj=stream, mode="r:") as tar:
-                for info in _infos(tar):
-                    if info.isdir():
-                        continue
-                    name = safe_name(info.name)
-                    if problem := _problem(info, name):
-                        yield Damage(info.name, *problem)
-                    elif wanted is None or wanted(str(name)):
-                        yield Member(str(name), tar.extractfile(info).read())  # type: ignore[union-attr]
-    except _DAMAGE as error:
-        yield _cut_short(files, error)
+
+    def is_read(info: tarfile.TarInfo) -> bool:
+        name = safe_name(info.name)
+        return not is_clutter(info.name) and not _problem(info, name) and (wanted is None or wanted(str(name)))
+
+    for found in tar.walk(start, is_read):
+        if _passed_over(found):
+            continue
+        if found.what is None:
+            yield Item(found.start, None)
+        elif damage := _refused(found, files):
+            yield Item(found.start, damage)
+        elif found.data is not None:
+            yield Item(found.start, Member(str(safe_name(found.what.name)), found.data))  # type: ignore[union-attr]
 
 
-def _cut_short(files: Sequence[str], error: Exception) -> Damage:
-    return Damage(posixpath.basename(files[0]), Reason.ARCHIVE, str(error) or type(error).__name__)
+def members(files: Sequence[str], wanted: Callable[[str], bool] | None = None) -> Iterator[Member | Damage]:
+    """Yields the `items` of an archive that are not end marks."""
+    with open_tar(files) as tar:
+        for item in items(tar, files, wanted):
+            if item.what is not None:
+                yield item.what
+
+
+def items_from(files: Sequence[str], offset: int, margin: int) -> Iterator[Item]:
+    """Yields the items of an uncompressed archive from some place on that is `margin` or more bytes before `offset`.
+
+    They are those that reading from the beginning yields, whatever the archive holds. Of an archive that is nothing
+    unusual, no more than tars.LONGEST and a few margins before `offset` are read.
+    """
+    with open_tar(files) as tar:
+        back, entry = margin, None
+        while entry is None:
+            first = offset - tars.LONGEST - back
+            entry = 0 if first <= 0 else tar.entry(first, offset - margin // 2)
+            back *= 2
+        if not entry:
+            yield Item(0, None)  # nothing is before it
+        yield from items(tar, files, start=entry)
 
 
 def tail(name: str, components: int = 2) -> str:
@@ -144,25 +194,17 @@ class TarIndex:
     def __init__(self, files: Sequence[str]) -> None:
         """Reads only the headers. `damage` has the refused members."""
         self.damage: list[Damage] = []
-        self._places: dict[str, tuple[int, int] | None] = {}  # None where two files have the same name
+        self._places: dict[str, tuple[tuple[int, int], ...]] = {}  # offset and size of each file of that name
         self._volume = Volume(files)
-        try:
-            # A small buffer, since file contents between headers are skipped.
-            with open_input(*files, buffer=1 << 13) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-                for info in _infos(tar):
-                    self._add(info)
-        except _DAMAGE as error:
-            self.damage.append(_cut_short(files, error))
-
-    def _add(self, info: tarfile.TarInfo) -> None:
-        if info.isdir():
-            return
-        name = safe_name(info.name)
-        if problem := _problem(info, name):
-            self.damage.append(Damage(info.name, *problem))
-            return
-        key = tail(str(name))
-        self._places[key] = None if key in self._places else (info.offset_data, info.size)
+        with open_tar(files, buffer=1 << 13) as tar:  # small, since file contents between headers are skipped
+            for found in tar.walk(0, lambda _: False):
+                if found.what is None or _passed_over(found):
+                    continue
+                if damage := _refused(found, files):
+                    self.damage.append(damage)
+                elif isinstance(found.what, tarfile.TarInfo):
+                    key = tail(str(safe_name(found.what.name)))
+                    self._places[key] = (*self._places.get(key, ()), (found.what.offset_data, found.what.size))
 
     def __enter__(self) -> "TarIndex":
         return self
@@ -175,13 +217,19 @@ class TarIndex:
         self._volume.release()
 
     def read(self, name: str) -> bytes | Reason:
-        """Returns a file's bytes, or MISSING, AMBIGUOUS, or ARCHIVE if the archive is truncated."""
-        if tail(name) not in self._places:
-            return Reason.MISSING
-        place = self._places[tail(name)]
-        if place is None:
-            return Reason.AMBIGUOUS
-        offset, size = place
+        """Returns a file's bytes, or MISSING, AMBIGUOUS, or ARCHIVE if the archive is truncated.
+
+        Files of one name that are equal are no more than one.
+        """
+        found: bytes | Reason = Reason.MISSING
+        for place in self._places.get(tail(name), ()):
+            data = self._read(*place)
+            if isinstance(found, bytes) and data != found:
+                return Reason.AMBIGUOUS
+            found = data
+        return found
+
+    def _read(self, offset: int, size: int) -> bytes | Reason:
         self._volume.seek(offset)
         data = bytearray(size)
         view, done = memoryview(data), 0

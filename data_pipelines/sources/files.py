@@ -27,6 +27,8 @@ _SPACE = " \t\r\n"
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 _OUTSIDE = re.compile(r"^/|^[A-Za-z]:|[\\\0]")  # absolute paths, and characters special to other systems
 
+_CLUTTER = re.compile(r"(?:^|/)(?:\._[^/]*|\.DS_Store|__MACOSX|Thumbs\.db|desktop\.ini|PaxHeaders?(?:\.\d+)?)(?:/|$)")
+
 
 class ReadError(Exception):
     """The machine cannot read an input: no permission, a bad disk, no free file handle.
@@ -126,6 +128,11 @@ def safe_name(name: object) -> str | None:
         return None
     pieces = [piece for piece in name.split("/") if piece not in ("", ".")]
     return "/".join(pieces) if pieces and ".." not in pieces else None
+
+
+def is_clutter(name: str) -> bool:
+    """Returns True for what systems and programs leave beside files: attributes, thumbnails, headers of archives."""
+    return _CLUTTER.search(name) is not None
 
 
 def find(inputs: Sequence[str], *patterns: str) -> list[str]:

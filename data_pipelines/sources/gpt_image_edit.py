@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from data_pipelines.reasons import Reason
-from data_pipelines.sources.archives import Member, group_parts, members
+from data_pipelines.sources.archives import PATTERNS, Member, group_parts, members
 from data_pipelines.sources.entries import Entry, Part, Refused, SourceFormat
 from data_pipelines.sources.files import find, json_items, safe_name, stem
 from data_pipelines.sources.join import Stream, Wanted, joined
@@ -33,7 +33,7 @@ _TRAINING = {
 
 
 def _parts(inputs: Sequence[str], options: Mapping[str, str]) -> list[Part]:
-    archives = group_parts(find(inputs, "*.tar.gz", "*.tar.gz.part*"))
+    archives = group_parts(find(inputs, *PATTERNS))
     if not archives:
         raise UserError(f"there is no *.tar.gz.part* under {', '.join(inputs)}; give the directory gpt-edit")
     lists = [file for file in find(inputs, "*.json") if stem(file) in _TRAINING]

@@ -173,7 +173,7 @@ class _Images:
 def _first_name(files: Sequence[str]) -> str:
     """Returns the name of an archive's first file, "" if it has none. Raises UserError if it is compressed."""
     if is_compressed(files):
-        raise UserError(f"{files[0]} is compressed, but the archives of ImgEdit are not; decompress it with gunzip")
+        raise UserError(f"{files[0]} is compressed, but the archives of ImgEdit are not; decompress it")
     return first_name(files) or ""
 
 

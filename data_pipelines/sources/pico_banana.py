@@ -14,13 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from data_pipelines.reasons import Reason
-from data_pipelines.sources.archives import group_parts, tail
+from data_pipelines.sources.archives import ENDINGS, group_parts, tail
 from data_pipelines.sources.entries import Entry, Part, Refused, SourceFormat, make_entry
 from data_pipelines.sources.files import distinct, find, read_below, read_lines, relative_name, safe_name, stem
 from data_pipelines.sources.join import Found, Lost, Stream, Wanted, join
 from varedit_jax.errors import UserError
 
-_ARCHIVES = (".tar", ".tar.gz")
 _NAME, _LICENSE = "pico_banana", "CC-BY-NC-ND-4.0"
 _SOURCES = "openimage_source_images"  # where the publisher's instructions unpack the archives
 
@@ -29,7 +28,7 @@ def _parts(inputs: Sequence[str], options: Mapping[str, str]) -> list[Part]:
     lists = distinct(find(inputs, "*.jsonl"))
     if not lists:
         raise UserError(f"there is no *.jsonl under {', '.join(inputs)}; give sft.jsonl and its images")
-    archives = find(inputs, *(f"*{ending}" for ending in _ARCHIVES))
+    archives = find(inputs, *(f"*{ending}" for ending in ENDINGS))
     directories = [path for path in inputs if path not in (*lists, *archives)]
     return [
         Part(
@@ -43,8 +42,8 @@ def _parts(inputs: Sequence[str], options: Mapping[str, str]) -> list[Part]:
 
 def _read(part: Part) -> Iterator[Entry]:
     path, *others = part.files
-    directories = [other for other in others if not other.endswith(_ARCHIVES)]
-    archives = group_parts([other for other in others if other.endswith(_ARCHIVES)])
+    directories = [other for other in others if not other.endswith(ENDINGS)]
+    archives = group_parts([other for other in others if other.endswith(ENDINGS)])
     outputs = collections.Counter(
         edit["target"] for edit in _edits(path) if not isinstance(edit, Refused) and edit["target"]
     )

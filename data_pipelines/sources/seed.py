@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from data_pipelines.reasons import Reason
-from data_pipelines.sources.archives import group_parts
+from data_pipelines.sources.archives import PATTERNS, group_parts
 from data_pipelines.sources.entries import Entry, Part, Refused, SourceFormat
 from data_pipelines.sources.files import distinct, find, read_lines, safe_name
 from data_pipelines.sources.join import Stream, Wanted, joined
@@ -41,7 +41,7 @@ def _parts(inputs: Sequence[str], options: Mapping[str, str]) -> list[Part]:
     distinct(directories)
     parts = []
     for directory in directories:
-        archives = find([directory], "*.tar", "*.tar.gz", "*.tar.gz.part*", "*.tar.part*")
+        archives = find([directory], *PATTERNS)
         if not archives:
             raise UserError(f"there is no *.tar.gz.part-* or *.tar.gz under {directory}; download the images too")
         lists = find([directory], "annotations/*.jsonl", "annotations_GPT4V/*.jsonl")

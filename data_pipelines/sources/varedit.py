@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from data_pipelines.sources.entries import Entry, make_entry
-from data_pipelines.sources.webdataset import image, tar_source
+from data_pipelines.sources.webdataset import image, images, tar_source
 
 
 def _convert(id: str, group: Mapping[str, bytes]) -> Entry:
@@ -16,4 +16,4 @@ def _convert(id: str, group: Mapping[str, bytes]) -> Entry:
     )
 
 
-SOURCE = tar_source("varedit", "", _convert)
+SOURCE = tar_source("varedit", "", (*images("src"), *images("tgt"), "txt", "json"), _convert)

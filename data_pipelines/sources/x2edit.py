@@ -12,7 +12,7 @@ from typing import Any
 
 from data_pipelines.record import finite_scores
 from data_pipelines.sources.entries import Entry, make_entry
-from data_pipelines.sources.webdataset import image, tar_source
+from data_pipelines.sources.webdataset import image, images, tar_source
 
 _NAME, _LICENSE = "x2edit", "Apache-2.0"
 _INSTRUCTIONS = ("instruction", "instruction_en", "caption_en", "instruction_zh")
@@ -54,4 +54,6 @@ def _scores(about: Mapping[str, Any]) -> dict[str, float]:
     return finite_scores(found)
 
 
-SOURCE = tar_source(_NAME, _LICENSE, _convert)
+SOURCE = tar_source(
+    _NAME, _LICENSE, (*images("1.0"), *images("1.1"), *images("1"), *images("2"), "json", "txt"), _convert
+)

@@ -150,7 +150,7 @@ def test_a_full_disk_is_told_to_the_user(tmp_path: pathlib.Path, monkeypatch: py
 
 def test_memory_does_not_grow_with_the_number_of_pairs(tmp_path: pathlib.Path) -> None:
     peaks = []
-    for count in (200, 800):  # the smaller already fills all buffers
+    for count in (500, 1100):  # the smaller already fills all buffers
         streams = _streams(tmp_path, count, shuffled=False)
         pairs = (Wanted(f"{i}", ((0, f"s{i}"), (1, f"t{i}"))) for i in range(count))
         tracemalloc.start()
