@@ -6,7 +6,8 @@ import pytest
 from data_pipelines.reasons import Reason
 from data_pipelines.record import Record, decode, encode
 from data_pipelines.sources.entries import Refused, make_entry
-from data_pipelines.sources.files import find, json_items, read_lines, safe_name
+from data_pipelines.sources.files import find, safe_name
+from data_pipelines.sources.lists import json_items, read_lines
 
 
 @pytest.mark.parametrize(
