@@ -15,6 +15,7 @@ from varedit_jax.errors import UserError
 from varedit_jax.storage.disk import explained, is_machine_error, read_explained, reason
 from varedit_jax.storage.files import write_bytes
 from varedit_jax.storage.paths import PathLike, is_remote, resolve
+from varedit_jax.storage.pointers import HEAD_BYTES, what_instead
 
 ImageSource = PathLike | BinaryIO | Image.Image | np.ndarray
 
@@ -158,6 +159,9 @@ def open_image(file: BinaryIO, name: str = "the image", limits: Limits = _DEFAUL
         with _decoding(name):
             image = Image.open(file, formats=[kind for kind in _READABLE if kind in Image.OPEN])
     except UnidentifiedImageError as error:
+        file.seek(0)
+        if instead := what_instead(file.read(HEAD_BYTES)):
+            raise ImageError("not an image", f"{name} {instead}", instead) from error
         raise ImageError(
             "not an image",
             f"{name} is not an image of a known kind, or damaged at its start; save it as PNG, JPEG or WebP",

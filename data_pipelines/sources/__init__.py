@@ -42,7 +42,7 @@ from data_pipelines.sources.search import check_splits, searching, sentences
 from varedit_jax.errors import UserError
 from varedit_jax.storage.paths import PathLike, resolve
 
-__all__ = ["SOURCES", "Entry", "Part", "Refused", "SourceFormat", "find_parts", "read", "read_part"]
+__all__ = ["SOURCES", "Entry", "Part", "Refused", "SourceFormat", "find_parts", "read", "read_part", "sentences"]
 
 SOURCES: dict[str, SourceFormat] = {
     module.SOURCE.name: module.SOURCE

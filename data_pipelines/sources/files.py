@@ -200,7 +200,8 @@ def _below(directories: Sequence[str], inputs: Sequence[str], search: Search) ->
         around = [top for top in tops if top.startswith(f"{real.rstrip('/')}/")]  # of a link that leads up
         first = known.setdefault(real, around[0] if around and above not in directories else above)
         if first != above:
-            search.leave(above, relative_name(above, inputs), Reason.TWICE, f"is the same directory as {first}")
+            detail = f"is the same directory as {relative_name(first, inputs) or '.'}"
+            search.leave(above, relative_name(above, inputs), Reason.TWICE, detail)
             continue
         with reading(above), os.scandir(above) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):

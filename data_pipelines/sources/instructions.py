@@ -15,13 +15,13 @@ _LETTERS = frozenset(
     "авдеиклмнорсту"
 )  # fmt: skip
 _SPECIAL = re.compile(r"</?s>|<pad>|<unk>|<extra_id_\d+>")  # tokens of T5 that are no text
-_WORD = re.compile(r"[^\W_]+")
+_WORD = re.compile(r"n/a(?!\w)|[^\W_]+")
 # Words, without case and punctuation, that stand for no text, also repeated: "None, None".
-_NOTHING = frozenset(("none", "nan", "null", "nil", "na", "nat", "undefined", "tbd", "todo", "n", "a"))
+_NOTHING = frozenset(("none", "nan", "null", "nil", "na", "n/a", "nat", "undefined", "tbd", "todo"))
 _NO_TEXT = frozenset(("not available", "not applicable", "no instruction", "no prompt", "no text"))
 _FIELDS = frozenset((
-    "instruction", "instructions", "prompt", "prompts", "edit", "edits", "edit instruction", "edit prompt", "text",
-    "txt", "edited prompt", "edited prompt list", "caption", "ori", "original", "source", "target", "input", "output",
+    "instruction", "instructions", "prompt", "prompts", "edit instruction", "edit prompt", "edited prompt",
+    "edited prompt list", "caption", "ori",
 ))  # fmt: skip
 _FILE = re.compile(r"\S+\.(?:jpe?g|png|webp|gif|bmp|tiff?|avif)|https?://\S+", re.IGNORECASE)
 _OBJECT = re.compile(r"<[^<>]* at 0x[0-9a-f]+>", re.IGNORECASE)

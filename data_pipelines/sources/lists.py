@@ -172,7 +172,8 @@ def read_lines(path: str, dataset: str, span: Span = _WHOLE) -> Iterator[tuple[s
             yield place, value
             continue
         if number == 1 and line in _OPENINGS:
-            problem = f"is JSON over many lines, and has to be one object per line: jq -c '.[]?' {name}"
+            values = "." if line == "{" else "'.[]'"
+            problem = f"is JSON over many lines, and has to be one object per line: jq -c {values} {name}"
         yield place, Refused(id=place, dataset=dataset, reason=Reason.ANNOTATION, detail=problem)
         if problem.startswith("is JSON"):
             return

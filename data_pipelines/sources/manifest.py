@@ -55,7 +55,7 @@ def _convert(value: Mapping[str, Any], place: str, dataset: str, directories: Se
             return Refused(id=id, dataset=dataset, reason=Reason.ANNOTATION, detail=detail[:_LONGEST])
         data = read_below(directories, name)
         if isinstance(data, Reason):
-            detail = f"{side}: {str(name)!r}"[:_LONGEST] + _advice(data, str(name), directories[0])
+            detail = f"{side}: {str(name)!r}"[:_LONGEST] + _advice(data, str(name))
             return Refused(id=id, dataset=dataset, reason=data, detail=detail)
         sides[side] = data
     others, scores, turn = value.get("instructions"), value.get("scores"), value.get("turn")
@@ -74,13 +74,13 @@ def _convert(value: Mapping[str, Any], place: str, dataset: str, directories: Se
     )
 
 
-def _advice(reason: Reason, name: str, root: str) -> str:
+def _advice(reason: Reason, name: str) -> str:
     """Returns what may be wrong with the name of an image, to follow it."""
     if "://" in name:
         return ": an address, download the image"
     if "\ufffd" in name:
         return ": the list is not in UTF-8"
-    return f": outside of {root}, see the option root" if reason is Reason.UNSAFE else ""
+    return ": leads out of the list's directory and the input, see the option root" if reason is Reason.UNSAFE else ""
 
 
 SOURCE = SourceFormat(name="manifest", license="", parts=_parts, read=_read, options=("dataset", "root", *_NEEDED))
