@@ -172,9 +172,8 @@ def omniedit(directory: pathlib.Path) -> Download:
         "edited_prompt_list": ["add a cat", "put a cat there", "add a cat"], "width": 24, "height": 16, "sc_score_1": 9,
         "sc_score_2": 8, "sc_reasoning": "good", "pq_score": 7, "pq_reasoning": "fine", "o_score": 7.5,
     }  # fmt: skip
-    table(
-        directory / "data" / "train-00000-of-00001.parquet", [row, row | {"omni_edit_id": "x", "edited_prompt_list": []}]
-    )
+    rows = [row, row | {"omni_edit_id": "x", "edited_prompt_list": []}]
+    table(directory / "data" / "train-00000-of-00001.parquet", rows)
     return Download(
         inputs=[directory],
         records={
