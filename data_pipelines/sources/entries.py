@@ -70,9 +70,10 @@ def make_entry(
     id = clean_text(id)
     texts, fault = wordings(instructions, captions)
     fields = {name: clean_text(value) if isinstance(value, str) else value for name, value in fields.items()}
-    for side, image in (("source", source), ("target", target)):
-        if isinstance(image, Reason):
-            return Refused(id=id, dataset=dataset, reason=image, detail=side)
+    if isinstance(source, Reason):
+        return Refused(id=id, dataset=dataset, reason=source, detail="source")
+    if isinstance(target, Reason):
+        return Refused(id=id, dataset=dataset, reason=target, detail="target")
     if not source or not target:
         lacks = " and ".join(name for name, data in (("source", source), ("target", target)) if not data)
         return Refused(id=id, dataset=dataset, reason=Reason.MISSING, detail=f"no {lacks}")

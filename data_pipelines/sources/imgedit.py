@@ -22,7 +22,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-
 from data_pipelines.reasons import Reason
 from data_pipelines.record import finite_scores
 from data_pipelines.sources.archives import TarIndex, first_name, group_parts, is_compressed, tail
@@ -35,6 +34,7 @@ from varedit_jax.storage.paths import child_names, resolve
 
 _NAME = "imgedit"
 _PLACES = ("Singleturn", "Multiturn")
+_INSIDE = "mnt/data"  # above the directories in some archives
 _OPEN = 32  # archives open at a time
 _SCORES = "all_dataset_gpt_score.json"
 
@@ -86,12 +86,13 @@ def _read(part: Part) -> Iterator[Entry]:
 
 def _image_directories(inputs: Sequence[str], archives: Sequence[str]) -> list[str]:
     """Returns the directories in which archives may have been unpacked, each to a directory."""
-    places = [posixpath.join(path, name) for path in inputs for name in ("", *_PLACES)]
-    places = [place.rstrip("/") for place in (*places, *map(posixpath.dirname, archives))]
+    tops = [*inputs, *(posixpath.join(path, name) for path in inputs for name in _PLACES)]
+    tops += map(posixpath.dirname, archives)
+    places = [place for top in tops for place in (top, posixpath.join(top, _INSIDE))]
     found = []
     for place in dict.fromkeys(places):
         with reading(place):
-            names = set(child_names(resolve(place))) - {"Parquet", "Benchmark", *_PLACES}
+            names = set(child_names(resolve(place))) - {"Parquet", "Benchmark", "mnt", *_PLACES}
             if any((resolve(place) / name).is_dir() for name in names if "." not in name):
                 found.append(place)
     return found
@@ -206,8 +207,9 @@ class _Images:
             if _plain(name) == _plain(self._table):
                 place = posixpath.join(above, name)
                 yield place
-                inner = child_names(resolve(place))
-                yield from (posixpath.join(place, only) for only in inner if len(inner) == 1)
+                while len(inner := child_names(resolve(place))) == 1:  # directories above those of samples
+                    place = posixpath.join(place, inner[0])
+                    yield place
 
     def _choose(self, directory: str) -> list[str]:
         same = [name for name, first in self._first.items() if directory and directory in first.split("/")[:-2]]

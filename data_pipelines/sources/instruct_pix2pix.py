@@ -146,7 +146,7 @@ def _read_directory(files: _Files, value: Any) -> Iterator[Entry]:
             source=files.read(f"{name}/{seed}_0.jpg"),
             target=files.read(f"{name}/{seed}_1.jpg"),
             instructions=[prompt.get("edit")],
-            captions=[prompt.get("input"), prompt.get("output")],
+            captions=[prompt.get(name) for name in ("caption", "input", "output")],
             scores=scores.get(str(seed), {}),
             original=name,  # images of one prompt are similar
         )

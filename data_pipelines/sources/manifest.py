@@ -2,8 +2,8 @@
 
 Names of images are relative to the list's directory, or to the option `root`; absolute ones, and those with `..`, lead
 there or below an input directory. The options `source`, `target` and `instruction` name other fields. Optional fields
-are `id`, `instructions` (other wordings), `kind`, `turn`, `scores`, `mask`, `license` and `original` (earlier lists have
-`licence` and `picture`). The option `dataset` names the data set, by default after the list.
+are `id`, `instructions` (other wordings), `kind`, `turn`, `scores`, `mask`, `license` and `original` (earlier lists
+have `licence` and `picture`). The option `dataset` names the data set, by default after the list.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -30,13 +30,13 @@ def _names(options: Mapping[str, str], field: str) -> list[str]:
 
 def _columns(options: Mapping[str, str]) -> Columns:
     """Returns the columns of a table: those that options name are needed."""
-    named = [name for field in _FIELDS if field in options for name in _names(options, field)]
-    others = [field for field in _FIELDS if field not in options]
+    images = [*_IMAGES, *(["mask"] if "mask" in options else [])]
+    named = [field for field in _FIELDS if field in options and field not in images]
     return Columns(
-        images=tuple(options.get(side, side) for side in _IMAGES),
-        needed=(*_names(options, "instruction"), *(name for name in named if name != options.get("mask"))),
-        optional_images=tuple(_names(options, "mask")),
-        optional=tuple(field for field in others if field in _TEXTS or field == "turn"),
+        images=tuple(options.get(field, field) for field in images),
+        needed=tuple(name for field in dict.fromkeys(["instruction", *named]) for name in _names(options, field)),
+        optional_images=("mask",),
+        optional=tuple(field for field in (*_TEXTS, "turn") if field not in named),
         advice=_ADVICE,
     )
 

@@ -1,7 +1,7 @@
 """Tables, row by row, and sources that consist of such tables: Parquet, or Arrow as `datasets.save_to_disk` writes it.
 
-Memory is about twice a row group, since writers of Parquet put all images of one into one page. Published row groups have
-100 to 1000 rows.
+Memory is about twice a row group, since writers of Parquet put all images of one into one page. Published row groups
+have 100 to 1000 rows.
 """
 
 import base64

@@ -92,6 +92,16 @@ def table(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
     pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), path, row_group_size=2)
 
 
+def arrow(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A stream of Arrow batches of two rows, with what `datasets.save_to_disk` writes beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = pa.Table.from_pylist([dict(row) for row in rows])
+    with path.open("wb") as file, pa.ipc.new_stream(file, made.schema) as stream:
+        stream.write_table(made, max_chunksize=2)
+    (path.parent / "state.json").write_text(json.dumps({"_data_files": [{"filename": path.name}], "_split": "train"}))
+    (path.parent / "dataset_info.json").write_text("{}")
+
+
 def embedded(name: str) -> dict[str, Any]:
     """An image as tables hold it."""
     return {"bytes": draw(name), "path": f"{name}.jpg"}
@@ -322,4 +332,38 @@ def x2edit(directory: pathlib.Path) -> Download:
             f"{name}/b": Expected(source="sb", target="tb", instructions=("text b",), kind="gpt4o"),
         },
         refused={f"{name}/c": "missing image"},
+    )
+
+
+def any_table(directory: pathlib.Path) -> Download:
+    """HQ-Edit's columns, in Parquet and as `datasets.save_to_disk` writes them."""
+
+    def rows(*numbers: int) -> list[dict[str, Any]]:
+        return [
+            {
+                "input": f"a thing {i}",
+                "input_image": embedded(f"s{i}"),
+                "edit": f"turn it into {i}",
+                "output_image": embedded(f"t{i}"),
+            }
+            for i in numbers
+        ]
+
+    table(directory / "data" / "train-00000-of-00001.parquet", [*rows(0, 1), rows(2)[0] | {"edit": "nan"}])
+    for number in (0, 1):
+        arrow(directory / "saved" / "train" / f"data-{number:05d}-of-00002.arrow", rows(3 + 2 * number, 4 + 2 * number))
+    arrow(directory / "saved" / "test" / "data-00000-of-00001.arrow", rows(9))
+    arrow(directory / "saved" / "train" / "cache-0123abcd.arrow", rows(10))
+    ids = {f"train-00000-of-00001/{i}": i for i in (0, 1)}
+    ids |= {f"saved/train/data-{i:05d}-of-00002/{row}": 3 + 2 * i + row for i in (0, 1) for row in (0, 1)}
+    return Download(
+        inputs=[directory],
+        options={"source": "input_image", "target": "output_image", "instruction": "edit", "dataset": "hq_edit"},
+        records={
+            id: Expected(source=f"s{i}", target=f"t{i}", instructions=(f"turn it into {i}",)) for id, i in ids.items()
+        },
+        refused={
+            "train-00000-of-00001/2": "empty instruction",
+            "saved/test/data-00000-of-00001.arrow": "another split",
+        },
     )

@@ -18,7 +18,13 @@ LAYOUTS: list[tuple[str, Callable[[pathlib.Path], Download]]] = [
     ("seed", archive_layouts.seed_openimages),
     ("seed", archive_layouts.seed_unsplash),
     ("seed", archive_layouts.seed_real_and_multi_turn),
+    ("seed", archive_layouts.seed_openimages_unpacked),
+    ("seed", archive_layouts.seed_openimages_half_unpacked),
+    ("seed", archive_layouts.seed_unsplash_unpacked),
+    ("seed", archive_layouts.seed_real_and_multi_turn_unpacked),
     ("imgedit", archive_layouts.imgedit),
+    ("imgedit", archive_layouts.imgedit_unpacked),
+    ("imgedit", archive_layouts.imgedit_half_unpacked),
     ("ultraedit", layouts.ultraedit),
     ("magicbrush", layouts.magicbrush),
     ("instruct_pix2pix", layouts.instruct_pix2pix_tables),
@@ -33,6 +39,7 @@ LAYOUTS: list[tuple[str, Callable[[pathlib.Path], Download]]] = [
     ("pico_banana", archive_layouts.pico_banana_packed),
     ("varedit", layouts.varedit),
     ("manifest", archive_layouts.manifest),
+    ("table", layouts.any_table),
 ]
 
 
