@@ -175,7 +175,7 @@ class _Arrow:
 def _open_table(file: Any, path: str, columns: Columns) -> tuple[_Table, list[str]]:
     """Returns a table, and those of the columns that it has. Raises UserError if it lacks one that is needed."""
     table: _Table = _Arrow(file) if _is_arrow(path) else _Parquet(file)
-    for name in (*columns.images, *columns.needed):
+    for name in (*columns.needed, *columns.images):
         if name not in table.names:
             raise UserError(f"{path} has no column {name!r}, but {', '.join(table.names)}; {columns.advice}")
     optional = [name for name in (*columns.optional_images, *columns.optional) if name in table.names]

@@ -133,7 +133,7 @@ def test_files_whose_records_would_have_the_same_ids_are_told_to_the_user(tmp_pa
 
 def test_a_table_of_another_data_set_is_told_to_the_user(tmp_path: pathlib.Path) -> None:
     layouts.magicbrush(tmp_path)
-    with pytest.raises(UserError, match="has no column 'source_image', but img_id, .*is it a table of this data set"):
+    with pytest.raises(UserError, match="has no column 'idx', but img_id, .*is it a table of this data set"):
         list(read("ultraedit", [tmp_path]))
 
 
