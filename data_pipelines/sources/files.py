@@ -143,8 +143,9 @@ def find(inputs: Sequence[str], *patterns: str, any_split: bool = False) -> list
     """
     search, found = current(), set()
     for file in _files(inputs, search):
-        name = relative_name(file, inputs)
-        if is_clutter(name) or not any(fnmatch.fnmatchcase(f"/{file}", f"*/{pattern}") for pattern in patterns):
+        if not any(fnmatch.fnmatchcase(f"/{file}", f"*/{pattern}") for pattern in patterns):
+            continue
+        if is_clutter(name := relative_name(file, inputs)):
             continue
         if paths.is_remote(file) or os.path.isfile(file):
             found.add(file)
@@ -191,16 +192,17 @@ def _files(inputs: Sequence[str], search: Search) -> Iterator[str]:
 
 def _below(directories: Sequence[str], inputs: Sequence[str], search: Search) -> Iterator[str]:
     """Yields the files below local directories. Links are followed last, so that directories have their own names."""
-    todo, links = collections.deque(directories), list[str]()
+    todo = collections.deque((directory, os.path.realpath(directory)) for directory in directories)
+    tops, links = dict(todo), list[str]()
     known: dict[str, str] = {}  # directories by their real paths
-    tops = [os.path.realpath(directory) for directory in directories]
     while todo or links:
-        above = todo.popleft() if todo else links.pop(0)
-        real = os.path.realpath(above)
-        around = [top for top in tops if top.startswith(f"{real.rstrip('/')}/")]  # of a link that leads up
-        first = known.setdefault(real, around[0] if around and above not in directories else above)
+        above, real = todo.popleft() if todo else ((link := links.pop(0)), os.path.realpath(link))
+        around = [
+            top for top, path in tops.items() if path.startswith(f"{real.rstrip('/')}/")
+        ]  # of a link that leads up
+        first = known.setdefault(real, around[0] if around and above not in tops else above)
         if first != above:
-            detail = f"is the same directory as {relative_name(first, inputs) or '.'}"
+            detail = f"is the same directory as {relative_name(first, inputs)}, or around it"
             search.leave(above, relative_name(above, inputs), Reason.TWICE, detail)
             continue
         with reading(above), os.scandir(above) as entries:
@@ -211,7 +213,7 @@ def _below(directories: Sequence[str], inputs: Sequence[str], search: Search) ->
                 elif entry.is_symlink():
                     bisect.insort(links, path)
                 else:
-                    todo.append(path)
+                    todo.append((path, posixpath.join(real, entry.name)))
 
 
 def distinct(files: Sequence[str]) -> Sequence[str]:

@@ -58,13 +58,17 @@ def _parts(inputs: Sequence[str], options: Mapping[str, str]) -> list[Part]:
 
 def _image_directories(directory: str) -> list[str]:
     """Returns the directories that archives have been unpacked to, below the one of a part."""
-    found = [directory]
-    for above in found:
-        for name in sorted(_ABOVE):
-            path = posixpath.join(above, name)
-            with reading(path):
-                found += [path] if resolve(path).is_dir() else []
-    return found[1:]
+    above = [directory]
+    for path in above:
+        with reading(path):
+            above += [f"{path}/{name}" for name in sorted(_ABOVE) if (resolve(path) / name).is_dir()]
+    return [path for path in above[1:] if _holds_images(path)]
+
+
+def _holds_images(directory: str) -> bool:
+    """Returns True unless nothing but archives, and directories with a name in _ABOVE, are in a directory."""
+    with reading(directory):
+        return any(".tar" not in path.name and path.name not in _ABOVE for path in resolve(directory).iterdir())
 
 
 def _read(part: Part) -> Iterator[Entry]:

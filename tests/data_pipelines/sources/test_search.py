@@ -60,9 +60,9 @@ def test_a_directory_reached_in_two_ways_is_read_once_and_named(tmp_path: pathli
     entries = list(read("manifest", [tmp_path / "in"]))
     assert sum(isinstance(entry, Record) for entry in entries) == 2
     assert _refused(entries) == {
-        "a_link": "read already: is the same directory as real/b",
-        "real/b/loop": "read already: is the same directory as real",
-        "up": "read already: is the same directory as in",
+        "a_link": "read already: is the same directory as real/b, or around it",
+        "real/b/loop": "read already: is the same directory as real, or around it",
+        "up": "read already: is the same directory as in, or around it",
     }
 
 
