@@ -151,10 +151,11 @@ def find(inputs: Sequence[str], *patterns: str, any_split: bool = False) -> list
             found.add(file)
         elif os.path.islink(file):  # otherwise a pipe
             search.leave(file, name, Reason.NOT_THERE, "is a link to nothing: download the file")
-    below = {file: relative_name(file, inputs) for file in found.difference(inputs)}
-    found -= {file for file, name in below.items() if not (any_split or search.is_of_splits(file, name))}
-    search.look_for_missing(name for file, name in below.items() if file in found)
-    return [file for file in sorted(found, key=lambda file: file.split("/")) if _is_there(file, inputs, search)]
+    files = sorted(found, key=lambda file: file.split("/"))
+    below = {file: relative_name(file, inputs) for file in files if file not in inputs}
+    others = {file for file, name in below.items() if not (any_split or search.is_of_splits(file, name))}
+    search.look_for_missing(name for file, name in below.items() if file not in others)
+    return [file for file in files if file not in others and _is_there(file, inputs, search)]
 
 
 def _is_there(file: str, inputs: Sequence[str], search: Search) -> bool:
@@ -197,10 +198,10 @@ def _below(directories: Sequence[str], inputs: Sequence[str], search: Search) ->
     known: dict[str, str] = {}  # directories by their real paths
     while todo or links:
         above, real = todo.popleft() if todo else ((link := links.pop(0)), os.path.realpath(link))
-        around = [
+        inside = [
             top for top, path in tops.items() if path.startswith(f"{real.rstrip('/')}/")
-        ]  # of a link that leads up
-        first = known.setdefault(real, around[0] if around and above not in tops else above)
+        ]  # of what a link leads to
+        first = known.setdefault(real, inside[0] if inside and above not in tops else above)
         if first != above:
             detail = f"is the same directory as {relative_name(first, inputs)}, or around it"
             search.leave(above, relative_name(above, inputs), Reason.TWICE, detail)

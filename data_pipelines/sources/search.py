@@ -64,7 +64,8 @@ class Search:
         split = split_of(name)
         if not self.splits or split is None or split in self.splits:
             return True
-        self.leave(path, name, Reason.SPLIT, f"{split}; --splits={','.join(sorted({*self.splits, split}))} takes it")
+        more = ",".join(each for each in _WORDS if each in (*self.splits, split))
+        self.leave(path, name, Reason.SPLIT, f"{split}; --splits={more} takes it")
         return False
 
     def look_for_missing(self, names: Iterable[str]) -> None:
