@@ -198,9 +198,8 @@ def _below(directories: Sequence[str], inputs: Sequence[str], search: Search) ->
     known: dict[str, str] = {}  # directories by their real paths
     while todo or links:
         above, real = todo.popleft() if todo else ((link := links.pop(0)), os.path.realpath(link))
-        inside = [
-            top for top, path in tops.items() if path.startswith(f"{real.rstrip('/')}/")
-        ]  # of what a link leads to
+        # A link may lead to what an input lies in.
+        inside = [top for top, path in tops.items() if path.startswith(f"{real.rstrip('/')}/")]
         first = known.setdefault(real, inside[0] if inside and above not in tops else above)
         if first != above:
             detail = f"is the same directory as {relative_name(first, inputs)}, or around it"
