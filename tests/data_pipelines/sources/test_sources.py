@@ -167,6 +167,19 @@ def test_imgedit_scores_that_are_cut_short_are_told_to_the_user(tmp_path: pathli
         list(read("imgedit", [tmp_path]))
 
 
+def test_imgedit_unpacked_is_found_by_directories_of_names_and_nowhere_else(tmp_path: pathlib.Path) -> None:
+    names = [[f"results_a_part0/1/{side}.png"] for side in ("original", "result")]
+    rows = [{"input_images": names[0], "output_images": names[1], "prompt": "make it foggy"}]
+    rows += [{"input_images": ["1.png"], "output_images": ["1.png"], "prompt": "make it foggy"}]
+    layouts.table(tmp_path / "Parquet" / "other_part5.parquet", rows)
+    for name in ("results_a_part0/1/original.png", "results_a_part0/1/result.png", "results_a_part0/1.png"):
+        (tmp_path / "Singleturn" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "Singleturn" / name).write_bytes(draw(name))
+    found, lost = read("imgedit", [tmp_path])
+    assert isinstance(found, Record) and found.target == draw("results_a_part0/1/result.png")
+    assert isinstance(lost, Refused) and lost.reason == "missing image"
+
+
 def test_a_part_names_all_files_that_it_reads(tmp_path: pathlib.Path) -> None:
     layout = archive_layouts.seed_openimages(tmp_path)
     [part] = find_parts("seed", layout.inputs)

@@ -59,10 +59,12 @@ def test_an_arrow_stream_that_is_cut_short_gives_what_is_whole_and_says_so(tmp_p
 
 
 def test_arrow_files_for_random_access_are_read_too(tmp_path: pathlib.Path) -> None:
-    made = pa.Table.from_pylist([_row(i) for i in range(5)])
+    made = pa.Table.from_pylist([_row(i) for i in range(50)])
     with (tmp_path / "a.arrow").open("wb") as file, pa.ipc.new_file(file, made.schema) as stream:
-        stream.write_table(made, max_chunksize=2)
-    assert [entry.id for entry in read("table", [tmp_path])] == [f"a/{i}" for i in range(5)]
+        stream.write_table(made, max_chunksize=40)
+    records = [entry for entry in read("table", [tmp_path]) if isinstance(entry, Record)]
+    assert [record.id for record in records] == [f"a/{i}" for i in range(50)]
+    assert [record.source for record in records] == [draw(f"s{i}") for i in range(50)]
 
 
 def test_memory_does_not_grow_with_an_arrow_file(tmp_path: pathlib.Path) -> None:
