@@ -42,12 +42,11 @@ def wordings(texts: Iterable[object], captions: Iterable[object] = ()) -> tuple[
     known = frozenset(words for text in captions if isinstance(text, str) if (words := _words(text)))
     kept, wrong = dict[str, None](), ""
     for text in texts:
-        text = clean_text(text).strip() if isinstance(text, str) else ""
-        fault = _fault(text, known)
+        fault = _fault(text := clean_text(text).strip(), known) if isinstance(text, str) else "is no text"
         if not fault:
-            kept[text] = None
-        elif text and not wrong:
-            wrong = f"{text[:_SHOWN]!r} {fault}"
+            kept[str(text)] = None
+        elif text not in ("", None) and not wrong:
+            wrong = f"{str(text)[:_SHOWN]!r} {fault}"
     return tuple(kept), wrong
 
 

@@ -58,13 +58,14 @@ def _convert(value: Mapping[str, Any], place: str, dataset: str, directories: Se
             detail = f"{side}: {str(name)!r}"[:_LONGEST] + _advice(data, str(name))
             return Refused(id=id, dataset=dataset, reason=data, detail=detail)
         sides[side] = data
-    others, scores, turn = value.get("instructions"), value.get("scores"), value.get("turn")
+    texts = [text for name in ("instruction", "instructions") for text in _as_list(value.get(name))]
+    scores, turn = value.get("scores"), value.get("turn")
     return make_entry(
         id=id,
         dataset=dataset,
         source=sides["source"],
         target=sides["target"],
-        instructions=[value.get("instruction"), *(others if isinstance(others, list) else [])],
+        instructions=texts,
         kind=str(value.get("kind") or ""),
         turn=int(turn) if isinstance(turn, int) and 0 <= turn < 2**31 else 0,
         scores=finite_scores(scores if isinstance(scores, dict) else {}),
@@ -72,6 +73,10 @@ def _convert(value: Mapping[str, Any], place: str, dataset: str, directories: Se
         license=str(value.get("license") or value.get("licence") or ""),
         original=str(value.get("original") or value.get("picture") or ""),
     )
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _advice(reason: Reason, name: str) -> str:

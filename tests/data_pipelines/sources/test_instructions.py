@@ -32,6 +32,7 @@ from varedit_jax.text.vocabulary import UNKNOWN_ID, Vocabulary
     ],
 )  # fmt: skip
 def test_what_says_nothing_is_told(text: str, why: str) -> None:
+    assert wordings([None, "", 7]) == ((), "'7' is no text")
     kept, wrong = wordings(["", text], captions=["a cat on a sofa", None, ""])
     assert kept == () and wrong.endswith(why) and repr(text) in wrong
 
@@ -45,7 +46,7 @@ def test_what_says_nothing_is_told(text: str, why: str) -> None:
     ],
 )  # fmt: skip
 def test_what_may_be_an_instruction_stays(text: str) -> None:
-    assert wordings([text, None, 7, f" {text} "]) == ((text,), "")
+    assert wordings([text, None, "", f" {text} "]) == ((text,), "")
 
 
 def test_letters_are_known_exactly_where_the_vocabulary_knows_them() -> None:

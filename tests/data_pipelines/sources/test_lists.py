@@ -121,7 +121,7 @@ def test_lines_are_counted_over_blocks(tmp_path: pathlib.Path, monkeypatch: pyte
 
 def test_other_names_of_fields_are_told_and_given(tmp_path: pathlib.Path) -> None:
     (tmp_path / "x.jpg").write_bytes(draw("x"))
-    row = {"input_image": "x.jpg", "output_image": "x.jpg", "prompt": "make it foggy"}
+    row = {"input_image": "x.jpg", "output_image": "x.jpg", "prompt": ["make it foggy", None]}
     (tmp_path / "l.jsonl").write_text(json.dumps(row))
     [refused] = read("manifest", [tmp_path])
     assert isinstance(refused, Refused) and refused.detail == (
