@@ -30,6 +30,9 @@ _STAGING = command.DEFINE_path(
     "working directory if the output is in a bucket", local=True
 )  # fmt: skip
 _OPTIONS = flags.DEFINE_list("source_options", [], "NAME=VALUE,... of the format")
+_SPLITS = flags.DEFINE_list(
+    "splits", ["train"], "of the publisher, where names of files say them; `all` takes every file"
+)
 _RUNNER = flags.DEFINE_string("runner", "DirectRunner", "Beam's runner; DirectRunner is this machine")
 _WORKERS = flags.DEFINE_integer("workers", 0, "processes on this machine; 0 is one per core", lower_bound=0)
 _RUNNER_OPTIONS = flags.DEFINE_list("runner_options", [], "--NAME=VALUE,... for Beam")
@@ -111,6 +114,7 @@ def main(argv: list[str]) -> None:
         _OUTPUT.value,
         _settings(),
         source_options=dict(_pairs(_OPTIONS.value, "=", "source_options")),
+        splits=_SPLITS.value,
         runner=_RUNNER.value,
         workers=_WORKERS.value or len(os.sched_getaffinity(0)),
         runner_options=_RUNNER_OPTIONS.value,

@@ -20,6 +20,10 @@ class Reason(enum.StrEnum):
     CORRUPT = "known to be corrupt"
     FAILED = "failed edit"  # published as an example of what not to do
 
+    NOT_THERE = "file not there"  # not downloaded, or something else in its place
+    SPLIT = "another split"  # a file of the publisher's validation or test data
+    TWICE = "read already"  # a directory that is reached in two ways
+
     # An unusable record.
     EMPTY = "empty file"
     NOT_AN_IMAGE = "not an image"

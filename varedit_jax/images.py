@@ -20,6 +20,7 @@ from varedit_jax.png import without_large_metadata
 from varedit_jax.storage.disk import explained, is_machine_error, read_explained, reason
 from varedit_jax.storage.files import write_bytes
 from varedit_jax.storage.paths import PathLike, is_remote, resolve
+from varedit_jax.storage.pointers import HEAD_BYTES, what_instead
 
 ImageSource = PathLike | BinaryIO | Image.Image | np.ndarray
 
@@ -174,6 +175,9 @@ def open_image(file: BinaryIO, name: str = "the image", limits: Limits = _DEFAUL
             if isinstance(image, JpegImageFile):
                 _check_jpeg(image, file)
     except UnidentifiedImageError as error:
+        file.seek(0)
+        if instead := what_instead(file.read(HEAD_BYTES)):
+            raise ImageError("not an image", f"{name} {instead}", instead) from error
         raise ImageError(
             "not an image",
             f"{name} is not an image of a known kind, or damaged at its start; save it as PNG, JPEG or WebP",

@@ -19,6 +19,8 @@ from data_pipelines.preparation.perceptual_hash import COLORS
 from data_pipelines.record import Record
 from varedit_jax.storage.files import make_directory, replacing
 
+# Counted of the records that passed the filters: some letters of their instruction are unknown to the text encoder.
+PARTLY_UNKNOWN = "partly unknown instruction"
 PIECE = 1 << 17  # rows in memory at a time
 
 FACTS = np.dtype(

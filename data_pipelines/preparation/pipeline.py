@@ -21,7 +21,7 @@ from data_pipelines.preparation.summary import count, write_report
 from data_pipelines.preparation.write import lay_out, shard_tasks, write
 from data_pipelines.reasons import Reason
 from data_pipelines.shards import write_index
-from data_pipelines.sources import Part, find_parts
+from data_pipelines.sources import Part, find_parts, sentences
 from varedit_jax.errors import UserError
 from varedit_jax.storage import disk
 from varedit_jax.storage.paths import PathLike, is_remote, resolve, stamp
@@ -36,6 +36,7 @@ def prepare(
     settings: Settings,
     *,
     source_options: Mapping[str, str] = {},
+    splits: Sequence[str] = ("train",),
     runner: str = "DirectRunner",
     workers: int = 1,
     runner_options: Sequence[str] = (),
@@ -52,11 +53,15 @@ def prepare(
     """
     with disk.explained("data set", output):
         _check_apart(inputs, resolve(output))
-        parts = find_parts(source, inputs, source_options)
+        parts = find_parts(source, inputs, source_options, splits)
+        left_out = [refused for part in parts for refused in part.left_out]
+        for sentence in sentences(left_out):
+            say(sentence)
         job = {
             "facts": FACTS.descr,  # rows of earlier versions of this package differ
             "settings": dataclasses.asdict(settings),
             "parts": [(part.source, part.name, dict(part.options), _stamps(part)) for part in parts],
+            **({"left_out": [(refused.id, refused.detail) for refused in left_out]} if left_out else {}),
         }
         with Staging(output, job, staging_directory) as staging:
             stages = StageRunner(runner, workers, runner_options, staging.directory)

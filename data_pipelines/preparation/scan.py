@@ -19,13 +19,14 @@ from PIL import Image
 
 from data_pipelines.damage import Damaged, check_record
 from data_pipelines.preparation.filters import check_aspects, check_change, check_size, check_text
-from data_pipelines.preparation.fingerprints import FACTS, FactsWriter, PartFiles, hashes
+from data_pipelines.preparation.fingerprints import FACTS, PARTLY_UNKNOWN, FactsWriter, PartFiles, hashes
 from data_pipelines.preparation.perceptual_hash import Look
 from data_pipelines.preparation.samples import SampleKeeper
 from data_pipelines.preparation.settings import Settings
 from data_pipelines.reasons import LeftOut, Reason
 from data_pipelines.record import Record, encode
 from data_pipelines.sources import Part, Refused, read_part
+from data_pipelines.sources.instructions import is_partly_unknown
 from varedit_jax.images import load_image, orientation, upright_rgb, upright_size
 from varedit_jax.storage.files import new_directory, write_json
 
@@ -68,12 +69,16 @@ class _PartWriter(contextlib.ExitStack):
         super().__init__()
         self.counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)  # by data set
         self._datasets: list[str] = []
-        self.callback(lambda: write_json(files.counts, {"datasets": self._datasets, "counts": self.counts}))
+        self._partly_unknown: collections.Counter[str] = collections.Counter()  # instructions, by data set
+        self.callback(lambda: write_json(files.counts, self._summary()))
         self._records = ArrayRecordWriter(str(files.records), "group_size:1,uncompressed")
         self.callback(self._records.close)
         self._facts = self.enter_context(FactsWriter(files))
         self._left = self.enter_context(files.left.open("w", encoding="utf-8"))
         self.samples = self.enter_context(SampleKeeper(files.samples))
+
+    def _summary(self) -> dict[str, Any]:
+        return {"datasets": self._datasets, "counts": self.counts, PARTLY_UNKNOWN: self._partly_unknown}
 
     def leave(self, id: str, dataset: str, reason: Reason, detail: str) -> None:
         """Counts and lists a dropped record."""
@@ -89,6 +94,7 @@ class _PartWriter(contextlib.ExitStack):
         if record.dataset not in self._datasets:
             self._datasets.append(record.dataset)
         data = encode(record)
+        self._partly_unknown[record.dataset] += is_partly_unknown(record.instructions[0])
         row["dataset"], row["nbytes"] = self._datasets.index(record.dataset), len(data)
         self._records.write(data)
         self._facts.write(record, row)

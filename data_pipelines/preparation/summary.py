@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.geometry import SIZES, pair_kinds
-from data_pipelines.preparation.fingerprints import Facts
+from data_pipelines.preparation.fingerprints import PARTLY_UNKNOWN, Facts
 from data_pipelines.preparation.samples import EACH, SampleKeeper, read_samples
 from data_pipelines.preparation.split import SPLITS, in_validation
 from data_pipelines.preparation.write import StagedRecords
@@ -46,10 +46,11 @@ def write_report(
       validation: share of source images.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    counts = count(facts, verdicts, validation)
-    text = json.dumps(_as_json(counts), indent=1, ensure_ascii=False) + "\n"
+    counts, unknown = count(facts, verdicts, validation), _partly_unknown(facts)
+    text = json.dumps(_as_json(counts, unknown), indent=1, ensure_ascii=False) + "\n"
     (directory / "report.json").write_text(text, encoding="utf-8")
-    (directory / "report.md").write_text(_as_markdown(counts, _pairs(facts, verdicts)), encoding="utf-8")
+    text = _as_markdown(counts, sum(unknown.values()), _pairs(facts, verdicts))
+    (directory / "report.md").write_text(text, encoding="utf-8")
     _write_quarantine(directory / "quarantine.jsonl", facts, verdicts, twins)
     _draw_samples(directory / "samples.png", facts, verdicts)
 
@@ -90,19 +91,28 @@ def _reasons(counts: Counts) -> list[str]:
     return [*(name for name in _ORDER if name in found), *sorted(found.difference(_ORDER))]
 
 
-def _as_json(counts: Counts) -> dict[str, Any]:
+def _partly_unknown(facts: Facts) -> collections.Counter[str]:
+    """Returns how many instructions of each data set have letters that the text encoder does not know."""
+    counts: collections.Counter[str] = collections.Counter()
+    for part in facts.parts:
+        counts.update(json.loads(part.counts.read_text()).get(PARTLY_UNKNOWN, {}))
+    return counts
+
+
+def _as_json(counts: Counts, unknown: Mapping[str, int]) -> dict[str, Any]:
     reasons = _reasons(counts)
     return {
         dataset: {
             "read": counts[dataset]["read"],
             **{split: counts[dataset][split] for split in SPLITS},
+            **({PARTLY_UNKNOWN: unknown[dataset]} if unknown.get(dataset) else {}),
             "left": {name: counts[dataset][name] for name in reasons if counts[dataset][name]},
         }
         for dataset in sorted(counts)
     }
 
 
-def _as_markdown(counts: Counts, pairs: collections.Counter[str]) -> str:
+def _as_markdown(counts: Counts, unknown: int, pairs: collections.Counter[str]) -> str:
     names = sorted(counts)
     table = [("read", "read"), *((name, name) for name in _reasons(counts)), *((f"**{s}**", s) for s in SPLITS)]
     total: collections.Counter[str] = sum((counts[name] for name in names), collections.Counter())
@@ -114,6 +124,12 @@ def _as_markdown(counts: Counts, pairs: collections.Counter[str]) -> str:
         lines.append(f"| {title} | " + " | ".join(f"{some[name]:,}" for _, some in columns) + " |")
     kinds = ", ".join(f"{number:,} {kind}" for kind, number in pairs.items())
     lines += ["", f"Sides of the records that stayed: {kinds}. Training resizes a target to its source's size."]
+    if unknown:
+        lines += [
+            "",
+            f"Of the records that passed the filters, {unknown:,} have a {PARTLY_UNKNOWN}: the text encoder does "
+            f"not know all of its letters.",
+        ]
     lines += ["", "Each record that left is in `quarantine.jsonl` with what was found; `samples.png` shows some."]
     return "\n".join(lines) + "\n"
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from data_pipelines.reasons import Reason
 from data_pipelines.record import Record, clean_text
+from data_pipelines.sources.instructions import wordings
 
 MAX_FILE_BYTES = 256 * 2**20  # of one image file; a 64-megapixel image without compression is smaller
 
@@ -36,6 +37,7 @@ class Part:
     name: str  # unique in the data set and the same on every machine
     files: tuple[str, ...]  # files to read
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    left_out: tuple[Refused, ...] = ()  # by the search for parts; the first has them all
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,24 +56,37 @@ def make_entry(
     *,
     id: str,
     dataset: str,
-    source: bytes | None,
-    target: bytes | None,
+    source: bytes | Reason | None,
+    target: bytes | Reason | None,
     instructions: Iterable[object],
+    captions: Iterable[object] = (),
+    mask: bytes | Reason | None = None,
     **fields: Any,
 ) -> Entry:
-    """Returns a Record, or Refused if an image is missing or too large, or if there is no instruction.
+    """Returns a Record, or Refused if an image is missing or too large, or if no instruction says what to change.
 
-    Instructions are stripped of surrounding white space; empty and repeated ones, and those that are not text, are
-    dropped.
+    Instructions that say nothing, and repeated ones, are dropped: see `wordings`. `captions` describe the images.
     """
-    texts = [clean_text(text).strip() for text in instructions if isinstance(text, str)]
-    texts = list(dict.fromkeys(text for text in texts if text))
+    id = clean_text(id)
+    texts, fault = wordings(instructions, captions)
     fields = {name: clean_text(value) if isinstance(value, str) else value for name, value in fields.items()}
+    if isinstance(source, Reason):
+        return Refused(id=id, dataset=dataset, reason=source, detail="source")
+    if isinstance(target, Reason):
+        return Refused(id=id, dataset=dataset, reason=target, detail="target")
     if not source or not target:
         lacks = " and ".join(name for name, data in (("source", source), ("target", target)) if not data)
         return Refused(id=id, dataset=dataset, reason=Reason.MISSING, detail=f"no {lacks}")
     if max(len(source), len(target)) > MAX_FILE_BYTES:
         return Refused(id=id, dataset=dataset, reason=Reason.SIZE, detail=f"{max(len(source), len(target))} bytes")
     if not texts:
-        return Refused(id=id, dataset=dataset, reason=Reason.INSTRUCTION)
-    return Record(id=clean_text(id), dataset=dataset, source=source, target=target, instructions=tuple(texts), **fields)
+        return Refused(id=id, dataset=dataset, reason=Reason.INSTRUCTION, detail=fault)
+    return Record(
+        id=id,
+        dataset=dataset,
+        source=source,
+        target=target,
+        instructions=texts,
+        mask=mask if isinstance(mask, bytes) else None,
+        **fields,
+    )

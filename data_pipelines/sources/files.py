@@ -1,28 +1,30 @@
-"""Files of a downloaded data set: found by pattern, read as bytes or by entry, images by safe names."""
+"""Files of a downloaded data set: found by pattern, read as bytes, images by safe names."""
 
 import bisect
+import collections
 import contextlib
 import errno
 import fnmatch
 import io
 import itertools
-import json
 import os
 import posixpath
 import re
 import stat
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import fsspec
 
 from data_pipelines.reasons import Reason
-from data_pipelines.sources.entries import MAX_FILE_BYTES, Refused
+from data_pipelines.sources.entries import MAX_FILE_BYTES
+from data_pipelines.sources.search import Search, current
 from varedit_jax.errors import UserError
 from varedit_jax.storage import disk, paths
+from varedit_jax.storage.pointers import HEAD_BYTES, what_instead
 
 _BUFFER = 1 << 17
-_SPACE = " \t\r\n"
 # The file does not exist; text in place of a name may be too long for one.
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 _OUTSIDE = re.compile(r"^/|^[A-Za-z]:|[\\\0]")  # absolute paths, and characters special to other systems
@@ -118,10 +120,6 @@ def open_input(*files: str, buffer: int = _BUFFER) -> io.BufferedReader:
     return io.BufferedReader(Volume(files), buffer)
 
 
-def _open_text(path: str) -> io.TextIOWrapper:
-    return io.TextIOWrapper(open_input(path), encoding="utf-8", errors="replace")
-
-
 def safe_name(name: object) -> str | None:
     """Returns a name as a plain relative path; None if it is absolute, contains `..`, or is not a name."""
     if not isinstance(name, str) or _OUTSIDE.search(name):
@@ -135,42 +133,87 @@ def is_clutter(name: str) -> bool:
     return _CLUTTER.search(name) is not None
 
 
-def find(inputs: Sequence[str], *patterns: str) -> list[str]:
+def find(inputs: Sequence[str], *patterns: str, any_split: bool = False) -> list[str]:
     """Returns the input files, and files anywhere below input directories, that match one of the patterns; sorted.
 
-    Patterns are `fnmatch` patterns of the last components: `annotations/split_*.jsonl`. Raises UserError if an input
-    does not exist, ReadError if a directory cannot be listed.
+    Patterns are `fnmatch` patterns of the last components: `annotations/split_*.jsonl`. Linked directories are
+    followed; one that is reached in two ways is read in one. Clutter is passed over. The search around lists files of
+    other splits, unless `any_split`, and what is in the place of a file that is not there. Raises UserError if an input
+    does not exist, ReadError if a directory or a file cannot be read.
     """
-    found = set()
-    for path in inputs:
-        for file in _walk(path):
-            matches = any(fnmatch.fnmatchcase(f"/{file}", f"*/{pattern}") for pattern in patterns)
-            if matches and (paths.is_remote(file) or os.path.isfile(file)):  # neither a pipe nor a broken link
-                found.add(file)
-    return sorted(found, key=lambda file: file.split("/"))
+    search, found = current(), set()
+    for file in _files(inputs, search):
+        if not any(fnmatch.fnmatchcase(f"/{file}", f"*/{pattern}") for pattern in patterns):
+            continue
+        if is_clutter(name := relative_name(file, inputs)):
+            continue
+        if paths.is_remote(file) or os.path.isfile(file):
+            found.add(file)
+        elif os.path.islink(file):  # otherwise a pipe
+            search.leave(file, name, Reason.NOT_THERE, "is a link to nothing: download the file")
+    files = sorted(found, key=lambda file: file.split("/"))
+    below = {file: relative_name(file, inputs) for file in files if file not in inputs}
+    others = {file for file, name in below.items() if not (any_split or search.is_of_splits(file, name))}
+    search.look_for_missing(name for file, name in below.items() if file not in others)
+    return [file for file in files if file not in others and _is_there(file, inputs, search)]
 
 
-def _walk(text: str) -> Iterator[str]:
-    """Yields the files below a directory, or a file itself."""
-    path = paths.resolve(text)
-    with reading(text):
-        exists, is_directory = path.exists(), path.is_dir()
-    if not exists:
-        raise UserError(f"there is no {text}; give files or directories as they were downloaded")
-    if not is_directory:
-        yield text
-        return
+def _is_there(file: str, inputs: Sequence[str], search: Search) -> bool:
+    """Returns False if something else is in the place of a file."""
+    if file in search.sound:
+        return True
+    with open_input(file, buffer=HEAD_BYTES) as opened:
+        instead = what_instead(opened.read(HEAD_BYTES))
+    if instead:
+        search.leave(file, relative_name(file, inputs), Reason.NOT_THERE, instead)
+    else:
+        search.sound.add(file)
+    return not instead
 
-    def refuse(error: OSError) -> None:
-        raise error
 
-    with reading(text):
-        if paths.is_remote(path):
-            store, bare = fsspec.core.url_to_fs(text)
-            yield from (store.unstrip_protocol(name) for name in store.find(bare))  # one listing, without directories
+def _files(inputs: Sequence[str], search: Search) -> Iterator[str]:
+    """Yields the input files, and those below input directories."""
+    directories = []
+    for text in inputs:
+        path = paths.resolve(text)
+        with reading(text):
+            exists, is_directory = path.exists(), path.is_dir()
+        if not exists:
+            raise UserError(f"there is no {text}; give files or directories as they were downloaded")
+        if not is_directory:
+            yield text
+        elif paths.is_remote(path):
+            with reading(text):
+                store, bare = fsspec.core.url_to_fs(text)
+                yield from (store.unstrip_protocol(name) for name in store.find(bare))  # one listing, no directories
         else:
-            for above, _, names in os.walk(path, onerror=refuse):
-                yield from (posixpath.join(above, name) for name in names)
+            directories.append(text)
+    yield from _below(directories, inputs, search)
+
+
+def _below(directories: Sequence[str], inputs: Sequence[str], search: Search) -> Iterator[str]:
+    """Yields the files below local directories. Links are followed last, so that directories have their own names."""
+    todo = collections.deque((directory, os.path.realpath(directory)) for directory in directories)
+    tops, links = dict(todo), list[str]()
+    known: dict[str, str] = {}  # directories by their real paths
+    while todo or links:
+        above, real = todo.popleft() if todo else ((link := links.pop(0)), os.path.realpath(link))
+        # A link may lead to what an input lies in.
+        inside = [top for top, path in tops.items() if path.startswith(f"{real.rstrip('/')}/")]
+        first = known.setdefault(real, inside[0] if inside and above not in tops else above)
+        if first != above:
+            detail = f"is the same directory as {relative_name(first, inputs)}, or around it"
+            search.leave(above, relative_name(above, inputs), Reason.TWICE, detail)
+            continue
+        with reading(above), os.scandir(above) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                path = posixpath.join(above, entry.name)
+                if not (os.path.isdir(path) if entry.is_symlink() else entry.is_dir()):
+                    yield path
+                elif entry.is_symlink():
+                    bisect.insort(links, path)
+                else:
+                    todo.append((path, posixpath.join(real, entry.name)))
 
 
 def distinct(files: Sequence[str]) -> Sequence[str]:
@@ -195,89 +238,10 @@ def stem(path: str) -> str:
     return posixpath.splitext(posixpath.basename(path))[0]
 
 
-def read_lines(path: str, dataset: str) -> Iterator[tuple[str, dict[str, Any] | Refused]]:
-    """Yields the objects of a JSONL file with their place, FILE:LINE; Refused for damaged lines. Skips empty lines."""
-    name = posixpath.basename(path)
-    with _open_text(path) as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            place = f"{name}:{number}"
-            try:
-                value = json.loads(line)
-                problem = None if isinstance(value, dict) else f"{type(value).__name__} instead of an object"
-            except (ValueError, RecursionError) as error:
-                problem = str(error)
-            if problem is None:
-                yield place, value
-            else:
-                yield place, Refused(id=place, dataset=dataset, reason=Reason.ANNOTATION, detail=problem)
-
-
-def json_items(path: str) -> Iterator[tuple[str, Any]]:
-    """Yields the entries of a large JSON file: (position, value) of an array, (key, value) of an object.
-
-    Memory is that of the largest entry. Raises ValueError if the file is not JSON, or is neither of these.
-    """
-    decoder = json.JSONDecoder()
-    with _open_text(path) as file:
-        text, at = "", 0
-
-        def skip(characters: str) -> str:
-            """Moves to the next character not in `characters`, and returns it; "" at the end of the file."""
-            nonlocal text, at
-            while True:
-                while at < len(text) and text[at] in characters:
-                    at += 1
-                if at < len(text):
-                    return text[at]
-                text, at = file.read(1 << 20), 0
-                if not text:
-                    return ""
-
-        def value() -> Any:
-            nonlocal text, at
-            skip(_SPACE)
-            while True:
-                try:
-                    found, end = decoder.raw_decode(text, at)
-                    # A number at the end of the buffer may continue.
-                    if end < len(text) or not isinstance(found, (int, float)):
-                        at = end
-                        return found
-                    more = file.read(1 << 20)
-                    if not more:
-                        at = end
-                        return found
-                except RecursionError as error:
-                    raise ValueError(f"{posixpath.basename(path)} is nested too deeply") from error
-                except ValueError:
-                    more = file.read(max(1 << 20, len(text)))
-                    if not more:
-                        raise
-                text, at = text[at:] + more, 0
-
-        opening = skip(_SPACE)
-        if opening not in ("[", "{"):
-            raise ValueError(f"{posixpath.basename(path)} is neither a JSON array nor a JSON object")
-        at += 1
-        closing, position = ("]", 0) if opening == "[" else ("}", 0)
-        while (character := skip(_SPACE + ",")) != closing:
-            if not character:
-                raise ValueError(f"{posixpath.basename(path)} ends inside of its {position}th entry")
-            if opening == "[":
-                yield str(position), value()
-            else:
-                key = value()
-                if skip(_SPACE) != ":":
-                    raise ValueError(f"{posixpath.basename(path)} has no value for the key {key!r}")
-                at += 1
-                yield str(key), value()
-            position += 1
-
-
 def _lies_in(path: str, directory: str) -> bool:
-    """Returns True if a file is in a directory after resolving links; the Hub's cache links snapshots/ to blobs/."""
+    """Returns True unless a file is a link out of a directory; the Hub's cache links snapshots/ to blobs/."""
+    if not os.path.islink(path):
+        return True
     real, above = os.path.realpath(path), os.path.realpath(directory)
     if real.startswith(f"{above.rstrip('/')}/"):
         return True
@@ -288,19 +252,43 @@ def _lies_in(path: str, directory: str) -> bool:
 def read_below(directories: Sequence[str], name: object) -> bytes | Reason:
     """Returns the bytes of file `name` in the first directory that has it; otherwise MISSING, UNSAFE or SIZE.
 
-    A name never leads out of the directories, not through links either, except those of the Hub's cache. Raises
-    ReadError if a file exists but cannot be read.
+    An absolute name, and one with `..`, which is relative to the first directory, has to lead into one of them, however
+    that is spelled. A name never leads out of the directories, except by a link to a directory, or of the Hub's cache.
+    Raises ReadError if a file exists but cannot be read.
     """
-    plain = safe_name(name)
-    if plain is None:
+    place = _place(directories, name)
+    if place is None:
         return Reason.UNSAFE if name else Reason.MISSING
-    for directory in directories if _can_be(plain) else ():
-        path = posixpath.join(directory, plain)
+    directories, plain = place
+    spellings = dict.fromkeys([plain, *(unicodedata.normalize(form, plain) for form in ("NFC", "NFD"))])
+    for directory, spelling in itertools.product(directories, filter(_can_be, spellings)):
+        path = posixpath.join(directory, spelling)
         with reading(path):
             found = _read_object(path) if paths.is_remote(path) else _read_local(path, directory)
         if found is not Reason.MISSING:
             return found
     return Reason.MISSING
+
+
+def _place(directories: Sequence[str], name: object) -> tuple[Sequence[str], str] | None:
+    """Returns the directories in which a name of a list may be, and a plain path there; None if it leads out."""
+    if not isinstance(name, str) or "\0" in name:
+        return None
+    name = name.replace("\\", "/")
+    for directory in directories:
+        if name.startswith(f"{directory}/") and (plain := safe_name(name.removeprefix(f"{directory}/"))):
+            return [directory], plain
+    if name.startswith("~/"):
+        name = os.path.expanduser(name)
+    plain = safe_name(name)
+    if plain or not (name.startswith("/") or ".." in name.split("/")) or paths.is_remote(directories[0]):
+        return (directories, plain) if plain else None
+    path = os.path.normpath(posixpath.join(directories[0], name))
+    for directory, spelled in itertools.product(directories, (lambda path: path, os.path.realpath)):
+        above = f"{spelled(directory).rstrip('/')}/"
+        if spelled(path).startswith(above):
+            return [directory], spelled(path)[len(above) :]
+    return None
 
 
 def _can_be(name: str) -> bool:

@@ -15,8 +15,9 @@ from typing import Any
 from data_pipelines.reasons import Reason
 from data_pipelines.sources.archives import PATTERNS, Member, group_parts, members
 from data_pipelines.sources.entries import Entry, Part, Refused, SourceFormat
-from data_pipelines.sources.files import find, json_items, safe_name, stem
+from data_pipelines.sources.files import find, safe_name, stem
 from data_pipelines.sources.join import Stream, Wanted, joined
+from data_pipelines.sources.lists import json_items
 from varedit_jax.errors import UserError
 
 _NAME, _LICENSE = "gpt_image_edit", "CC-BY-4.0"

@@ -9,7 +9,8 @@
 A part is a table. Its images are read in the order of the table, by an index of the archive's members. Tables do not
 name archives: for most, the directory of an image (`results_add_laion_part0`) is also the directory in the archive; for
 the others, the archive is named like the table, apart from `results_` and `_laion`. Some tables have only file names.
-Different archives have samples of the same name, so no other archive is ever searched.
+Different archives have samples of the same name, so no other archive is ever searched. Archives may be unpacked where
+they lie: those with a directory of their own as they are, the others into one named like the archive or the table.
 
 A turn without images sets a rule for the following turns, whose instructions it precedes.
 """
@@ -21,17 +22,19 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from data_pipelines.reasons import Reason
 from data_pipelines.record import finite_scores
-from data_pipelines.sources.archives import TarIndex, first_name, group_parts, is_compressed
+from data_pipelines.sources.archives import TarIndex, first_name, group_parts, is_compressed, tail
 from data_pipelines.sources.entries import Entry, Part, Refused, SourceFormat, make_entry
-from data_pipelines.sources.files import distinct, find, json_items, open_input, relative_name, safe_name, stem
-from data_pipelines.sources.tables import read_table
+from data_pipelines.sources.files import distinct, find, read_below, reading, relative_name, safe_name, stem
+from data_pipelines.sources.lists import json_items
+from data_pipelines.sources.tables import Columns, read_table, table_columns
 from varedit_jax.errors import UserError
+from varedit_jax.storage.paths import child_names, resolve
 
 _NAME = "imgedit"
+_PLACES = ("Singleturn", "Multiturn")
+_INSIDE = "mnt/data"  # above the directories in some archives
 _OPEN = 32  # archives open at a time
 _SCORES = "all_dataset_gpt_score.json"
 
@@ -45,25 +48,29 @@ _SCORED_AS = {
 
 def _parts(inputs: Sequence[str], options: Mapping[str, str]) -> list[Part]:
     tables = distinct(find(inputs, "*.parquet"))
-    archives = find(inputs, "*.tar", "*.tar.split.*", "*.tar.part*")
+    archives = find(inputs, "*.tar", "*.tar.split.*", "*.tar.part*", any_split=True)
     archives = [file for file in archives if not posixpath.basename(file).startswith("Benchmark.tar")]
-    if not tables or not archives:
+    directories = _image_directories(inputs, archives)
+    if not tables or not (archives or directories):
         lacks = "*.parquet" if not tables else "*.tar.split.*"
         raise UserError(f"there is no {lacks} under {', '.join(inputs)}; give the directory of ImgEdit")
     scores = find(inputs, _SCORES)
     return [
-        Part(source=_NAME, name=relative_name(table, inputs), files=(table, *archives, *scores)) for table in tables
+        Part(source=_NAME, name=relative_name(table, inputs), files=(table, *scores, *archives, *directories))
+        for table in tables
     ]
 
 
 def _read(part: Part) -> Iterator[Entry]:
     table, *others = part.files
-    archives = group_parts([file for file in others if not file.endswith(".json")])
+    archives = group_parts(others)
+    packed = {file for files in archives.values() for file in files}
+    directories = [file for file in others if file not in packed and not file.endswith(".json")]
     name = stem(table)
     with contextlib.ExitStack() as stack:
-        images = _Images(name, archives, stack)
+        images = _Images(name, archives, directories, stack)
         scores = _Scores([file for file in others if file.endswith(".json")])
-        for number, row in read_table(part, *_columns(table)):
+        for number, row in read_table(part, _columns(table)):
             if isinstance(row, Refused):
                 yield row
                 continue
@@ -77,12 +84,24 @@ def _read(part: Part) -> Iterator[Entry]:
                 yield Refused(id=damage.name, dataset=_NAME, reason=damage.reason, detail=damage.detail)
 
 
-def _columns(table: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Returns needed and optional columns: a table is of sessions or of single turns."""
-    with open_input(table) as file, contextlib.suppress(OSError, ValueError):  # read_table reports damage
-        if "data" in pq.read_schema(file).names:
-            return ("data",), ()
-    return ("input_images", "output_images", "prompt"), ()
+def _image_directories(inputs: Sequence[str], archives: Sequence[str]) -> list[str]:
+    """Returns the directories in which archives may have been unpacked, each to a directory."""
+    tops = [*inputs, *(posixpath.join(path, name) for path in inputs for name in _PLACES)]
+    tops += map(posixpath.dirname, archives)
+    places = [place for top in tops for place in (top, posixpath.join(top, _INSIDE))]
+    found = []
+    for place in dict.fromkeys(places):
+        with reading(place):
+            names = set(child_names(resolve(place))) - {"Parquet", "Benchmark", "mnt", *_PLACES}
+            if any((resolve(place) / name).is_dir() for name in names if "." not in name):
+                found.append(place)
+    return found
+
+
+def _columns(table: str) -> Columns:
+    """Returns the columns of a table, which is of sessions or of single turns."""
+    needed = ("data",) if "data" in table_columns(table) else ("input_images", "output_images", "prompt")
+    return Columns(images=(), needed=needed)
 
 
 def _session(id: str, table: str, turns: Sequence[Any], images: "_Images", scores: "_Scores") -> Iterator[Entry]:
@@ -136,10 +155,17 @@ def _directory(name: str) -> str:
 class _Images:
     """Images of a table by name. The `_OPEN` most recently used archives are open."""
 
-    def __init__(self, table: str, archives: Mapping[str, Sequence[str]], stack: contextlib.ExitStack) -> None:
-        self._table, self._archives, self._stack = table, archives, stack
+    def __init__(
+        self,
+        table: str,
+        archives: Mapping[str, Sequence[str]],
+        directories: Sequence[str],
+        stack: contextlib.ExitStack,
+    ) -> None:
+        self._table, self._archives, self._directories, self._stack = table, archives, directories, stack
         self._first = {name: _first_name(files) for name, files in archives.items()}
         self._chosen: dict[str, list[str]] = {}  # archives by directory
+        self._like: list[str] | None = None  # unpacked archives that are named like the table
         self._used: collections.OrderedDict[str, None] = collections.OrderedDict()
         self.indices: dict[str, TarIndex] = {}
 
@@ -161,8 +187,29 @@ class _Images:
             # Some tables omit the only directory of an archive.
             found = self.indices[archive].read(plain if "/" in plain else f"{_parent(self._first[archive])}/{plain}")
             if isinstance(found, bytes):
-                break
+                return found
+        unpacked = self._read_unpacked(plain)
+        return found if unpacked is Reason.MISSING else unpacked
+
+    def _read_unpacked(self, plain: str) -> bytes | Reason:
+        """Returns an image of an archive that has been unpacked, to its own directory or one named like it."""
+        found: bytes | Reason = Reason.MISSING
+        if plain.count("/") >= 2:
+            found = read_below(self._directories, tail(plain, 3))
+        if found is Reason.MISSING:
+            if self._like is None:
+                self._like = [place for above in self._directories for place in self._named_like_table(above)]
+            found = read_below(self._like, tail(plain))
         return found
+
+    def _named_like_table(self, above: str) -> Iterator[str]:
+        for name in child_names(resolve(above)):
+            if _plain(name) == _plain(self._table):
+                place = posixpath.join(above, name)
+                yield place
+                while len(inner := child_names(resolve(place))) == 1:  # directories above those of samples
+                    place = posixpath.join(place, inner[0])
+                    yield place
 
     def _choose(self, directory: str) -> list[str]:
         same = [name for name, first in self._first.items() if directory and directory in first.split("/")[:-2]]

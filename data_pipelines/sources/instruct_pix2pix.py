@@ -16,20 +16,22 @@ from data_pipelines.reasons import Reason
 from data_pipelines.record import finite_scores
 from data_pipelines.sources.archives import tail
 from data_pipelines.sources.entries import MAX_FILE_BYTES, Entry, Part, Refused, SourceFormat, make_entry
-from data_pipelines.sources.files import distinct, find, json_items, open_input, read_below, relative_name, safe_name
-from data_pipelines.sources.tables import convert_rows, image_bytes
+from data_pipelines.sources.files import find, open_input, read_below, relative_name, safe_name
+from data_pipelines.sources.lists import json_items
+from data_pipelines.sources.tables import Columns, convert_rows, find_tables, table_parts
 from varedit_jax.errors import UserError
 
 _NAME = "instruct_pix2pix"
+_SEEDS = "seeds.json"
+_COLUMNS = Columns(
+    images=("original_image", "edited_image"), needed=("edit_prompt",), optional=("original_prompt", "edited_prompt")
+)
 _SCORES = ("clip_sim_0", "clip_sim_1", "clip_sim_dir", "clip_sim_image")
 
 
 def _parts(inputs: Sequence[str], options: Mapping[str, str]) -> list[Part]:
-    parts = [
-        Part(source=_NAME, name=relative_name(file, inputs), files=(file,))
-        for file in distinct(find(inputs, "*.parquet"))
-    ]
-    for seeds in find(inputs, "seeds.json"):
+    parts = table_parts(_NAME, inputs, find_tables(inputs))
+    for seeds in find(inputs, _SEEDS):
         directory = posixpath.dirname(seeds)
         zips = find([directory], "*.zip")
         parts += [Part(source=_NAME, name=relative_name(store, inputs), files=(seeds, store)) for store in zips]
@@ -44,8 +46,8 @@ def _parts(inputs: Sequence[str], options: Mapping[str, str]) -> list[Part]:
 
 
 def _read(part: Part) -> Iterator[Entry]:
-    if len(part.files) == 1:
-        yield from convert_rows(part, _convert_row, ("original_image", "edit_prompt", "edited_image"))
+    if posixpath.basename(part.files[0]) != _SEEDS:
+        yield from convert_rows(part, _convert_row, _COLUMNS)
         return
     seeds, store = part.files
     try:
@@ -61,9 +63,10 @@ def _convert_row(row: dict[str, Any], table: str, number: int) -> Entry:
     return make_entry(
         id=f"{table}/{number}",
         dataset=_NAME,
-        source=image_bytes(row["original_image"]),
-        target=image_bytes(row["edited_image"]),
+        source=row["original_image"],
+        target=row["edited_image"],
         instructions=[row["edit_prompt"]],
+        captions=[row.get("original_prompt"), row.get("edited_prompt")],
     )
 
 
@@ -131,6 +134,7 @@ def _read_directory(files: _Files, value: Any) -> Iterator[Entry]:
     prompt: Any = {}
     with contextlib.suppress(ValueError, RecursionError):
         prompt = json.loads(files.read(f"{name}/prompt.json") or b"{}")
+    prompt = prompt if isinstance(prompt, dict) else {}
     scores = _scores(files.read(f"{name}/metadata.jsonl") or b"")
     for seed in value[1]:
         if safe_name(str(seed)) is None:
@@ -141,7 +145,8 @@ def _read_directory(files: _Files, value: Any) -> Iterator[Entry]:
             dataset=_NAME,
             source=files.read(f"{name}/{seed}_0.jpg"),
             target=files.read(f"{name}/{seed}_1.jpg"),
-            instructions=[prompt.get("edit")] if isinstance(prompt, dict) else [],
+            instructions=[prompt.get("edit")],
+            captions=[prompt.get(name) for name in ("caption", "input", "output")],
             scores=scores.get(str(seed), {}),
             original=name,  # images of one prompt are similar
         )

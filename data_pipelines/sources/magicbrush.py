@@ -3,7 +3,7 @@
 from typing import Any
 
 from data_pipelines.sources.entries import Entry, make_entry
-from data_pipelines.sources.tables import image_bytes, table_source
+from data_pipelines.sources.tables import Columns, table_source
 
 _LICENSE = "CC-BY-4.0"
 
@@ -12,11 +12,11 @@ def _convert(row: dict[str, Any], stem: str, number: int) -> Entry:
     return make_entry(
         id=f"{row['img_id']}-{row['turn_index']}",
         dataset="magicbrush",
-        source=image_bytes(row["source_img"]),
-        target=image_bytes(row["target_img"]),
+        source=row["source_img"],
+        target=row["target_img"],
         instructions=[row["instruction"]],
         turn=max(0, int(row["turn_index"] or 0) - 1),
-        mask=image_bytes(row.get("mask_img")),
+        mask=row.get("mask_img"),
         license=_LICENSE,
         original=str(row["img_id"]),
     )
@@ -26,6 +26,9 @@ SOURCE = table_source(
     "magicbrush",
     _LICENSE,
     _convert,
-    needed=("img_id", "turn_index", "source_img", "instruction", "target_img"),
-    optional=("mask_img",),
+    Columns(
+        images=("source_img", "target_img"),
+        needed=("img_id", "turn_index", "instruction"),
+        optional_images=("mask_img",),
+    ),
 )

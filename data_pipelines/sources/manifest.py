@@ -1,58 +1,71 @@
 """A user's JSONL list: one object per line with `source`, `target` and `instruction`.
 
-Names of images are relative to the list's directory, or to the option `root`; absolute ones must be below it. Optional
-fields are `id`, `instructions` (other wordings), `kind`, `turn`, `scores`, `mask`, `license` and `original` (earlier
-lists have `licence` and `picture`). The option `dataset` names the data set, by default after the list.
+Names of images are relative to the list's directory, or to the option `root`; absolute ones, and those with `..`, lead
+there or below an input directory. The options `source`, `target` and `instruction` name other fields. Optional fields
+are `id`, `instructions` (other wordings), `kind`, `turn`, `scores`, `mask`, `license` and `original` (earlier lists
+have `licence` and `picture`). The option `dataset` names the data set, by default after the list.
 """
 
-import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from data_pipelines.reasons import Reason
 from data_pipelines.record import finite_scores
 from data_pipelines.sources.entries import Entry, Part, Refused, SourceFormat, make_entry
-from data_pipelines.sources.files import distinct, find, read_below, read_lines, relative_name, stem
+from data_pipelines.sources.files import distinct, find, read_below
+from data_pipelines.sources.lists import PATTERNS, Span, list_name, list_parts, read_lines
 from varedit_jax.errors import UserError
 from varedit_jax.storage.paths import resolve
 
+_NEEDED = ("source", "target", "instruction")
+_LONGEST = 200  # characters of a detail
+
 
 def _parts(inputs: Sequence[str], options: Mapping[str, str]) -> list[Part]:
-    files = distinct(find(inputs, "*.jsonl"))
+    files = distinct(find(inputs, *PATTERNS))
     if not files:
         raise UserError(f"there is no *.jsonl under {', '.join(inputs)}; give a list of images")
     root = resolve(options["root"]) if options.get("root") else None
     if root and not root.is_dir():
         raise UserError(f"root is {root}, which is no directory; give the one that names of images are relative to")
-    return [Part(source="manifest", name=relative_name(file, inputs), files=(file,), options=options) for file in files]
+    return [part for file in files for part in list_parts("manifest", inputs, file, options)]
 
 
 def _read(part: Part) -> Iterator[Entry]:
-    [file] = part.files
-    dataset = part.options.get("dataset") or stem(file)
-    root = str(resolve(part.options.get("root") or posixpath.dirname(file)))
-    for place, value in read_lines(file, dataset):
-        yield value if isinstance(value, Refused) else _convert(value, place, dataset, root)
+    file, directory, *inputs = part.files
+    dataset = part.options.get("dataset") or list_name(file)
+    root = str(resolve(part.options.get("root") or directory))
+    for place, value in read_lines(file, dataset, Span.of(part.options)):
+        if isinstance(value, Refused):
+            yield value
+        else:
+            value |= {field: value.get(part.options[field]) for field in _NEEDED if field in part.options}
+            yield _convert(value, place, dataset, list(dict.fromkeys([root, *inputs])))
 
 
-def _convert(value: Mapping[str, Any], place: str, dataset: str, root: str) -> Entry:
+def _convert(value: Mapping[str, Any], place: str, dataset: str, directories: Sequence[str]) -> Entry:
     id = str(place if value.get("id") in (None, "") else value["id"])
     sides: dict[str, bytes] = {}
     for side in ("source", "target", "mask"):
         name = value.get(side)
         if name is None and side == "mask":
             continue
-        data = read_below([root], name.removeprefix(f"{root}/") if isinstance(name, str) else name)
+        if side not in value:
+            detail = f"no {side}, but {', '.join(value)}; say which one it is: --source_options={side}=NAME"
+            return Refused(id=id, dataset=dataset, reason=Reason.ANNOTATION, detail=detail[:_LONGEST])
+        data = read_below(directories, name)
         if isinstance(data, Reason):
-            return Refused(id=id, dataset=dataset, reason=data, detail=f"{side}: {value.get(side)!r}"[:200])
+            detail = f"{side}: {str(name)!r}"[:_LONGEST] + _advice(data, str(name))
+            return Refused(id=id, dataset=dataset, reason=data, detail=detail)
         sides[side] = data
-    others, scores, turn = value.get("instructions"), value.get("scores"), value.get("turn")
+    texts = [text for name in ("instruction", "instructions") for text in _as_list(value.get(name))]
+    scores, turn = value.get("scores"), value.get("turn")
     return make_entry(
         id=id,
         dataset=dataset,
         source=sides["source"],
         target=sides["target"],
-        instructions=[value.get("instruction"), *(others if isinstance(others, list) else [])],
+        instructions=texts,
         kind=str(value.get("kind") or ""),
         turn=int(turn) if isinstance(turn, int) and 0 <= turn < 2**31 else 0,
         scores=finite_scores(scores if isinstance(scores, dict) else {}),
@@ -62,4 +75,17 @@ def _convert(value: Mapping[str, Any], place: str, dataset: str, root: str) -> E
     )
 
 
-SOURCE = SourceFormat(name="manifest", license="", parts=_parts, read=_read, options=("dataset", "root"))
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _advice(reason: Reason, name: str) -> str:
+    """Returns what may be wrong with the name of an image, to follow it."""
+    if "://" in name:
+        return ": an address, download the image"
+    if "\ufffd" in name:
+        return ": the list is not in UTF-8"
+    return ": leads out of the list's directory and the input, see the option root" if reason is Reason.UNSAFE else ""
+
+
+SOURCE = SourceFormat(name="manifest", license="", parts=_parts, read=_read, options=("dataset", "root", *_NEEDED))

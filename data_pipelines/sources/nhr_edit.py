@@ -9,44 +9,46 @@ from typing import Any
 
 from data_pipelines.reasons import Reason
 from data_pipelines.sources.entries import Entry, Part, Refused, SourceFormat, make_entry
-from data_pipelines.sources.files import find, read_below, read_lines, relative_name
-from data_pipelines.sources.tables import convert_rows, image_bytes
+from data_pipelines.sources.files import find, read_below
+from data_pipelines.sources.lists import Span, is_list, list_parts, read_lines
+from data_pipelines.sources.tables import Columns, convert_rows, find_tables, table_parts
 from varedit_jax.errors import UserError
 
 _NAME, _LICENSE = "nhr_edit", "Apache-2.0"
+_COLUMNS = Columns(images=("source_image", "edited_image"), needed=("edit_instruction",))
 
 
 def _parts(inputs: Sequence[str], options: Mapping[str, str]) -> list[Part]:
-    files = find(inputs, "metadata.jsonl", "*.parquet")
-    if not files:
+    lists, tables = find(inputs, "metadata.jsonl", "metadata.jsonl.*"), find_tables(inputs)
+    if not lists and not tables:
         raise UserError(
             f"there is neither a metadata.jsonl nor a *.parquet under {', '.join(inputs)}; "
             f"give NHR-Edit as it was downloaded"
         )
-    return [Part(source=_NAME, name=relative_name(file, inputs), files=(file,)) for file in files]
+    parts = [part for file in lists for part in list_parts(_NAME, inputs, file)]
+    return sorted([*parts, *table_parts(_NAME, inputs, tables)], key=lambda part: part.files[0].split("/"))
 
 
 def _read(part: Part) -> Iterator[Entry]:
-    if part.files[0].endswith(".parquet"):
-        return convert_rows(part, _convert_row, ("source_image", "edit_instruction", "edited_image"))
-    return _read_list(part)
+    return _read_list(part) if is_list(part.files[0]) else convert_rows(part, _convert_row, _COLUMNS)
 
 
 def _convert_row(row: dict[str, Any], table: str, number: int) -> Entry:
     return make_entry(
         id=f"{table}/{number}",
         dataset=_NAME,
-        source=image_bytes(row["source_image"]),
-        target=image_bytes(row["edited_image"]),
+        source=row["source_image"],
+        target=row["edited_image"],
         instructions=[row["edit_instruction"]],
         license=_LICENSE,
     )
 
 
 def _read_list(part: Part) -> Iterator[Entry]:
-    directory = posixpath.dirname(part.files[0])
-    for place, value in read_lines(part.files[0], _NAME):
-        yield value if isinstance(value, Refused) else _convert(value, place, (directory, posixpath.dirname(directory)))
+    file, directory, *inputs = part.files
+    directories = [directory, posixpath.dirname(directory), *inputs]
+    for place, value in read_lines(file, _NAME, Span.of(part.options)):
+        yield value if isinstance(value, Refused) else _convert(value, place, directories)
 
 
 def _convert(value: Mapping[str, Any], place: str, directories: Sequence[str]) -> Entry:

@@ -4,7 +4,7 @@ from typing import Any
 
 from data_pipelines.record import finite_scores
 from data_pipelines.sources.entries import Entry, make_entry
-from data_pipelines.sources.tables import image_bytes, table_source
+from data_pipelines.sources.tables import Columns, table_source
 
 _SCORES = ("sc_score_1", "sc_score_2", "pq_score", "o_score")
 _LICENSE = "MIT"
@@ -15,8 +15,8 @@ def _convert(row: dict[str, Any], stem: str, number: int) -> Entry:
     return make_entry(
         id=str(row["omni_edit_id"]),
         dataset="omniedit",
-        source=image_bytes(row["src_img"]),
-        target=image_bytes(row["edited_img"]),
+        source=row["src_img"],
+        target=row["edited_img"],
         instructions=[texts] if isinstance(texts, str) else texts,  # a str would be split into characters
         kind=str(row.get("task") or ""),
         scores=finite_scores({name: row.get(name) for name in _SCORES}),
@@ -28,6 +28,7 @@ SOURCE = table_source(
     "omniedit",
     _LICENSE,
     _convert,
-    needed=("omni_edit_id", "src_img", "edited_img", "edited_prompt_list"),
-    optional=("task", *_SCORES),
+    Columns(
+        images=("src_img", "edited_img"), needed=("omni_edit_id", "edited_prompt_list"), optional=("task", *_SCORES)
+    ),
 )

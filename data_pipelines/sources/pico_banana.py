@@ -16,8 +16,9 @@ from typing import Any
 from data_pipelines.reasons import Reason
 from data_pipelines.sources.archives import ENDINGS, group_parts, tail
 from data_pipelines.sources.entries import Entry, Part, Refused, SourceFormat, make_entry
-from data_pipelines.sources.files import distinct, find, read_below, read_lines, relative_name, safe_name, stem
+from data_pipelines.sources.files import distinct, find, read_below, relative_name, safe_name
 from data_pipelines.sources.join import Found, Lost, Stream, Wanted, join
+from data_pipelines.sources.lists import PATTERNS, list_name, read_lines
 from varedit_jax.errors import UserError
 
 _NAME, _LICENSE = "pico_banana", "CC-BY-NC-ND-4.0"
@@ -25,10 +26,10 @@ _SOURCES = "openimage_source_images"  # where the publisher's instructions unpac
 
 
 def _parts(inputs: Sequence[str], options: Mapping[str, str]) -> list[Part]:
-    lists = distinct(find(inputs, "*.jsonl"))
+    lists = distinct(find(inputs, *PATTERNS))
     if not lists:
         raise UserError(f"there is no *.jsonl under {', '.join(inputs)}; give sft.jsonl and its images")
-    archives = find(inputs, *(f"*{ending}" for ending in ENDINGS))
+    archives = find(inputs, *(f"*{ending}" for ending in ENDINGS), any_split=True)
     directories = [path for path in inputs if path not in (*lists, *archives)]
     return [
         Part(
@@ -92,12 +93,12 @@ def _entry(edit: Mapping[str, Any], source: bytes | Reason, directories: Sequenc
 
 def _edits(path: str) -> Iterator[dict[str, Any] | Refused]:
     for place, value in read_lines(path, _NAME):
-        id = f"{stem(path)}/{place.rpartition(':')[2]}"
+        id = f"{list_name(path)}/{place.rpartition(':')[2]}"
         if isinstance(value, Refused):
             yield value
         elif "files" in value:
             yield from _turns(id, value)
-        elif "preference" in stem(path):
+        elif "preference" in list_name(path):
             yield Refused(id=id, dataset=_NAME, reason=Reason.FAILED)
         else:
             yield {

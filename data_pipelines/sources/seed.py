@@ -5,33 +5,40 @@
     real_editing/annotations/split_0001.jsonl                                    images/images.tar.gz
     multi_turn_editing/annotations/split_0001.jsonl                              images/multi_turn.tar.gz.part-aa
 
-Each of the four is a part, since its archives are compressed as a whole; `join` reads them. An instruction rewritten by
-GPT-4V precedes the original one. Each turn of a session is a record, with the first image of the session as `original`.
+Each of the four is a part, since its archives are compressed as a whole; `join` reads them. Archives may be unpacked
+where they lie, all or some. An instruction rewritten by GPT-4V precedes the original one. Each turn of a session is a
+record, with the first image of the session as `original`.
 """
 
 import itertools
 import json
 import posixpath
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from data_pipelines.reasons import Reason
 from data_pipelines.sources.archives import PATTERNS, group_parts
-from data_pipelines.sources.entries import Entry, Part, Refused, SourceFormat
-from data_pipelines.sources.files import distinct, find, read_lines, safe_name
-from data_pipelines.sources.join import Stream, Wanted, joined
+from data_pipelines.sources.entries import Entry, Part, Refused, SourceFormat, make_entry
+from data_pipelines.sources.files import distinct, find, read_below, reading, safe_name
+from data_pipelines.sources.instructions import wordings
+from data_pipelines.sources.join import Found, Lost, Stream, Wanted, join
+from data_pipelines.sources.lists import is_list, read_lines
 from varedit_jax.errors import UserError
+from varedit_jax.storage.paths import resolve
 
 _NAME, _LICENSE = "seed", "CC-BY-NC-4.0"
 _CORRUPT = tuple(f"20240330_315P_1323turns/Data/{number}/" for number in range(208, 213))
 # Directories that annotations and archives name inconsistently; those in _TOP may have others above them.
 _TOP = frozenset(("source_images", "target_images", "unsplash_images", "real_editing", "multi_turn_editing"))
+_LISTS = ("annotations/*.jsonl", "annotations/*.jsonl.*")
+_REWRITTEN = ("annotations_GPT4V/*.jsonl", "annotations_GPT4V/*.jsonl.*")
+_SIDES = ("source_images", "target_images")
 _ABOVE = _TOP | {"auto_editing", "openimages", "unsplash", "images", "multi_turn"}
 
 
 def _parts(inputs: Sequence[str], options: Mapping[str, str]) -> list[Part]:
-    lists = find(inputs, "annotations/*.jsonl")
+    lists = find(inputs, *_LISTS)
     directories = sorted({posixpath.dirname(posixpath.dirname(file)) for file in lists})
     if not directories:
         raise UserError(
@@ -41,30 +48,96 @@ def _parts(inputs: Sequence[str], options: Mapping[str, str]) -> list[Part]:
     distinct(directories)
     parts = []
     for directory in directories:
-        archives = find([directory], *PATTERNS)
-        if not archives:
+        archives, images = find([directory], *PATTERNS), _image_directories(directory)
+        if not archives and not images:
             raise UserError(f"there is no *.tar.gz.part-* or *.tar.gz under {directory}; download the images too")
-        lists = find([directory], "annotations/*.jsonl", "annotations_GPT4V/*.jsonl")
-        parts.append(Part(source=_NAME, name=posixpath.basename(directory), files=(*lists, *archives)))
+        lists = find([directory], *_LISTS, *_REWRITTEN)
+        parts.append(Part(source=_NAME, name=posixpath.basename(directory), files=(*lists, *archives, *images)))
     return parts
 
 
+def _image_directories(directory: str) -> list[str]:
+    """Returns the directories that archives have been unpacked to, below the one of a part."""
+    above = [directory]
+    for path in above:
+        with reading(path):
+            above += [f"{path}/{name}" for name in sorted(_ABOVE) if (resolve(path) / name).is_dir()]
+    return [path for path in above[1:] if _holds_images(path)]
+
+
+def _holds_images(directory: str) -> bool:
+    """Returns True unless nothing but archives, and directories with a name in _ABOVE, are in a directory."""
+    with reading(directory):
+        return any(".tar" not in path.name and path.name not in _ABOVE for path in resolve(directory).iterdir())
+
+
 def _read(part: Part) -> Iterator[Entry]:
-    lists = [file for file in part.files if file.endswith(".jsonl")]
-    archives = group_parts([file for file in part.files if not file.endswith(".jsonl")])
+    lists = [file for file in part.files if is_list(file)]
+    archives = group_parts([file for file in part.files if not is_list(file)])
+    packed = {file for files in archives.values() for file in files}
+    directories = [file for file in part.files if not is_list(file) and file not in packed]
     rewritten = _rewritten(file for file in lists if "annotations_GPT4V" in file)
     lists = [file for file in lists if "annotations_GPT4V" not in file]
 
     def annotations() -> Iterator[Wanted | Refused]:
         return itertools.chain.from_iterable(_annotations(part.name, file, rewritten) for file in lists)
 
-    yield from joined(_NAME, _LICENSE, _streams(archives), annotations)
+    read = bytearray()  # 1 for each pair of which nothing is packed
+    for item in annotations():
+        if isinstance(item, Refused):
+            yield item
+        else:
+            images = [_unpacked(directories, image) for image in item.images]
+            read.append(not archives or Reason.MISSING not in images)
+            if read[-1]:
+                yield _entry(item.key, item.images, images)
+    if archives:
+        pairs = (item for item in annotations() if isinstance(item, Wanted))
+        yield from _joined(archives, directories, (pair for pair, done in zip(pairs, read, strict=True) if not done))
+
+
+def _joined(
+    archives: Mapping[str, Sequence[str]], directories: Sequence[str], pairs: Iterable[Wanted]
+) -> Iterator[Entry]:
+    """Yields the records of pairs whose images are in archives, both or one of them."""
+
+    def packed() -> Iterator[Wanted]:
+        for pair in pairs:
+            images = [image for image in pair.images if _unpacked(directories, image) is Reason.MISSING]
+            yield Wanted(json.dumps([pair.key, pair.images]), tuple(images))
+
+    for event in join(_streams(archives), packed()):
+        if isinstance(event, (Found, Lost)):
+            key, names = json.loads(event.key)
+            images = [_unpacked(directories, name) for name in names]
+            if isinstance(event, Found):
+                arrived = iter(event.images)
+                images = [next(arrived) if image is Reason.MISSING else image for image in images]
+            yield _entry(key, names, images)
+        else:
+            yield Refused(id=event.name, dataset=_NAME, reason=event.reason, detail=event.detail)
+
+
+def _unpacked(directories: Sequence[str], image: Sequence[Any]) -> bytes | Reason:
+    """Returns an image (stream, name) from the directories of its side."""
+    side, name = image
+    own = [path for path in directories if posixpath.basename(path) == _SIDES[side]]
+    return read_below(own or [path for path in directories if posixpath.basename(path) not in _SIDES], name)
+
+
+def _entry(key: str, names: Sequence[Sequence[Any]], images: Sequence[bytes | Reason]) -> Entry:
+    about = json.loads(key)
+    lost = ", ".join(name for (_, name), image in zip(names, images, strict=True) if isinstance(image, Reason))
+    for image in images:
+        if isinstance(image, Reason):
+            return Refused(id=about["id"], dataset=_NAME, reason=image, detail=lost)
+    return make_entry(dataset=_NAME, source=images[0], target=images[1], license=_LICENSE, **about)
 
 
 def _streams(archives: Mapping[str, Sequence[str]]) -> list[Stream]:
     """Returns streams of sources and targets; an archive with both is read at two positions at once."""
     sides = []
-    for side in ("source_images", "target_images"):
+    for side in _SIDES:
         own = [files for name, files in archives.items() if posixpath.basename(name).startswith(side)]
         sides.append(Stream(own or list(archives.values()), _canonical))
     return sides
@@ -124,9 +197,9 @@ def _wanted(
     canonical = [_canonical(str(name)) for name in names]
     if any(name.startswith(_CORRUPT) for name in (*canonical, _canonical(start))):
         return Refused(id=id, dataset=_NAME, reason=Reason.CORRUPT, detail=canonical[1])
-    texts = [text for text in instructions if isinstance(text, str) and text.strip()]
+    texts, fault = wordings(instructions)
     if not texts:
-        return Refused(id=id, dataset=_NAME, reason=Reason.INSTRUCTION)
+        return Refused(id=id, dataset=_NAME, reason=Reason.INSTRUCTION, detail=fault)
     about = {"id": id, "instructions": texts, "turn": turn, "original": _canonical(start)}
     sides = (0, 0) if one else (int(str(names[0]).startswith("target_images/")), _side_of_target(str(names[1])))
     return Wanted(json.dumps(about), ((sides[0], canonical[0]), (sides[1], canonical[1])))

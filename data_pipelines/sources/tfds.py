@@ -29,7 +29,7 @@ def _builder(directory: str) -> tfds.core.DatasetBuilder:
 
 
 def _parts(inputs: Sequence[str], options: Mapping[str, str]) -> list[Part]:
-    directories = [posixpath.dirname(file) for file in find(inputs, "dataset_info.json")]
+    directories = [posixpath.dirname(file) for file in find(inputs, "dataset_info.json", any_split=True)]
     for directory in directories:
         local(directory, "a prepared TFDS data set")
     if not directories:

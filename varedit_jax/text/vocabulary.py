@@ -23,7 +23,7 @@ def _tokenizer(path: str) -> tokenizers.Tokenizer:
     if path:
         try:
             with read_explained(path):
-                text = resolve(path).read_bytes().decode()
+                text = resolve(path).read_bytes().decode("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the vocabulary {path}: {error}; give the tokenizer.json of a T5") from error
     else:

@@ -234,7 +234,7 @@ def test_the_program_prepares_and_tells_mistakes_in_one_line(corpus: Corpus, tmp
 @pytest.mark.subprocess
 def test_texts_are_utf_8_whatever_the_machine_takes_for_usual(corpus: Corpus, tmp_path: pathlib.Path) -> None:
     names = {side: str(corpus.inputs[0].with_name(f"0-{side}.jpg")) for side in ("source", "target")}
-    lines = [{"id": "猫", "instruction": "去掉猫", **names}, {"id": "狗", "instruction": "", **names}]
+    lines = [{"id": "猫", "instruction": "remove 猫", **names}, {"id": "狗", "instruction": "", **names}]
     (tmp_path / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     done = _program(
         "--source=manifest",

@@ -1,9 +1,12 @@
 """Small data sets in the layouts of public ones whose lists and images lie apart; see `layouts`."""
 
+import dataclasses
 import json
 import pathlib
+import posixpath
 from typing import Any
 
+from data_pipelines.sources.archives import Member, group_parts, members
 from tests.data_pipelines.sources.layouts import Download, Expected, draw, lines, split, table, tar
 
 
@@ -447,3 +450,48 @@ def manifest(directory: pathlib.Path) -> Download:
             "list.jsonl:7": "damaged annotation",
         },
     )
+
+
+def unpacked(download: Download, *names: str, into: str = "") -> Download:
+    """The same data set with the archives of these names unpacked where they lie, or in a directory there."""
+    files = [str(path) for top in download.inputs for path in top.rglob("*") if path.is_file()]
+    for archive, parts in group_parts(files).items():
+        if posixpath.basename(archive).split(".tar")[0] in names:
+            for member in members(parts):
+                if isinstance(member, Member):
+                    path = pathlib.Path(archive).parent / into / member.name
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(member.data)
+            for part in parts:
+                pathlib.Path(part).unlink()
+    refused = {id: reason for id, reason in download.refused.items() if not id.startswith("..")}  # members of archives
+    return dataclasses.replace(download, refused=refused)
+
+
+def seed_openimages_unpacked(directory: pathlib.Path) -> Download:
+    return unpacked(seed_openimages(directory), "source_images", "target_images")
+
+
+def seed_openimages_half_unpacked(directory: pathlib.Path) -> Download:
+    return unpacked(seed_openimages(directory), "source_images")
+
+
+def seed_unsplash_unpacked(directory: pathlib.Path) -> Download:
+    return unpacked(seed_unsplash(directory), "unsplash_images")
+
+
+def seed_real_and_multi_turn_unpacked(directory: pathlib.Path) -> Download:
+    return unpacked(seed_real_and_multi_turn(directory), "images", "multi_turn")
+
+
+def imgedit_unpacked(directory: pathlib.Path) -> Download:
+    """Archives with a directory of their own, and those without, which need one."""
+    made = unpacked(imgedit(directory), "results_add_laion_part0")
+    made = unpacked(made, "results_replace_part0", into="results_replace_part0")
+    made = unpacked(made, "action_part1", into="action_part1")
+    made = unpacked(made, "results_adjust_canny_laion_part2", into="adjust_canny_part2")
+    return unpacked(made, "results_content_memory_part2")
+
+
+def imgedit_half_unpacked(directory: pathlib.Path) -> Download:
+    return unpacked(imgedit(directory), "results_add_laion_part0")

@@ -92,6 +92,16 @@ def table(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
     pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), path, row_group_size=2)
 
 
+def arrow(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A stream of Arrow batches of two rows, with what `datasets.save_to_disk` writes beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = pa.Table.from_pylist([dict(row) for row in rows])
+    with path.open("wb") as file, pa.ipc.new_stream(file, made.schema) as stream:
+        stream.write_table(made, max_chunksize=2)
+    (path.parent / "state.json").write_text(json.dumps({"_data_files": [{"filename": path.name}], "_split": "train"}))
+    (path.parent / "dataset_info.json").write_text("{}")
+
+
 def embedded(name: str) -> dict[str, Any]:
     """An image as tables hold it."""
     return {"bytes": draw(name), "path": f"{name}.jpg"}
@@ -128,6 +138,8 @@ def ultraedit(directory: pathlib.Path) -> Download:
             "FreeForm_1/3": record(3, scores={name: value for name, value in scores.items() if name != "ssim"}),
         },
         refused={
+            "data/FreeForm_0-*-of-00002.parquet": "file not there",
+            "data/FreeForm_1-*-of-00002.parquet": "file not there",
             "FreeForm_1/1": "empty instruction",
             "FreeForm_1/2": "missing image",
             "data/FreeForm_2-00000-of-00001.parquet": "damaged archive",
@@ -143,9 +155,9 @@ def magicbrush(directory: pathlib.Path) -> Download:
         }
         for image, turn in (("242679", 1), ("242679", 2), ("118", 1))
     ]  # fmt: skip
-    table(directory / "data" / "train-00000-of-00051.parquet", rows[:2])
+    table(directory / "data" / "train-00000-of-00002.parquet", rows[:2])
     table(
-        directory / "data" / "dev-00000-of-00004.parquet", [*rows[2:], rows[0] | {"img_id": "9", "instruction": None}]
+        directory / "data" / "train-00001-of-00002.parquet", [*rows[2:], rows[0] | {"img_id": "9", "instruction": None}]
     )
     return Download(
         inputs=[directory],
@@ -170,9 +182,8 @@ def omniedit(directory: pathlib.Path) -> Download:
         "edited_prompt_list": ["add a cat", "put a cat there", "add a cat"], "width": 24, "height": 16, "sc_score_1": 9,
         "sc_score_2": 8, "sc_reasoning": "good", "pq_score": 7, "pq_reasoning": "fine", "o_score": 7.5,
     }  # fmt: skip
-    table(
-        directory / "data" / "dev-00000-of-00001.parquet", [row, row | {"omni_edit_id": "x", "edited_prompt_list": []}]
-    )
+    rows = [row, row | {"omni_edit_id": "x", "edited_prompt_list": []}]
+    table(directory / "data" / "train-00000-of-00001.parquet", rows)
     return Download(
         inputs=[directory],
         records={
@@ -196,11 +207,11 @@ def instruct_pix2pix_tables(directory: pathlib.Path) -> Download:
         }
         for i in range(3)
     ]  # fmt: skip
-    table(directory / "data" / "train-00000-of-00262.parquet", rows)
+    table(directory / "data" / "train-00000-of-00001.parquet", rows)
     return Download(
         inputs=[directory / "data"],
         records={
-            f"train-00000-of-00262/{i}": Expected(source=f"s{i}", target=f"t{i}", instructions=(f"edit {i}",))
+            f"train-00000-of-00001/{i}": Expected(source=f"s{i}", target=f"t{i}", instructions=(f"edit {i}",))
             for i in range(3)
         },
     )
@@ -313,7 +324,7 @@ def x2edit(directory: pathlib.Path) -> Download:
             f"{name}/a": Expected(
                 source="sa",
                 target="ta",
-                instructions=("edit a", "改", "text a"),
+                instructions=("edit a", "text a"),
                 kind="文字更改",
                 scores={"score_7b_0": 4.0, "score_7b_1": 5.0, "liqe_score": 3.5},
                 mask="ma",
@@ -321,4 +332,38 @@ def x2edit(directory: pathlib.Path) -> Download:
             f"{name}/b": Expected(source="sb", target="tb", instructions=("text b",), kind="gpt4o"),
         },
         refused={f"{name}/c": "missing image"},
+    )
+
+
+def any_table(directory: pathlib.Path) -> Download:
+    """HQ-Edit's columns, in Parquet and as `datasets.save_to_disk` writes them."""
+
+    def rows(*numbers: int) -> list[dict[str, Any]]:
+        return [
+            {
+                "input": f"a thing {i}",
+                "input_image": embedded(f"s{i}"),
+                "edit": f"turn it into {i}",
+                "output_image": embedded(f"t{i}"),
+            }
+            for i in numbers
+        ]
+
+    table(directory / "data" / "train-00000-of-00001.parquet", [*rows(0, 1), rows(2)[0] | {"edit": "nan"}])
+    for number in (0, 1):
+        arrow(directory / "saved" / "train" / f"data-{number:05d}-of-00002.arrow", rows(3 + 2 * number, 4 + 2 * number))
+    arrow(directory / "saved" / "test" / "data-00000-of-00001.arrow", rows(9))
+    arrow(directory / "saved" / "train" / "cache-0123abcd.arrow", rows(10))
+    ids = {f"train-00000-of-00001/{i}": i for i in (0, 1)}
+    ids |= {f"saved/train/data-{i:05d}-of-00002/{row}": 3 + 2 * i + row for i in (0, 1) for row in (0, 1)}
+    return Download(
+        inputs=[directory],
+        options={"source": "input_image", "target": "output_image", "instruction": "edit", "dataset": "hq_edit"},
+        records={
+            id: Expected(source=f"s{i}", target=f"t{i}", instructions=(f"turn it into {i}",)) for id, i in ids.items()
+        },
+        refused={
+            "train-00000-of-00001/2": "empty instruction",
+            "saved/test/data-00000-of-00001.arrow": "another split",
+        },
     )

@@ -6,7 +6,8 @@ import pytest
 from data_pipelines.reasons import Reason
 from data_pipelines.record import Record, decode, encode
 from data_pipelines.sources.entries import Refused, make_entry
-from data_pipelines.sources.files import find, json_items, read_lines, safe_name
+from data_pipelines.sources.files import find, safe_name
+from data_pipelines.sources.lists import json_items, read_lines
 
 
 @pytest.mark.parametrize(
@@ -95,6 +96,6 @@ def test_what_lacks_something_is_refused(change: dict, reason: str) -> None:
 def test_files_are_found_by_the_end_of_their_path_in_order(tmp_path: pathlib.Path) -> None:
     for name in ("b/annotations/1.jsonl", "a/annotations/2.jsonl", "a/other/3.jsonl", "a/annotations/4.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
+        (tmp_path / name).write_text("{}")
     found = find([str(tmp_path), str(tmp_path / "b")], "annotations/*.jsonl")
     assert found == [str(tmp_path / name) for name in ("a/annotations/2.jsonl", "b/annotations/1.jsonl")]

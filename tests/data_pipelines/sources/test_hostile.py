@@ -14,7 +14,8 @@ from data_pipelines.reasons import Reason
 from data_pipelines.record import Record, decode, encode
 from data_pipelines.sources import Entry, Refused, read
 from data_pipelines.sources.archives import Damage, TarIndex, members
-from data_pipelines.sources.files import json_items, read_below
+from data_pipelines.sources.files import read_below
+from data_pipelines.sources.lists import json_items
 from tests.data_pipelines.sources.layouts import tar
 
 DEEP = "[" * 100_000

@@ -18,7 +18,13 @@ LAYOUTS: list[tuple[str, Callable[[pathlib.Path], Download]]] = [
     ("seed", archive_layouts.seed_openimages),
     ("seed", archive_layouts.seed_unsplash),
     ("seed", archive_layouts.seed_real_and_multi_turn),
+    ("seed", archive_layouts.seed_openimages_unpacked),
+    ("seed", archive_layouts.seed_openimages_half_unpacked),
+    ("seed", archive_layouts.seed_unsplash_unpacked),
+    ("seed", archive_layouts.seed_real_and_multi_turn_unpacked),
     ("imgedit", archive_layouts.imgedit),
+    ("imgedit", archive_layouts.imgedit_unpacked),
+    ("imgedit", archive_layouts.imgedit_half_unpacked),
     ("ultraedit", layouts.ultraedit),
     ("magicbrush", layouts.magicbrush),
     ("instruct_pix2pix", layouts.instruct_pix2pix_tables),
@@ -33,6 +39,7 @@ LAYOUTS: list[tuple[str, Callable[[pathlib.Path], Download]]] = [
     ("pico_banana", archive_layouts.pico_banana_packed),
     ("varedit", layouts.varedit),
     ("manifest", archive_layouts.manifest),
+    ("table", layouts.any_table),
 ]
 
 
@@ -158,6 +165,19 @@ def test_imgedit_scores_that_are_cut_short_are_told_to_the_user(tmp_path: pathli
     (tmp_path / "all_dataset_gpt_score.json").write_text(json.dumps({"results/00094_1": 1})[:-3])
     with pytest.raises(UserError, match="all_dataset_gpt_score.json is damaged"):
         list(read("imgedit", [tmp_path]))
+
+
+def test_imgedit_unpacked_is_found_by_directories_of_names_and_nowhere_else(tmp_path: pathlib.Path) -> None:
+    names = [[f"results_a_part0/1/{side}.png"] for side in ("original", "result")]
+    rows = [{"input_images": names[0], "output_images": names[1], "prompt": "make it foggy"}]
+    rows += [{"input_images": ["1.png"], "output_images": ["1.png"], "prompt": "make it foggy"}]
+    layouts.table(tmp_path / "Parquet" / "other_part5.parquet", rows)
+    for name in ("results_a_part0/1/original.png", "results_a_part0/1/result.png", "results_a_part0/1.png"):
+        (tmp_path / "Singleturn" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "Singleturn" / name).write_bytes(draw(name))
+    found, lost = read("imgedit", [tmp_path])
+    assert isinstance(found, Record) and found.target == draw("results_a_part0/1/result.png")
+    assert isinstance(lost, Refused) and lost.reason == "missing image"
 
 
 def test_a_part_names_all_files_that_it_reads(tmp_path: pathlib.Path) -> None:

@@ -44,6 +44,7 @@ WRITERS: dict[str, Callable[[pathlib.Path], Download]] = {
     "pico_banana": archive_layouts.pico_banana,
     "varedit": layouts.varedit,
     "manifest": archive_layouts.manifest,
+    "table": layouts.any_table,
     "tfds": shapes,
 }
 
