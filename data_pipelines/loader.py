@@ -150,9 +150,7 @@ class _Read:
             for index, number in zip(later.indices.tolist(), later.passes.tolist(), strict=True):
                 if later.bucket == bucket and not isinstance(content := self._example(index, number), _Bad):
                     return index, content
-        raise UserError(
-            f"no example of step {step} can be used, nor one like them of the next steps; {_CHECK}"
-        )
+        raise UserError(f"no example of step {step} can be used, nor one like them of the next steps; {_CHECK}")
 
     def _example(self, index: int, number: int) -> Example | _Bad:
         try:

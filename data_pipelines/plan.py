@@ -257,7 +257,9 @@ class Shuffled:
     def _entry(self, epoch: int, hashed: NDArray[np.uint64], bucket: int) -> int:
         """Returns the place of the first example of an epoch whose hash is not below `hashed`."""
         indices, passes = self._order(epoch, bucket)
-        return self._until(epoch, bucket) + int(np.searchsorted(mix(self._seed, _EPOCH, epoch, passes, indices), hashed))
+        return self._until(epoch, bucket) + int(
+            np.searchsorted(mix(self._seed, _EPOCH, epoch, passes, indices), hashed)
+        )
 
     def _order(self, epoch: int, bucket: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Returns a bucket's examples in the order of an epoch, by hash, and their passes."""

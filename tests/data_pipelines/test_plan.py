@@ -163,7 +163,7 @@ def test_with_broken_weights_a_few_of_a_pass_are_twice_or_missing() -> None:
     kept = _lost(600, 0.1, 4)
     amended = plan.amended(400, kept)
     counts = Counter(shown(amended, amended.first_step(12)))
-    assert max(counts.values()) <= 2 and sum(count == 2 for count in counts.values()) < 60
+    assert max(counts.values()) <= 2 and sum(count == 2 for count in counts.values()) < 10
 
 
 def test_digests_of_amended_plans_are_of_the_steps_before() -> None:
