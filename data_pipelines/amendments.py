@@ -1,11 +1,11 @@
 """Which examples a run leaves out, and from which step on, so that what a check finds can be applied to a running run.
 
-WORKDIR/left_out.json has the lists of each split, in order of their steps, with indices of examples as half-open ranges:
+WORKDIR/left_out.json has the lists of each split in order of their steps, indices of examples as half-open ranges:
 
     {"train": [{"from_step": 0, "left_out": []}, {"from_step": 90, "left_out": [[8, 16], [40, 41]]}], "test": [...]}
 
-Batches of steps before 90 stay what they were, also where the run resumes from an older checkpoint. A list of the same
-or a later step is replaced when another one is applied before it.
+Steps before 90 keep their batches, also where the run resumes from an older checkpoint. Applying a list voids those of
+the same and of later steps.
 """
 
 import json
@@ -85,15 +85,15 @@ class Amendments:
         last = [first, *later][-1].kept
         if np.array_equal(last, now):
             return
-        changes = f"{np.count_nonzero(last & ~now)} more and {np.count_nonzero(now & ~last)} fewer"
+        more, fewer = np.count_nonzero(last & ~now), np.count_nonzero(now & ~last)
         if not self._apply:
             raise UserError(
-                f"{changes} examples of the split {split!r} were found to be bad, or have no features, than this run "
-                f"leaves out; give --apply_bad_records to go on from step {step} with what is left, or bring the data "
-                f"and bad.jsonl back"
+                f"{more} examples of the split {split!r} that this run uses are bad now or have no features, and "
+                f"{fewer} that it leaves out are good; give --apply_bad_records to go on from step {step} with what "
+                f"is good, or bring the data and bad.jsonl back"
             )
         self.lists[split] = [first, *(since for since in later if since.from_step < step), Since(step, now)]
-        self._say(f"from step {step} on, {changes} examples of the split {split!r} are left out (--apply_bad_records)")
+        self._say(f"from step {step} on, {more} more and {fewer} fewer examples of the split {split!r} are left out")
 
     def kept(self, split: str, step: int) -> Kept:
         """Returns the examples that are used in a step."""

@@ -11,9 +11,9 @@ A batch is a dict of arrays:
 
 A bad example never ends a run: it is counted and logged to the quarantine, and its row repeats the next usable example
 of the batch (in the order of the global batch; of a later batch if it has none). `example_ids` is ~i, which is
-negative, where example i stands in for another. Where a shard is lost, its examples are bad ones; if they are more
-than `data.bad_share`, the run ends with a sentence. Bad examples listed by data_pipelines.check are not in the plan of a
-run that begins; one that is under way leaves them out from a step on (amendments.py).
+negative, where example i stands in for another. The examples of a lost shard are bad; if the share of bad ones
+exceeds `data.bad_share`, the run ends. Those listed by data_pipelines.check are not in the plan of a run that begins;
+one under way may leave them out from a step on (amendments.py).
 """
 
 import dataclasses

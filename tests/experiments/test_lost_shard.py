@@ -56,7 +56,7 @@ def test_a_run_ends_after_a_lost_shard_as_if_it_had_not_been_killed(tmp_path: pa
     with pytest.raises(UserError, match=r"1 of \d+ examples .*unreadable record.*data_pipelines.check, .*--apply_bad"):
         _start(directory, workdir)
     assert check_split(directory, "train") == {"unreadable record": 12}
-    with pytest.raises(UserError, match="12 more and 0 fewer examples .* give --apply_bad_records"):
+    with pytest.raises(UserError, match="12 examples .* give --apply_bad_records"):
         _start(directory, workdir)
     shutil.copytree(workdir, tmp_path / "killed")
     whole = _start(directory, workdir, apply=True)
