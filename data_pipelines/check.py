@@ -3,9 +3,9 @@
     python -m data_pipelines.check --input=prepared/ultraedit --processes=16
 
 Records were checked when they were prepared; this finds damage done since, on disk or in transfer. Bad records are
-listed with their reasons in DIRECTORY/SPLIT/bad.jsonl, and training leaves them out from then on. Where the loader
-meets a bad record that is not listed, another example of the batch stands in for it. The same command resumes an
-interrupted check.
+listed with their reasons in DIRECTORY/SPLIT/bad.jsonl. A run that begins leaves them out; a run under way does so when
+it is resumed with --apply_bad_records. Where the loader meets a bad record that is not listed, another example of the
+batch stands in for it. The same command resumes an interrupted check.
 """
 
 import os

@@ -141,9 +141,9 @@ class RecordSource(ExampleSource):
         """Index of each example's part, [n]."""
         return np.repeat(np.arange(len(self.parts), dtype=np.int32), np.diff(self.starts))
 
-    @property
+    @functools.cached_property
     def kept(self) -> NDArray[np.bool_]:
-        """False for examples that data_pipelines.check found to be bad, [n]."""
+        """False for examples that data_pipelines.check had found to be bad when it was first asked for, [n]."""
         return np.concatenate([kept_records(part) for part in self.parts])
 
     def _find(self, index: int) -> tuple[Records, int]:

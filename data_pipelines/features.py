@@ -213,7 +213,8 @@ class Features:
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         numbers = self._maps.get(shard)
         if numbers is None:
-            files, name, *_ = self._shards[shard]
+            files, name, _, rows = self._shards[shard]
+            _check_numbers(self._shards[shard], self._table[rows.start : rows.stop])  # lost since the run began
             numbers = self._maps[shard] = np.memmap(files.get(name), self._made_by.dtype, "r")
         at, h, w, channels, tokens, width = self._table[index].tolist()
         shapes = (h, w, channels), (h, w, channels), (tokens, width)
@@ -226,25 +227,32 @@ class Features:
 
 def _read_table(shard: _Shard) -> NDArray[np.int64]:
     """Returns the table of a shard, int64 [n, 6]. Raises UserError if the shard is missing or truncated."""
-    path, kind = shard.path(shard.table).with_suffix(""), shard.numbers.rpartition(".")[2]
+    path = shard.path(shard.table).with_suffix("")
     try:
         with read_explained(str(path)):
             table = np.load(shard.files.get(shard.table))
-            found = size(shard.path(shard.numbers))
     except UserError:
         raise
     except (OSError, ValueError):
         table = np.zeros((0, 6), np.int64)
     if len(table) != len(shard.rows):
         raise UserError(f"features of {path} are missing; compute them with experiments.precompute")
+    _check_numbers(shard, table)
+    return table
+
+
+def _check_numbers(shard: _Shard, table: NDArray[np.int64]) -> None:
+    """Raises UserError if the numbers of a shard are missing or truncated."""
+    path, kind = shard.path(shard.numbers), shard.numbers.rpartition(".")[2]
+    with read_explained(str(path)):
+        found = size(path) if path.exists() else 0
     _, h, w, channels, tokens, width = table[table[:, 0] >= 0].T
     expected = np.dtype(kind).itemsize * int((2 * h * w * channels + tokens * width).sum())
     if found != expected:
         raise UserError(
-            f"features of {path} have {found} bytes, not {expected}; delete {path.name}.npy there and compute them "
-            f"again"
+            f"features of {path.with_suffix('')} have {found} bytes, not {expected}; delete {path.stem}.npy there and "
+            f"compute them again"
         )
-    return table
 
 
 def _write_manifest(stored: StoredSplit, made_by: MadeBy) -> None:

@@ -11,7 +11,9 @@ A batch is a dict of arrays:
 
 A bad example never ends a run: it is counted and logged to the quarantine, and its row repeats the next usable example
 of the batch (in the order of the global batch; of a later batch if it has none). `example_ids` is ~i, which is
-negative, where example i stands in for another. Bad examples listed by data_pipelines.check are not in the plan.
+negative, where example i stands in for another. The examples of a lost shard are bad; if the share of bad ones
+exceeds `data.bad_share`, the run ends. Those listed by data_pipelines.check are not in the plan of a run that begins;
+one under way may leave them out from a step on (amendments.py).
 """
 
 import dataclasses
@@ -25,6 +27,7 @@ import numpy as np
 from grain.multiprocessing import SharedMemoryArray
 from numpy.typing import NDArray
 
+from data_pipelines.amendments import Amendments, Since
 from data_pipelines.damage import Damaged, Quarantine
 from data_pipelines.datasets import (
     Example,
@@ -50,6 +53,7 @@ __all__ = [
     "TfdsSource",
     "InstructionTokenizer",
     "evaluation_batches",
+    "kept_examples",
     "open_examples",
     "open_records",
     "open_split",
@@ -62,6 +66,7 @@ HostBatch = dict[str, NDArray[Any]]
 _CACHED_TEXTS = 200_000  # examples whose token ids a pipeline caches, about 300 bytes each
 _ENDLESS = 2**48  # steps
 _LATER = 100  # steps searched for a stand-in after a step without a usable example
+_CHECK = "find all of them with data_pipelines.check, then resume with --apply_bad_records"
 _FIRST = 1000  # examples that count as seen from the start, before which the share of bad ones means little
 
 
@@ -145,10 +150,7 @@ class _Read:
             for index, number in zip(later.indices.tolist(), later.passes.tolist(), strict=True):
                 if later.bucket == bucket and not isinstance(content := self._example(index, number), _Bad):
                     return index, content
-        raise UserError(
-            f"no example of step {step} can be used, nor one like them of the next steps; find all of them with "
-            f"data_pipelines.check"
-        )
+        raise UserError(f"no example of step {step} can be used, nor one like them of the next steps; {_CHECK}")
 
     def _example(self, index: int, number: int) -> Example | _Bad:
         try:
@@ -170,13 +172,50 @@ class _Read:
         return {"text_ids": ids_BT, "text_length": np.array([len(rows[index]) for index in wanted], np.int32)}
 
 
+@dataclasses.dataclass(frozen=True)
+class _Plans:
+    """The plans that a run may have."""
+
+    data: DataConfig
+    source: ExampleSource
+    features: Features | None
+    amendments: Amendments
+
+    def current(self) -> Shuffled:
+        """Returns the plan of the lists as they are. Raises UserError if no example is ever shown."""
+        try:
+            return self._plan(self.amendments.lists["train"])
+        except ValueError as error:
+            raise UserError(f"there is nothing to train on: {error}; see data.mixture") from error
+
+    def resumed(self, step: int, digest: str) -> Shuffled:
+        """Returns the plan of a run from `step` on; `digest` is of the steps before. Raises UserError as `resume`."""
+        unchecked = np.ones(len(self.source), np.bool_) if self.features is None else self.features.kept
+        self.amendments.resume(step, unchecked, lambda lists: self._plan(lists).digest(step) == digest)
+        return self.current()
+
+    def _plan(self, lists: Sequence[Since]) -> Shuffled:
+        source, data = self.source, self.data
+        first, *later = lists
+        plan = Shuffled(source.buckets, source.datasets, source.weights, data.batch_size, data.seed, first.kept)
+        for since in later:
+            plan = plan.amended(*since)
+        return plan
+
+
 class Batches(grain.DatasetIterator[HostBatch]):
     """Batches by step. The state is the next step, independent of the number of threads, workers and processes."""
 
-    def __init__(self, data: DataConfig, read: _Read, quarantine: str | os.PathLike[str] | None) -> None:
+    def __init__(
+        self,
+        data: DataConfig,
+        read: _Read,
+        quarantine: str | os.PathLike[str] | None = None,
+        plans: _Plans | None = None,
+    ) -> None:
         """Sets up the iterator; reading begins with the first batch or `start_prefetch`."""
         super().__init__()
-        self._data, self._read = data, read
+        self._data, self._read, self._plans = data, read, plans
         self._step = 0
         self._seen = 0  # examples of this process
         self._quarantine = Quarantine(quarantine)
@@ -205,6 +244,8 @@ class Batches(grain.DatasetIterator[HostBatch]):
     def __next__(self) -> HostBatch:
         """Returns the next batch. Raises UserError if the share of bad examples exceeds `data.bad_share`."""
         self._assert_not_closed()
+        if self._plans is not None and not self._seen:
+            self._plans.amendments.write()
         batch, bad = next(self._pipeline())
         self._step += 1
         self._seen += len(batch[EXAMPLE_IDS])
@@ -215,7 +256,7 @@ class Batches(grain.DatasetIterator[HostBatch]):
             where = f"; {self._path} has their names" if self._path else ""
             raise UserError(
                 f"{count} of {self._seen} examples could not be used ({self._quarantine.summary()}), more than "
-                f"data.bad_share={self._data.bad_share:g}{where}; find all of them with data_pipelines.check"
+                f"data.bad_share={self._data.bad_share:g}{where}; {_CHECK}"
             )
         return batch
 
@@ -224,20 +265,24 @@ class Batches(grain.DatasetIterator[HostBatch]):
         counts = self._quarantine.counts
         return {f"data/bad/{reason.replace(' ', '_')}": float(count) for reason, count in sorted(counts.items())}
 
+    def digest(self) -> str:
+        """Returns what processes have in common that read the same data by the same plan."""
+        lists = "" if self._plans is None else self._plans.amendments.text()
+        return f"{self._read.plan.digest()} {lists}"
+
     def get_state(self) -> dict[str, Any]:
-        """Returns the next step and the digest of its plan."""
-        return {"next_step": self._step, "plan": self._read.plan.digest}
+        """Returns the next step and the digest of the plan of the steps before."""
+        return {"next_step": self._step, "plan": self._read.plan.digest(self._step)}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Resumes at a step. Raises UserError if the state is of other data."""
-        if state["plan"] != self._read.plan.digest:
-            raise UserError(
-                f"the data of {self._data.name} or its mixture are not those of the checkpoint: examples were added, "
-                f"removed or found to be bad, so no one can say which batch comes next; start a new run from it, with "
-                f"init_from"
-            )
+        """Resumes at a step. Raises UserError if the state is of other data, or as `Amendments.resume`."""
+        step, digest = int(state["next_step"]), str(state["plan"])
+        if self._plans is not None:
+            self._read = dataclasses.replace(self._read, plan=self._plans.resumed(step, digest))
+        elif digest != self._read.plan.digest(step):
+            raise UserError(f"the examples of {self._data.name} are not those of the state")
         _close(self._running)
-        self._step = int(state["next_step"])
+        self._step = step
 
     def start_prefetch(self) -> None:
         """Starts reading."""
@@ -285,12 +330,10 @@ def _own_rows(
     return slice(process_index * count, (process_index + 1) * count)
 
 
-def _kept(source: ExampleSource, features: Features | None) -> NDArray[np.bool_] | None:
-    """Returns [n], False for examples that are left out; None keeps all."""
-    kept = source.kept
-    if features is None:
-        return kept
-    return features.kept if kept is None else kept & features.kept
+def kept_examples(source: ExampleSource, features: Features | None) -> NDArray[np.bool_]:
+    """Returns [n], False for examples that are left out: found to be bad, or without features."""
+    kept = np.ones(len(source), np.bool_) if source.kept is None else source.kept
+    return kept if features is None else kept & features.kept
 
 
 def training_batches(
@@ -301,12 +344,14 @@ def training_batches(
     process_index: int = 0,
     process_count: int = 1,
     quarantine: str | os.PathLike[str] | None = None,
+    amendments: Amendments | None = None,
 ) -> Batches:
     """Returns endless batches for training, in an order determined by `data.seed` and the data alone (plan.py).
 
     A process gets `data.batch_size / process_count` rows of a step's batch; together, the processes get the rows that
     a single one would, in the same order. The iterator's state (`get_state`, `set_state`) is the next step, so a run
-    resumes with any number of processes and workers. With `features`, no image is decoded.
+    resumes with any number of processes and workers. With `features`, no image is decoded. Steps before an amendment
+    have the batches that they had.
 
     Args:
       data: the data section of the experiment config.
@@ -315,6 +360,7 @@ def training_batches(
       features: precomputed for all examples of `source`, or None for batches of images.
       process_index, process_count: select this process's rows.
       quarantine: JSONL file that lists bad examples, one per process.
+      amendments: of the run, with a split `train`; None for a run without a record.
 
     Raises UserError if the batch does not divide over the processes, if there are fewer examples than a batch, or if
     the features are of another number of examples.
@@ -325,13 +371,9 @@ def training_batches(
             f"data.batch_size is {data.batch_size}, but {data.name} has only {len(source)} examples in this split; "
             f"give a smaller batch or a larger data set"
         )
-    try:
-        kept = _kept(source, features)
-        plan = Shuffled(source.buckets, source.datasets, source.weights, data.batch_size, data.seed, kept)
-    except ValueError as error:
-        raise UserError(f"there is nothing to train on: {error}; see data.mixture") from error
-    read = _Read(plan, source, vocabulary, features, data.text_tokens, rows, True, _reads_alone(data))
-    return Batches(data, read, quarantine)
+    plans = _Plans(data, source, features, amendments or Amendments({"train": kept_examples(source, features)}))
+    read = _Read(plans.current(), source, vocabulary, features, data.text_tokens, rows, True, _reads_alone(data))
+    return Batches(data, read, quarantine, plans)
 
 
 def evaluation_batches(
@@ -341,22 +383,24 @@ def evaluation_batches(
     features: Features | None = None,
     process_index: int = 0,
     process_count: int = 1,
+    kept: NDArray[np.bool_] | None = None,
 ) -> Batches:
     """Returns batches of the examples in stored order, once, without flips.
 
     Only full batches of each bucket, so that all processes take equally many steps of one shape: of n examples of one
     bucket the first `n - n % data.batch_size`. Example i of a single process and bucket is row `i % B` of batch
-    `i // B`. If no bucket fills a batch, there is one batch, which repeats the largest bucket's examples. Arguments
-    are those of `training_batches`.
+    `i // B`. If no bucket fills a batch, there is one batch, which repeats the largest bucket's examples. `kept`
+    [n] is False for examples that are left out, as `kept_examples` by default; the other arguments are those of
+    `training_batches`.
 
     Raises UserError if the batch does not divide over the processes, if no example can be used, or if the features are
     of another number of examples.
     """
     rows = _own_rows(data, source, features, process_index, process_count)
-    plan = InOrder(source.buckets, data.batch_size, _kept(source, features))
+    plan = InOrder(source.buckets, data.batch_size, kept_examples(source, features) if kept is None else kept)
     if not plan.steps:
         raise UserError(
             f"none of the {len(source)} held-out examples can be used; prepare more of them, by --validation"
         )
     read = _Read(plan, source, vocabulary, features, data.text_tokens, rows, False, _reads_alone(data))
-    return Batches(data, read, None)
+    return Batches(data, read)

@@ -5,6 +5,11 @@ bucket (an aspect template), so that its images have one shape. The examples of 
 epochs, cut into batches of `batch_size`: a remainder at the end of an epoch begins the bucket's first batch of the
 next one, and no example is dropped or repeated.
 
+A plan may be amended at a step: from there on it shows other examples of the same data, as after some were lost. Steps
+before give what they gave, and each bucket goes on behind the last example that it showed. Removing examples does not
+change the order of the others, so where weights are whole numbers every other example still comes once a pass; with
+other weights an epoch begins elsewhere in a pass, and a few examples of the pass under way come twice or not at all.
+
 The plan is stateless: the examples of a step follow in closed form from the seed, the columns and the step number, the
 same in every process and on every machine. Randomness comes from a hash (SplitMix64) instead of a generator, whose
 stream might change with a release.
@@ -37,11 +42,12 @@ class Rows(NamedTuple):
 class Plan(Protocol):
     """Batches by step."""
 
-    digest: str  # equal plans have equal digests
-
     @property
     def steps(self) -> int | None:
         """Number of batches; None if endless."""
+
+    def digest(self, step: int | None = None) -> str:
+        """Returns what equal plans have in common: in the steps before `step`, or in all."""
 
     def __call__(self, step: int) -> Rows:
         """Returns the examples of a step."""
@@ -111,6 +117,7 @@ class Shuffled:
         batch_size: int,
         seed: int,
         kept: NDArray[np.bool_] | None = None,
+        amends: "tuple[Shuffled, int] | None" = None,
     ) -> None:
         """Groups the examples.
 
@@ -122,10 +129,11 @@ class Shuffled:
           batch_size: global, over all processes.
           seed: of all randomness.
           kept: [n], False for examples that are never shown; None keeps all.
+          amends: the plan before, and the step from which this one takes its place: `amended` makes it.
 
         Raises ValueError if no example is ever shown.
         """
-        self._args = buckets, datasets, tuple(weights), batch_size, seed, kept
+        self._args = buckets, datasets, tuple(weights), batch_size, seed, kept, amends
         self._batch_size, self._seed = batch_size, seed
         exact = [Fraction(str(weight)) for weight in weights]
         codes = np.asarray(datasets).astype(np.int32) * (int(np.max(buckets, initial=0)) + 1) + buckets
@@ -140,42 +148,79 @@ class Shuffled:
         self._groups = {bucket: groups[bucket] for bucket in sorted(groups)}
         digest = hashlib.sha256(repr((len(codes), tuple(map(str, exact)), batch_size, seed)).encode())
         digest.update(order.tobytes() + codes[order].tobytes())
-        self.digest = digest.hexdigest()[:16]
         # Cached orders of epochs: about the last two of each bucket.
         self._orders: collections.OrderedDict[tuple[int, int], Any] = collections.OrderedDict()
         self._lock = threading.Lock()
+        self._before: Shuffled | None
+        self._before, self._first = amends or (None, 0)
+        self._starts = dict.fromkeys(self._groups, 0)  # examples of each bucket's sequence that are passed over
+        if self._before is not None:
+            digest.update(f"{self._before.digest()} {self._first}".encode())
+            self._starts = self._entries(self._before)
+        self._digest = digest.hexdigest()[:16]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process groups the examples itself."""
         return Shuffled, self._args
 
+    def amended(self, step: int, kept: NDArray[np.bool_]) -> "Shuffled":
+        """Returns the plan that shows the examples `kept` [n] from `step` on, in place of amendments from there on.
+
+        Raises ValueError if none of them is ever shown.
+        """
+        if self._before is not None and step <= self._first:
+            return self._before.amended(step, kept)
+        return Shuffled(*self._args[:5], kept, (self, step))
+
+    def digest(self, step: int | None = None) -> str:
+        """Returns what equal plans have in common: in the steps before `step`, or in all."""
+        if step is None or self._before is None or step > self._first:
+            return self._digest
+        return self._before.digest(step)
+
     def _until(self, epoch: int, bucket: int) -> int:
         """Returns the number of a bucket's examples shown before an epoch."""
         return sum(group.until(epoch) for group in self._groups[bucket])
 
+    def _batches(self, epoch: int, bucket: int) -> int:
+        """Returns the number of a bucket's batches, since the plan took effect, before an epoch."""
+        return max(0, self._until(epoch, bucket) - self._starts[bucket]) // self._batch_size
+
     def first_step(self, epoch: int) -> int:
-        """Returns the first step of an epoch."""
-        return sum(self._until(epoch, bucket) // self._batch_size for bucket in self._groups)
+        """Returns the first step of an epoch; that of the last amendment, if the epoch had begun before it."""
+        return self._first + sum(self._batches(epoch, bucket) for bucket in self._groups)
 
     def epoch(self, step: int) -> int:
         """Returns the epoch of a step."""
+        if self._before is not None and step < self._first:
+            return self._before.epoch(step)
         return _epoch_of(step, self.first_step)
 
     def __call__(self, step: int) -> Rows:
         """Returns the examples of a step, from 0."""
+        if self._before is not None and step < self._first:
+            return self._before(step)
+        epoch, buckets = self._epoch_so_far(step)
+        bucket = int(self._buckets(epoch)[len(buckets)])
+        start = self._shown(epoch, buckets, bucket)
+        return Rows(bucket, *self._slice(bucket, start, start + self._batch_size))
+
+    def _epoch_so_far(self, step: int) -> tuple[int, NDArray[np.int64]]:
+        """Returns the epoch of a step, and the bucket of each of its steps before."""
         epoch = self.epoch(step)
-        buckets = self._kept((epoch, -1), lambda: self._buckets(epoch))
-        within = step - self.first_step(epoch)
-        bucket = int(buckets[within])
-        before = self._until(epoch, bucket) // self._batch_size + int(np.count_nonzero(buckets[:within] == bucket))
-        return Rows(bucket, *self._slice(bucket, before * self._batch_size, (before + 1) * self._batch_size))
+        return epoch, self._buckets(epoch)[: step - self.first_step(epoch)]
+
+    def _shown(self, epoch: int, buckets: NDArray[np.int64], bucket: int) -> int:
+        """Returns the place of a bucket's next example in its sequence, after those steps of an epoch."""
+        batches = self._batches(epoch, bucket) + int(np.count_nonzero(buckets == bucket))
+        return self._starts[bucket] + batches * self._batch_size
 
     def _buckets(self, epoch: int) -> NDArray[np.int64]:
         """Returns the bucket of each step of an epoch."""
-        counts = [
-            self._until(epoch + 1, bucket) // self._batch_size - self._until(epoch, bucket) // self._batch_size
-            for bucket in self._groups
-        ]
+        return self._kept((epoch, -1), lambda: self._draw_buckets(epoch))
+
+    def _draw_buckets(self, epoch: int) -> NDArray[np.int64]:
+        counts = [self._batches(epoch + 1, bucket) - self._batches(epoch, bucket) for bucket in self._groups]
         buckets = np.repeat(np.array(list(self._groups), np.int64), counts)
         return buckets[_shuffled(self._seed, _STEPS, epoch, np.arange(len(buckets)))]
 
@@ -184,7 +229,7 @@ class Shuffled:
         epoch = _epoch_of(start, lambda epoch: self._until(epoch, bucket))
         found: list[Any] = []
         while start < stop:
-            indices, passes = self._kept((epoch, bucket), lambda epoch=epoch: self._order(epoch, bucket))
+            indices, passes = self._order(epoch, bucket)
             begin = self._until(epoch, bucket)
             piece = slice(start - begin, stop - begin)
             found.append((indices[piece], passes[piece]))
@@ -192,8 +237,35 @@ class Shuffled:
             epoch += 1
         return tuple(np.concatenate(column).astype(np.int64) for column in zip(*found, strict=True))  # type: ignore
 
+    def _entries(self, before: "Shuffled") -> dict[int, int]:
+        """Returns, for each bucket, the place in its sequence behind all that the plan before has shown."""
+        epoch, buckets = before._epoch_so_far(self._first)
+        return {
+            bucket: self._entry(*before._next(bucket, before._shown(epoch, buckets, bucket)), bucket)
+            if bucket in before._groups
+            else self._until(epoch, bucket)
+            for bucket in self._groups
+        }
+
+    def _next(self, bucket: int, place: int) -> tuple[int, NDArray[np.uint64]]:
+        """Returns the epoch and the hash of the example at a place of a bucket's sequence."""
+        epoch = _epoch_of(place, lambda epoch: self._until(epoch, bucket))
+        indices, passes = self._order(epoch, bucket)
+        within = place - self._until(epoch, bucket)
+        return epoch, mix(self._seed, _EPOCH, epoch, passes[within], indices[within])
+
+    def _entry(self, epoch: int, hashed: NDArray[np.uint64], bucket: int) -> int:
+        """Returns the place of the first example of an epoch whose hash is not below `hashed`."""
+        indices, passes = self._order(epoch, bucket)
+        return self._until(epoch, bucket) + int(
+            np.searchsorted(mix(self._seed, _EPOCH, epoch, passes, indices), hashed)
+        )
+
     def _order(self, epoch: int, bucket: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Returns a bucket's examples in the order of an epoch, and their passes."""
+        """Returns a bucket's examples in the order of an epoch, by hash, and their passes."""
+        return self._kept((epoch, bucket), lambda: self._draw_order(epoch, bucket))
+
+    def _draw_order(self, epoch: int, bucket: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         groups = [group.shown(epoch, self._seed) for group in self._groups[bucket]]
         indices, passes = (np.concatenate(column) for column in zip(*groups, strict=True))
         order = _shuffled(self._seed, _EPOCH, epoch, passes, indices)
@@ -232,7 +304,12 @@ class InOrder:
             batches = np.resize(shown[buckets[shown] == present[np.argmax(counts)]], (1, batch_size))
         self._batches = batches[np.argsort(batches[:, -1])]
         self._buckets = np.asarray(buckets)[self._batches[:, 0]]
-        self.digest = hashlib.sha256(self._batches.tobytes() + self._buckets.tobytes()).hexdigest()[:16]
+        self._digest = hashlib.sha256(self._batches.tobytes() + self._buckets.tobytes()).hexdigest()[:16]
+
+    def digest(self, step: int | None = None) -> str:
+        """Returns what equal plans have in common."""
+        del step
+        return self._digest
 
     @property
     def steps(self) -> int:

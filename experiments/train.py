@@ -3,6 +3,7 @@
     python -m experiments.train --config=experiments/configs/shapes.py --workdir=runs/shapes
 
 Running the same command again resumes from the newest checkpoint. `--export=DIRECTORY` writes the finished editor.
+`--apply_bad_records` lets a run go on without what data_pipelines.check has found to be bad since it began.
 `--replay=WORKDIR/replay/step_N` repeats a dumped step, and prints its metrics as JSON.
 
 Several processes find each other by their environment (TPU VMs, GKE, SLURM) or by --coordinator=HOST:PORT,
@@ -20,6 +21,7 @@ import numpy as np
 from absl import flags
 
 from data_pipelines import loader
+from data_pipelines.amendments import Amendments
 from data_pipelines.record import EXAMPLE_IDS
 from experiments import program, run_flags
 from experiments.feature_encoders import open_features
@@ -44,6 +46,9 @@ from varedit_jax.weights.directory import save_weights
 _CONFIG = program.ConfigFlag(RunConfig)
 _VERIFY = flags.DEFINE_bool("verify", False, "first compare the initial and frozen weights with their manifests")
 _REPLAY = command.DEFINE_path("replay", "", "directory of a step, WORKDIR/replay/step_N, to repeat instead of training")
+_APPLY_BAD_RECORDS = flags.DEFINE_bool(
+    "apply_bad_records", False, "resume without the examples that data_pipelines.check found to be bad since the start"
+)
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, if the environment does not give it")
 _PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "processes of the run; 1 ignores the environment")
 _PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "index of this process, from 0")
@@ -72,9 +77,20 @@ def _train(config: RunConfig) -> None:
         run = MeshRun(config, mesh)
         frozen = run.load_frozen()
     train_features, held_out_features = (open_features(config, train, "train"), open_features(config, held_out, "test"))
+    amendments = Amendments(
+        {
+            "train": loader.kept_examples(train, train_features),
+            "test": loader.kept_examples(held_out, held_out_features),
+        },
+        run_flags.WORKDIR.value,
+        apply=_APPLY_BAD_RECORDS.value,
+        writes=jax.process_index() == 0,
+        say=processes.say,
+    )
 
     def evaluate(state: Any) -> dict[str, np.ndarray]:
-        batches = loader.evaluation_batches(config.data, vocabulary, held_out, held_out_features, *part)
+        kept = amendments.kept("test", int(state.step))
+        batches = loader.evaluation_batches(config.data, vocabulary, held_out, held_out_features, *part, kept)
         return run.evaluate(state, frozen, itertools.islice(batches, config.eval_batches))
 
     def sample(state: Any, step: int) -> dict[str, np.ndarray]:
@@ -84,7 +100,9 @@ def _train(config: RunConfig) -> None:
         return {"held_out": np.asarray(sample_sheet(editor, shown))} if shown else {}
 
     quarantine = paths.resolve(run_flags.WORKDIR.value) / "quarantine" / f"process_{jax.process_index()}.jsonl"
-    batches = loader.training_batches(config.data, vocabulary, train, train_features, *part, quarantine=quarantine)
+    batches = loader.training_batches(
+        config.data, vocabulary, train, train_features, *part, quarantine=quarantine, amendments=amendments
+    )
     with jax.set_mesh(mesh), run.stages(frozen) as stages:
         if _REPLAY.value:
             return _replay(run, stages.step)
@@ -97,6 +115,7 @@ def _train(config: RunConfig) -> None:
             stages=stages,
             batches=batches,
             data_metrics=batches.metrics,
+            data_digest=batches.digest,
             put=run.put,
             record=to_dict(config),
             cadence=config.cadence,

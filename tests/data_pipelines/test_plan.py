@@ -77,9 +77,9 @@ def test_kept_leaves_out_and_weights_of_nothing_are_refused() -> None:
 
 def test_the_digest_tells_plans_apart_and_travels_with_them() -> None:
     plans = [made(((9, 9),), (1,)), made(((9, 9),), (1,), seed=1), made(((9, 9),), (2,)), made(((10, 8),), (1,))]
-    assert len({plan.digest for plan in plans}) == 4
+    assert len({plan.digest() for plan in plans}) == 4
     travelled = pickle.loads(pickle.dumps(plans[0]))
-    assert travelled.digest == plans[0].digest == made(((9, 9),), (1,)).digest
+    assert travelled.digest() == plans[0].digest() == made(((9, 9),), (1,)).digest()
     assert shown(travelled, 12) == shown(plans[0], 12)
 
 
@@ -105,3 +105,77 @@ def test_any_step_of_a_million_examples_is_at_hand() -> None:
     for step in (0, 123_456_789, 5_000):
         plan(step)
     assert time.thread_time() - start < 1.0
+
+
+def _lost(count: int, share: float, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).random(count) >= share
+
+
+@pytest.mark.parametrize("step", [1, 7, 20, 33, 34, 50])
+def test_an_amended_plan_shows_what_is_left_of_every_pass_once(step: int) -> None:
+    """Over two amendments, of which the second brings some examples back, in the middle or between epochs."""
+    plan = made(((41, 18, 7), (12, 9, 0)), (1, 2))
+    first, second = _lost(87, 0.3, 1), _lost(87, 0.4, 2)
+    later = step + 11
+    amended = plan.amended(step, first).amended(later, second)
+    assert shown(amended, step) == shown(plan, step)
+    assert shown(amended, later) == shown(plan.amended(step, first), later)
+    end = amended.first_step(amended.epoch(later) + 3)
+    pairs = shown(amended, end)
+    assert len(pairs) == len(set(pairs)), "an example came twice in a pass"
+    steps = (range(step), range(step, later), range(later, end))
+    for kept, part in zip((np.ones(87, bool), first, second), steps, strict=True):
+        assert kept[[index for s in part for index in amended(s).indices]].all()
+    seen = set(pairs)
+    datasets, always = plan._args[1], np.flatnonzero(first & second)
+    # What does not fill a batch is missing of the last pass alone.
+    passes = {index: (amended.epoch(end) - 1) * (1, 2)[datasets[index]] for index in always}
+    assert {(index, number) for index in always for number in range(passes[index])} <= seen
+    buckets = plan._args[0]
+    assert all(set(buckets[amended(s).indices]) == {amended(s).bucket} for s in range(end))
+
+
+def test_an_amended_plan_ends_the_epoch_under_way_with_all_that_is_left() -> None:
+    plan = made(((400,),), (1,))
+    kept = _lost(400, 0.1, 3)
+    amended = plan.amended(60, kept)
+    before = {index for step in range(60) for index in plan(step).indices}
+    rest = {index for step in range(60, amended.first_step(1)) for index in amended(step).indices}
+    wanted = set(np.flatnonzero(kept)) - before
+    assert rest <= wanted and len(wanted) - len(rest) < B
+    assert amended.epoch(60) == 0 and amended.epoch(amended.first_step(1)) == 1
+
+
+def test_buckets_may_go_and_come_with_an_amendment() -> None:
+    plan = made(((40, 40),), (1,))
+    of_one = plan._args[0] == 1
+    amended = plan.amended(30, ~of_one)
+    assert {amended(step).bucket for step in range(30, 90)} == {0}
+    again = amended.amended(50, np.ones(80, bool))
+    pairs = shown(again, again.first_step(6))
+    assert len(pairs) == len(set(pairs))
+    assert {again(step).bucket for step in range(50, again.first_step(again.epoch(50) + 1))} >= {0}
+    assert {again(step).bucket for step in range(again.first_step(5), again.first_step(6))} == {0, 1}
+
+
+def test_with_broken_weights_a_few_of_a_pass_are_twice_or_missing() -> None:
+    plan = made(((300, 0), (200, 100)), (0.3, 2.5))
+    kept = _lost(600, 0.1, 4)
+    amended = plan.amended(400, kept)
+    counts = Counter(shown(amended, amended.first_step(12)))
+    assert max(counts.values()) <= 2 and sum(count == 2 for count in counts.values()) < 10
+
+
+def test_digests_of_amended_plans_are_of_the_steps_before() -> None:
+    plan, kept = made(((40, 9),), (1,)), _lost(49, 0.2, 5)
+    amended = plan.amended(10, kept)
+    assert amended.digest(10) == plan.digest() == plan.digest(3) != amended.digest(11) == amended.digest()
+    assert amended.digest() != plan.amended(9, kept).digest() != plan.amended(9, _lost(49, 0.2, 6)).digest()
+    second = amended.amended(20, _lost(49, 0.2, 7))
+    assert [second.digest(step) for step in (10, 20, 21)] == [plan.digest(), amended.digest(), second.digest()]
+    other = second.amended(10, _lost(49, 0.2, 8))  # in place of both
+    assert other.digest() == plan.amended(10, _lost(49, 0.2, 8)).digest()
+    travelled = pickle.loads(pickle.dumps(second))
+    assert travelled.digest() == second.digest() and shown(travelled, 60) == shown(second, 60)
+    with pytest.raises(ValueError, match="none of 49"):
+        plan.amended(3, np.zeros(49, bool))

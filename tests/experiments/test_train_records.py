@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipelines.bad_records import check_split
 from varedit_jax.config import EditorConfig
 from varedit_jax.scales import editor_pyramid
 from varedit_jax.storage.jsonl import read_lines
@@ -26,8 +28,8 @@ COUNT = 24
 BAD = 5  # its target ends early
 
 
-def _run(module: str, *arguments: str) -> str:
-    """Runs a program without compiler optimizations; returns its output."""
+def _run(module: str, *arguments: str, code: int = 0) -> str:
+    """Runs a program without compiler optimizations, which ends with `code`; returns its output."""
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
@@ -37,7 +39,7 @@ def _run(module: str, *arguments: str) -> str:
         timeout=600,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == code, done.stderr
     return done.stderr
 
 
@@ -67,9 +69,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return output
 
 
-def test_records_train_an_editor_of_several_aspects(prepared: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    workdir = tmp_path / "run"
-    _run(
+def _training(prepared: pathlib.Path, workdir: pathlib.Path, steps: int) -> tuple[str, ...]:
+    """The command that trains on a data set."""
+    return (
         "experiments.train",
         "--config=experiments/configs/varedit_2b_256.py:tiny",
         f"--workdir={workdir}",
@@ -78,15 +80,15 @@ def test_records_train_an_editor_of_several_aspects(prepared: pathlib.Path, tmp_
         f'--config.data.mixture=(("{prepared.name}",1.0),)',
         '--config.data.aspects=("1.0","0.666")',
         "--config.data.batch_size=4",
-        "--config.data.bad_share=0.1",
         *("--config.model.grids=()", "--config.model.position_scale=1", "--config.model.pixel_budget=0.06M"),
-        *(
-            "--config.steps=6",
-            "--config.cadence.log_every=1",
-            "--config.cadence.eval_every=0",
-            "--config.cadence.sample_every=0",
-        ),
+        f"--config.steps={steps}",
+        *("--config.cadence.log_every=1", "--config.cadence.eval_every=0", "--config.cadence.sample_every=0"),
     )
+
+
+def test_records_train_an_editor_of_several_aspects(prepared: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    workdir = tmp_path / "run"
+    _run(*_training(prepared, workdir, steps=6), "--config.data.bad_share=0.1")
     lines = [line for line in read_metrics(workdir) if "loss" in line]
     assert [line["step"] for line in lines] == list(range(6))
     assert all(np.isfinite(line["loss"]) for line in lines)
@@ -96,3 +98,20 @@ def test_records_train_an_editor_of_several_aspects(prepared: pathlib.Path, tmp_
     bad = workdir / "quarantine" / "process_0.jsonl"
     assert [line["id"] for line in read_lines(bad)] == [str(BAD)]
     assert read_goodput(workdir)[-1].step == 6
+
+
+def test_what_a_check_finds_is_applied_to_a_running_run(prepared: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """It is refused without the flag, and recorded with it; workers and the tolerated share change on the way."""
+    data, workdir = tmp_path / "data" / prepared.name, tmp_path / "run"
+    shutil.copytree(prepared, data)
+    command = _training(data, workdir, steps=2)
+    _run(*command, "--stop_after=1", "--config.data.bad_share=0.1")
+    assert check_split(data, "train") == {"cut short": 1}
+    command = (*command, "--config.data.bad_share=0", "--config.data.workers=1")
+    refused = _run(*command, code=1)
+    assert "error: 1 examples of the split 'train'" in refused and "--apply_bad_records" in refused
+    done = _run(*command, "--apply_bad_records")
+    assert "from step 1 on, 1 more and 0 fewer examples of the split 'train' are left out" in done
+    record = json.loads((workdir / "left_out.json").read_text())
+    assert [line["from_step"] for line in record["train"]] == [0, 1] and len(record["test"]) == 1
+    assert read_metrics(workdir)[-1]["step"] == 1

@@ -6,6 +6,7 @@ Each holds some of the devices; all run the same program and the same collective
 import atexit
 import contextlib
 import glob
+import hashlib
 import importlib.util
 import os
 import re
@@ -18,7 +19,9 @@ from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
 
 from varedit_jax.errors import UserError
@@ -116,6 +119,20 @@ def first_process_first(name: str) -> Iterator[None]:
     yield
     if first:
         wait_for_all(name)
+
+
+def check_same(what: str, value: str) -> None:
+    """Returns if all processes of the run give the same value. Raises UserError, in all of them, if they do not."""
+    if jax.process_count() == 1:
+        return
+    own = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.int32)  # JAX's arrays have 32 bits
+    found = np.asarray(multihost_utils.process_allgather(own)).reshape(-1, own.size)
+    others = np.flatnonzero((found != found[0]).any(axis=1))
+    if len(others):
+        raise UserError(
+            f"{what} of process {others[0]} differ from those of process 0; see that all processes read the same "
+            f"files, then run the same command again"
+        )
 
 
 def _leave(code: int) -> None:

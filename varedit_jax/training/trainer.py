@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 
 from varedit_jax.config import Cadence, GuardConfig
 from varedit_jax.errors import UserError
-from varedit_jax.parallel.processes import say
+from varedit_jax.parallel.processes import check_same, say
 from varedit_jax.storage.lock import Lock
 from varedit_jax.storage.orbax import check_directory
 from varedit_jax.storage.paths import PathLike, resolve
@@ -51,6 +51,7 @@ class Job:
     learning_rate: Callable[[int], float] | None = None  # of a step, for the log
     work: Work | Callable[[int, Any], Work] | None = None  # cost of an example, by (step, batch) where it differs
     data_metrics: Callable[[], Mapping[str, float]] = dict  # counts of the data pipeline, logged as they are
+    data_digest: Callable[[], str] = str  # of data and plan, which have to be the same in all processes
     ids_field: str = ""  # field of a batch with the numbers of its examples, int [B]: for messages, not for `put`
 
 
@@ -143,6 +144,7 @@ class Trainer:
                 self.state = self._checkpoints.restore(self.job.abstract_state, self.job.batches)
         else:
             self.state = self.job.init_state()
+        check_same("data, bad.jsonl or left_out.json", self.job.data_digest())
         self.first_step = self.step = int(jax.device_get(self.state.step))
         self._key = jax.device_put(self.job.key, self.state.step.sharding)
 

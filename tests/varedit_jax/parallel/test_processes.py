@@ -124,7 +124,7 @@ def test_two_processes(tmp_path: pathlib.Path) -> None:
 @pytest.mark.slow
 @pytest.mark.subprocess
 def test_devices_of_a_process_need_not_follow_each_other(tmp_path: pathlib.Path) -> None:
-    """As on a torus of TPUs: a process's part of a batch lies between those of the other."""
+    """As on a torus of TPUs: a process's part of a batch lies between those of the other. Both notice other data."""
     assert two_processes("crossed", tmp_path, devices=2)[0] == [0, 0]
 
 
@@ -157,6 +157,9 @@ def crossed(directory: pathlib.Path, address: str, index: int) -> None:
         placed = put_batch(mesh, {"x": np.array([index, index + 10])})["x"]
         own = {shard.index[0].start: int(shard.data[0]) for shard in placed.addressable_shards}
         assert own == {index: index, index + 2: index + 10}
+        processes.check_same("data", "the same")
+        with pytest.raises(UserError, match="data of process 1 differ from those of process 0; see that all processes"):
+            processes.check_same("data", f"of {index}")
 
 
 if __name__ == "__main__":

@@ -363,6 +363,8 @@ def test_a_field_that_is_newer_than_the_run_has_its_default(tmp_path: pathlib.Pa
         free, cadence=Cadence(save_minutes=5.0, keep_every=10), optimizer=OptimizerConfig(ema_decay=0.9, accumulation=2)
     )
     check_config(tmp_path, to_dict(free))
+    reading = dataclasses.replace(run.data, workers=2, read_threads=1, prefetch_batches=3, bad_share=0.5)
+    check_config(tmp_path, to_dict(dataclasses.replace(run, data=reading)))
     precise = dataclasses.replace(run, tokenizer_precision="high")
     with pytest.raises(UserError, match="tokenizer_precision = 'highest', but this one has 'high'"):
         check_config(tmp_path, to_dict(precise))
