@@ -12,6 +12,7 @@ import dataclasses
 import importlib.resources
 import pathlib
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
@@ -34,15 +35,15 @@ from varedit_jax.weights.manifest import MANIFEST, check_finite, check_float, re
 from varedit_jax.weights.reader import WeightsFile, open_weights
 
 FORMATS = ("pth", "safetensors")
-_WRAPPERS = re.compile(r"^module\.|_orig_mod\.|_fsdp_wrapped_module\.")
+# Modules around a model, or around a block of it; DDP's `module.` is part of the prefix of a state dict, see below.
+_WRAPPERS = re.compile(r"_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module|fpw_module)\.")
 
-# Prefixes of a part's names in a trainer's own checkpoint; other files hold the part alone, without a prefix.
-_PREFIXES = {
-    ("transformer", "model"): ("trainer.gpt_fsdp.", "gpt_fsdp."),
-    ("transformer", "ema"): ("trainer.gpt_ema_fsdp.", "gpt_ema_fsdp."),
-    ("tokenizer", "model"): ("vae.", "trainer.vae_local."),
-    ("tokenizer", "ema"): ("ema.",),
-    ("text", "model"): (),
+# A tensor of each part that every file has. What stands in front of it is where a file holds the part: nothing, or the
+# names of dicts and modules, such as `trainer.gpt_fsdp.`, `model.module.` or `text_encoder.`.
+_LANDMARKS = {
+    "transformer": re.compile(r"(|.*?\.)(?:block_chunks\.\d+\.module|blocks)\.\d+\.sa\.proj\.weight"),
+    "tokenizer": re.compile(r"(|.*?\.)encoder\.conv_in(?:\.conv)?\.weight"),
+    "text": re.compile(r"(|.*?\.)encoder\.block\.\d+\.layer\.0\.SelfAttention\.q\.weight"),
 }
 
 
@@ -55,7 +56,7 @@ class Published:
     tokenizer_weights: str = "model"  # likewise, of a tokenizer's file
     family: str = ""  # varedit or infinity; "": from the name of the transformer's file or directory
     rope_layout: str = ""  # released or paper; "": by the family
-    pixel_budget: PixelBudget | Literal[""] = ""  # "": from the name of the transformer's file or directory, or 0.25M
+    pixel_budget: PixelBudget | Literal[""] = ""  # "": from the transformer's file, or its name, or 0.25M
 
 
 class _Opened(NamedTuple):
@@ -64,6 +65,7 @@ class _Opened(NamedTuple):
     files: dict[str, WeightsFile]
     config: EditorConfig
     family: str
+    taken: list[str]  # sentences about files that hold more than a part
 
     def release(self) -> None:
         for file in self.files.values():
@@ -83,7 +85,7 @@ class _Opened(NamedTuple):
             found.append(f"tokenizer: {config.tokenizer.bits} bits, stride {config.tokenizer.stride}")
         if "text" in self.files:
             found.append(f"text encoder: {config.text.layers} layers, width {config.text.width}")
-        return "\n".join(found)
+        return "\n".join([*self.taken, *found])
 
 
 class Mapped(NamedTuple):
@@ -104,8 +106,9 @@ def _indexed(path: str, index: int | None) -> str:
     return path if index is None else f"{path}[{index}]"
 
 
-def _open(request: Published) -> _Opened:
-    files = {part: _select(request, part, path) for part, path in request.files.items()}
+def _open(request: Published, quiet: bool = False) -> _Opened:
+    chosen = {part: _select(request, part, path) for part, path in request.files.items()}
+    files = {part: file for part, (file, _) in chosen.items()}
     family = request.family or infer_config.family_of(request.files.get("transformer", ""))
     if "transformer" in files and not family:
         raise UserError(
@@ -113,23 +116,65 @@ def _open(request: Published) -> _Opened:
             f"--family=infinity (their positions differ)"
         )
     layout = cast(RopeLayout, request.rope_layout or infer_config.FAMILIES[family or "varedit"])
-    budget = request.pixel_budget or infer_config.pixel_budget_of(request.files.get("transformer", "")) or "0.25M"
+    budget, guesses = request.pixel_budget or "0.25M", []
+    if "transformer" in files:
+        budget, guesses = _budget_and_guesses(request, files["transformer"], family)
     shapes = {part: {name: x.shape for name, x in file.items()} for part, file in files.items()}
-    return _Opened(files, infer_config.editor_config(shapes, budget, layout), family)
+    opened = _Opened(
+        files,
+        infer_config.editor_config(shapes, budget, layout),
+        family,
+        [sentence for _, sentence in chosen.values() if sentence],
+    )
+    if not quiet:
+        for guess in guesses:
+            print(f"warning: {guess}", file=sys.stderr, flush=True)
+    return opened
 
 
-def _select(request: Published, part: str, path: str) -> WeightsFile:
-    """The tensors of a part in a file that may hold more, without the names that wrappers add."""
-    whole = open_weights(path)
+def _budget_and_guesses(request: Published, file: WeightsFile, family: str) -> tuple[PixelBudget, list[str]]:
+    """The pixel budget of a transformer, and a sentence for everything that neither a flag nor its file states."""
+    path = request.files["transformer"]
+    stated = request.pixel_budget or infer_config.stated_pixel_budget(file.texts)
+    named = infer_config.pixel_budget_of(path)
+    guesses = []
+    if not request.family:
+        guesses.append(f"the name {path} is taken to say that these are weights of {family}; --family states it")
+    if not stated and named:
+        guesses.append(f"the name {path} is taken to say pixel budget {named}; --pixel_budget states it")
+    elif not stated:
+        guesses.append(f"neither {path} nor its name says a pixel budget, 0.25M is a guess; --pixel_budget states it")
+    return stated or named or "0.25M", guesses
+
+
+def _select(request: Published, part: str, path: str) -> tuple[WeightsFile, str]:
+    """The tensors of a part in a file that may hold more, without what wrappers add to names, and which they are.
+
+    Raises UserError if the file holds them not at all, or more than once.
+    """
+    whole = open_weights(path).renamed(lambda name: _WRAPPERS.sub("", name))
+    places = list(dict.fromkeys(match[1] for name in whole if (match := _LANDMARKS[part].fullmatch(name))))
     which, flag = {
         "transformer": (request.weights, "weights"),
         "tokenizer": (request.tokenizer_weights, "tokenizer_weights"),
         "text": ("model", ""),
     }[part]
-    chosen = whole.under(*_PREFIXES[part, which])
-    if which == "ema" and chosen is whole:
+    averaged = [place for place in places if "ema" in re.split(r"[._]", place.lower())]
+    plain = [place for place in places if place not in averaged]
+    chosen, others = (averaged, plain) if which == "ema" else (plain, averaged)
+    if which == "ema" and not chosen:
         raise UserError(f"{path} holds no EMA of the {part} weights; use --{flag}=model")
-    return chosen.renamed(lambda name: _WRAPPERS.sub("", name))
+    if others and not chosen:
+        raise UserError(f"{path} holds the {part} weights as an EMA alone, {others[0][:-1]}; use --{flag}=ema")
+    if len(chosen) > 1:
+        found = ", ".join(place[:-1] or "those at the top" for place in chosen)
+        raise UserError(f"{path} holds {len(chosen)} sets of {part} weights: {found}; save the one that is meant alone")
+    file = whole.under(chosen[0]) if chosen else whole
+    if len(file) == len(whole):
+        return file, ""
+    other = f"; --{flag}={'model' if which == 'ema' else 'ema'} takes {others[0][:-1]}" if others and flag else ""
+    left = f"{len(whole) - len(file)} other tensors of the file are passed over"
+    return file, f"{part}: {chosen[0][:-1]} of {path} is taken ({left}{other})"
 
 
 def _match(opened: _Opened, part: str) -> list[names.Link]:
@@ -137,7 +182,18 @@ def _match(opened: _Opened, part: str) -> list[names.Link]:
     try:
         return names.match(part, {name: x.shape for name, x in file.items()}, abstract_params(opened.config, part))
     except UserError as error:
-        raise UserError(f"{file.paths[0]}: {error}") from error
+        raise UserError(f"{file.paths[0]}: {error}{_unknown_values(file)}") from error
+
+
+def _unknown_values(file: WeightsFile) -> str:
+    """What the file holds in place of tensors, where that may be why some are missing."""
+    if not file.unknown:
+        return ""
+    place, value = next(iter(file.unknown.items()))
+    return (
+        f"; {len(file.unknown)} values of the file are of classes that are not read, since that would run code, such as "
+        f"{place} of {value.origin}: save tensors of torch alone"
+    )
 
 
 def mapping_in(request: Published) -> list[Mapped]:
@@ -183,7 +239,7 @@ def to_jax(request: Published, output: PathLike, quiet: bool = False) -> int:
       UserError: a file that is missing, damaged, of another model (every missing, unexpected or misshapen tensor is
         named) or runs code; values that are not finite; no room; an output that exists.
     """
-    opened = _open(request)
+    opened = _open(request, quiet)
     matched = {part: _match(opened, part) for part in opened.files}
     leaves = {part: _stored_leaves(opened, part, links) for part, links in matched.items()}
     paths = [path for file in opened.files.values() for path in file.paths]
@@ -275,7 +331,7 @@ def to_torch(
     """Writes parts as files of the published code, buffers included; returns their bytes.
 
     `pth`: transformer.pth, tokenizer.pth ({"vae": state dict}), text/pytorch_model.bin. `safetensors`: a directory per
-    part, in shards with an index. The text encoder comes with the config.json that the transformers library reads.
+    part, one file or shards, with an index. The text encoder comes with the config.json that the transformers library reads.
 
     Args:
       source: of `open_source`.
@@ -312,7 +368,7 @@ def to_torch(
         for part, group in files.items():
             for file in group:
                 file.finish({tensor.name: job.done[f"{part}/{tensor.name}"]["crc32"] for tensor in file.tensors})
-            if len(group) > 1:
+            if isinstance(group[0], SafetensorsFile):  # the published code loads by it, even a single file
                 index = group[0].path.with_name("model.safetensors.index.json")
                 storage_files.write_json(index, shard_index(group), indent=1)
         if "text" in files:
