@@ -32,7 +32,8 @@ from varedit_jax.weights import names, native
 from varedit_jax.weights.directory import CONFIG, VOCABULARY, read_editor_config
 from varedit_jax.weights.export_source import ExportSource
 from varedit_jax.weights.manifest import MANIFEST, check_finite, check_float, read_manifest, sha256
-from varedit_jax.weights.reader import WeightsFile, open_weights
+from varedit_jax.weights.pth import unread_weights
+from varedit_jax.weights.reader import WeightsFile, check_whole, open_weights
 
 FORMATS = ("pth", "safetensors")
 # Modules around a model, or around a block of it; DDP's `module.` is part of the prefix of a state dict, see below.
@@ -120,16 +121,15 @@ def _open(request: Published, quiet: bool = False) -> _Opened:
     if "transformer" in files:
         budget, guesses = _budget_and_guesses(request, files["transformer"], family)
     shapes = {part: {name: x.shape for name, x in file.items()} for part, file in files.items()}
-    opened = _Opened(
-        files,
-        infer_config.editor_config(shapes, budget, layout),
-        family,
-        [sentence for _, sentence in chosen.values() if sentence],
-    )
+    try:
+        config = infer_config.editor_config(shapes, budget, layout)
+    except UserError as error:
+        unread = [unread_weights(file.paths[0], file.unknown) for file in files.values()]
+        raise UserError(f"{error}{''.join(unread)}") from error
     if not quiet:
         for guess in guesses:
             print(f"warning: {guess}", file=sys.stderr, flush=True)
-    return opened
+    return _Opened(files, config, family, [sentence for _, sentence in chosen.values() if sentence])
 
 
 def _budget_and_guesses(request: Published, file: WeightsFile, family: str) -> tuple[PixelBudget, list[str]]:
@@ -152,6 +152,7 @@ def _select(request: Published, part: str, path: str) -> tuple[WeightsFile, str]
 
     Raises UserError if the file holds them not at all, or more than once.
     """
+    check_whole(path)
     whole = open_weights(path).renamed(lambda name: _WRAPPERS.sub("", name))
     places = list(dict.fromkeys(match[1] for name in whole if (match := _LANDMARKS[part].fullmatch(name))))
     which, flag = {
@@ -182,18 +183,7 @@ def _match(opened: _Opened, part: str) -> list[names.Link]:
     try:
         return names.match(part, {name: x.shape for name, x in file.items()}, abstract_params(opened.config, part))
     except UserError as error:
-        raise UserError(f"{file.paths[0]}: {error}{_unknown_values(file)}") from error
-
-
-def _unknown_values(file: WeightsFile) -> str:
-    """What the file holds in place of tensors, where that may be why some are missing."""
-    if not file.unknown:
-        return ""
-    place, value = next(iter(file.unknown.items()))
-    return (
-        f"; {len(file.unknown)} values of the file are of classes that are not read, since that would run code, such as "
-        f"{place} of {value.origin}: save tensors of torch alone"
-    )
+        raise UserError(f"{file.paths[0]}: {error}{unread_weights(file.paths[0], file.unknown)}") from error
 
 
 def mapping_in(request: Published) -> list[Mapped]:

@@ -9,10 +9,11 @@ import json
 import mmap
 import pathlib
 import pickle
+import re
 import shlex
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -76,12 +77,15 @@ class Placeholder:
         """Passes over a value."""
 
 
+Unknown = Placeholder | type[Placeholder]
+
+
 class Contents(NamedTuple):
     """What a file holds, by names joined by dots. Numbers and other plain values are passed over."""
 
     tensors: dict[str, LazyTensor]
     texts: dict[str, str]  # strings, as a trainer's settings have them
-    unknown: dict[str, Placeholder | type[Placeholder]]  # values of classes that only running code could make
+    unknown: dict[str, Unknown]  # values of classes that only running code could make
 
 
 def map_file(path: pathlib.Path) -> mmap.mmap:
@@ -96,7 +100,7 @@ def view(mapped: mmap.mmap, dtype: np.dtype, shape: tuple[int, ...], start: int)
     return lambda: np.frombuffer(mapped, dtype, count, start).reshape(shape) if count else np.empty(shape, dtype)
 
 
-def save_alone(path: pathlib.Path, place: str = "") -> str:
+def _save_alone(path: pathlib.Path, place: str = "") -> str:
     """Returns the command that saves what torch.load gives, or what is at `place` of it, to a file of weights alone.
 
     `place` is Python, such as `["model"].state_dict()`.
@@ -215,7 +219,7 @@ def open_pth(path: pathlib.Path, local: pathlib.Path) -> tuple[Contents, mmap.mm
             raise
         raise UserError(
             f"{path} is damaged, cut short, or not in the zip form that PyTorch has written since 1.6 "
-            f"({_fault(local, error)}); if torch.load opens it, and you trust it, write it again: {save_alone(path)}"
+            f"({_fault(local, error)}); if torch.load opens it, and you trust it, write it again: {_save_alone(path)}"
         ) from error
     if not found.tensors:
         raise UserError(_without_tensors(path, found.unknown))
@@ -249,17 +253,40 @@ def _fault(local: pathlib.Path, error: Exception) -> str:
     return str(error)
 
 
-def _without_tensors(path: pathlib.Path, unknown: dict[str, Placeholder | type[Placeholder]]) -> str:
+def _without_tensors(path: pathlib.Path, unknown: Mapping[str, Unknown]) -> str:
     if not unknown:
         return f"{path} holds no tensors"
-    place = next((place for place, value in unknown.items() if value.is_model), next(iter(unknown)))
-    found = unknown[place]
-    at = "".join(f"[{json.dumps(name)}]" for name in place.split(".") if name)
+    place = next(iter(_may_be_weights(unknown) or unknown))
     return (
-        f"{path} asks to run {found.origin} when it is opened, which plain weights never do, and holds no tensors "
-        f"besides; nothing was run. If you trust it, save its weights alone where that is installed: "
-        f"{save_alone(path, f'{at}.state_dict()')}"
+        f"{path} asks to run {unknown[place].origin} when it is opened, which plain weights never do, and holds no "
+        f"tensors besides; nothing was run. If you trust it, save its weights alone where that is installed: "
+        f"{_save_model(path, place)}"
     )
+
+
+def unread_weights(path: pathlib.Path, unknown: Mapping[str, Unknown]) -> str:
+    """Returns a clause about values of a file that may be weights, and are not read; "" if there are none."""
+    found = _may_be_weights(unknown)
+    if not found:
+        return ""
+    place, value = next(iter(found.items()))
+    how = _save_model(path, place) if value.is_model else "save the weights as plain tensors"
+    return (
+        f"; {len(found)} values of it may be weights, but only running code could read them, such as {place}, which "
+        f"asks for {value.origin}: {how}"
+    )
+
+
+def _may_be_weights(unknown: Mapping[str, Unknown]) -> dict[str, Unknown]:
+    """Whole models first, then tensors of other kinds and arrays."""
+    models = {place: value for place, value in unknown.items() if value.is_model}
+    return models | {
+        place: value for place, value in unknown.items() if re.search("_re(build|construct)", value.origin)
+    }
+
+
+def _save_model(path: pathlib.Path, place: str) -> str:
+    return _save_alone(path, "".join(f"[{json.dumps(name)}]" for name in place.split(".") if name) + ".state_dict()")
 
 
 def _flatten(value: Any, place: str, found: Contents) -> None:

@@ -104,10 +104,15 @@ def open_weights(path: PathLike) -> WeightsFile:
     with disk.read_explained(str(path)):
         if path.is_dir():
             return _open_directory(path)
-        shard = _SHARD.fullmatch(path.name)
-        if shard and int(shard[3]) > 1:
-            raise UserError(f"{path} is one of {int(shard[3])} shards; name its directory, {path.parent}")
         return _open(path)
+
+
+def check_whole(path: PathLike) -> None:
+    """Raises UserError for the name of one of several shards, which holds a part of a model."""
+    path = resolve(path)
+    shard = _SHARD.fullmatch(path.name)
+    if shard and int(shard[3]) > 1:
+        raise UserError(f"{path} is one of {int(shard[3])} shards; name its directory, {path.parent}")
 
 
 def _open(path: pathlib.Path) -> WeightsFile:
