@@ -11,7 +11,6 @@ with the SHA-256 of every tensor, on both sides.
 import dataclasses
 import importlib.resources
 import pathlib
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
@@ -20,7 +19,7 @@ import numpy as np
 
 import varedit_jax
 from varedit_jax.config import EditorConfig, PixelBudget, RopeLayout, SamplingConfig, to_dict
-from varedit_jax.conversion import infer_config, stream
+from varedit_jax.conversion import infer_config, locate, stream
 from varedit_jax.conversion.model_card import model_card
 from varedit_jax.conversion.writer import Planned, PthFile, SafetensorsFile, TensorFile, safetensors_shards, shard_index
 from varedit_jax.errors import UserError
@@ -33,19 +32,9 @@ from varedit_jax.weights.directory import CONFIG, VOCABULARY, read_editor_config
 from varedit_jax.weights.export_source import ExportSource
 from varedit_jax.weights.manifest import MANIFEST, check_finite, check_float, read_manifest, sha256
 from varedit_jax.weights.pth import unread_weights
-from varedit_jax.weights.reader import WeightsFile, check_whole, open_weights
+from varedit_jax.weights.reader import WeightsFile, open_weights
 
 FORMATS = ("pth", "safetensors")
-# Modules around a model, or around a block of it; DDP's `module.` is part of the prefix of a state dict, see below.
-_WRAPPERS = re.compile(r"_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module|fpw_module)\.")
-
-# A tensor of each part that every file has. What stands in front of it is where a file holds the part: nothing, or the
-# names of dicts and modules, such as `trainer.gpt_fsdp.`, `model.module.` or `text_encoder.`.
-_LANDMARKS = {
-    "transformer": re.compile(r"(|.*?\.)(?:block_chunks\.\d+\.module|blocks)\.\d+\.sa\.proj\.weight"),
-    "tokenizer": re.compile(r"(|.*?\.)encoder\.conv_in(?:\.conv)?\.weight"),
-    "text": re.compile(r"(|.*?\.)encoder\.block\.\d+\.layer\.0\.SelfAttention\.q\.weight"),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,9 +106,11 @@ def _open(request: Published, quiet: bool = False) -> _Opened:
             f"--family=infinity (their positions differ)"
         )
     layout = cast(RopeLayout, request.rope_layout or infer_config.FAMILIES[family or "varedit"])
-    budget, guesses = request.pixel_budget or "0.25M", []
-    if "transformer" in files:
-        budget, guesses = _budget_and_guesses(request, files["transformer"], family)
+    budget: PixelBudget = request.pixel_budget or "0.25M"
+    guesses: list[str] = []
+    if path := request.files.get("transformer"):
+        texts = files["transformer"].texts
+        budget, guesses = infer_config.budget_and_guesses(path, texts, request.family, request.pixel_budget)
     shapes = {part: {name: x.shape for name, x in file.items()} for part, file in files.items()}
     try:
         config = infer_config.editor_config(shapes, budget, layout)
@@ -132,50 +123,13 @@ def _open(request: Published, quiet: bool = False) -> _Opened:
     return _Opened(files, config, family, [sentence for _, sentence in chosen.values() if sentence])
 
 
-def _budget_and_guesses(request: Published, file: WeightsFile, family: str) -> tuple[PixelBudget, list[str]]:
-    """The pixel budget of a transformer, and a sentence for everything that neither a flag nor its file states."""
-    path = request.files["transformer"]
-    stated = request.pixel_budget or infer_config.stated_pixel_budget(file.texts)
-    named = infer_config.pixel_budget_of(path)
-    guesses = []
-    if not request.family:
-        guesses.append(f"the name {path} is taken to say that these are weights of {family}; --family states it")
-    if not stated and named:
-        guesses.append(f"the name {path} is taken to say pixel budget {named}; --pixel_budget states it")
-    elif not stated:
-        guesses.append(f"neither {path} nor its name says a pixel budget, 0.25M is a guess; --pixel_budget states it")
-    return stated or named or "0.25M", guesses
-
-
 def _select(request: Published, part: str, path: str) -> tuple[WeightsFile, str]:
-    """The tensors of a part in a file that may hold more, without what wrappers add to names, and which they are.
-
-    Raises UserError if the file holds them not at all, or more than once.
-    """
-    check_whole(path)
-    whole = open_weights(path).renamed(lambda name: _WRAPPERS.sub("", name))
-    places = list(dict.fromkeys(match[1] for name in whole if (match := _LANDMARKS[part].fullmatch(name))))
-    which, flag = {
-        "transformer": (request.weights, "weights"),
-        "tokenizer": (request.tokenizer_weights, "tokenizer_weights"),
-        "text": ("model", ""),
-    }[part]
-    averaged = [place for place in places if "ema" in re.split(r"[._]", place.lower())]
-    plain = [place for place in places if place not in averaged]
-    chosen, others = (averaged, plain) if which == "ema" else (plain, averaged)
-    if which == "ema" and not chosen:
-        raise UserError(f"{path} holds no EMA of the {part} weights; use --{flag}=model")
-    if others and not chosen:
-        raise UserError(f"{path} holds the {part} weights as an EMA alone, {others[0][:-1]}; use --{flag}=ema")
-    if len(chosen) > 1:
-        found = ", ".join(place[:-1] or "those at the top" for place in chosen)
-        raise UserError(f"{path} holds {len(chosen)} sets of {part} weights: {found}; save the one that is meant alone")
-    file = whole.under(chosen[0]) if chosen else whole
-    if len(file) == len(whole):
-        return file, ""
-    other = f"; --{flag}={'model' if which == 'ema' else 'ema'} takes {others[0][:-1]}" if others and flag else ""
-    left = f"{len(whole) - len(file)} other tensors of the file are passed over"
-    return file, f"{part}: {chosen[0][:-1]} of {path} is taken ({left}{other})"
+    """The tensors of a part in a file that may hold more, as `locate.find_part` gives them."""
+    if part == "text":
+        return locate.find_part(path, part)
+    if part == "tokenizer":
+        return locate.find_part(path, part, request.tokenizer_weights, "tokenizer_weights")
+    return locate.find_part(path, part, request.weights, "weights")
 
 
 def _match(opened: _Opened, part: str) -> list[names.Link]:
@@ -321,7 +275,7 @@ def to_torch(
     """Writes parts as files of the published code, buffers included; returns their bytes.
 
     `pth`: transformer.pth, tokenizer.pth ({"vae": state dict}), text/pytorch_model.bin. `safetensors`: a directory per
-    part, one file or shards, with an index. The text encoder comes with the config.json that the transformers library reads.
+    part, one file or shards, with an index. The text encoder comes with the config.json that transformers reads.
 
     Args:
       source: of `open_source`.

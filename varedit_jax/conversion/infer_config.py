@@ -35,11 +35,6 @@ def family_of(path: str) -> str:
     return ""
 
 
-def stated_pixel_budget(texts: Mapping[str, str]) -> PixelBudget | Literal[""]:
-    """Pixel budget in the settings that a trainer's checkpoint records; "" if it records none that is known."""
-    return next((budget for budget in PIXEL_BUDGETS if budget == texts.get("args.pn")), "")
-
-
 def pixel_budget_of(path: str) -> PixelBudget | Literal[""]:
     """Pixel budget by the name of a file or its directory; "" if it says none, or several.
 
@@ -53,6 +48,33 @@ def pixel_budget_of(path: str) -> PixelBudget | Literal[""]:
         if len(found) == 1:
             return found.pop()
     return ""
+
+
+def stated_pixel_budget(texts: Mapping[str, str]) -> PixelBudget | Literal[""]:
+    """Pixel budget in the settings that a trainer's checkpoint records; "" if it records none that is known."""
+    return next((budget for budget in PIXEL_BUDGETS if budget == texts.get("args.pn")), "")
+
+
+def budget_and_guesses(
+    path: str, texts: Mapping[str, str], family: str, pixel_budget: PixelBudget | Literal[""]
+) -> tuple[PixelBudget, list[str]]:
+    """Pixel budget of a transformer, and a sentence for everything that neither a flag nor its file states.
+
+    Args:
+      path: of its file or directory.
+      texts: strings that the file holds beside its tensors.
+      family: as given by flag; "" if not.
+      pixel_budget: likewise.
+    """
+    guesses = []
+    if not family:
+        guesses.append(f"by the name {path} these are weights of {family_of(path)}; --family states it")
+    if stated := pixel_budget or stated_pixel_budget(texts):
+        return stated, guesses
+    if named := pixel_budget_of(path):
+        return named, [*guesses, f"by the name {path} its pixel budget is {named}; --pixel_budget states it"]
+    guess = f"neither {path} nor its name states a pixel budget; 0.25M is a guess, --pixel_budget states it"
+    return "0.25M", [*guesses, guess]
 
 
 class _SizedAxis(NamedTuple):

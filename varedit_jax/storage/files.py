@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, cast
 from varedit_jax.errors import UserError
 from varedit_jax.storage import disk
 from varedit_jax.storage.paths import child_names, files_below, is_remote, size
+from varedit_jax.storage.pointers import what_instead
 
 INCOMPLETE = "_INCOMPLETE"  # in an object store: the directory is still being written, or its writer has died
 
@@ -64,7 +65,7 @@ def take_place(draft: pathlib.Path, path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
-    """Yields a binary file that replaces `path`, or what a link there points to, when the block ends without an error."""
+    """Yields a binary file that replaces `path`, or what a link points to, when the block ends without an error."""
     path = followed(path)
     if is_remote(path):
         with tempfile.TemporaryFile() as file:
@@ -103,9 +104,12 @@ def write_json(path: pathlib.Path, value: Any, indent: int | None = 2) -> None:
 def read_json(path: pathlib.Path) -> Any:
     """Returns the value in a JSON file in UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
 
-    Raises ValueError if it is no JSON.
+    Raises ValueError if it is no JSON, and UserError if it is what a download left instead.
     """
-    return json.loads(path.read_bytes())
+    data = path.read_bytes()
+    if instead := what_instead(data):
+        raise UserError(f"{path} {instead}")
+    return json.loads(data)
 
 
 def staging_of(target: pathlib.Path) -> pathlib.Path:

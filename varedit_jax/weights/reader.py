@@ -173,7 +173,8 @@ def _open_directory(directory: pathlib.Path) -> WeightsFile:
     if any(name.endswith(".distcp") for name in child_names(directory)):
         raise UserError(
             f"{directory} is a checkpoint of torch.distributed, in parts; join them first: "
-            f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {shlex.quote(str(directory))} weights.pth"
+            f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {shlex.quote(str(directory))} "
+            f"weights.pth"
         )
     raise UserError(
         f"{directory} holds {len(found)} files of weights and none of {', '.join((*INDEXES, *SINGLE_FILES))}; "

@@ -188,3 +188,9 @@ def test_json_in_any_unicode(tmp_path: pathlib.Path, encoding: str) -> None:
     (tmp_path / "x.json").write_bytes("{".encode(encoding))
     with pytest.raises(ValueError):
         files.read_json(tmp_path / "x.json")
+
+
+def test_json_that_a_download_did_not_bring(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "config.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UserError, match="config.json is a Git LFS pointer"):
+        files.read_json(tmp_path / "config.json")

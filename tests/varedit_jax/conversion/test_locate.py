@@ -1,4 +1,4 @@
-"""Where files hold a part: trainers' checkpoints, wrappers of modules, pipelines; which is taken, and what is guessed."""
+"""Where files hold a part: checkpoints of trainers, wrappers of modules, pipelines; what is taken, what is guessed."""
 
 import json
 import pathlib
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pytest
 
-from varedit_jax.conversion import convert
+from varedit_jax.conversion import convert, locate
 from varedit_jax.errors import UserError
 from varedit_jax.weights.directory import read_editor_config
 from varedit_jax.weights.export_source import open_source
@@ -53,7 +53,7 @@ def test_a_transformer_is_found_wherever_it_lies(
     """With the names and values of the plain file."""
     plain = states["transformer"]
     path = write_pth(tmp_path / "in.pth", OTHER | inside(plain, *PLACES[name]))
-    found, sentence = convert._select(published("transformer", path), "transformer", str(path))
+    found, sentence = locate.find_part(path, "transformer", flag="weights")
     assert list(found) == list(plain)
     assert all(np.array_equal(found[tensor].load(), plain[tensor]) for tensor in plain)
     assert sentence.endswith(f"of {path} is taken (2 other tensors of the file are passed over)")
@@ -97,11 +97,10 @@ def test_which_set_of_weights_is_taken_is_said_and_chosen(
     trainer = inside(plain, "trainer.gpt_wo_ddp.") | inside(plain, "trainer.gpt_ema_for_vis._orig_mod.")
     file = write_pth(tmp_path / "ckpt.pth", trainer | inside(vae, "trainer.vae_local."))
     for weights, place in (("model", "trainer.gpt_wo_ddp"), ("ema", "trainer.gpt_ema_for_vis")):
-        request = published("transformer", file, weights=weights)
-        assert convert._select(request, "transformer", str(file))[1].startswith(
+        assert locate.find_part(file, "transformer", weights, "weights")[1].startswith(
             f"transformer: {place} of {file} is taken"
         )
-    assert list(convert._select(published("tokenizer", file), "tokenizer", str(file))[0]) == list(vae)
+    assert list(locate.find_part(file, "tokenizer", flag="tokenizer_weights")[0]) == list(vae)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +111,7 @@ def test_which_set_of_weights_is_taken_is_said_and_chosen(
             ("model.", "student.module."),
             "in.pth holds 2 sets of tokenizer weights: model, student.module; save the one",
         ),
-        (("", "model."), "in.pth holds 2 sets of tokenizer weights: those at the top, model; save the one"),
+        (("", "model."), "in.pth holds 2 sets of tokenizer weights: the top level, model; save the one"),
         (("module._orig_mod.", "_orig_mod.module."), r"in.pth holds module\..* more than once \(module\._orig_mod\."),
     ],
 )
@@ -143,7 +142,7 @@ def test_a_missing_tensor_inside_a_checkpoint_is_named(
 
 
 def with_settings(path: pathlib.Path, settings: Mapping[str, str]) -> pathlib.Path:
-    """Puts the state dict of a file under "trainer", and `settings` beside it, as the trainer's checkpoints have them."""
+    """Puts the state dict of a file under "trainer", and `settings` beside it, as a trainer's checkpoint has them."""
 
     def text(value: str) -> bytes:
         return b"X" + struct.pack("<I", len(value)) + value.encode()
@@ -192,9 +191,9 @@ def test_what_neither_flag_nor_file_states_is_said(
     lines = capsys.readouterr().err.splitlines()
     wanted = {
         "family states": "these are weights of varedit; --family states it",
-        "says pixel budget 0.06M": "pixel budget 0.06M; --pixel_budget states it",
-        "says pixel budget 1M": "pixel budget 1M; --pixel_budget states it",
-        "0.25M is a guess": "nor its name says a pixel budget, 0.25M is a guess; --pixel_budget states it",
+        "says pixel budget 0.06M": "its pixel budget is 0.06M; --pixel_budget states it",
+        "says pixel budget 1M": "its pixel budget is 1M; --pixel_budget states it",
+        "0.25M is a guess": "nor its name states a pixel budget; 0.25M is a guess, --pixel_budget states it",
     }
     assert len(lines) == len(warnings)
     for line, warning in zip(lines, warnings, strict=True):
