@@ -447,6 +447,8 @@ def verify(directory: PathLike) -> int:
     """
     root = resolve(directory)
     storage_files.check_complete(root)
+    if not root.is_dir():
+        raise UserError(f"{root} is no directory; give one that a conversion wrote")
     manifest = read_manifest(root)
     if manifest is None:
         raise UserError(f"{root} has no {MANIFEST}: there is nothing to verify it by")

@@ -117,7 +117,7 @@ def check_whole(path: PathLike) -> None:
 
 def _open(path: pathlib.Path) -> WeightsFile:
     if not path.is_file():
-        raise UserError(f"{path} does not exist")
+        raise UserError(f"{path} {'is no regular file' if path.exists() else 'does not exist'}")
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES)
     if instead := what_instead(head):

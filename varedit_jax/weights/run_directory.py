@@ -32,6 +32,8 @@ def read_config(directory: PathLike) -> dict[str, Any]:
             values = read_json(path)
     except UserError:
         raise
+    except NotADirectoryError as error:
+        raise UserError(f"{directory} is a file, where a directory of weights or of a run should be") from error
     except FileNotFoundError as error:
         raise UserError(f"{directory} is not the directory of a run: it has no {CONFIG_FILE}") from error
     except (OSError, ValueError) as error:

@@ -171,6 +171,8 @@ def test_damaged_safetensors(tmp_path: pathlib.Path, length: int) -> None:
 def test_missing_file_and_foreign_suffix(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.pth does not exist"):
         read_state_dict(tmp_path / "nowhere.pth")
+    with pytest.raises(UserError, match="^/dev/null is no regular file$"):
+        read_state_dict("/dev/null")
     with pytest.raises(UserError, match=r"ends in '\.onnx'; known are \.pth, \.pt, \.bin, \.ckpt and \.saf"):
         read(tmp_path, GOOD, "weights.onnx")
 
