@@ -51,10 +51,13 @@ class Placeholder:
 
     origin = ""  # module and name
     is_model = False  # has the state of a torch.nn.Module
+    items: dict[Any, Any]  # if it stands for a dict of another class
 
     def __new__(cls, *values: Any, **options: Any) -> "Placeholder":
         """Returns an instance, whatever the arguments."""
-        return object.__new__(cls)
+        made = object.__new__(cls)
+        made.items = {}
+        return made
 
     def __call__(self, *values: Any) -> "Placeholder":
         """Returns itself: what a pickle would call is not called."""
@@ -65,7 +68,8 @@ class Placeholder:
         self.is_model = isinstance(state, dict) and "_modules" in state
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """Passes over an item of a dict of another class; the next methods do for lists and sets."""
+        """Keeps an item of a dict."""
+        self.items[key] = value
 
     def append(self, value: Any) -> None:
         """Passes over a value."""
@@ -191,7 +195,6 @@ def _rebuild_tensor(
 
 _KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
-    ("collections", "defaultdict"): lambda *factory: {},
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): lambda data, *unused: data,
     ("torch._utils", "_rebuild_parameter_with_state"): lambda data, *unused: data,
@@ -302,3 +305,5 @@ def _flatten(value: Any, place: str, found: Contents) -> None:
         found.texts[place] = value
     elif _is_placeholder(value):
         found.unknown[place] = value
+        if isinstance(value, Placeholder):
+            _flatten(value.items, place, found)

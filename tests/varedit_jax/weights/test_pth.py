@@ -129,6 +129,15 @@ def test_what_is_wrong_is_said(tmp_path: pathlib.Path, content: bytes, sentence:
         open_weights(tmp_path / "w.pth")
 
 
+def test_dicts_of_any_class_hold_tensors(tmp_path: pathlib.Path) -> None:
+    """Such as those that configuration libraries make of a state dict."""
+    content = pickled().replace(b"(dS'outer'", b"caddict\nDict\n(tRS'outer'")
+    (tmp_path / "w.pth").write_bytes(archive(content, VALUES.tobytes()))
+    file = open_weights(tmp_path / "w.pth")
+    np.testing.assert_array_equal(file["outer.w"].load(), VALUES.reshape(2, 3))
+    assert file.unknown[""].origin == "addict.Dict"
+
+
 def test_two_data_pkl_are_not_weights(tmp_path: pathlib.Path) -> None:
     with zipfile.ZipFile(tmp_path / "w.pth", "w") as file:
         for name in ("a/data.pkl", "b/data.pkl"):
