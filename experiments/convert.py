@@ -8,7 +8,8 @@
     python -m experiments.convert --verify=weights/varedit_8b_512
 
 The family of a transformer (VAREdit's and Infinity's differ in positions) and its image size are inferred from the name
-of its file or directory, unless --family, --rope_layout and --pixel_budget give them; they are printed and recorded.
+of its file or directory, unless --family, --rope_layout and --pixel_budget give them, or a trainer's checkpoint records
+the size; a guess is a warning, and what is used is printed and recorded.
 Memory use does not depend on the model. The same command resumes an interrupted conversion; the output appears complete
 or not at all, with a manifest of the SHA-256 of every tensor.
 """
@@ -32,7 +33,9 @@ from varedit_jax.weights.export_source import open_source
 _TO = flags.DEFINE_enum("to", "jax", ["jax", "torch", "directory"], "what to write")
 _OUTPUT = command.DEFINE_path("output", "", "new directory")
 _FILES = {
-    "transformer": command.DEFINE_path("transformer", "", "published transformer: .pth, .safetensors or shards"),
+    "transformer": command.DEFINE_path(
+        "transformer", "", "transformer, published or in a trainer's checkpoint: a file, or shards"
+    ),
     "tokenizer": command.DEFINE_path("tokenizer", "", "published BSQ tokenizer"),
     "text": command.DEFINE_path("text", "", "Flan-T5 of any size: file or directory as on Hugging Face"),
 }
@@ -46,7 +49,7 @@ _BUDGET: flags.FlagHolder[Any] = flags.DEFINE_enum(
     "pixel_budget",
     None,
     list(PIXEL_BUDGETS),
-    "resolution of the transformer; by default from the name of its file, or 0.25M",
+    "resolution of the transformer; by default from its file or the name of that, or 0.25M, with a warning",
 )
 _INPUT = command.DEFINE_path(
     "input", "", "directory of weights, or of a training run, for --to=torch and --to=directory"

@@ -44,8 +44,8 @@ class Staging:
 
         Raises UserError if the output exists.
         """
-        self.output = resolve(output)
-        if files.exists(self.output) or os.path.islink(self.output):
+        self.output = files.followed(resolve(output))
+        if files.exists(self.output):
             raise UserError(f"{self.output} exists; give a new directory, or remove it first")
         self.directory = staging_directory(self.output, directory)
         self._job = json.loads(json.dumps(job))  # tuples become lists, as in the file

@@ -26,6 +26,15 @@ REFUSED = {
         ["--to=torch", f"--input={SHIPPED}", "--output=x"],
         "the transformer has parameters that published models do not have: position_embed/kernel",
     ),
+    "a file to verify": ([f"--verify={DATA / 't5_prompts.json'}"], "is no directory; give one that a conversion wrote"),
+    "a file as input": (
+        ["--to=torch", f"--input={DATA / 't5_prompts.json'}", "--output=x"],
+        "is a file, where a directory of weights or of a run should be",
+    ),
+    "settings alone": (
+        [f"--transformer={DATA / 'trainer_values.pth'}", "--family=varedit", "--output=x"],
+        "there is no tensor word_embed.weight, which every published transformer has, but trainer.gpt_wo_ddp.plain",
+    ),
     "unknown preset": (["--dry_run", "--preset=9b"], "unknown preset '9b'; known are tiny, 125m"),
     "no manifest": ([f"--verify={SHIPPED}"], "has no manifest.json: there is nothing to verify it by"),
     "no published form, dry": (["--dry_run", "--to=torch", f"--input={SHIPPED}"], "published models do not have"),
@@ -71,7 +80,9 @@ def test_dry_run_of_other_parts_and_of_files(answers):
     assert "encoder.conv_in.conv.weight [128, 3, 3, 3] bfloat16 <-> tokenizer/encoder/conv_in/kernel (conv)" in out
     assert "quantizer.lfq.mask [32] int64 <-> made: powers" in out
     assert "encoder.block.23.layer.0.SelfAttention.o.weight [2048, 2048] bfloat16" in out
-    code, out, _ = answers["of files"]
+    code, out, err = answers["of files"]
     assert code == 0
+    warned = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert len(warned) == 1 and "0.25M is a guess, --pixel_budget states it" in warned[0]
     assert "head.weight [32, 128] float16 <-> transformer/head/kernel (matrix)" in out
     assert len(out.splitlines()) > 200

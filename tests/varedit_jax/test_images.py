@@ -486,3 +486,14 @@ def test_fit_and_restore_check_what_they_get():
     for wrong in (np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3), np.float32), np.zeros((0, 8, 3), np.uint8)):
         with pytest.raises(ValueError, match="expected uint8"):
             images.fit(wrong, (32, 32))
+
+
+def test_an_image_is_written_through_a_link(tmp_path: pathlib.Path):
+    """To the file that it points to, as another program would expect; the link stays."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "latest.png").symlink_to("site/1.png")
+    for value in (0, 255):
+        image = np.full((4, 5, 3), value, np.uint8)
+        images.write_image(tmp_path / "latest.png", image)
+        np.testing.assert_array_equal(images.read_image(tmp_path / "site" / "1.png"), image)
+    assert (tmp_path / "latest.png").is_symlink() and len(list((tmp_path / "site").iterdir())) == 1

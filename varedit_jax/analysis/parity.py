@@ -5,7 +5,6 @@ published names, and `golden.safetensors` with the results of the published code
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from varedit_jax.errors import UserError
 from varedit_jax.parameters import abstract_params
 from varedit_jax.sampling.sampler import sample_bits
 from varedit_jax.scales import Pyramid, nearest_aspect, published_pyramid
+from varedit_jax.storage.files import read_json
 from varedit_jax.storage.paths import resolve
 from varedit_jax.tokenizer import tokens as tokens_lib
 from varedit_jax.tokenizer.autoencoder import Autoencoder
@@ -114,8 +114,8 @@ def read_golden(directory: str | os.PathLike[str]) -> Golden:
     """Reads a golden directory. Raises UserError for anything missing or damaged, naming it."""
     directory = resolve(directory)
     try:
-        values = json.loads((directory / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        values = read_json(directory / "config.json")
+    except (OSError, ValueError) as error:
         raise UserError(f"{directory} is not a golden directory: cannot read its config.json ({error})") from error
     try:
         config = _editor_config(values)

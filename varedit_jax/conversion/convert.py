@@ -11,7 +11,7 @@ with the SHA-256 of every tensor, on both sides.
 import dataclasses
 import importlib.resources
 import pathlib
-import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
@@ -19,7 +19,7 @@ import numpy as np
 
 import varedit_jax
 from varedit_jax.config import EditorConfig, PixelBudget, RopeLayout, SamplingConfig, to_dict
-from varedit_jax.conversion import infer_config, stream
+from varedit_jax.conversion import infer_config, locate, stream
 from varedit_jax.conversion.model_card import model_card
 from varedit_jax.conversion.writer import Planned, PthFile, SafetensorsFile, TensorFile, safetensors_shards, shard_index
 from varedit_jax.errors import UserError
@@ -31,19 +31,10 @@ from varedit_jax.weights import names, native
 from varedit_jax.weights.directory import CONFIG, VOCABULARY, read_editor_config
 from varedit_jax.weights.export_source import ExportSource
 from varedit_jax.weights.manifest import MANIFEST, check_finite, check_float, read_manifest, sha256
+from varedit_jax.weights.pth import unread_weights
 from varedit_jax.weights.reader import WeightsFile, open_weights
 
 FORMATS = ("pth", "safetensors")
-_WRAPPERS = re.compile(r"^module\.|_orig_mod\.|_fsdp_wrapped_module\.")
-
-# Prefixes of a part's names in a trainer's own checkpoint; other files hold the part alone, without a prefix.
-_PREFIXES = {
-    ("transformer", "model"): ("trainer.gpt_fsdp.", "gpt_fsdp."),
-    ("transformer", "ema"): ("trainer.gpt_ema_fsdp.", "gpt_ema_fsdp."),
-    ("tokenizer", "model"): ("vae.", "trainer.vae_local."),
-    ("tokenizer", "ema"): ("ema.",),
-    ("text", "model"): (),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +46,7 @@ class Published:
     tokenizer_weights: str = "model"  # likewise, of a tokenizer's file
     family: str = ""  # varedit or infinity; "": from the name of the transformer's file or directory
     rope_layout: str = ""  # released or paper; "": by the family
-    pixel_budget: PixelBudget | Literal[""] = ""  # "": from the name of the transformer's file or directory, or 0.25M
+    pixel_budget: PixelBudget | Literal[""] = ""  # "": from the transformer's file, or its name, or 0.25M
 
 
 class _Opened(NamedTuple):
@@ -64,6 +55,7 @@ class _Opened(NamedTuple):
     files: dict[str, WeightsFile]
     config: EditorConfig
     family: str
+    taken: list[str]  # sentences about files that hold more than a part
 
     def release(self) -> None:
         for file in self.files.values():
@@ -83,7 +75,7 @@ class _Opened(NamedTuple):
             found.append(f"tokenizer: {config.tokenizer.bits} bits, stride {config.tokenizer.stride}")
         if "text" in self.files:
             found.append(f"text encoder: {config.text.layers} layers, width {config.text.width}")
-        return "\n".join(found)
+        return "\n".join([*self.taken, *found])
 
 
 class Mapped(NamedTuple):
@@ -104,8 +96,9 @@ def _indexed(path: str, index: int | None) -> str:
     return path if index is None else f"{path}[{index}]"
 
 
-def _open(request: Published) -> _Opened:
-    files = {part: _select(request, part, path) for part, path in request.files.items()}
+def _open(request: Published, quiet: bool = False) -> _Opened:
+    chosen = {part: _select(request, part, path) for part, path in request.files.items()}
+    files = {part: file for part, (file, _) in chosen.items()}
     family = request.family or infer_config.family_of(request.files.get("transformer", ""))
     if "transformer" in files and not family:
         raise UserError(
@@ -113,23 +106,30 @@ def _open(request: Published) -> _Opened:
             f"--family=infinity (their positions differ)"
         )
     layout = cast(RopeLayout, request.rope_layout or infer_config.FAMILIES[family or "varedit"])
-    budget = request.pixel_budget or infer_config.pixel_budget_of(request.files.get("transformer", "")) or "0.25M"
+    budget: PixelBudget = request.pixel_budget or "0.25M"
+    guesses: list[str] = []
+    if path := request.files.get("transformer"):
+        texts = files["transformer"].texts
+        budget, guesses = infer_config.budget_and_guesses(path, texts, request.family, request.pixel_budget)
     shapes = {part: {name: x.shape for name, x in file.items()} for part, file in files.items()}
-    return _Opened(files, infer_config.editor_config(shapes, budget, layout), family)
+    try:
+        config = infer_config.editor_config(shapes, budget, layout)
+    except UserError as error:
+        unread = [unread_weights(file.paths[0], file.unknown) for file in files.values()]
+        raise UserError(f"{error}{''.join(unread)}") from error
+    if not quiet:
+        for guess in guesses:
+            print(f"warning: {guess}", file=sys.stderr, flush=True)
+    return _Opened(files, config, family, [sentence for _, sentence in chosen.values() if sentence])
 
 
-def _select(request: Published, part: str, path: str) -> WeightsFile:
-    """The tensors of a part in a file that may hold more, without the names that wrappers add."""
-    whole = open_weights(path)
-    which, flag = {
-        "transformer": (request.weights, "weights"),
-        "tokenizer": (request.tokenizer_weights, "tokenizer_weights"),
-        "text": ("model", ""),
-    }[part]
-    chosen = whole.under(*_PREFIXES[part, which])
-    if which == "ema" and chosen is whole:
-        raise UserError(f"{path} holds no EMA of the {part} weights; use --{flag}=model")
-    return chosen.renamed(lambda name: _WRAPPERS.sub("", name))
+def _select(request: Published, part: str, path: str) -> tuple[WeightsFile, str]:
+    """The tensors of a part in a file that may hold more, as `locate.find_part` gives them."""
+    if part == "text":
+        return locate.find_part(path, part)
+    if part == "tokenizer":
+        return locate.find_part(path, part, request.tokenizer_weights, "tokenizer_weights")
+    return locate.find_part(path, part, request.weights, "weights")
 
 
 def _match(opened: _Opened, part: str) -> list[names.Link]:
@@ -137,7 +137,7 @@ def _match(opened: _Opened, part: str) -> list[names.Link]:
     try:
         return names.match(part, {name: x.shape for name, x in file.items()}, abstract_params(opened.config, part))
     except UserError as error:
-        raise UserError(f"{file.paths[0]}: {error}") from error
+        raise UserError(f"{file.paths[0]}: {error}{unread_weights(file.paths[0], file.unknown)}") from error
 
 
 def mapping_in(request: Published) -> list[Mapped]:
@@ -183,7 +183,7 @@ def to_jax(request: Published, output: PathLike, quiet: bool = False) -> int:
       UserError: a file that is missing, damaged, of another model (every missing, unexpected or misshapen tensor is
         named) or runs code; values that are not finite; no room; an output that exists.
     """
-    opened = _open(request)
+    opened = _open(request, quiet)
     matched = {part: _match(opened, part) for part in opened.files}
     leaves = {part: _stored_leaves(opened, part, links) for part, links in matched.items()}
     paths = [path for file in opened.files.values() for path in file.paths]
@@ -275,7 +275,7 @@ def to_torch(
     """Writes parts as files of the published code, buffers included; returns their bytes.
 
     `pth`: transformer.pth, tokenizer.pth ({"vae": state dict}), text/pytorch_model.bin. `safetensors`: a directory per
-    part, in shards with an index. The text encoder comes with the config.json that the transformers library reads.
+    part, one file or shards, with an index. The text encoder comes with the config.json that transformers reads.
 
     Args:
       source: of `open_source`.
@@ -312,7 +312,7 @@ def to_torch(
         for part, group in files.items():
             for file in group:
                 file.finish({tensor.name: job.done[f"{part}/{tensor.name}"]["crc32"] for tensor in file.tensors})
-            if len(group) > 1:
+            if isinstance(group[0], SafetensorsFile):  # the published code loads by it, even a single file
                 index = group[0].path.with_name("model.safetensors.index.json")
                 storage_files.write_json(index, shard_index(group), indent=1)
         if "text" in files:
@@ -447,6 +447,8 @@ def verify(directory: PathLike) -> int:
     """
     root = resolve(directory)
     storage_files.check_complete(root)
+    if not root.is_dir():
+        raise UserError(f"{root} is no directory; give one that a conversion wrote")
     manifest = read_manifest(root)
     if manifest is None:
         raise UserError(f"{root} has no {MANIFEST}: there is nothing to verify it by")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from varedit_jax.config import (
+    PIXEL_BUDGETS,
     TOKENIZER_14BIT,
     TOKENIZER_32BIT,
     EditorConfig,
@@ -35,12 +36,45 @@ def family_of(path: str) -> str:
 
 
 def pixel_budget_of(path: str) -> PixelBudget | Literal[""]:
-    """Pixel budget by the resolution in the name of a file or its directory, as in 8B-512; "" if there is none."""
+    """Pixel budget by the name of a file or its directory; "" if it says none, or several.
+
+    It may be there itself, as in 0.06M-8K (a trainer's: budget and steps), or as a resolution, as in 8B-512.
+    """
     for name in reversed(pathlib.PurePath(path).parts[-2:]):
-        found = set(re.findall(r"(?<![A-Za-z0-9.])(256|512|1024)(?=x\d|px|[^A-Za-z0-9]|$)", name))
+        name = re.sub(r"(step|epoch|iter|checkpoint|ckpt)s?[-_=.]?\d+", "", name, flags=re.IGNORECASE)
+        budgets = re.findall(r"(?<![\d.])(0\.06M|0\.25M|0\.60M|1M)(?![A-Za-z0-9])", name)
+        sides = re.findall(r"(?<![A-Za-z0-9.])(256|512|1024)(?=x\d|px|[^A-Za-z0-9]|$)", name)
+        found = {*budgets, *(_PIXEL_BUDGETS[side] for side in sides)}
         if len(found) == 1:
-            return _PIXEL_BUDGETS[found.pop()]
+            return found.pop()
     return ""
+
+
+def stated_pixel_budget(texts: Mapping[str, str]) -> PixelBudget | Literal[""]:
+    """Pixel budget in the settings that a trainer's checkpoint records; "" if it records none that is known."""
+    return next((budget for budget in PIXEL_BUDGETS if budget == texts.get("args.pn")), "")
+
+
+def budget_and_guesses(
+    path: str, texts: Mapping[str, str], family: str, pixel_budget: PixelBudget | Literal[""]
+) -> tuple[PixelBudget, list[str]]:
+    """Pixel budget of a transformer, and a sentence for everything that neither a flag nor its file states.
+
+    Args:
+      path: of its file or directory.
+      texts: strings that the file holds beside its tensors.
+      family: as given by flag; "" if not.
+      pixel_budget: likewise.
+    """
+    guesses = []
+    if not family:
+        guesses.append(f"by the name {path} these are weights of {family_of(path)}; --family states it")
+    if stated := pixel_budget or stated_pixel_budget(texts):
+        return stated, guesses
+    if named := pixel_budget_of(path):
+        return named, [*guesses, f"by the name {path} its pixel budget is {named}; --pixel_budget states it"]
+    guess = f"neither {path} nor its name states a pixel budget; 0.25M is a guess, --pixel_budget states it"
+    return "0.25M", [*guesses, guess]
 
 
 class _SizedAxis(NamedTuple):

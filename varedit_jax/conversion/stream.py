@@ -16,7 +16,7 @@ from varedit_jax.errors import UserError
 from varedit_jax.storage import disk, files
 from varedit_jax.storage.jsonl import LineWriter, read_lines
 from varedit_jax.storage.lock import LOCK_FILE, Lock
-from varedit_jax.storage.paths import PathLike, children, is_remote, resolve
+from varedit_jax.storage.paths import PathLike, children, resolve
 from varedit_jax.weights.manifest import MANIFEST, MANIFEST_VERSION
 
 _JOURNAL = "journal.jsonl"
@@ -41,7 +41,7 @@ class ConversionJob:
 
         Raises UserError if the output exists.
         """
-        self.output = resolve(output)
+        self.output = files.followed(resolve(output))
         self.staging = files.staging_of(self.output)
         self._check_new()
         self._fingerprint = json.loads(json.dumps(fingerprint))  # tuples become lists, as in the journal
@@ -50,7 +50,7 @@ class ConversionJob:
 
     def _check_new(self) -> None:
         with disk.read_explained(str(self.output)):
-            if files.exists(self.output) or (not is_remote(self.output) and self.output.is_symlink()):
+            if files.exists(self.output):
                 raise UserError(f"{self.output} exists; give a new directory, or remove it first")
 
     def __enter__(self) -> "ConversionJob":

@@ -19,7 +19,8 @@ import numpy as np
 from varedit_jax.errors import UserError
 from varedit_jax.storage import files, paths
 from varedit_jax.storage.paths import is_remote
-from varedit_jax.weights.reader import SAFETENSORS_TYPES, STORAGES
+from varedit_jax.weights.pth import STORAGES, ZIP
+from varedit_jax.weights.reader import SAFETENSORS_TYPES
 
 _STORAGE_NAMES = {np.dtype(dtype): name for name, dtype in STORAGES.items()}
 _SAFETENSORS_NAMES = {np.dtype(dtype): name for name, dtype in SAFETENSORS_TYPES.items()}
@@ -176,7 +177,7 @@ class PthFile(TensorFile):
             fields = self._fields(tensor, data, checksums)
             padding = start - offset - 30 - len(entry) - 4
             extra = struct.pack("<HH", 0x4246, padding) + b"Z" * padding  # "FB", PyTorch's own kind of padding
-            header = struct.pack("<4sHHHHHIIIHH", b"PK\x03\x04", 20, 0, 0, 0, 0x21, *fields, len(entry), len(extra))
+            header = struct.pack("<4sHHHHHIIIHH", ZIP, 20, 0, 0, 0, 0x21, *fields, len(entry), len(extra))
             yield offset, header + entry.encode() + extra
             if data:
                 yield start, data

@@ -6,6 +6,7 @@
     disk.py     full disks, free space, and errors of the machine as opposed to damaged data
     lock.py     one run per directory
     orbax.py    Orbax on object stores
+    pointers.py    what a file is instead of what its name says
 
 Local paths are pathlib.Path, those of an object store epath.Path, which has all methods that are used here. No other
 module turns a user's text into a path.

@@ -18,16 +18,33 @@ from typing import Any, BinaryIO, cast
 from varedit_jax.errors import UserError
 from varedit_jax.storage import disk
 from varedit_jax.storage.paths import child_names, files_below, is_remote, size
+from varedit_jax.storage.pointers import what_instead
 
 INCOMPLETE = "_INCOMPLETE"  # in an object store: the directory is still being written, or its writer has died
 
 
+def followed(path: pathlib.Path) -> pathlib.Path:
+    """Returns where a symbolic link at `path` points to, whether that exists or not; `path` itself if it is no link.
+
+    Whatever is written to a link is written there, and the link stays. Raises UserError for a link to itself.
+    """
+    if is_remote(path) or not path.is_symlink():
+        return path
+    target = pathlib.Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise UserError(f"{path} is a link that leads back to itself; remove it")
+    return target
+
+
 def make_directory(directory: pathlib.Path) -> None:
-    """Creates a directory where needed. Raises UserError if that fails."""
+    """Creates a directory where needed; for a link, the one it points to. Raises UserError if that fails."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        followed(directory).mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        file = next((path for path in (directory, *directory.parents) if path.is_file()), directory)
+        above = (directory, *directory.parents)
+        if link := next((path for path in above if path.is_symlink() and not path.exists()), None):
+            raise UserError(f"{link} is a link to {os.readlink(link)}, which does not exist; create that") from error
+        file = next((path for path in above if path.is_file()), directory)
         raise UserError(f"{file} is a file, where a directory should be") from error
     except Exception as error:
         if not isinstance(error, OSError) and not disk.is_machine_error(error):
@@ -48,7 +65,8 @@ def take_place(draft: pathlib.Path, path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
-    """Yields a binary file that replaces `path` when the block ends without an error."""
+    """Yields a binary file that replaces `path`, or what a link points to, when the block ends without an error."""
+    path = followed(path)
     if is_remote(path):
         with tempfile.TemporaryFile() as file:
             yield cast(BinaryIO, file)
@@ -83,8 +101,20 @@ def write_json(path: pathlib.Path, value: Any, indent: int | None = 2) -> None:
     write_text(path, json.dumps(value, indent=indent) + "\n")
 
 
+def read_json(path: pathlib.Path) -> Any:
+    """Returns the value in a JSON file in UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
+
+    Raises ValueError if it is no JSON, and UserError if it is what a download left instead.
+    """
+    data = path.read_bytes()
+    if instead := what_instead(data):
+        raise UserError(f"{path} {instead}")
+    return json.loads(data)
+
+
 def staging_of(target: pathlib.Path) -> pathlib.Path:
     """Returns the directory that `target` is written in until `commit`: beside it, or, in an object store, itself."""
+    target = followed(target)
     return target if is_remote(target) else target.with_name(f".{target.name}.partial")
 
 
@@ -102,7 +132,7 @@ def commit(target: pathlib.Path) -> None:
     if is_remote(target):
         (target / INCOMPLETE).unlink()
     else:
-        staging_of(target).rename(target)
+        staging_of(target).rename(followed(target))
 
 
 def is_complete(directory: pathlib.Path) -> bool:
@@ -130,6 +160,7 @@ def new_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
 
     Raises UserError if `target` exists.
     """
+    target = followed(target)
     if exists(target):
         raise UserError(f"{target} exists; give a new directory or remove it first")
     if is_remote(target):

@@ -61,6 +61,8 @@ def _spec(path: str) -> dict[str, object]:
 
 def checkpointer(handler: ocp.CheckpointHandler) -> ocp.Checkpointer:
     """Returns a synchronous checkpointer that is quiet and works on every kind of storage."""
-    quiet_orbax()
     support_object_stores()
     return ocp.Checkpointer(handler)
+
+
+quiet_orbax()  # on import: handlers write lines as soon as they are made, before `checkpointer` gets them

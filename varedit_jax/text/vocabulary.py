@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.resources
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,7 +24,8 @@ def _tokenizer(path: str) -> tokenizers.Tokenizer:
     if path:
         try:
             with read_explained(path):
-                text = resolve(path).read_bytes().decode("utf-8-sig")
+                data = resolve(path).read_bytes()
+            text = data.decode(json.detect_encoding(data))  # without a byte order mark
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the vocabulary {path}: {error}; give the tokenizer.json of a T5") from error
     else:

@@ -4,7 +4,6 @@ The form in which editors and tokenizers are shipped, shared, and started from.
 """
 
 import hashlib
-import json
 
 import flax.traverse_util
 import jax
@@ -72,12 +71,11 @@ def read_editor_config(directory: PathLike) -> tuple[EditorConfig, SamplingConfi
         if not path.is_file():
             raise UserError(f"{directory} is not a directory of weights: it has no {CONFIG}")
         files.check_complete(path.parent)
-        text = path.read_bytes()
-    try:
-        record = json.loads(text)
-        return from_dict(EditorConfig, record["model"]), from_dict(SamplingConfig, record["sampling"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} does not describe an editor of this package: {error}") from error
+        try:
+            record = files.read_json(path)
+            return from_dict(EditorConfig, record["model"]), from_dict(SamplingConfig, record["sampling"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} does not describe an editor of this package: {error}") from error
 
 
 def weights_hash(params: Params) -> str:

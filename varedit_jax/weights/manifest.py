@@ -1,13 +1,13 @@
 """The manifest of a directory of weights: its sources, and a checksum for every tensor."""
 
 import hashlib
-import json
 from typing import Any
 
 import numpy as np
 
 from varedit_jax.errors import UserError
 from varedit_jax.storage.disk import read_explained
+from varedit_jax.storage.files import read_json
 from varedit_jax.storage.paths import PathLike, resolve
 
 MANIFEST = "manifest.json"
@@ -41,12 +41,11 @@ def read_manifest(directory: PathLike) -> dict[str, Any] | None:
     with read_explained(str(path)):
         if not path.is_file():
             return None
-        text = path.read_bytes()
-    try:
-        manifest = json.loads(text)
-        version = int(manifest["version"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
+        try:
+            manifest = dict(read_json(path))
+            version = int(manifest["version"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged: {error}") from error
     if version > MANIFEST_VERSION:
         raise UserError(f"{path} is of version {version}; this package reads up to {MANIFEST_VERSION}, use a newer one")
     return manifest

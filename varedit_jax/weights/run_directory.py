@@ -1,7 +1,6 @@
 """The directory of a training run: its configuration, and the parameters in its checkpoints."""
 
 import contextlib
-import json
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
@@ -13,6 +12,7 @@ import orbax.checkpoint as ocp
 
 from varedit_jax.errors import UserError
 from varedit_jax.storage.disk import is_machine_error, read_explained, reason
+from varedit_jax.storage.files import read_json
 from varedit_jax.storage.orbax import checkpointer
 from varedit_jax.storage.paths import PathLike, child_names, is_remote, resolve
 
@@ -29,9 +29,11 @@ def read_config(directory: PathLike) -> dict[str, Any]:
     path = resolve(directory) / CONFIG_FILE
     try:
         with read_explained(str(path)):
-            values = json.loads(path.read_text())
+            values = read_json(path)
     except UserError:
         raise
+    except NotADirectoryError as error:
+        raise UserError(f"{directory} is a file, where a directory of weights or of a run should be") from error
     except FileNotFoundError as error:
         raise UserError(f"{directory} is not the directory of a run: it has no {CONFIG_FILE}") from error
     except (OSError, ValueError) as error:

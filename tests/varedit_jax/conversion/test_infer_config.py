@@ -53,7 +53,25 @@ def test_other_sizes_convert_by_shape(size: str) -> None:
         ("infinity_8b_512x512_weights", "0.25M"),
         ("varedit_512px/weights.pth", "0.25M"),
         ("run1024/step.512000/256_to_512.pth", ""),
+        ("runs/0.06M-8K.pth", "0.06M"),
+        ("1M-60K.pth", "1M"),
+        ("0.25M-512K.pth", "0.25M"),
+        ("0.60M-1024/model.safetensors", ""),
+        ("varedit_2b_0.60M/ar-ckpt-giter120K-ep1-iter256-last.pth", "0.60M"),
+        ("512-0.25M.pth", "0.25M"),
+        ("1M-512.pth", ""),
+        ("10.06M.pth", ""),
+        ("infinity_125M_256x256.pth", "0.06M"),
+        ("11M-steps.pth", ""),
+        ("global_step_512.pth", ""),
+        ("1024/checkpoint-256.pth", "1M"),
     ],
 )
 def test_names_of_files_tell_the_size_of_images(path: str, budget: str) -> None:
     assert infer_config.pixel_budget_of(path) == budget
+
+
+def test_settings_in_a_checkpoint_tell_the_size_of_images() -> None:
+    assert infer_config.stated_pixel_budget({"args.pn": "0.60M", "args.model": "1M"}) == "0.60M"
+    assert infer_config.stated_pixel_budget({"args.pn": "0.40M"}) == ""
+    assert infer_config.stated_pixel_budget({"pn": "1M"}) == ""

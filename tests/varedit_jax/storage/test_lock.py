@@ -136,3 +136,16 @@ def test_a_directory_that_cannot_be_locked(tmp_path: pathlib.Path) -> None:
     (tmp_path / "lock").mkdir()
     with pytest.raises(UserError, match=r"cannot write .*/lock: Is a directory"):
         Lock(tmp_path).__enter__()
+
+
+def test_a_directory_on_a_link_has_one_writer(tmp_path: pathlib.Path) -> None:
+    """A work directory on another disk, made by its first run, is the same directory under both names."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to("disk/run")
+    with (
+        Lock(tmp_path / "run"),
+        pytest.raises(UserError, match="is in use by process"),
+        Lock(tmp_path / "disk" / "run"),
+    ):
+        pass
+    assert (tmp_path / "run").is_symlink() and (tmp_path / "disk" / "run" / "lock").is_file()

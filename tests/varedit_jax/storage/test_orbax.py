@@ -1,6 +1,8 @@
 """Checkpoints of Orbax on every kind of storage."""
 
 import pathlib
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,3 +27,19 @@ def test_a_directory_that_orbax_takes_for_a_pattern_is_refused(directory: pathli
     with pytest.raises(UserError, match=r"has a \[ in its name, and checkpoints there could not be read"):
         orbax.check_directory(directory / "runs [v2]" / "8b")
     orbax.check_directory(directory / "runs (v2)")
+
+
+@pytest.mark.subprocess
+def test_orbax_says_nothing_on_the_screen() -> None:
+    """Not even when a handler is made, ahead of its use; with logging as in a program."""
+    code = """
+import sys
+from absl import app
+def main(argv):
+    import orbax.checkpoint as ocp
+    from varedit_jax.storage.orbax import checkpointer
+    checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)).close()
+app.run(main)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "pytree_checkpoint_handler" not in done.stderr

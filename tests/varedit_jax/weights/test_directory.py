@@ -11,13 +11,18 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+import varedit_jax
 from varedit_jax.config import SamplingConfig, preset
 from varedit_jax.errors import UserError
 from varedit_jax.parameters import abstract_params
+from varedit_jax.text.vocabulary import Vocabulary
 from varedit_jax.weights.directory import is_weights_directory, read_editor_config, save_weights, weights_hash
+from varedit_jax.weights.manifest import read_manifest
 from varedit_jax.weights.native import load_part
+from varedit_jax.weights.run_directory import read_config
 
 CONFIG = preset("tiny")
+PACKAGE = pathlib.Path(varedit_jax.__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +175,19 @@ def test_hash_is_of_names_shapes_types_and_values() -> None:
     assert len(set(hashes)) == len(hashes)
     assert weights_hash(dict(reversed(SMALL.items()))) == hashes[0]
     assert weights_hash(jax.tree.map(jax.numpy.asarray, SMALL)) == hashes[0]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_files_that_were_edited_by_hand_on_windows_are_read(tmp_path: pathlib.Path, encoding: str) -> None:
+    """A configuration of weights or of a run, a manifest, a vocabulary, with a byte order mark."""
+    record = (PACKAGE / "data" / "shapes" / "config.json").read_text()
+    (tmp_path / "config.json").write_bytes(record.encode(encoding))
+    (tmp_path / "manifest.json").write_bytes('{"version": 1, "tensors": []}'.encode(encoding))
+    (tmp_path / "words.json").write_bytes(
+        (PACKAGE / "text" / "t5_tokenizer.json").read_text(encoding="utf-8").encode(encoding)
+    )
+    assert read_editor_config(tmp_path) == read_editor_config(PACKAGE / "data" / "shapes")
+    assert read_config(tmp_path) == json.loads(record)
+    assert read_manifest(tmp_path) == {"version": 1, "tensors": []}
+    words = "add a red circle"
+    assert Vocabulary.load(tmp_path / "words.json").tokens(words) == Vocabulary.load().tokens(words)

@@ -1,6 +1,7 @@
 """State dicts are read without running code; whatever a file holds, the answer is tensors or one clear sentence."""
 
 import io
+import json
 import pathlib
 import pickle
 import struct
@@ -12,7 +13,7 @@ import pytest
 import safetensors.numpy
 
 from varedit_jax.errors import UserError
-from varedit_jax.weights.reader import open_weights, read_state_dict
+from varedit_jax.weights.reader import check_whole, open_weights, read_state_dict
 
 
 def pickled(
@@ -125,7 +126,7 @@ GOOD = archive(pickled(), VALUES.tobytes())
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"", "damaged, cut short, or not in the zip form"),
+        (b"", r"weights\.pth is empty \(0 bytes\): download it again"),
         (pickle.dumps({"w": 1}), "damaged, cut short, or not in the zip form that PyTorch has written since 1.6"),
         (GOOD[:-30], "damaged, cut short, or not in the zip form"),
         (archive(b"x", b"", ("model.onnx", "x")), "a zip file, but not one of weights"),
@@ -154,12 +155,15 @@ def test_any_damaged_byte_gives_a_sentence_or_tensors(tmp_path: pathlib.Path) ->
     assert refused > 400
 
 
-@pytest.mark.parametrize("length", [0, 4, 40, -1])
+@pytest.mark.parametrize("length", [4, 40, -1])
 def test_damaged_safetensors(tmp_path: pathlib.Path, length: int) -> None:
     whole = safetensors.numpy.save({"w": VALUES})
     np.testing.assert_array_equal(read(tmp_path, whole, "weights.safetensors")["w"], VALUES)
     with pytest.raises(UserError, match=r"weights\.safetensors is damaged or not a safetensors file"):
         read(tmp_path, whole[:length], "weights.safetensors")
+    if length == -1:
+        with pytest.raises(UserError, match=rf"it is cut short, {len(whole) - 1} of {len(whole)} bytes; download"):
+            open_weights(tmp_path / "weights.safetensors")
     with pytest.raises(UserError, match="damaged"):
         read(tmp_path, struct.pack("<Q", 10**9) + whole[8:], "weights.safetensors")
 
@@ -167,5 +171,72 @@ def test_damaged_safetensors(tmp_path: pathlib.Path, length: int) -> None:
 def test_missing_file_and_foreign_suffix(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.pth does not exist"):
         read_state_dict(tmp_path / "nowhere.pth")
-    with pytest.raises(UserError, match=r"ends in '\.ckpt'; known are \.pth, \.pt, \.bin and \.safetensors"):
-        read(tmp_path, GOOD, "weights.ckpt")
+    with pytest.raises(UserError, match="^/dev/null is no regular file$"):
+        read_state_dict("/dev/null")
+    with pytest.raises(UserError, match=r"ends in '\.onnx'; known are \.pth, \.pt, \.bin, \.ckpt and \.saf"):
+        read(tmp_path, GOOD, "weights.onnx")
+
+
+# --- names and content at odds
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.bin", "w.ckpt", "w.safetensors"])
+def test_the_content_says_which_kind_a_file_is(tmp_path: pathlib.Path, name: str) -> None:
+    """Of all names that weights have; people rename."""
+    np.testing.assert_array_equal(read(tmp_path, GOOD, name)["outer.w"], VALUES.reshape(2, 3))
+    np.testing.assert_array_equal(read(tmp_path, safetensors.numpy.save({"w": VALUES}), name)["w"], VALUES)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4400000000\n"
+PAGE = b"\n<!doctype html>\n<html lang=en><head><title>Sign in</title></head></html>"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("w.pth", POINTER, "is a Git LFS pointer, not the file: run git lfs pull"),
+        ("model.safetensors", POINTER, "is a Git LFS pointer"),
+        ("model.safetensors.index.json", POINTER, "is a Git LFS pointer"),
+        ("w.bin", PAGE, "is an HTML page"),
+        ("model-00001-of-00002.safetensors", PAGE, "is an HTML page"),
+        ("w.safetensors", b"", r"is empty \(0 bytes\)"),
+    ],
+)
+def test_what_is_there_instead_of_a_file(tmp_path: pathlib.Path, name: str, content: bytes, sentence: str) -> None:
+    """Alone, as a file of a directory, and as a shard of an index."""
+    (tmp_path / name).write_bytes(content)
+    if name.startswith("model-"):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
+    for path in (tmp_path / name, tmp_path):
+        with pytest.raises(UserError, match=rf"{name} {sentence}"):
+            open_weights(path)
+
+
+# --- directories
+
+
+def test_shards_with_and_without_an_index(tmp_path: pathlib.Path) -> None:
+    """And one file beside an index; the index may have been saved by Windows."""
+    for number in (1, 2):
+        (tmp_path / f"part-{number:05d}-of-00002.safetensors").write_bytes(
+            safetensors.numpy.save({f"w{number}": VALUES})
+        )
+    assert sorted(read_state_dict(tmp_path)) == ["w1", "w2"]
+    index = {"weight_map": {"w2": "part-00002-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_bytes(json.dumps(index).encode("utf-16"))
+    assert sorted(read_state_dict(tmp_path)) == ["w2"]
+    (tmp_path / "model.safetensors.index.json").unlink()
+    (tmp_path / "part-00001-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match=r"lacks 1 of 2 shards, number 1: get them"):
+        open_weights(tmp_path)
+    with pytest.raises(UserError, match=rf"is one of 2 shards; name its directory, {tmp_path}"):
+        check_whole(tmp_path / "part-00002-of-00002.safetensors")
+
+
+def test_directories_without_weights(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match="holds 0 files of weights and none of"):
+        open_weights(tmp_path)
+    for name in (".metadata", "__0_0.distcp"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=f"format_utils dcp_to_torch {tmp_path} weights.pth"):
+        open_weights(tmp_path)
