@@ -46,6 +46,7 @@ from varedit_jax.config import from_dict, to_dict
 from varedit_jax.config.annotations import allows, field_types, in_words
 from varedit_jax.config.serialize import tuples
 from varedit_jax.errors import UserError
+from varedit_jax.parallel import processes
 from varedit_jax.storage import paths
 
 flags.disclaim_key_flags()  # flags that are defined here belong to the importing program
@@ -59,11 +60,18 @@ _READERS: dict[Any, Callable[[str], Any]] = {
 
 
 def run(main: Callable[[list[str]], Any]) -> NoReturn:
-    """Runs a program as `varedit_jax.command.run` does, with JAX set up before `main(argv)` is called."""
+    """Runs a program as `varedit_jax.command.run` does, with JAX set up before `main(argv)` is called.
+
+    If JAX has none of the devices that JAX_PLATFORMS names, that is a mistake of the user.
+    """
 
     def prepared(argv: list[str]) -> Any:
         setup_jax()
-        return main(argv)
+        try:
+            return main(argv)
+        except (RuntimeError, AssertionError) as error:
+            _check_platforms(error)
+            raise
 
     command.run(prepared, _about_field)
 
@@ -72,13 +80,27 @@ def setup_jax() -> None:
     """Sets the compilation cache to .cache/jax of the working directory, unless JAX_COMPILATION_CACHE_DIR is set.
 
     It also silences JAX's messages about missing accelerators, and those of Orbax's threads when a checkpoint cannot be
-    read or written, which an error reports.
+    read or written, which an error reports. Without a TPU, JAX does not try libtpu, which is there to compile for one.
     """
+    if not (jax.config.jax_platforms or processes.has_tpu() or importlib.util.find_spec("jax_plugins")):
+        jax.config.update("jax_platforms", "cpu")
     logging.getLogger("jax").setLevel(logging.WARNING)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     sys.unraisablehook = _without_late_reports
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(".cache/jax").absolute()))
+
+
+def _check_platforms(cause: Exception) -> None:
+    """Raises UserError if JAX cannot use what JAX_PLATFORMS names."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX (0.10.2) asserts that there is a device at all
+        reason = str(error).partition(" (set JAX_PLATFORMS=")[0] or "there is no such device"
+        raise UserError(
+            f"JAX_PLATFORMS is {jax.config.jax_platforms!r}, which does not work here: {reason}; set it to what this "
+            f"machine has, or unset it (GPUs take pip install 'varedit-jax[cuda]', TPUs 'varedit-jax[tpu]')"
+        ) from cause
 
 
 def _without_late_reports(report: "sys.UnraisableHookArgs") -> None:
@@ -188,7 +210,11 @@ def load_config(path: str, cls: type[Config]) -> Config:
 def _load_module(file: str) -> types.ModuleType:
     path = paths.local(file, "--config")
     if not path.is_file():
-        names = [name for name in paths.child_names(path.parent, "*.py") if name != "__init__.py"]
+        names = [
+            name
+            for name in paths.child_names(paths.resolve(os.path.dirname(file) or "."), "*.py")
+            if name != "__init__.py"
+        ]
         configs = [os.path.join(os.path.dirname(file), name) for name in names]
         raise UserError(f"there is no experiment config {file}{_nearest(file, configs)}")
     spec = importlib.util.spec_from_file_location("experiment_config", path)
