@@ -82,7 +82,7 @@ def setup_jax() -> None:
     It also silences JAX's messages about missing accelerators, and those of Orbax's threads when a checkpoint cannot be
     read or written, which an error reports. Without a TPU, JAX does not try libtpu, which is there to compile for one.
     """
-    if not (jax.config.jax_platforms or processes.has_tpu() or importlib.util.find_spec("jax_plugins")):
+    if not (jax.config.read("jax_platforms") or processes.has_tpu() or importlib.util.find_spec("jax_plugins")):
         jax.config.update("jax_platforms", "cpu")
     logging.getLogger("jax").setLevel(logging.WARNING)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -98,7 +98,7 @@ def _check_platforms(cause: Exception) -> None:
     except (RuntimeError, AssertionError) as error:  # JAX (0.10.2) asserts that there is a device at all
         reason = str(error).partition(" (set JAX_PLATFORMS=")[0] or "there is no such device"
         raise UserError(
-            f"JAX_PLATFORMS is {jax.config.jax_platforms!r}, which does not work here: {reason}; set it to what this "
+            f"JAX_PLATFORMS is {jax.config.read('jax_platforms')!r}, which does not work here: {reason}; set it to what this "
             f"machine has, or unset it (GPUs take pip install 'varedit-jax[cuda]', TPUs 'varedit-jax[tpu]')"
         ) from cause
 
@@ -210,12 +210,9 @@ def load_config(path: str, cls: type[Config]) -> Config:
 def _load_module(file: str) -> types.ModuleType:
     path = paths.local(file, "--config")
     if not path.is_file():
-        names = [
-            name
-            for name in paths.child_names(paths.resolve(os.path.dirname(file) or "."), "*.py")
-            if name != "__init__.py"
-        ]
-        configs = [os.path.join(os.path.dirname(file), name) for name in names]
+        directory = os.path.dirname(file)
+        names = paths.child_names(paths.resolve(directory or "."), "*.py")
+        configs = [os.path.join(directory, name) for name in names if name != "__init__.py"]
         raise UserError(f"there is no experiment config {file}{_nearest(file, configs)}")
     spec = importlib.util.spec_from_file_location("experiment_config", path)
     if spec is None or spec.loader is None:
