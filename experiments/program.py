@@ -82,7 +82,7 @@ def setup_jax() -> None:
     It also silences JAX's messages about missing accelerators, and those of Orbax's threads when a checkpoint cannot be
     read or written, which an error reports. Without a TPU, JAX does not try libtpu, which is there to compile for one.
     """
-    if not (jax.config.read("jax_platforms") or processes.has_tpu() or importlib.util.find_spec("jax_plugins")):
+    if not (os.environ.get("JAX_PLATFORMS") or processes.has_tpu() or importlib.util.find_spec("jax_plugins")):
         jax.config.update("jax_platforms", "cpu")
     logging.getLogger("jax").setLevel(logging.WARNING)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -98,8 +98,8 @@ def _check_platforms(cause: Exception) -> None:
     except (RuntimeError, AssertionError) as error:  # JAX (0.10.2) asserts that there is a device at all
         reason = str(error).partition(" (set JAX_PLATFORMS=")[0] or "there is no such device"
         raise UserError(
-            f"JAX_PLATFORMS is {jax.config.read('jax_platforms')!r}, which does not work here: {reason}; set it to what this "
-            f"machine has, or unset it (GPUs take pip install 'varedit-jax[cuda]', TPUs 'varedit-jax[tpu]')"
+            f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS')!r}, which does not work here: {reason}; unset it to use "
+            f"what this machine has (GPUs need pip install 'varedit-jax[cuda]', TPUs 'varedit-jax[tpu]')"
         ) from cause
 
 

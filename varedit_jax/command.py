@@ -24,8 +24,8 @@ def run(main: Callable[[list[str]], Any], sentence: Callable[[str], str | None] 
 
     A UserError, from a flag or from `main`, is printed as one line `error: ...`, and the exit code is 1; so are
     mistaken flags, arguments that are no flags, and a missing extra. Ctrl-C ends a program with exit code 130; a pipe
-    that nobody reads any more (`| head -1`) ends it without a word, with 141. Any other exception is a defect, and keeps
-    its stack trace.
+    that nobody reads any more (`| head -1`) ends it without a word, with 141. Any other exception is a defect, and
+    keeps its stack trace.
 
     `sentence` may give a better sentence for absl's words about a wrong flag.
     """
