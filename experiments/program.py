@@ -98,8 +98,8 @@ def _check_platforms(cause: Exception) -> None:
     except (RuntimeError, AssertionError) as error:  # JAX (0.10.2) asserts that there is a device at all
         reason = str(error).partition(" (set JAX_PLATFORMS=")[0] or "there is no such device"
         raise UserError(
-            f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS')!r}, which does not work here: {reason}; unset it to use "
-            f"what this machine has (GPUs need pip install 'varedit-jax[cuda]', TPUs 'varedit-jax[tpu]')"
+            f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS')!r}, which does not work here: {reason}; unset it to "
+            f"use what this machine has (GPUs need pip install 'varedit-jax[cuda]', TPUs 'varedit-jax[tpu]')"
         ) from cause
 
 

@@ -30,30 +30,29 @@ def run(main: Callable[[list[str]], Any], sentence: Callable[[str], str | None] 
     `sentence` may give a better sentence for absl's words about a wrong flag.
     """
 
-    def guarded(argv: list[str]) -> Any:
-        try:
-            if len(argv) > 1:
-                raise UserError(f"unexpected argument {argv[1]!r}; this program takes flags only, see --help")
-            return main(argv)
-        except Exception as error:
-            if _nobody_reads(error):
-                _fall_silent()
-            sentence = str(error) if isinstance(error, UserError) else starting.missing_extra(error)
-            if sentence is None:
-                raise
-            _fail(sentence)
+    def checked(argv: list[str]) -> Any:
+        if len(argv) > 1:
+            raise UserError(f"unexpected argument {argv[1]!r}; this program takes flags only, see --help")
+        return main(argv)
 
     for library in ("fsspec", "gcsfs", "s3fs"):  # absl would print how they read and write
         logging.getLogger(library).setLevel(logging.WARNING)
     starting.release()
     try:
         try:
-            app.run(guarded, flags_parser=lambda argv: _parse_flags(argv, sentence))
+            app.run(checked, flags_parser=lambda argv: _parse_flags(argv, sentence))
         finally:
             _flush()
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends what still takes time
         _fail("interrupted", starting.INTERRUPTED)
+    except Exception as error:
+        if _nobody_reads(error):
+            _fall_silent()
+        why = str(error) if isinstance(error, UserError) else starting.missing_extra(error)
+        if why is None:
+            raise
+        _fail(why)
     raise AssertionError("app.run does not return")
 
 
