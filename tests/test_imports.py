@@ -14,17 +14,8 @@ LEVEL = {room: level for level, rooms in enumerate((*FLOORS, "evaluation analysi
     "": 0
 }
 ALONE = {"conversion", "sampling", "training"}
-DATA = {
-    "config",
-    "errors",
-    "starting",
-    "progress",
-    "command",
-    "storage",
-    "images",
-    "contact_sheet",
-    "scales",
-}  # what data_pipelines uses
+# What data_pipelines uses.
+DATA = {"config", "errors", "starting", "progress", "command", "storage", "images", "contact_sheet", "scales"}
 
 
 def _imports(path: pathlib.Path) -> Iterator[list[str]]:

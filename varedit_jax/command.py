@@ -42,7 +42,8 @@ def run(main: Callable[[list[str]], Any], sentence: Callable[[str], str | None] 
         try:
             app.run(checked, flags_parser=lambda argv: _parse_flags(argv, sentence))
         finally:
-            _flush()
+            if sys.stdout:
+                sys.stdout.flush()  # what a pipe may refuse only now
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends what still takes time
         _fail("interrupted", starting.INTERRUPTED)
@@ -96,18 +97,6 @@ def _plain(text: str) -> str:
     """Returns absl's words about a wrong flag as one sentence."""
     missing = re.fullmatch(r"flag --(\w+)=None: Flag --\w+ must have a value other than None\.", text)
     return f"--{missing.group(1)} is missing; see --help" if missing else " ".join(text.split())
-
-
-def _flush() -> None:
-    """Writes what was printed, which a pipe or a full disk may refuse only now."""
-    try:
-        if sys.stdout:
-            sys.stdout.flush()
-    except OSError as error:
-        if not _nobody_reads(error):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or it would be tried again at exit
-            _fail(f"standard output cannot be written: {error.strerror}; redirect it to a file on a disk with room")
-        _fall_silent()
 
 
 def _nobody_reads(error: BaseException | None) -> bool:
