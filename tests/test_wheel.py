@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from varedit_jax.images import read_image
+
 pytestmark = [pytest.mark.slow, pytest.mark.subprocess]
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -100,7 +102,7 @@ def test_an_editor_is_trained_and_edits(wheel: Installed, tmp_path: pathlib.Path
     Image.new("RGB", (32, 32), "white").save(tmp_path / "image.png")
     edit = ("--image=image.png", "--instruction=make it dark", "--output=edited.png")
     assert "edited.png: 32 x 32 px" in wheel.run(tmp_path, "experiments.edit", *edit)
-    assert Image.open(tmp_path / "edited.png").size == (32, 32)
+    assert read_image(tmp_path / "edited.png").shape == (32, 32, 3)
 
 
 def test_the_demo_begins_calmly_and_is_interrupted(wheel: Installed, tmp_path: pathlib.Path) -> None:
