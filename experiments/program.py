@@ -106,7 +106,7 @@ def _check_platforms(cause: Exception) -> None:
 def _without_late_reports(report: "sys.UnraisableHookArgs") -> None:
     """Ignores reads and writes that report to the event loop that Orbax (0.12.8) closed when the first one failed."""
     if str(report.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(report)
+        command.unraisable(report)
 
 
 class FieldFlags(Generic[Config]):

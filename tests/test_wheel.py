@@ -122,6 +122,11 @@ def test_the_demo_begins_calmly_and_is_interrupted(wheel: Installed, tmp_path: p
             time.sleep(0.2)
         os.killpg(demo.pid, signal.SIGINT)
         code = demo.wait(60)
+        with pytest.raises(ProcessLookupError):  # the program that it ran has ended, too
+            for _ in range(100):
+                os.killpg(demo.pid, 0)
+                time.sleep(0.1)
+            os.killpg(demo.pid, signal.SIGKILL)
     said = (tmp_path / "log").read_text()
     assert code == 130, said
     assert not NOISE.search(said) and "Traceback" not in said, said

@@ -6,6 +6,7 @@ import re
 import select
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -16,6 +17,7 @@ from varedit_jax.errors import UserError
 from varedit_jax.storage import paths
 
 flags.disclaim_key_flags()  # flags that are defined here belong to the program that asks for them
+_AGAIN_SECONDS = 0.05  # until Ctrl-C is repeated, where it could not be raised
 _BROKEN_PIPE = 141  # exit code of a program whose output nobody reads any more, as shells have it
 
 
@@ -38,6 +40,7 @@ def run(main: Callable[[list[str]], Any], sentence: Callable[[str], str | None] 
     for library in ("fsspec", "gcsfs", "s3fs"):  # absl would print how they read and write
         logging.getLogger(library).setLevel(logging.WARNING)
     starting.release()
+    sys.unraisablehook = unraisable
     try:
         try:
             app.run(checked, flags_parser=lambda argv: _parse_flags(argv, sentence))
@@ -55,6 +58,14 @@ def run(main: Callable[[list[str]], Any], sentence: Callable[[str], str | None] 
             raise
         _fail(why)
     raise AssertionError("app.run does not return")
+
+
+def unraisable(report: "sys.UnraisableHookArgs") -> None:
+    """Reports an exception where none can be raised, as in a callback of the garbage collector; repeats Ctrl-C."""
+    if issubclass(report.exc_type, KeyboardInterrupt):
+        threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(report)
 
 
 def DEFINE_path(

@@ -39,6 +39,21 @@ command.run(main)
 """,
     "pipe_of_its_own": "from varedit_jax import command\ndef main(argv):\n    raise BrokenPipeError('of a worker')\n"
     "command.run(main)",
+    # JAX, too, has a callback that the garbage collector runs, often.
+    "collects": """
+import gc, time
+from varedit_jax import command
+def collected(phase, info):
+    if not seen:
+        seen.append(print("main", flush=True))
+        time.sleep(60)
+seen = []
+def main(argv):
+    gc.callbacks.append(collected)
+    gc.collect()
+    time.sleep(60)
+command.run(main)
+""",
     "waits": """
 import time
 from varedit_jax import command
@@ -84,7 +99,7 @@ def ended(program: "subprocess.Popen[str]") -> tuple[int, str]:
     return program.returncode, err
 
 
-@pytest.mark.parametrize("name", ["slow", "waits"])
+@pytest.mark.parametrize("name", ["slow", "waits", "collects"])
 def test_ctrl_c_ends_a_program_without_a_stack_trace(start: Start, name: str) -> None:
     program = start(name)
     assert program.stdout and program.stdout.readline() in ("importing\n", "main\n")
