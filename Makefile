@@ -44,6 +44,7 @@ $(stamp): setup.cfg pyproject.toml constraints.txt
 	$(if $(found),,$(error PYTHON=$(PYTHON) does not run; name a Python 3.11 or newer, as in make test PYTHON=python3.12))
 	$(if $(filter 2.% 3.0 3.1 3.2 3.3 3.4 3.5 3.6 3.7 3.8 3.9 3.10,$(version)),$(error PYTHON=$(PYTHON) is Python $(version); \
 		3.11 or newer is needed, as in make test PYTHON=python3.12))
+	@echo "Installing pinned packages into $(venv), which takes a minute or more, by the network."
 	$(interpreter) -m venv $(venv)
 	$(bin)/pip install -qq --no-compile --disable-pip-version-check -c constraints.txt -e '.[test]'
 	$(bin)/pip check

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import tqdm
 from numpy.typing import NDArray
 
 from data_pipelines.damage import Damaged, check_record
@@ -23,6 +22,7 @@ from data_pipelines.record import BrokenRecord
 from data_pipelines.shards import Records
 from varedit_jax.errors import UserError
 from varedit_jax.images import load_image
+from varedit_jax.progress import Progress
 from varedit_jax.storage.disk import explained, read_explained
 from varedit_jax.storage.files import write_text
 from varedit_jax.storage.jsonl import LineWriter, read_lines
@@ -63,7 +63,7 @@ def check_split(directory: PathLike, split: str, processes: int = 1, cache_direc
         explained("list of bad records", place),
         contextlib.closing(LineWriter(journal)) as lines,
         contextlib.ExitStack() as stack,
-        tqdm.tqdm(total=len(records), desc=split, unit="record") as progress,
+        Progress(total=len(records), desc=split, unit="record") as progress,
     ):
         if not done:
             lines.append(header)

@@ -12,7 +12,6 @@ import random
 from typing import Any
 
 import numpy as np
-import tqdm
 from absl import flags
 
 from data_pipelines.damage import Damaged, check_record
@@ -21,6 +20,7 @@ from data_pipelines.shards import Records, read_index
 from data_pipelines.transforms import preview
 from varedit_jax import command
 from varedit_jax.images import orientation, upright_size
+from varedit_jax.progress import Progress
 from varedit_jax.storage.disk import explained
 from varedit_jax.storage.files import new_directory
 from varedit_jax.storage.paths import PathLike, resolve
@@ -70,7 +70,7 @@ def write_page(
         (partial / "images").mkdir()
         for split, records in splits.items():
             share = max(1, round(samples * len(records) / max(total, 1)))
-            for index in tqdm.tqdm(choose(records, share, seed), desc=split, unit="record", leave=False):
+            for index in Progress(choose(records, share, seed), desc=split, unit="record", leave=False):
                 try:
                     entries.append(_entry(partial, len(entries), records, index, side) | {"split": split})
                 except (BrokenRecord, Damaged) as error:

@@ -3,18 +3,20 @@
 import abc
 import contextlib
 import functools
+import io
 import posixpath
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 from numpy.typing import NDArray
 from tensorflow_datasets.proto import tf_example_pb2
 
 from data_pipelines.bad_records import kept_records
 from data_pipelines.damage import Damaged, check_record
 from data_pipelines.local_files import LocalFiles
+from data_pipelines.quiet_tfds import tfds
 from data_pipelines.reasons import Reason
 from data_pipelines.record import BrokenRecord
 from data_pipelines.shapes.builder import SPLITS, TEST_EXAMPLES, TRAIN_EXAMPLES, Shapes
@@ -200,7 +202,7 @@ def open_split(data: DataConfig, split: str) -> TfdsSource:
         raise UserError(f"{data.name} has no split {split!r}; it has {', '.join(SPLITS)}")
     try:
         builder = _shapes(data)
-        builder.download_and_prepare()
+        _prepare(builder)
     except OSError as error:
         builder = _shapes(data)
         # Several processes may start on an unprepared directory; the first to finish wins.
@@ -210,6 +212,14 @@ def open_split(data: DataConfig, split: str) -> TfdsSource:
                 f"give a writable data.directory"
             ) from error
     return TfdsSource(builder, split)
+
+
+def _prepare(builder: tfds.core.DatasetBuilder) -> None:
+    """Makes the generated data set, unless it is there, and says so in place of TFDS's many words."""
+    if not resolve(builder.data_dir).exists():
+        print(f"making the data set {builder.name} in {builder.data_dir}", file=sys.stderr, flush=True)
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare()
 
 
 def image_sizes(model: EditorConfig, aspects: Sequence[str]) -> dict[str, tuple[int, int]]:

@@ -20,7 +20,6 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 
 import ml_dtypes  # noqa: F401 - registers bfloat16 with numpy
 import numpy as np
-import tqdm
 from numpy.typing import ArrayLike, NDArray
 
 from data_pipelines.damage import SIDES, Damaged
@@ -28,6 +27,7 @@ from data_pipelines.datasets import Example, ExampleSource
 from data_pipelines.local_files import LocalFiles
 from data_pipelines.shards import StoredSplit
 from varedit_jax.errors import UserError
+from varedit_jax.progress import Progress
 from varedit_jax.storage.disk import explained, read_explained
 from varedit_jax.storage.files import make_directory, replacing, write_json
 from varedit_jax.storage.paths import child_names, size
@@ -101,7 +101,7 @@ def precompute(
         _write_manifest(stored, made_by)
     shards = _shards(source, made_by)[process_index::process_count]
     todo = [shard for shard in shards if not shard.path(shard.table).exists()]
-    with tqdm.tqdm(total=sum(len(shard.rows) for shard in todo), desc="features", unit="example") as progress:
+    with Progress(total=sum(len(shard.rows) for shard in todo), desc="features", unit="example") as progress:
         for shard in todo:
             numbers, table = shard.path(shard.numbers), shard.path(shard.table)
             make_directory(table.parent)

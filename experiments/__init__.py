@@ -1,1 +1,5 @@
 """Programs: each parses flags and calls the library."""
+
+from varedit_jax import starting
+
+starting.guard_imports()

@@ -13,7 +13,6 @@ import subprocess
 import sys
 from typing import Any
 
-import tqdm
 from absl import flags
 
 from experiments import program
@@ -22,6 +21,7 @@ from experiments.configs.published import LAYOUTS, MACHINES
 from varedit_jax import command, hardware
 from varedit_jax.errors import UserError
 from varedit_jax.parallel.processes import say
+from varedit_jax.progress import Progress
 from varedit_jax.storage import files, jsonl, paths
 
 _ROWS = command.DEFINE_path("rows", "results/compile_ahead.jsonl", "JSONL file of the lines")
@@ -104,7 +104,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--only={','.join(_ONLY.value)} matches no layout; configs are {', '.join(LAYOUTS)}")
     path = paths.resolve(_ROWS.value)
     rows = {row["layout"]: row for row in jsonl.read_lines(path)}
-    for config, machine in tqdm.tqdm(wanted, unit="layout"):
+    for config, machine in Progress(wanted, desc="layouts", unit="layout"):
         if f"{config}:{machine}" in rows:
             continue
         row = rows[f"{config}:{machine}"] = compile_layout(config, machine)

@@ -7,19 +7,18 @@ default.
 """
 
 import dataclasses
-import importlib.resources
 from typing import Any
 
 from absl import flags
 
 from experiments import program
+from experiments.configs import shapes
 from varedit_jax import command, images
 from varedit_jax.config import SamplingConfig
 from varedit_jax.conversion import convert
 from varedit_jax.sampling.editor import Editor
 
-_SHIPPED = str(importlib.resources.files("varedit_jax") / "data" / "shapes")
-_CHECKPOINT = command.DEFINE_path("checkpoint", _SHIPPED, "directory of weights, or of a training run")
+_CHECKPOINT = command.DEFINE_path("checkpoint", shapes.SHIPPED, "directory of weights, or of a training run")
 _IMAGE = command.DEFINE_path("image", None, "image to edit", required=True)
 _INSTRUCTION = flags.DEFINE_string("instruction", None, "what to do, in words", required=True)
 _OUTPUT = command.DEFINE_path("output", None, "image to write (.png, .jpg, .webp)", required=True)

@@ -10,7 +10,6 @@ import dataclasses
 import time
 
 import numpy as np
-import tqdm
 from absl import flags
 
 from data_pipelines import loader
@@ -20,6 +19,7 @@ from experiments.configs import shapes
 from varedit_jax import command
 from varedit_jax.errors import UserError
 from varedit_jax.images import check_output, write_image
+from varedit_jax.progress import Progress
 from varedit_jax.sampling.editor import Editor
 from varedit_jax.scales import editor_pyramid, image_size
 from varedit_jax.storage.disk import explained
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     if ours != theirs:
         raise UserError(f"the editor of {_CHECKPOINT.value} is for images of {ours}, but those of shapes are {theirs}")
     start = time.perf_counter()
-    with tqdm.tqdm(total=len(records), desc="edits", unit="edit") as progress:
+    with Progress(total=len(records), desc="edits", unit="edit") as progress:
         # For a sheet, every image is decoded at every scale: one program to compile instead of two.
         images = scoring.edit_records(editor, records, every_scale=bool(_SHEET.value), on_batch=progress.update)
         scores = scoring.evaluate(editor, records, images[-1])

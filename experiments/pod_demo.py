@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-import tqdm
 from absl import flags
 
 from experiments import compare_runs, program
@@ -27,6 +26,7 @@ from experiments.benchmarks import harness
 from experiments.configs import shapes
 from varedit_jax import command
 from varedit_jax.errors import UserError
+from varedit_jax.progress import Progress
 from varedit_jax.storage import files, paths
 from varedit_jax.training.metrics import duration
 
@@ -94,7 +94,7 @@ def started(workdir: pathlib.Path, values: dict[str, object], processes: int = P
 
 def follow(running: Sequence[Process], workdir: pathlib.Path, steps: int, until: Callable[[], bool]) -> None:
     """Shows progress until `until` returns True, all processes have ended, or one has failed."""
-    with tqdm.tqdm(total=steps, desc=workdir.name, unit="step") as bar:
+    with Progress(total=steps, desc=workdir.name, unit="step") as bar:
 
         def show() -> None:
             if (made := len(compare_runs.metrics(workdir))) > bar.n:

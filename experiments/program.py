@@ -46,6 +46,7 @@ from varedit_jax.config import from_dict, to_dict
 from varedit_jax.config.annotations import allows, field_types, in_words
 from varedit_jax.config.serialize import tuples
 from varedit_jax.errors import UserError
+from varedit_jax.parallel import processes
 from varedit_jax.storage import paths
 
 flags.disclaim_key_flags()  # flags that are defined here belong to the importing program
@@ -59,11 +60,18 @@ _READERS: dict[Any, Callable[[str], Any]] = {
 
 
 def run(main: Callable[[list[str]], Any]) -> NoReturn:
-    """Runs a program as `varedit_jax.command.run` does, with JAX set up before `main(argv)` is called."""
+    """Runs a program as `varedit_jax.command.run` does, with JAX set up before `main(argv)` is called.
+
+    If JAX has none of the devices that JAX_PLATFORMS names, that is a mistake of the user.
+    """
 
     def prepared(argv: list[str]) -> Any:
         setup_jax()
-        return main(argv)
+        try:
+            return main(argv)
+        except (RuntimeError, AssertionError) as error:
+            _check_platforms(error)
+            raise
 
     command.run(prepared, _about_field)
 
@@ -72,8 +80,10 @@ def setup_jax() -> None:
     """Sets the compilation cache to .cache/jax of the working directory, unless JAX_COMPILATION_CACHE_DIR is set.
 
     It also silences JAX's messages about missing accelerators, and those of Orbax's threads when a checkpoint cannot be
-    read or written, which an error reports.
+    read or written, which an error reports. Without a TPU, JAX does not try libtpu, which is there to compile for one.
     """
+    if not (os.environ.get("JAX_PLATFORMS") or processes.has_tpu() or importlib.util.find_spec("jax_plugins")):
+        jax.config.update("jax_platforms", "cpu")
     logging.getLogger("jax").setLevel(logging.WARNING)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     sys.unraisablehook = _without_late_reports
@@ -81,10 +91,22 @@ def setup_jax() -> None:
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(".cache/jax").absolute()))
 
 
+def _check_platforms(cause: Exception) -> None:
+    """Raises UserError if JAX cannot use what JAX_PLATFORMS names."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX (0.10.2) asserts that there is a device at all
+        reason = str(error).partition(" (set JAX_PLATFORMS=")[0] or "there is no such device"
+        raise UserError(
+            f"JAX_PLATFORMS is {os.environ.get('JAX_PLATFORMS')!r}, which does not work here: {reason}; unset it to "
+            f"use what this machine has (GPUs need pip install 'varedit-jax[cuda]', TPUs 'varedit-jax[tpu]')"
+        ) from cause
+
+
 def _without_late_reports(report: "sys.UnraisableHookArgs") -> None:
     """Ignores reads and writes that report to the event loop that Orbax (0.12.8) closed when the first one failed."""
     if str(report.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(report)
+        command.unraisable(report)
 
 
 class FieldFlags(Generic[Config]):
@@ -188,8 +210,9 @@ def load_config(path: str, cls: type[Config]) -> Config:
 def _load_module(file: str) -> types.ModuleType:
     path = paths.local(file, "--config")
     if not path.is_file():
-        names = [name for name in paths.child_names(path.parent, "*.py") if name != "__init__.py"]
-        configs = [os.path.join(os.path.dirname(file), name) for name in names]
+        directory = os.path.dirname(file)
+        names = paths.child_names(paths.resolve(directory or "."), "*.py")
+        configs = [os.path.join(directory, name) for name in names if name != "__init__.py"]
         raise UserError(f"there is no experiment config {file}{_nearest(file, configs)}")
     spec = importlib.util.spec_from_file_location("experiment_config", path)
     if spec is None or spec.loader is None:

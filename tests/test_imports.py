@@ -8,13 +8,16 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Rooms of the library, from the bottom up; those in one line may import each other, unless a line is in ALONE.
-BOTTOM = "config errors types hardware storage colors jpeg png images contact_sheet scales resize command"
+BOTTOM = (
+    "config errors starting progress types hardware storage colors jpeg png images contact_sheet scales resize command"
+)
 FLOORS = (BOTTOM, "parallel", "tokenizer text transformer", "parameters", "weights", "conversion sampling training")
 LEVEL = {room: level for level, rooms in enumerate((*FLOORS, "evaluation analysis")) for room in rooms.split(" ")} | {
     "": 0
 }
 ALONE = {"conversion", "sampling", "training"}
-DATA = {"config", "errors", "command", "storage", "images", "contact_sheet", "scales"}  # what data_pipelines uses
+# What data_pipelines uses.
+DATA = {"config", "errors", "starting", "progress", "command", "storage", "images", "contact_sheet", "scales"}
 
 
 def _imports(path: pathlib.Path) -> Iterator[list[str]]:

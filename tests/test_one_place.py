@@ -53,8 +53,10 @@ def test_paths_of_users_are_made_in_storage_alone() -> None:
         (r"open\(\"ab\", buffering=0", "varedit_jax/storage/jsonl.py"),
         (r"enum\.StrEnum\)", "data_pipelines/reasons.py"),
         (r"\bImage\.open\(", "varedit_jax/images.py"),
+        (r"\btqdm\b\.", "varedit_jax/progress.py"),
+        (r"import tensorflow_datasets", "data_pipelines/quiet_tfds.py"),
     ],
-    ids=["atomic replacement", "locks", "full disks", "appended lines", "reasons", "opening of images"],
+    ids=["atomic replacement", "locks", "full disks", "lines", "reasons", "opening of images", "progress", "TFDS"],
 )
 def test_each_mechanism_has_one_place(pattern: str, place: str) -> None:
     """A peer that a benchmark compares with stands on its own."""

@@ -13,10 +13,9 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
-import tqdm
-
 from data_pipelines.preparation import beam
 from varedit_jax.errors import UserError
+from varedit_jax.progress import Progress
 from varedit_jax.storage import disk
 from varedit_jax.storage.files import write_text
 
@@ -56,7 +55,7 @@ class StageRunner:
             return
         for path in self._directory.glob("*.error"):
             path.unlink()
-        bar = tqdm.tqdm(desc=name, total=len(tasks), initial=len(tasks) - len(todo), unit="task", leave=False)
+        bar = Progress(desc=name, total=len(tasks), initial=len(tasks) - len(todo), unit="task", leave=False)
         with bar, _Watch(bar, todo, note):
             runner, options = self._runner(len(todo))
             pipeline = beam.Pipeline(runner, beam.PipelineOptions(options))
@@ -111,7 +110,7 @@ class _Do(beam.DoFn):
 class _Watch:
     """Updates a progress bar as tasks are done, in whatever process."""
 
-    def __init__(self, bar: tqdm.tqdm, tasks: Sequence[StageTask], note: Callable[[], str]) -> None:
+    def __init__(self, bar: Progress, tasks: Sequence[StageTask], note: Callable[[], str]) -> None:
         self._bar, self._left, self._note = bar, list(tasks), note
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 from PIL import Image
 
+from data_pipelines.quiet_tfds import tfds
 from data_pipelines.shapes.edits import Edit, Novelty, random_edit
 from data_pipelines.shapes.scene import SIZE, Scene, render
 from varedit_jax.errors import UserError

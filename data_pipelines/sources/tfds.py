@@ -9,9 +9,9 @@ import posixpath
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
+from data_pipelines.quiet_tfds import tfds
 from data_pipelines.reasons import Reason
 from data_pipelines.sources.entries import Entry, Part, Refused, SourceFormat, make_entry
 from data_pipelines.sources.files import ReadError, find

@@ -13,7 +13,6 @@ import shutil
 import zlib
 
 import numpy as np
-import tqdm
 from absl import flags
 
 from experiments import program
@@ -23,6 +22,7 @@ from varedit_jax.config import preset
 from varedit_jax.conversion import convert
 from varedit_jax.conversion.writer import Planned, PthFile
 from varedit_jax.errors import UserError
+from varedit_jax.progress import Progress
 from varedit_jax.weights.manifest import read_manifest
 from varedit_jax.weights.names import BUFFERS
 
@@ -42,7 +42,7 @@ def _make(path: pathlib.Path) -> int:
     file.create()
     draw = np.random.default_rng(0)
     checksums = {}
-    for line in tqdm.tqdm(mapped, desc="weights", unit="tensor"):
+    for line in Progress(mapped, desc="weights", unit="tensor"):
         link = line.link
         if _ZEROS.value:  # the file is all zeros where nothing has been written
             checksums[link.name] = zlib.crc32(bytes(math.prod(link.shape) * line.dtype.itemsize))

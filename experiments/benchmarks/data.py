@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import PIL
-import tqdm
 from absl import flags
 from PIL import Image
 
@@ -37,6 +36,7 @@ from experiments.benchmarks import harness
 from varedit_jax import command
 from varedit_jax.config import DataConfig, EditorConfig, PixelBudget
 from varedit_jax.errors import UserError
+from varedit_jax.progress import Progress
 from varedit_jax.scales import aspect_templates
 from varedit_jax.storage import paths
 from varedit_jax.storage.jsonl import LineWriter
@@ -81,7 +81,7 @@ def _make_pairs(directory: pathlib.Path, shards: int = 4) -> None:
     for shard in range(shards):
         path = shard_path(directory / "records" / "train", "pairs", shard, shards)
         with tarfile.open(directory / f"pairs-{shard}.tar", "w") as tar, ShardWriter(path) as writer:
-            for number in tqdm.trange(_PAIRS.value // shards, desc=f"pairs {shard + 1}/{shards}"):
+            for number in Progress(range(_PAIRS.value // shards), desc=f"pairs {shard + 1}/{shards}"):
                 image = _photo(draw)
                 source, target = _jpeg(image), _jpeg(image.transpose(Image.Transpose.ROTATE_180))
                 name, text = f"{shard}{number:06d}", f"turn image {number} upside down"
@@ -175,7 +175,7 @@ def _many(directory: pathlib.Path) -> list[tuple[str, str]]:
     count, shards = _RECORDS.value, 16
     tiny = _jpeg(Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)))
     draw = np.random.default_rng(1)
-    for shard in tqdm.trange(shards, desc="small records", unit="shard"):
+    for shard in Progress(range(shards), desc="small records", unit="shard"):
         with ShardWriter(shard_path(directory / "train", "small", shard, shards)) as writer:
             for number in range(count * shard // shards, count * (shard + 1) // shards):
                 size = (int(draw.integers(256, 1024)), int(draw.integers(256, 1024)))  # matters for the buckets only

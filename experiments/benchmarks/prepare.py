@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-import tqdm
 from absl import flags
 from PIL import Image
 
@@ -27,6 +26,7 @@ from data_pipelines.shards import Records, read_index
 from experiments.benchmarks import harness
 from varedit_jax import command
 from varedit_jax.errors import UserError
+from varedit_jax.progress import Progress
 
 _RECORDS = flags.DEFINE_list("records", ["20000", "100000"], "sizes of data sets")
 _DIRECTORY = command.DEFINE_path("directory", None, "new directory to work in", local=True, required=True)
@@ -87,7 +87,7 @@ def _triples(count: int) -> Iterator[tuple[bytes, bytes, bytes]]:
 def _make(directory: pathlib.Path, count: int) -> None:
     directory.mkdir()
     triples = enumerate(_triples(count))
-    with tqdm.tqdm(total=count, desc="images", unit="record", mininterval=1) as bar:
+    with Progress(total=count, desc="images", unit="record", mininterval=1) as bar:
         for index in range(-(-count // _TAR)):
             with tarfile.open(directory / f"{index:05d}.tar", "w") as tar:
                 for number, (source, target, text) in itertools.islice(triples, _TAR):

@@ -24,7 +24,7 @@ from varedit_jax.config import (
 )
 
 VARIANTS = ("demo", "full", "compare", "tiny", "tokenizer", "coarse", "tokenizer_tiny")
-SHIPPED = "varedit_jax/data/shapes"  # the tokenizer and editor in the repository
+SHIPPED = "varedit_jax/data/shapes"  # the tokenizer and editor that come with the package; storage.paths finds them
 
 MODEL = EditorConfig(
     tokenizer=TokenizerConfig(

@@ -15,6 +15,10 @@ RUN=${RUN:-varedit_8b_512}
 SPOT=${SPOT---spot} # empty: not a spot machine
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+if [[ ! -f $here/setup.cfg ]]; then
+  echo "$here is no checkout of the repository, which this script copies to the hosts; run that of a checkout" >&2
+  exit 1
+fi
 
 on_all_hosts() {
   gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=all --command="$1"

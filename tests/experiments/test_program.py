@@ -14,7 +14,7 @@ pytestmark = pytest.mark.subprocess
 
 # A program as they all are, in the place of `module`.
 SETUP = """
-import types
+import os, types
 import jax
 from varedit_jax import command
 from varedit_jax.config import RunConfig, to_dict
@@ -32,6 +32,10 @@ def main(argv):
         raise UserError("no such image: x.png")
     if value.name == "interrupted":
         raise KeyboardInterrupt
+    if value.name.startswith("on "):
+        os.environ["JAX_PLATFORMS"] = value.name.removeprefix("on ")
+        jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
+        jax.devices()
     if value.name == "broken":
         raise ZeroDivisionError
     cache = jax.config.jax_compilation_cache_dir
@@ -114,6 +118,18 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "missing experiment config": (
         ["--config=tiyn.py"],
         "there is no experiment config tiyn.py; did you mean tiny.py?",
+    ),
+    "missing config of the package": (
+        ["--config=experiments/configs/shape.py:tiny"],
+        "there is no experiment config experiments/configs/shape.py; did you mean experiments/configs/shapes.py?",
+    ),
+    "no such devices": (
+        ["--config=tiny.py", "--config.name=on cuda"],
+        "JAX_PLATFORMS is 'cuda', which does not work here: there is no such device; unset it to use what this",
+    ),
+    "no such platform": (
+        ["--config=tiny.py", "--config.name=on abacus,cpu"],
+        "JAX_PLATFORMS is 'abacus,cpu', which does not work here: Unable to initialize backend 'abacus': ",
     ),
     "missing directory": (["--config=nowhere/a.py"], "there is no experiment config nowhere/a.py"),
     "unknown variant": (
@@ -199,6 +215,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
 }
 
 OTHERS = {
+    "packaged": ["--config=experiments/configs/shapes.py:tiny"],
     "path": ["--config=tiny.py", "--anywhere=~/a/../b", "--here=../c"],
     "interrupted": ["--config=tiny.py", "--config.name=interrupted"],
     "broken": ["--config=tiny.py", "--config.name=broken"],
@@ -267,6 +284,11 @@ def test_interrupt_is_clean_and_a_defect_is_not(answers: dict[str, Answer]) -> N
 def test_a_path_is_the_text_of_the_user(answers: dict[str, Answer]) -> None:
     code, out, err = answers["path"]
     assert (code, err, json.loads(out)["anywhere"]) == (0, "", "~/a/../b")
+
+
+def test_a_config_of_the_package_is_found_from_anywhere(answers: dict[str, Answer]) -> None:
+    code, out, err = answers["packaged"]
+    assert (code, err, config(out).name) == (0, "", "shapes_tiny")
 
 
 def test_compiled_programs_are_kept_in_the_working_directory(answers: dict[str, Answer]) -> None:

@@ -10,9 +10,8 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import tqdm
-
 from varedit_jax.errors import UserError
+from varedit_jax.progress import Progress
 from varedit_jax.storage import disk, files
 from varedit_jax.storage.jsonl import LineWriter, read_lines
 from varedit_jax.storage.lock import LOCK_FILE, Lock
@@ -121,7 +120,7 @@ class ConversionJob:
             self._create(create)
         if len(todo) < len(tasks) and not quiet:
             print(f"{len(tasks) - len(todo)} of {len(tasks)} tensors were done by an earlier attempt")
-        bar = tqdm.tqdm(total=whole, initial=whole - left, unit="B", unit_scale=True, disable=quiet, desc="tensors")
+        bar = Progress(total=whole, initial=whole - left, unit="B", unit_scale=True, disable=quiet, desc="tensors")
         with bar, disk.explained("weights", self.output), concurrent.futures.ThreadPoolExecutor(_WORKERS) as pool:
             for task, record in _in_flight(pool, todo):
                 self._write({"key": task.key, "record": record})

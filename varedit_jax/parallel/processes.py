@@ -142,6 +142,11 @@ def _leave(code: int) -> None:
     os._exit(code)
 
 
+def has_tpu() -> bool:
+    """Returns True if this machine has TPUs."""
+    return any(map(glob.glob, _TPU_DEVICES))
+
+
 def cluster(environment: Mapping[str, str]) -> str | None:
     """The launcher that started several processes and gives each its index; None if there is none."""
     step = "SLURM_PROCID" in environment and "SLURM_STEP_NODELIST" in environment  # begun by srun
@@ -155,7 +160,7 @@ def cluster(environment: Mapping[str, str]) -> str | None:
     workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES") or ""
     if "," in workers or _number(environment, "MEGASCALE_NUM_SLICES") > 1:
         return "TPUs of GKE"
-    if not workers and "TPU_SKIP_MDS_QUERY" not in environment and any(map(glob.glob, _TPU_DEVICES)):
+    if not workers and "TPU_SKIP_MDS_QUERY" not in environment and has_tpu():
         return "TPU VMs"  # whose metadata server knows the others, if there are any
     return None
 

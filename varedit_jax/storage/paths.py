@@ -1,6 +1,7 @@
 """Paths: the only place that turns a user's text into one; no character acts as a pattern or part of a URL."""
 
 import fnmatch
+import importlib.resources
 import importlib.util
 import os
 import pathlib
@@ -17,6 +18,7 @@ from varedit_jax.errors import UserError
 PathLike = str | os.PathLike[str]
 
 EXTRAS = {"gs": ("gcs", "gcsfs"), "s3": ("s3", "s3fs")}  # scheme -> (extra to install, its module)
+SHIPPED = ("varedit_jax/data", "experiments/configs")  # directories that come with the packages
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(/+)")
 _LONGEST_NAME = 255  # bytes of one name in a path
 
@@ -24,7 +26,8 @@ _LONGEST_NAME = 255  # bytes of one name in a path
 def resolve(path: PathLike) -> pathlib.Path:
     """Returns the absolute path of a user's text, of any scheme; nothing is created.
 
-    In local paths `~` is expanded and `..` resolved. gs://BUCKET/... and s3://BUCKET/... are kept. Raises UserError for
+    In local paths `~` is expanded and `..` resolved. A path into one of `SHIPPED` is that of the installed packages if
+    the working directory has nothing there. gs://BUCKET/... and s3://BUCKET/... are kept. Raises UserError for
     a scheme that is unknown or whose extra is not installed, and for names that no file can have.
     """
     text = os.fspath(path)
@@ -34,7 +37,7 @@ def resolve(path: PathLike) -> pathlib.Path:
     scheme = _SCHEME.match(text)
     if scheme is None:
         try:
-            return pathlib.Path(os.path.abspath(pathlib.Path(text).expanduser()))
+            return _shipped(text) or pathlib.Path(os.path.abspath(pathlib.Path(text).expanduser()))
         except RuntimeError as error:
             raise UserError(f"{text}: {error}; give the path without ~") from error
     name, slashes = scheme.groups()
@@ -50,6 +53,15 @@ def resolve(path: PathLike) -> pathlib.Path:
         raise UserError(f"{text!r} names no bucket; give {name}://BUCKET/...")
     key = posixpath.normpath(f"/{key}").lstrip("/")
     return cast(pathlib.Path, epath.Path(f"{name}://{bucket}/{key}".rstrip("/")))
+
+
+def _shipped(text: str) -> pathlib.Path | None:
+    """Returns the installed file or directory of this name, unless the working directory has one; None if none is."""
+    parts = pathlib.PurePath(text).parts
+    if "/".join(parts[:2]) not in SHIPPED or os.path.lexists(text):
+        return None
+    path = pathlib.Path(str(importlib.resources.files(parts[0]).joinpath(*parts[1:])))
+    return path if path.exists() else None
 
 
 def _check_names(text: str) -> None:

@@ -15,11 +15,11 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 import PIL.Image
-import tqdm
 from tensorboardX import SummaryWriter
 
 from varedit_jax import hardware
 from varedit_jax.parallel.processes import say
+from varedit_jax.progress import Progress
 from varedit_jax.storage.disk import explained
 from varedit_jax.storage.files import copy, make_directory, replacing
 from varedit_jax.storage.jsonl import LineWriter, keep_lines, read_lines
@@ -47,7 +47,7 @@ class MetricsWriter:
         self._writes = jax.process_index() == 0
         self._screen = screen or sys.stderr
         self._steps = steps
-        self._bar = tqdm.tqdm(
+        self._bar = Progress(
             total=steps,
             initial=first_step,
             file=self._screen,

@@ -88,3 +88,18 @@ def test_no_name_is_a_pattern_or_a_url(directory: pathlib.Path, name: str) -> No
 
 def test_nothing_is_in_a_directory_that_is_not_there(directory: pathlib.Path) -> None:
     assert paths.children(directory) == [] and list(paths.files_below(directory)) == []
+
+
+def test_what_comes_with_the_packages_is_found_from_anywhere(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the working directory has something of that name; other names in the packages are not looked for."""
+    monkeypatch.chdir(tmp_path)
+    root = pathlib.Path(__file__).parents[3]
+    for name in ("varedit_jax/data/shapes", "./varedit_jax/data/shapes/config.json", "experiments/configs/shapes.py"):
+        assert paths.resolve(name) == root / name and paths.resolve(name).exists()
+    for name in ("varedit_jax/data/new", "varedit_jax/config", "experiments", "."):
+        assert paths.resolve(name) == tmp_path / name
+    own = tmp_path / "varedit_jax" / "data" / "shapes"
+    own.mkdir(parents=True)
+    assert paths.resolve("varedit_jax/data/shapes") == own
