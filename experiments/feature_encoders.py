@@ -36,7 +36,8 @@ def made_by(config: RunConfig, tokenizer: Params, text: Params | None) -> MadeBy
         text="" if text is None else weights_hash(text) + f"-{config.text_dtype}",
         text_tokens=data.text_tokens,
         sizes=image_sizes(config.model, data.aspects),
-        resize=data.resize,
+        # Version 2: targets are brought to their source's size. Generated images are never resized.
+        resize=data.resize if data.name == "shapes" else f"{data.resize} 2",
         dtype="bfloat16" if data.name == "records" else "float32",
     )
 
