@@ -4,8 +4,8 @@ Standalone, so that an environment without this package can run it:
 
     python experiments/benchmarks/data_peer.py limit|webdataset DIRECTORY SIZE BATCH BATCHES WARM_UP PROCESSES AHEAD
 
-DIRECTORY holds pairs-*.tar with ID.src.jpg, ID.tgt.jpg and ID.txt. Both resize the central square of an image to SIZE x
-SIZE pixels (Lanczos); each process prefetches up to AHEAD batches. Prints JSON: seconds, and processor seconds of all
+DIRECTORY holds pairs-*.tar with ID.src.jpg, ID.tgt.jpg and ID.txt. Both resize an image to cover
+SIZE x SIZE pixels (Lanczos) and crop the center; each process prefetches up to AHEAD batches. Prints JSON: seconds, and processor seconds of all
 processes, of BATCHES batches after WARM_UP.
 """
 
@@ -40,16 +40,13 @@ def cpu_seconds() -> float:
     return sum(spent[member] for member in family if member in spent)
 
 
-def middle(width: int, height: int) -> tuple[float, float, float, float]:
-    """Returns the largest central square: left, top, right, bottom."""
-    side = min(width, height)
-    return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
-
-
 def image(data: bytes, size: int) -> Image.Image:
-    """Returns the decoded and resized image of a file."""
+    """Returns the image of a file, resized to cover a square and its center cut out, as the release's loader does."""
     opened = Image.open(io.BytesIO(data)).convert("RGB")
-    return opened.resize((size, size), Image.Resampling.LANCZOS, box=middle(*opened.size))
+    width, height = opened.size
+    wide, high = (size, int(size * height / width)) if width <= height else (int(size * width / height), size)
+    left, top = (wide - size) // 2, (high - size) // 2
+    return opened.resize((wide, high), Image.Resampling.LANCZOS).crop((left, top, left + size, top + size))
 
 
 def limit(
