@@ -232,11 +232,11 @@ def main(argv: list[str]) -> None:
         harness.command_line(
             "experiments.benchmarks.data", _DIRECTORY, _PEER, _PAIRS, _ROUNDS, _BATCHES, _RECORDS, _OUTPUT
         ),
-        f"{_PAIRS.value} pairs of JPEGs of {PIXELS[0]} x {PIXELS[1]} px, resized to cover the size (Lanczos), the center cropped, "
-        f"batches of {BATCH} pairs, {CORES} threads or processes; {_BATCHES.value} batches per turn. In each of "
-        f"{_ROUNDS.value} rounds one contestant runs after the other. Figures are medians; ratios are to the limit of "
-        "the same round, with their range. Images per processor second count all processes, and depend less on what "
-        "else runs.",
+        f"{_PAIRS.value} pairs of JPEGs of {PIXELS[0]} x {PIXELS[1]} px, resized to cover the size (Lanczos), the "
+        f"center cropped, batches of {BATCH} pairs, {CORES} threads or processes; {_BATCHES.value} batches per turn. "
+        f"In each of {_ROUNDS.value} rounds one contestant runs after the other. Figures are medians; ratios are to "
+        "the limit of the same round, with their range. Images per processor second count all processes, and depend "
+        "less on what else runs.",
         harness.table(("to", "", "images/s", "images / processor second", "of the limit", "of it, by processor"), rows),
         harness.table(("", "seconds"), many),
     )

@@ -4,9 +4,9 @@ Standalone, so that an environment without this package can run it:
 
     python experiments/benchmarks/data_peer.py limit|webdataset DIRECTORY SIZE BATCH BATCHES WARM_UP PROCESSES AHEAD
 
-DIRECTORY holds pairs-*.tar with ID.src.jpg, ID.tgt.jpg and ID.txt. Both resize an image to cover
-SIZE x SIZE pixels (Lanczos) and crop the center; each process prefetches up to AHEAD batches. Prints JSON: seconds, and processor seconds of all
-processes, of BATCHES batches after WARM_UP.
+DIRECTORY holds pairs-*.tar with ID.src.jpg, ID.tgt.jpg and ID.txt. Both resize an image to cover SIZE x SIZE pixels
+(Lanczos) and crop the center; each process prefetches up to AHEAD batches. Prints JSON: seconds, and processor seconds
+of all processes, of BATCHES batches after WARM_UP.
 """
 
 import glob
