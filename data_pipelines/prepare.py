@@ -4,8 +4,7 @@
         --min_side=256 --min_score=o_score:7 --near_bits=3 --min_change=3
 
     --output=gs://bucket/omniedit    inputs and output are local, gs:// or s3://; buckets are streamed
-    --runner=DataflowRunner --runner_options=--project=P,--region=R    any of Beam's runners; inputs and the staging
-                                                                       directory have one path for every worker
+    --runner=DaskRunner --runner_options=--dask_client_address=HOST:8786    a cluster, see docs/clusters.md
 
 The output appears complete or not at all; the same command resumes an interrupted job. The same inputs and flags give
 the same bytes. An image, source or target, is in training or in validation, never in both. preparation/ has the steps.
@@ -36,6 +35,12 @@ _SPLITS = flags.DEFINE_list(
 _RUNNER = flags.DEFINE_string("runner", "DirectRunner", "Beam's runner; DirectRunner is this machine")
 _WORKERS = flags.DEFINE_integer("workers", 0, "processes on this machine; 0 is one per core", lower_bound=0)
 _RUNNER_OPTIONS = flags.DEFINE_list("runner_options", [], "--NAME=VALUE,... for Beam")
+_RUNNER_TIMEOUT = flags.DEFINE_float(
+    "runner_timeout",
+    600.0,
+    "seconds without a sign of life from any worker, after which a runner of a cluster has failed",
+)
+_CHECK_DISK = flags.DEFINE_bool("check_disk", True, "begin only if the disk has room for all of the inputs")
 
 _DECODE = flags.DEFINE_bool("decode", True, "decode every image, and drop records with damaged ones")
 _MIN_SIDE = flags.DEFINE_integer("min_side", 0, "least short side of an image, in pixels")
@@ -118,7 +123,9 @@ def main(argv: list[str]) -> None:
         runner=_RUNNER.value,
         workers=_WORKERS.value or len(os.sched_getaffinity(0)),
         runner_options=_RUNNER_OPTIONS.value,
+        runner_timeout=_RUNNER_TIMEOUT.value,
         staging_directory=_STAGING.value,
+        check_disk=_CHECK_DISK.value,
         say=lambda sentence: print(sentence, file=sys.stderr, flush=True),
     )
     splits = ", ".join(f"{count} for {split}" for split, count in counts.items())

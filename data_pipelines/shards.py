@@ -17,6 +17,7 @@ import os
 import pathlib
 import posixpath
 import re
+import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ from data_pipelines.record import BrokenRecord, Record, decode, encode
 from varedit_jax.errors import UserError
 from varedit_jax.scales import aspect_templates, nearest_aspect
 from varedit_jax.storage.disk import read_explained
-from varedit_jax.storage.files import replacing, take_place, write_json
+from varedit_jax.storage.files import make_durable, replacing, take_place, write_json
 from varedit_jax.storage.paths import PathLike, resolve
 
 INDEX = "index.json"
@@ -79,7 +80,8 @@ class ShardWriter:
         self.path = resolve(path)
         if not _SHARD_NAME.fullmatch(self.path.name):
             raise ValueError(f"{self.path.name} is not the name of a shard")
-        self._partial = self.path.with_name(f".{self.path.name}.partial")
+        # Of one writer alone: a runner that retries may have several at work on a shard.
+        self._partial = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.partial")
         self._rows: dict[str, list[Any]] = {name: [] for name in (*_COLUMNS, *_TEXTS, *_CATEGORIES)}
 
     def __enter__(self) -> "ShardWriter":
@@ -133,6 +135,8 @@ class ShardWriter:
             notes[name] = np.array([codes[value] for value in self._rows[name]], np.int32)
             notes[f"{name}_names"] = np.frombuffer(json.dumps(names).encode(), np.uint8)
         notes["sha256"] = np.frombuffer(bytes.fromhex(_sha256(self._partial)), np.uint8)
+        with self._partial.open("rb+") as file:  # what it was made from may be deleted
+            make_durable(file)
         take_place(self._partial, self.path)
         self._do(lambda: self._write_notes(notes))
 
@@ -165,17 +169,20 @@ def write_index(directory: str | os.PathLike[str]) -> dict[str, int]:
     """
     directory = resolve(directory)
     splits: dict[str, Any] = {}
-    written: list[pathlib.Path] = []
     for below in sorted(path for path in directory.iterdir() if path.is_dir()):
         if shards := _complete(below):
             splits[below.name] = _index_split(below, shards)
-            written += shards
     if not splits:
         raise UserError(f"{directory} has no shards in any subdirectory; prepare a data set there first")
     write_json(directory / INDEX, {"version": INDEX_VERSION, "splits": splits}, indent=1)
-    for path in written:
-        _notes(path).unlink()
+    remove_notes(directory)
     return {split: entry["records"] for split, entry in splits.items()}
+
+
+def remove_notes(directory: pathlib.Path) -> None:
+    """Removes what only `write_index` needs, after it."""
+    for path in directory.glob("*/.*.array_record.npz"):
+        path.unlink()
 
 
 def _complete(directory: pathlib.Path) -> list[pathlib.Path]:

@@ -1,28 +1,110 @@
-"""The used part of Apache Beam, imported without its warnings about missing optional clients."""
+"""A stage as a pipeline of Apache Beam, on any of its runners. Imported only where such a pipeline is run.
 
-import logging
+Versions that this was written against: apache-beam 2.77.0, dask and distributed 2026.8.0.
+"""
 
-logging.disable(logging.WARNING)
-try:
-    from apache_beam import Create, DoFn, ParDo, Pipeline, Reshuffle
-    from apache_beam.options.pipeline_options import PipelineOptions
-    from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
-    from apache_beam.runners.runner import PipelineRunner, create_runner
-    from apache_beam.transforms.environments import SubprocessSDKEnvironment
-finally:
-    logging.disable(logging.NOTSET)
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
-logging.getLogger("apache_beam").setLevel(logging.CRITICAL)  # errors are raised as exceptions
+import apache_beam
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
+from apache_beam.runners.portability.portable_runner import PortableRunner
+from apache_beam.runners.runner import PipelineRunner, create_runner
 
-__all__ = [
-    "Create",
-    "DoFn",
-    "FnApiRunner",
-    "ParDo",
-    "Pipeline",
-    "PipelineOptions",
-    "PipelineRunner",
-    "Reshuffle",
-    "SubprocessSDKEnvironment",
-    "create_runner",
-]
+from data_pipelines.preparation import messages, stages
+from data_pipelines.preparation.pool import at_end
+from varedit_jax.errors import UserError
+
+# Beam 2.77.0: DirectRunner would first try to download another runner, Prism.
+_LOCAL = ("directrunner", "fnapirunner", "switchingdirectrunner")
+
+
+def run(
+    runner: str,
+    options: Sequence[str],
+    name: str,
+    work: Callable[[Any], object],
+    tasks: Sequence[stages.StageTask],
+    directory: pathlib.Path,
+    log: pathlib.Path,
+) -> None:
+    """Runs tasks on one of Beam's runners. Messages of workers go to `directory`; what is printed is in `log`.
+
+    Raises UserError if the runner does not exist or fails.
+    """
+    try:
+        chosen = _create(runner)
+        pipeline = apache_beam.Pipeline(chosen, _options(runner, chosen, options))
+        tasks_P = pipeline | apache_beam.Create(list(tasks)) | apache_beam.Reshuffle()
+        _ = tasks_P | name >> apache_beam.ParDo(_Do(work, directory))
+        result = pipeline.run()
+        at_end(result.cancel)
+        result.wait_until_finish()
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # runners raise what comes, and argparse exits
+        raise UserError(
+            f"--runner={runner} failed: {_reason(error, log)}; check --runner_options and that its workers run, "
+            f"then run the same command again; {log} has all that it printed"
+        ) from error
+
+
+def _create(runner: str) -> PipelineRunner:
+    if runner.lower() in _LOCAL:
+        return FnApiRunner()
+    try:
+        return create_runner(runner)
+    except (ValueError, ImportError, AttributeError) as error:
+        raise UserError(
+            f"Apache Beam has no runner {runner!r} here ({_last_line(str(error))}); DirectRunner works everywhere"
+        ) from error
+
+
+def _options(runner: str, chosen: PipelineRunner, options: Sequence[str]) -> PipelineOptions:
+    """Returns the options for Beam. Raises UserError for one that is unknown, which Beam would pass over."""
+    if runner.lower() == "daskrunner" and not any(
+        option.startswith(("--dask_npart", "--dask_part")) for option in options
+    ):
+        options = [*options, "--dask_partition_size=1"]  # Beam 2.77.0: 128 tasks go to one worker, one after another
+    parsed = PipelineOptions(list(options))
+    if not isinstance(chosen, PortableRunner):  # whose job service has options of its own
+        unknown = parsed.get_all_options(retain_unknown_options=True).keys() - parsed.get_all_options().keys()
+        if unknown or any(not option.startswith("--") for option in options):
+            raise UserError(
+                f"--runner_options are {','.join(options)!r}, but {runner} has no option "
+                f"{', '.join(sorted(unknown)) or 'without --'}; each is --NAME=VALUE"
+            )
+    return parsed
+
+
+def _reason(error: BaseException, log: pathlib.Path) -> str:
+    """Returns what an error says, in a line."""
+    if isinstance(error, SystemExit):  # argparse has printed why
+        return _last_line(log.read_text(errors="replace"))
+    details = getattr(error, "details", None)  # of gRPC
+    text = details() if callable(details) else str(error)
+    return f"{type(error).__name__}: {_last_line(text)}".removesuffix(": ")
+
+
+def _last_line(text: str) -> str:
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else ""
+
+
+class _Do(apache_beam.DoFn):
+    """Does tasks, on a worker."""
+
+    def __init__(self, work: Callable[[Any], object], directory: pathlib.Path) -> None:
+        self._work, self._directory = work, directory
+
+    def process(self, task: Any) -> None:
+        """Does a task, and tells the first process of a failure: runners wrap exceptions, or try again."""
+        if messages.has_failed(self._directory):
+            return
+        try:
+            with messages.pulse(self._directory):
+                stages.do(self._work, task, self._directory.parent)
+        except Exception as error:
+            messages.tell_failure(self._directory, error)

@@ -42,6 +42,8 @@ FACTS = np.dtype(
         ("source_turn", "u1"),  # EXIF orientation, 1 to 8
         ("target_turn", "u1"),
         ("nbytes", "<i8"),  # of the encoded record
+        ("offset", "<i8"),  # of its bytes in their staged file
+        ("checksum", "<u4"),  # CRC-32 of these bytes
         ("dataset", "<i4"),  # index into the part's list of names
     ]
 )
@@ -87,7 +89,7 @@ class PartFiles:
 
     def __init__(self, directory: pathlib.Path) -> None:
         self.directory = directory
-        self.records = directory / "records.array_record"  # those that passed the filters
+        self.records = directory / "records"  # those that passed the filters, see staged.py
         self.facts = directory / "facts.bin"  # a row of FACTS for each of them
         self.keys = directory / "keys.bin"  # data set and id of each, as JSON
         self.ends = directory / "ends.bin"  # end offset of each in keys.bin, int64
@@ -127,6 +129,11 @@ class Facts:
         """Returns the index of a record's part, and its row there."""
         part = int(np.searchsorted(self.starts, number, side="right")) - 1
         return part, int(number - self.starts[part])
+
+    def row(self, number: int) -> NDArray[Any]:
+        """Returns the row of a record, FACTS []."""
+        part, row = self.place(number)
+        return np.fromfile(self.parts[part].facts, FACTS, 1, offset=row * FACTS.itemsize)[0]
 
     def key(self, number: int) -> tuple[str, str]:
         """Returns data set and id of a record."""

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import os
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,17 +16,19 @@ from data_pipelines.preparation.fingerprints import FACTS, Facts, PartFiles, row
 from data_pipelines.preparation.scan import ScanTask, scan
 from data_pipelines.preparation.settings import Settings
 from data_pipelines.preparation.split import find_leaks
+from data_pipelines.preparation.staged import BUCKETS, give_back
 from data_pipelines.preparation.stages import StageRunner
 from data_pipelines.preparation.staging import Staging
-from data_pipelines.preparation.summary import count, write_report
-from data_pipelines.preparation.write import lay_out, shard_tasks, write
+from data_pipelines.preparation.summary import count, first_examples, write_report
+from data_pipelines.preparation.write import ShardTask, lay_out, shard_tasks, write
 from data_pipelines.reasons import Reason
-from data_pipelines.shards import write_index
+from data_pipelines.shards import INDEX, read_index, remove_notes, write_index
 from data_pipelines.sources import Part, find_parts, sentences
 from varedit_jax.errors import UserError
-from varedit_jax.storage import disk
-from varedit_jax.storage.paths import PathLike, is_remote, resolve, stamp
+from varedit_jax.storage import disk, files
+from varedit_jax.storage.paths import PathLike, is_remote, resolve, size, stamp
 
+_LIST = re.compile(r"\.(jsonl?|csv|tsv)(\.\w+)?$")  # of images that lie beside it
 VERDICTS = (*Reason,)  # a verdict is 0 for a remaining record, else 1 + index in this tuple
 
 
@@ -40,7 +43,9 @@ def prepare(
     runner: str = "DirectRunner",
     workers: int = 1,
     runner_options: Sequence[str] = (),
+    runner_timeout: float = 600.0,
     staging_directory: str = "",
+    check_disk: bool = True,
     say: Callable[[str], object] = print,
 ) -> dict[str, int]:
     """Turns a downloaded data set into shards with an index and a report; returns record counts by split.
@@ -48,8 +53,8 @@ def prepare(
     The same inputs and settings give the same bytes with any runner and number of workers. Another call resumes an
     interrupted one. Answers of a vision-language model are stored beside the output, in OUTPUT.answers.
 
-    Raises UserError for inputs that cannot be read, settings that leave no record, and an output that exists or is
-    below an input.
+    Raises UserError for inputs that cannot be read, too small a disk, a runner that fails, an output that exists or is
+    below an input, and settings that leave no record; OUTPUT.report then has the report.
     """
     with disk.explained("data set", output):
         _check_apart(inputs, resolve(output))
@@ -64,38 +69,67 @@ def prepare(
             **({"left_out": [(refused.id, refused.detail) for refused in left_out]} if left_out else {}),
         }
         with Staging(output, job, staging_directory) as staging:
-            stages = StageRunner(runner, workers, runner_options, staging.directory)
-            steps = _Steps(staging.directory, parts, settings, stages)
-            steps.read()
-            say(f"read: {len(steps.facts)} records passed the filters")
-            steps.check_some_are_left()
-            for reason in (Reason.SAME_ID, Reason.EXACT, Reason.NEAR):
-                steps.compare(reason)
-            steps.split()
-            if settings.vision:
-                beside = staging.directory if is_remote(staging.output) else staging.output
-                steps.ask(beside.with_name(f"{beside.name}.answers"))
-            steps.check_some_are_left()
             out = staging.directory / "out"
-            steps.write(out, source)
-            counts = write_index(out)
-            write_report(out / "report", steps.facts, steps.verdicts, steps.twins, settings.validation)
+            if (out / INDEX).exists():  # an earlier attempt was ended while it moved the complete data set
+                remove_notes(out)
+            else:
+                if check_disk:
+                    nbytes = _input_bytes(parts)
+                    staging.check_room(nbytes, _most_bytes(nbytes, workers, settings.shard_bytes))
+                with StageRunner(runner, workers, runner_options, runner_timeout, staging.directory) as stages:
+                    steps = _Steps(staging, parts, settings, stages)
+                    steps.read()
+                    say(f"read: {len(steps.facts)} records passed the filters")
+                    steps.check_some_are_left()
+                    for reason in (Reason.SAME_ID, Reason.EXACT, Reason.NEAR):
+                        steps.compare(reason)
+                    steps.split()
+                    if settings.vision:
+                        steps.ask(staging.beside("answers"))
+                    steps.check_some_are_left()
+                    steps.write(out, source)
+                write_index(out)
+            counts = {split: entry["records"] for split, entry in read_index(out)["splits"].items()}
             staging.finish()
     return counts
 
 
+def _real(path: PathLike) -> str:
+    return str(path) if is_remote(path) else os.path.realpath(path)
+
+
 def _check_apart(inputs: Sequence[str], output: pathlib.Path) -> None:
     """Raises UserError if the output is below an input."""
-
-    def real(path: pathlib.Path) -> str:
-        return str(path) if is_remote(path) else os.path.realpath(path)
-
     for path in map(resolve, inputs):
-        if f"{real(output)}/".startswith(f"{real(path)}/"):
+        if f"{_real(output)}/".startswith(f"{_real(path)}/"):
             raise UserError(
                 f"{output} lies below {path}, and would be taken for a part of it when the same command resumes; "
                 f"give a directory beside it"
             )
+
+
+def _input_bytes(parts: Sequence[Part]) -> int:
+    """Returns the size of the files that parts read, each counted once; of loose images in a bucket, nothing."""
+    files = {file for part in parts for file in part.files}
+    above = {_real(file) for file in files if os.path.isdir(file)}
+    for part in parts:
+        if len(part.files) == 1 and _LIST.search(part.files[0]) and not is_remote(part.files[0]):
+            above.add(_real(part.options.get("root") or os.path.dirname(part.files[0])))
+    above = {path for path in above if not any(path.startswith(f"{other}/") for other in above)}
+    total = sum(
+        os.lstat(os.path.join(directory, name)).st_size
+        for path in above
+        for directory, _, names in os.walk(path)
+        for name in names
+    )
+    rest = (file for file in files if not any(f"{_real(file)}/".startswith(f"{path}/") for path in above))
+    return total + sum(size(resolve(file)) for file in rest)
+
+
+def _most_bytes(inputs: int, workers: int, shard_bytes: int) -> int:
+    """Returns how much space `inputs` bytes of images take up at most, staged and in shards."""
+    # Facts, and records in buckets of which not all shards are written yet; and the shards in work.
+    return inputs * 11 // 10 + min(inputs, (workers + 1) * shard_bytes)
 
 
 def _stamps(part: Part) -> list[Any]:
@@ -106,8 +140,9 @@ def _stamps(part: Part) -> list[Any]:
 class _Steps:
     """The stages of one job, and the verdicts on its records so far."""
 
-    def __init__(self, directory: pathlib.Path, parts: Sequence[Part], settings: Settings, stages: StageRunner) -> None:
-        self._directory, self._parts, self._settings, self._stages = directory, parts, settings, stages
+    def __init__(self, staging: Staging, parts: Sequence[Part], settings: Settings, stages: StageRunner) -> None:
+        self._directory = directory = staging.directory
+        self._parts, self._settings, self._stages, self._left_report = parts, settings, stages, staging.report
         self._directories = tuple(directory / "scan" / f"{index:05d}" for index in range(len(parts)))
         self._verdicts_file = directory / "verdicts.npy"
         self.twins: dict[
@@ -125,13 +160,23 @@ class _Steps:
         self.verdicts = np.zeros(len(self.facts), np.uint8)
 
     def check_some_are_left(self) -> None:
-        """Raises UserError if no record remains."""
+        """Raises UserError if no record remains, and leaves the report."""
         if (self.verdicts == 0).any():
             return
+        files.remove_directory(self._left_report)
+        self._report(self._left_report)
         total = sum(count(self.facts, self.verdicts, 0.0).values(), collections.Counter[str]())
         read = total.pop("read", 0)
-        reasons = ", ".join(f"{number} {reason}" for reason, number in total.most_common())
-        raise UserError(f"nothing is left of {read} records: {reasons or 'the data set is empty'}; leave out less")
+        examples = first_examples(self._left_report)
+        reasons = "; ".join(f"{number} {reason} ({examples[reason]})" for reason, number in total.most_common())
+        raise UserError(
+            f"nothing is left of {read} records: {reasons or 'the data set is empty'}; leave out less, "
+            f"{self._left_report / 'quarantine.jsonl'} names each"
+        )
+
+    def _report(self, directory: pathlib.Path) -> None:
+        with files.new_directory(directory) as draft:
+            write_report(draft, self.facts, self.verdicts, self.twins, self._settings.validation)
 
     def _leave(self, reason: Reason, numbers: NDArray[np.int64], twins: NDArray[np.int64] | None = None) -> None:
         """Sets the verdict of dropped records."""
@@ -195,7 +240,15 @@ class _Steps:
             self._leave(reason, found[found[:, 1] == index, 0])
 
     def write(self, out: pathlib.Path, name: str) -> None:
-        """Writes the shards."""
-        settings = self._settings
+        """Writes the report and the shards, and deletes staged records as soon as they are in all shards they go to."""
+        settings, staged = self._settings, set(range(BUCKETS))
+        if not (out / "report").exists():  # some records that it shows may be gone
+            self._report(out / "report")
         plan = lay_out(self._directory, self.facts, self.verdicts, settings.validation, settings.shard_bytes)
-        self._stages.run("shards", write, shard_tasks(plan, self._directories, out, name))
+
+        def after(left: Sequence[ShardTask]) -> None:
+            done = staged.difference(*(task.buckets for task in left))
+            give_back(self.facts.parts, done)
+            staged.difference_update(done)
+
+        self._stages.run("shards", write, shard_tasks(plan, self._directories, out, name), after=after)

@@ -13,7 +13,6 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -23,12 +22,13 @@ from data_pipelines.preparation.fingerprints import FACTS, PARTLY_UNKNOWN, Facts
 from data_pipelines.preparation.perceptual_hash import Look
 from data_pipelines.preparation.samples import SampleKeeper
 from data_pipelines.preparation.settings import Settings
+from data_pipelines.preparation.staged import StagedWriter
 from data_pipelines.reasons import LeftOut, Reason
 from data_pipelines.record import Record, encode
 from data_pipelines.sources import Part, Refused, read_part
 from data_pipelines.sources.instructions import is_partly_unknown
 from varedit_jax.images import load_image, orientation, upright_rgb, upright_size
-from varedit_jax.storage.files import new_directory, write_json
+from varedit_jax.storage.files import task_directory, write_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class ScanTask:
 
 def scan(task: ScanTask) -> None:
     """Scans a part. Raises UserError if its files have another format or cannot be read."""
-    with new_directory(task.directory) as directory, _PartWriter(PartFiles(directory)) as part:
+    with task_directory(task.directory) as directory, _PartWriter(PartFiles(directory)) as part:
         for entry in read_part(task.part):
             part.counts[entry.dataset]["read"] += 1
             if isinstance(entry, Refused):
@@ -71,8 +71,7 @@ class _PartWriter(contextlib.ExitStack):
         self._datasets: list[str] = []
         self._partly_unknown: collections.Counter[str] = collections.Counter()  # instructions, by data set
         self.callback(lambda: write_json(files.counts, self._summary()))
-        self._records = ArrayRecordWriter(str(files.records), "group_size:1,uncompressed")
-        self.callback(self._records.close)
+        self._records = self.enter_context(StagedWriter(files))
         self._facts = self.enter_context(FactsWriter(files))
         self._left = self.enter_context(files.left.open("w", encoding="utf-8"))
         self.samples = self.enter_context(SampleKeeper(files.samples))
@@ -87,21 +86,20 @@ class _PartWriter(contextlib.ExitStack):
         self._left.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def keep(self, record: Record, row: NDArray[Any]) -> None:
-        """Stores a record and its row, FACTS [], completed with data set, original and size in bytes."""
+        """Stores a record and its row, FACTS [], completed with data set, original and place."""
         if not record.original:
             record = dataclasses.replace(record, original=hashlib.sha256(record.source).hexdigest())
             row["original"] = hashes(record)["original"]
         if record.dataset not in self._datasets:
             self._datasets.append(record.dataset)
-        data = encode(record)
         self._partly_unknown[record.dataset] += is_partly_unknown(record.instructions[0])
-        row["dataset"], row["nbytes"] = self._datasets.index(record.dataset), len(data)
-        self._records.write(data)
+        row["dataset"] = self._datasets.index(record.dataset)
+        self._records.write(encode(record), row)
         self._facts.write(record, row)
 
 
 def examine(record: Record, settings: Settings) -> NDArray[Any]:
-    """Returns the row of a record that passes the filters, FACTS [], without data set and size in bytes.
+    """Returns the row of a record that passes the filters, FACTS [], without data set and place.
 
     Raises Damaged for an unusable record, LeftOut for an unwanted one.
     """

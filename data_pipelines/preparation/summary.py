@@ -22,10 +22,12 @@ from data_pipelines.geometry import SIZES, pair_kinds
 from data_pipelines.preparation.fingerprints import PARTLY_UNKNOWN, Facts
 from data_pipelines.preparation.samples import EACH, SampleKeeper, read_samples
 from data_pipelines.preparation.split import SPLITS, in_validation
-from data_pipelines.preparation.write import StagedRecords
+from data_pipelines.preparation.staged import StagedRecords
 from data_pipelines.reasons import Reason
 from varedit_jax.contact_sheet import contact_sheet
 
+_QUARANTINE = "quarantine.jsonl"
+_LONGEST = 160  # characters of an example
 _SHEET_ROWS = 40  # of the image sheet, to limit its length
 _ORDER = [*map(str, Reason)]
 
@@ -39,20 +41,30 @@ def write_report(
     """Writes the report of a data set.
 
     Args:
-      directory: to write to.
+      directory: an empty one, to write to.
       facts: rows of the N records that passed the filters.
       verdicts: uint8 [N]; 0 for kept records, else 1 + index of the Reason.
       twins: by verdict, sorted numbers of dropped records, and of the records that they duplicate.
       validation: share of source images.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     counts, unknown = count(facts, verdicts, validation), _partly_unknown(facts)
     text = json.dumps(_as_json(counts, unknown), indent=1, ensure_ascii=False) + "\n"
     (directory / "report.json").write_text(text, encoding="utf-8")
     text = _as_markdown(counts, sum(unknown.values()), _pairs(facts, verdicts))
     (directory / "report.md").write_text(text, encoding="utf-8")
-    _write_quarantine(directory / "quarantine.jsonl", facts, verdicts, twins)
+    _write_quarantine(directory / _QUARANTINE, facts, verdicts, twins)
     _draw_samples(directory / "samples.png", facts, verdicts)
+
+
+def first_examples(directory: pathlib.Path) -> dict[str, str]:
+    """Returns data set, id and detail of the first record that left for each reason, from a report."""
+    found: dict[str, str] = {}
+    with (directory / _QUARANTINE).open(encoding="utf-8") as lines:
+        for line in map(json.loads, lines):
+            if line["reason"] not in found:
+                text = " ".join(f"{line['dataset']}/{line['id']}: {line['detail']}".split()).removesuffix(":")
+                found[line["reason"]] = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return found
 
 
 def count(facts: Facts, verdicts: NDArray[np.uint8], validation: float) -> Counts:

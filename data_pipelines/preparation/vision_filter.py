@@ -27,7 +27,7 @@ import numpy as np
 
 from data_pipelines.preparation.fingerprints import Facts, PartFiles, save_array
 from data_pipelines.preparation.settings import Vision
-from data_pipelines.preparation.write import StagedRecords
+from data_pipelines.preparation.staged import StagedRecords
 from data_pipelines.reasons import Reason
 from data_pipelines.record import Record
 from data_pipelines.transforms import preview

@@ -1,4 +1,4 @@
-"""The last stage: writes the kept records to shards, ordered by hash and thus shuffled."""
+"""The last stage: writes the kept records to shards, ordered by the hash of their keys and thus shuffled."""
 
 import dataclasses
 import pathlib
@@ -11,8 +11,8 @@ from data_pipelines.geometry import SIZES
 from data_pipelines.preparation.duplicates import left
 from data_pipelines.preparation.fingerprints import FACTS, Facts, PartFiles, save_array
 from data_pipelines.preparation.split import SPLITS, in_validation
-from data_pipelines.record import Record, decode
-from data_pipelines.shards import ShardWriter, is_written, read_row, shard_path
+from data_pipelines.preparation.staged import StagedRecords, shard_buckets, shards_of
+from data_pipelines.shards import ShardWriter, is_written, shard_path
 from varedit_jax.storage.files import replacing
 
 _SHAPE = (*SIZES, "source_turn", "target_turn")
@@ -40,7 +40,7 @@ class ShardPlan:
 def lay_out(
     directory: pathlib.Path, facts: Facts, verdicts: NDArray[np.uint8], validation: float, shard_bytes: int
 ) -> ShardPlan:
-    """Assigns each remaining record to a shard of its split, by the hash of its key."""
+    """Assigns each remaining record to a shard of its split: each has a range of keys, which are hashes."""
     nbytes = np.zeros(len(SPLITS), np.int64)
     records = np.zeros(len(SPLITS), np.int64)
     for _, rows in left(facts, verdicts):
@@ -55,7 +55,7 @@ def lay_out(
     with replacing(plan.placed) as file:
         for numbers, rows in left(facts, verdicts):
             split = in_validation(rows["original"], validation).astype(np.int64)
-            shards = starts[split] + (rows["key"] % counts[split].astype(np.uint64)).astype(np.int64)
+            shards = starts[split] + shards_of(rows["key"], counts[split])
             order = np.lexsort((numbers, rows["key"], shards))
             placed = np.zeros(len(numbers), _PLACED)
             for name in ("key", *_SHAPE):
@@ -87,14 +87,20 @@ class ShardTask:
         """Returns True if the shard is complete."""
         return is_written(self.path)
 
+    @property
+    def buckets(self) -> range:
+        """Buckets of the staged records that it needs."""
+        return shard_buckets(self.index, self.plan.shards[self.split])
+
 
 def shard_tasks(plan: ShardPlan, parts: Sequence[pathlib.Path], output: pathlib.Path, name: str) -> list[ShardTask]:
-    """Returns a task per shard."""
-    return [
+    """Returns a task per shard, in an order in which buckets are soon no longer needed."""
+    tasks = [
         ShardTask(parts=tuple(parts), plan=plan, output=output, name=name, split=split, index=index)
         for split in SPLITS
         for index in range(plan.shards[split])
     ]
+    return sorted(tasks, key=lambda task: (task.buckets.start, -len(task.buckets)))
 
 
 def write(task: ShardTask) -> None:
@@ -112,14 +118,3 @@ def write(task: ShardTask) -> None:
         for row in placed:
             width, height, target_width, target_height, *turns = (int(row[name]) for name in _SHAPE)
             writer.write(records[int(row["number"])], (width, height), (target_width, target_height), tuple(turns))
-
-
-class StagedRecords:
-    """Records of all parts by number, with random access."""
-
-    def __init__(self, facts: Facts) -> None:
-        self._facts = facts
-
-    def __getitem__(self, number: int) -> Record:
-        part, row = self._facts.place(number)
-        return decode(read_row(str(self._facts.parts[part].records), row))

@@ -5,6 +5,7 @@ object is atomic; a directory is written in place, with a marker in it until it 
 """
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -176,6 +177,37 @@ def new_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
         staging.rename(target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def task_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields an empty local directory that becomes `target` when the block ends without an error.
+
+    Any number of processes may do the same task at once: the first to end gives its directory the name.
+    """
+    draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+    try:
+        make_directory(draft)
+        yield draft
+        try:
+            draft.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def move_directory(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Moves a local directory, at once or, to another file system, by way of a directory beside `target`."""
+    try:
+        take_place(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        with new_directory(target) as staging:
+            shutil.copytree(source, staging, dirs_exist_ok=True)
+        shutil.rmtree(source)
 
 
 def upload(source: pathlib.Path, target: pathlib.Path, *, keep: bool = False) -> None:
