@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import apache_beam
-from apache_beam.options.pipeline_options import PipelineOptions
+import grpc
+from apache_beam.options.pipeline_options import PipelineOptions, PortableOptions
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from apache_beam.runners.portability.portable_runner import PortableRunner
 from apache_beam.runners.runner import PipelineRunner, create_runner
@@ -19,6 +20,8 @@ from varedit_jax.errors import UserError
 
 # Beam 2.77.0: DirectRunner would first try to download another runner, Prism.
 _LOCAL = ("directrunner", "fnapirunner", "switchingdirectrunner")
+_FOREVER = 10 * 365 * 24 * 3600  # seconds
+_DASK = "apache_beam.runners.dask.dask_runner.DaskRunner"  # Beam 2.77.0 does not know it by its short name
 
 
 def run(
@@ -36,6 +39,8 @@ def run(
     """
     try:
         chosen = _create(runner)
+        if isinstance(chosen, PortableRunner):
+            options = _patient(options)
         pipeline = apache_beam.Pipeline(chosen, _options(runner, chosen, options))
         tasks_P = pipeline | apache_beam.Create(list(tasks)) | apache_beam.Reshuffle()
         _ = tasks_P | name >> apache_beam.ParDo(_Do(work, directory))
@@ -55,18 +60,24 @@ def _create(runner: str) -> PipelineRunner:
     if runner.lower() in _LOCAL:
         return FnApiRunner()
     try:
-        return create_runner(runner)
+        return create_runner(_DASK if _is_dask(runner) else runner)
     except (ValueError, ImportError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) and _is_dask(runner):
+            raise UserError(
+                f"--runner={runner} needs the package {error.name}; install it with pip install 'varedit-jax[dask]'"
+            ) from error
         raise UserError(
             f"Apache Beam has no runner {runner!r} here ({_last_line(str(error))}); DirectRunner works everywhere"
         ) from error
 
 
+def _is_dask(runner: str) -> bool:
+    return runner.rpartition(".")[2].lower() == "daskrunner"
+
+
 def _options(runner: str, chosen: PipelineRunner, options: Sequence[str]) -> PipelineOptions:
     """Returns the options for Beam. Raises UserError for one that is unknown, which Beam would pass over."""
-    if runner.lower() == "daskrunner" and not any(
-        option.startswith(("--dask_npart", "--dask_part")) for option in options
-    ):
+    if _is_dask(runner) and not any(option.startswith(("--dask_npart", "--dask_part")) for option in options):
         options = [*options, "--dask_partition_size=1"]  # Beam 2.77.0: 128 tasks go to one worker, one after another
     parsed = PipelineOptions(list(options))
     if not isinstance(chosen, PortableRunner):  # whose job service has options of its own
@@ -77,6 +88,24 @@ def _options(runner: str, chosen: PipelineRunner, options: Sequence[str]) -> Pip
                 f"{', '.join(sorted(unknown)) or 'without --'}; each is --NAME=VALUE"
             )
     return parsed
+
+
+def _patient(options: Sequence[str]) -> list[str]:
+    """Returns the options of a job service without a limit to the time of a pipeline, if the service is there.
+
+    Beam 2.77.0 applies --job_server_timeout, 60 seconds, to both: a longer pipeline fails with "Deadline Exceeded".
+    """
+    given = PipelineOptions(list(options)).view_as(PortableOptions)
+    if given.job_endpoint and given.job_endpoint != "embed":
+        with grpc.insecure_channel(given.job_endpoint) as channel:
+            try:
+                grpc.channel_ready_future(channel).result(given.job_server_timeout)
+            except grpc.FutureTimeoutError as error:
+                raise UserError(
+                    f"no job service answers at --job_endpoint={given.job_endpoint} within {given.job_server_timeout} "
+                    f"seconds; start it, or correct --runner_options"
+                ) from error
+    return [*options, f"--job_server_timeout={_FOREVER}"]
 
 
 def _reason(error: BaseException, log: pathlib.Path) -> str:
