@@ -3,13 +3,14 @@
 Versions that this was written against: apache-beam 2.77.0, dask and distributed 2026.8.0.
 """
 
+import multiprocessing
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import apache_beam
 import grpc
-from apache_beam.options.pipeline_options import PipelineOptions, PortableOptions
+from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, PortableOptions
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from apache_beam.runners.portability.portable_runner import PortableRunner
 from apache_beam.runners.runner import PipelineRunner, create_runner
@@ -41,7 +42,13 @@ def run(
         chosen = _create(runner)
         if isinstance(chosen, PortableRunner):
             options = _patient(options)
-        pipeline = apache_beam.Pipeline(chosen, _options(runner, chosen, options))
+        parsed = _options(runner, chosen, options)
+        if isinstance(
+            chosen, FnApiRunner
+        ):  # Beam 2.77.0 starts all of its processes, for each stage, whatever is to do
+            local = parsed.view_as(DirectOptions)
+            local.direct_num_workers = min(local.direct_num_workers or multiprocessing.cpu_count(), len(tasks))
+        pipeline = apache_beam.Pipeline(chosen, parsed)
         tasks_P = pipeline | apache_beam.Create(list(tasks)) | apache_beam.Reshuffle()
         _ = tasks_P | name >> apache_beam.ParDo(_Do(work, directory))
         result = pipeline.run()
@@ -77,16 +84,17 @@ def _is_dask(runner: str) -> bool:
 
 def _options(runner: str, chosen: PipelineRunner, options: Sequence[str]) -> PipelineOptions:
     """Returns the options for Beam. Raises UserError for one that is unknown, which Beam would pass over."""
-    if _is_dask(runner) and not any(option.startswith(("--dask_npart", "--dask_part")) for option in options):
-        options = [*options, "--dask_partition_size=1"]  # Beam 2.77.0: 128 tasks go to one worker, one after another
+    if bare := [option for option in options if not option.startswith("--")]:
+        raise UserError(f"--runner_options has {bare[0]!r}; each is --NAME=VALUE, and commas stand between them")
     parsed = PipelineOptions(list(options))
-    if not isinstance(chosen, PortableRunner):  # whose job service has options of its own
-        unknown = parsed.get_all_options(retain_unknown_options=True).keys() - parsed.get_all_options().keys()
-        if unknown or any(not option.startswith("--") for option in options):
-            raise UserError(
-                f"--runner_options are {','.join(options)!r}, but {runner} has no option "
-                f"{', '.join(sorted(unknown)) or 'without --'}; each is --NAME=VALUE"
-            )
+    if isinstance(chosen, PortableRunner):  # whose job service has options of its own
+        return parsed
+    unknown = parsed.get_all_options(retain_unknown_options=True).keys() - parsed.get_all_options().keys()
+    if unknown:
+        raise UserError(f"--runner_options has --{min(unknown)}, but {runner} has no such option; correct its name")
+    if _is_dask(runner) and not any(option.startswith(("--dask_npart", "--dask_part")) for option in options):
+        # Beam 2.77.0 would give 128 tasks to one worker, to be done one after another.
+        return PipelineOptions([*options, "--dask_partition_size=1"])
     return parsed
 
 
@@ -119,7 +127,7 @@ def _reason(error: BaseException, log: pathlib.Path) -> str:
 
 def _last_line(text: str) -> str:
     lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else ""
+    return lines[-1][:400] if lines else ""
 
 
 class _Do(apache_beam.DoFn):

@@ -7,8 +7,11 @@ import multiprocessing.connection
 import os
 import signal
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Any, ParamSpec, Self, TypeVar
+
+from varedit_jax.errors import UserError
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -41,13 +44,29 @@ class Pool:
     def submit(
         self, work: Callable[Parameters, Result], *arguments: Parameters.args, **named: Parameters.kwargs
     ) -> concurrent.futures.Future[Result]:
-        """Starts a call in one of the processes. The future raises BrokenProcessPool if a process was killed."""
-        return self._executor.submit(work, *arguments, **named)
+        """Starts a call in one of the processes.
+
+        The future raises UserError as the call did, RuntimeError with the stack trace for any other exception, and
+        BrokenProcessPool if a process was killed.
+        """
+        return self._executor.submit(_call, work, *arguments, **named)
 
 
 def at_end(work: Callable[[], object]) -> None:
     """Has `work` done before this process of a pool is ended by an error elsewhere, if it takes no longer than 10 s."""
     _at_end.append(work)
+
+
+def _call(work: Callable[..., Result], *arguments: Any, **named: Any) -> Result:
+    """Returns the result of a call. What it raises can be pickled: an exception that cannot would look like a kill."""
+    failure: Exception
+    try:
+        return work(*arguments, **named)
+    except UserError as error:
+        failure = UserError(str(error))
+    except BaseException as error:
+        failure = RuntimeError("".join(traceback.format_exception(error)))
+    raise failure
 
 
 def _begin(parent: multiprocessing.connection.Connection) -> None:

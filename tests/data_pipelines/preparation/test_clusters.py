@@ -30,7 +30,7 @@ def held(file, *arguments, **named):
         try:
             with plain({marker!r}, "x") as marker:
                 marker.write(str(os.getpid()))
-            time.sleep(600)
+            time.sleep(60)
         except FileExistsError:
             pass
     return plain(file, *arguments, **named)
@@ -75,9 +75,11 @@ class Cluster:
         )  # fmt: skip
 
     def kill_the_held_worker(self) -> None:
-        number = int(wait_for(lambda: self.marker.exists() and self.marker.read_text()))
-        os.kill(number, signal.SIGKILL)
-        self.killed.set()
+        try:
+            number = int(wait_for(lambda: self.marker.exists() and self.marker.read_text()))
+            os.kill(number, signal.SIGKILL)
+        finally:
+            self.killed.set()
 
     def files(self, name: str) -> dict[str, bytes]:
         directory = self.directory / name
@@ -143,8 +145,8 @@ def test_a_job_service_whose_worker_is_killed_is_given_up_and_resumed_with_the_s
     )  # fmt: skip
     with in_background(cluster.kill_the_held_worker):
         while not cluster.killed.is_set():  # on a busy machine workers may also start too late
-            with pytest.raises(UserError, match="no worker of --runner=PortableRunner has shown a sign of life for 15"):
-                cluster.prepare("portable", "PortableRunner", *options, timeout=15)
+            with pytest.raises(UserError, match="no worker of --runner=PortableRunner has shown a sign of life for 10"):
+                cluster.prepare("portable", "PortableRunner", *options, timeout=10)
     cluster.prepare("portable", "PortableRunner", *options)
     cluster.prepare("here")
     assert cluster.files("portable") == cluster.files("here")

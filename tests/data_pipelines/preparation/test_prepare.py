@@ -9,11 +9,10 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
 from data_pipelines.geometry import SIZES
-from data_pipelines.preparation import pipeline, scan
+from data_pipelines.preparation import pipeline, staged
 from data_pipelines.preparation.pipeline import prepare
 from data_pipelines.preparation.settings import Settings
 from data_pipelines.reasons import Reason
@@ -153,13 +152,23 @@ def test_a_job_that_was_ended_goes_on_and_one_process_writes_the_same_bytes_as_t
 
 def test_other_settings_begin_anew_and_mistakes_are_told(corpus: Corpus, tmp_path: pathlib.Path) -> None:
     output = tmp_path / "out"
-    with pytest.raises(UserError, match="nothing is left of 36 records: 32 too small, 1 "):
+    with pytest.raises(UserError) as caught:
         corpus.prepare(output, dataclasses.replace(SETTINGS, min_side=90))
+    said = str(caught.value)
+    assert said.startswith("nothing is left of 36 records: 32 too small (made/good-0: source: 64 x 48 pixels); 1 ")
+    assert "; 1 empty instruction (made/silent); " in said and "1 low score (made/poor: quality is 4.5, below 5" in said
+    report = tmp_path / "out.report"
+    assert f"{report / 'quarantine.jsonl'} names each" in said and "\n" not in said
+    assert len(list(read_lines(report / "quarantine.jsonl"))) == 36 and (report / "samples.png").exists()
+    with pytest.raises(UserError, match="nothing is left of 36 records: 29 low score"):
+        corpus.prepare(output, Settings(min_scores=(("quality", 50.0),)))
+    assert "32 |" not in (report / "report.md").read_text()
     everything = Settings(decode=False, exact=False, validation=0, max_aspect_change=0)
     corpus.prepare(output, everything)
     left = {line["id"]: line["reason"] for line in read_lines(output / "report" / "quarantine.jsonl")}
     assert left == {"silent": "empty instruction"}
     assert list(read_index(output)["splits"]) == ["train"]
+    assert not report.exists()
     with pytest.raises(UserError, match="exists; give a new directory"):
         corpus.prepare(output)
     with pytest.raises(UserError, match="no runner 'Nope'"):
@@ -173,10 +182,16 @@ def test_what_stops_a_worker_is_one_sentence_for_the_user(tmp_path: pathlib.Path
     assert "\n" not in str(caught.value)
 
 
+def test_nothing_read_is_told_as_well(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "list.jsonl").write_text("")
+    with pytest.raises(UserError, match="nothing is left of 0 records: the data set is empty; "):
+        prepare("manifest", [str(tmp_path / "list.jsonl")], tmp_path / "out", SETTINGS, source_options=OPTIONS)
+
+
 def test_a_full_disk_is_one_sentence_for_the_user(
     corpus: Corpus, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scan, "ArrayRecordWriter", lambda path, options: ArrayRecordWriter("/dev/full", options))
+    monkeypatch.setattr(staged, "_path", lambda part, bucket: pathlib.Path("/dev/full"))
     with pytest.raises(UserError, match="writing the data set failed in .*: No space left on device; .*; make room"):
         prepare("manifest", [str(corpus.inputs[0])], tmp_path / "out", SETTINGS)
 
