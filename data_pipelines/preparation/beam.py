@@ -69,9 +69,10 @@ def _create(runner: str) -> PipelineRunner:
     try:
         return create_runner(_DASK if _is_dask(runner) else runner)
     except (ValueError, ImportError, AttributeError) as error:
-        if isinstance(error, ModuleNotFoundError) and _is_dask(runner):
+        if _is_dask(runner):
             raise UserError(
-                f"--runner={runner} needs the package {error.name}; install it with pip install 'varedit-jax[dask]'"
+                f"--runner={runner} needs the packages dask and distributed; install them with pip install "
+                f"'varedit-jax[dask]'"
             ) from error
         raise UserError(
             f"Apache Beam has no runner {runner!r} here ({_last_line(str(error))}); DirectRunner works everywhere"

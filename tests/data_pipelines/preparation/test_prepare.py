@@ -160,9 +160,9 @@ def test_other_settings_begin_anew_and_mistakes_are_told(corpus: Corpus, tmp_pat
     report = tmp_path / "out.report"
     assert f"{report / 'quarantine.jsonl'} names each" in said and "\n" not in said
     assert len(list(read_lines(report / "quarantine.jsonl"))) == 36 and (report / "samples.png").exists()
-    with pytest.raises(UserError, match="nothing is left of 36 records: 29 low score"):
-        corpus.prepare(output, Settings(min_scores=(("quality", 50.0),)))
-    assert "32 |" not in (report / "report.md").read_text()
+    with pytest.raises(UserError, match="nothing is left of 36 records: 35 too large .*; 1 empty instruction "):
+        corpus.prepare(output, Settings(max_side=20))
+    assert "too small" not in (report / "report.md").read_text()
     everything = Settings(decode=False, exact=False, validation=0, max_aspect_change=0)
     corpus.prepare(output, everything)
     left = {line["id"]: line["reason"] for line in read_lines(output / "report" / "quarantine.jsonl")}

@@ -193,3 +193,19 @@ def test_no_process_outlives_the_program(tmp_path: pathlib.Path, number: signal.
     assert program.returncode == code and "Traceback" not in said
     _, alive = psutil.wait_procs(family, timeout=15)
     assert not alive
+
+
+@pytest.mark.slow
+@pytest.mark.subprocess
+def test_processes_of_beam_end_and_one_that_is_killed_is_told(tmp_path: pathlib.Path) -> None:
+    options = ("--direct_running_mode=multi_processing", "--direct_num_workers=50")  # of which two are started
+    runner = StageRunner("DirectRunner", 2, options, 20, tmp_path)
+    with pytest.raises(UserError, match=r"no worker of --runner=DirectRunner .* for 20 seconds, and 1 tasks"), runner:
+        runner.run("stage", work, _tasks(tmp_path, "", "killed"))
+    _, alive = psutil.wait_procs(psutil.Process().children(recursive=True), timeout=5)
+    assert [name for child in alive if "resource_tracker" not in (name := " ".join(child.cmdline()))] == []
+    with StageRunner("DirectRunner", 2, options, 60, tmp_path) as runner:
+        runner.run("stage", work, tasks := _tasks(tmp_path, "", ""))
+        with pytest.raises(UserError, match="^the user is mistaken; be right$"):
+            runner.run("other", work, [FileTask(tmp_path / "other", "mistake")])
+    assert all(task.is_done() for task in tasks)
