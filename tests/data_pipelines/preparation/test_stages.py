@@ -7,7 +7,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 
@@ -122,21 +121,14 @@ def test_what_another_worker_has_done_is_no_failure(tmp_path: pathlib.Path, work
 
 
 def test_two_that_do_the_same_task_leave_one_whole_directory(tmp_path: pathlib.Path) -> None:
-    both = threading.Barrier(2)
-
-    def write(text: str) -> None:
-        with files.task_directory(tmp_path / "part") as directory:
-            (directory / "one").write_text(text)
-            both.wait(10)
-            (directory / "two").write_text(text)
-
-    threads = [threading.Thread(target=write, args=(text,)) for text in ("a", "b")]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with files.task_directory(tmp_path / "part") as slow:
+        (slow / "one").write_text("slow")
+        with files.task_directory(tmp_path / "part") as fast:
+            for name in ("one", "two"):
+                (fast / name).write_text("fast")
+        (slow / "two").write_text("slow")
     assert [path.name for path in tmp_path.iterdir()] == ["part"]
-    assert (tmp_path / "part" / "one").read_text() == (tmp_path / "part" / "two").read_text()
+    assert [(tmp_path / "part" / name).read_text() for name in ("one", "two")] == ["fast", "fast"]
 
 
 def test_signs_of_life_are_changes_and_not_times(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
