@@ -135,10 +135,13 @@ class ShardWriter:
             notes[name] = np.array([codes[value] for value in self._rows[name]], np.int32)
             notes[f"{name}_names"] = np.frombuffer(json.dumps(names).encode(), np.uint8)
         notes["sha256"] = np.frombuffer(bytes.fromhex(_sha256(self._partial)), np.uint8)
-        with self._partial.open("rb+") as file:  # what it was made from may be deleted
-            make_durable(file)
+        self._do(self._make_durable)  # what it was made from may be deleted
         take_place(self._partial, self.path)
         self._do(lambda: self._write_notes(notes))
+
+    def _make_durable(self) -> None:
+        with self._partial.open("rb+") as file:
+            make_durable(file)
 
     def _write_notes(self, notes: dict[str, Any]) -> None:
         with replacing(_notes(self.path)) as file:

@@ -21,7 +21,7 @@ PAGES = [
 ]
 CITATION = re.compile(r'\b(\w+\.md)(?:, sections? (\d+(?:(?:, and |, | and | to )\d+)*))?(?:, "([^"]+)")?')
 LINK = re.compile(r"\]\(([^()\s]+)\)")
-FLAG = re.compile(r"(?<![\w-])--([a-z][a-z_0-9.]*)(?![\w-])")
+FLAG = re.compile(r"(?<![\w=,-])--([a-z][a-z_0-9.]*)(?![\w-])")
 
 
 def name_of(path: pathlib.Path) -> str:

@@ -9,11 +9,10 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable
-from typing import Any, ParamSpec, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from varedit_jax.errors import UserError
 
-Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 _at_end: list[Callable[[], object]] = []  # in a process of a pool
@@ -41,15 +40,13 @@ class Pool:
         self._ours.close()
         self._executor.shutdown(cancel_futures=True)
 
-    def submit(
-        self, work: Callable[Parameters, Result], *arguments: Parameters.args, **named: Parameters.kwargs
-    ) -> concurrent.futures.Future[Result]:
+    def submit(self, work: Callable[..., Result], *arguments: Any) -> concurrent.futures.Future[Result]:
         """Starts a call in one of the processes.
 
         The future raises UserError as the call did, RuntimeError with the stack trace for any other exception, and
         BrokenProcessPool if a process was killed.
         """
-        return self._executor.submit(_call, work, *arguments, **named)
+        return self._executor.submit(_call, work, *arguments)
 
 
 def at_end(work: Callable[[], object]) -> None:
@@ -57,11 +54,11 @@ def at_end(work: Callable[[], object]) -> None:
     _at_end.append(work)
 
 
-def _call(work: Callable[..., Result], *arguments: Any, **named: Any) -> Result:
+def _call(work: Callable[..., Result], *arguments: Any) -> Result:
     """Returns the result of a call. What it raises can be pickled: an exception that cannot would look like a kill."""
     failure: Exception
     try:
-        return work(*arguments, **named)
+        return work(*arguments)
     except UserError as error:
         failure = UserError(str(error))
     except BaseException as error:

@@ -167,7 +167,7 @@ def do(work: Callable[[Any], object], task: StageTask, directory: pathlib.Path) 
 def _drive(runner: str, *arguments: Any) -> None:
     """Runs a pipeline, in a process that prints to a file. Raises UserError if Apache Beam is missing, or fails."""
     log = arguments[-1]
-    with log.open("ab", buffering=0) as file:
+    with log.open("a") as file:
         for number in (1, 2):
             os.dup2(file.fileno(), number)
     try:

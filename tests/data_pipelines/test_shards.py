@@ -4,6 +4,7 @@ import json
 import pathlib
 import pickle
 import time
+import uuid
 from typing import BinaryIO
 
 import numpy as np
@@ -123,9 +124,25 @@ def test_a_shard_that_fails_leaves_nothing_and_one_that_is_finished_says_so(tmp_
     assert is_written(path)
 
 
-def test_a_full_disk_is_told_to_the_user_and_leaves_nothing(tmp_path: pathlib.Path) -> None:
+def test_two_that_write_the_same_shard_leave_one_whole(tmp_path: pathlib.Path) -> None:
+    path, alone = shard_path(tmp_path, "made", 0, 1), shard_path(tmp_path, "alone", 0, 1)
+    with ShardWriter(path) as slow:
+        slow.write(_record(0), (64, 48))
+        for each in (path, alone):
+            with ShardWriter(each) as fast:
+                for number in range(2):
+                    fast.write(_record(number), (64, 48))
+        assert path.read_bytes() == alone.read_bytes()
+        slow.write(_record(1), (64, 48))
+    assert path.read_bytes() == alone.read_bytes() and not list(tmp_path.glob(".*.partial"))
+
+
+def test_a_full_disk_is_told_to_the_user_and_leaves_nothing(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = shard_path(tmp_path, "made", 0, 1)
-    (tmp_path / f".{path.name}.partial").symlink_to("/dev/full")
+    monkeypatch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=0))
+    (tmp_path / f".{path.name}.{uuid.UUID(int=0).hex}.partial").symlink_to("/dev/full")
     says = "writing .*made-00000-of-00001.array_record failed.*make room"
     with pytest.raises(UserError, match=says), ShardWriter(path) as writer:
         for number in range(5000):

@@ -183,7 +183,7 @@ def test_what_stops_a_worker_is_one_sentence_for_the_user(tmp_path: pathlib.Path
 
 
 def test_nothing_read_is_told_as_well(tmp_path: pathlib.Path) -> None:
-    (tmp_path / "list.jsonl").write_text("")
+    (tmp_path / "list.jsonl").write_text("\n")
     with pytest.raises(UserError, match="nothing is left of 0 records: the data set is empty; "):
         prepare("manifest", [str(tmp_path / "list.jsonl")], tmp_path / "out", SETTINGS, source_options=OPTIONS)
 
