@@ -11,6 +11,9 @@ INTERRUPTED = 130  # exit code of a program that Ctrl-C ended, as shells have it
 EXTRAS = {
     "apache_beam": "prepare",
     "pyarrow": "prepare",
+    "zstandard": "prepare",
+    "dask": "dask",
+    "distributed": "dask",
     "gcsfs": "gcs",
     "s3fs": "s3",
     "torch": "torch",

@@ -9,7 +9,6 @@ webdataset and the same release of pillow; without it there is no peer. Each fig
 kept beside the output, in data.jsonl. The directory is removed at the end.
 """
 
-import contextlib
 import io
 import json
 import os
@@ -19,11 +18,10 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import PIL
 from absl import flags
 from PIL import Image
 
@@ -39,7 +37,6 @@ from varedit_jax.errors import UserError
 from varedit_jax.progress import Progress
 from varedit_jax.scales import aspect_templates
 from varedit_jax.storage import paths
-from varedit_jax.storage.jsonl import LineWriter
 from varedit_jax.text.vocabulary import Vocabulary
 
 _DIRECTORY = command.DEFINE_path("directory", None, "new directory to work in", local=True, required=True)
@@ -136,12 +133,7 @@ def _contestants(directory: pathlib.Path, size: int) -> dict[str, list[str]]:
     }
     if _PEER.value:
         python = str(paths.local(_PEER.value, "--peer_python"))
-        release = subprocess.run([python, "-c", "import PIL; print(PIL.__version__)"], capture_output=True, text=True)
-        if release.stdout.strip() != PIL.__version__:
-            raise UserError(
-                f"{python} has Pillow {release.stdout.strip() or 'of no release'}, and this environment "
-                f"{PIL.__version__}, so the decoders would be compared; install pillow=={PIL.__version__} there"
-            )
+        harness.check_pillow(python)
         command = [python, peer.__file__, "webdataset", str(directory), *numbers]
         found["PyTorch DataLoader over WebDataset"] = command
     return found
@@ -158,16 +150,7 @@ def _race(directory: pathlib.Path, size: int, keep: Callable[[dict[str, Any]], N
             rates[title].append((images / turn["seconds"], images / turn["cpu_seconds"]))
             keep({"size": size, "round": number, "contestant": title} | turn)
     limit, *_ = rates.values()
-    return [(f"{size} px", title, *_figures(taken, limit)) for title, taken in rates.items()]
-
-
-def _figures(taken: list[tuple[float, float]], limit: list[tuple[float, float]]) -> list[str]:
-    """Returns the medians of both rates and of their ratios to the limit of the same round, these with their range."""
-    cells = [f"{statistics.median(rates):.0f}" for rates in zip(*taken, strict=True)]
-    for clock in (0, 1):
-        ratios = [own[clock] / most[clock] for own, most in zip(taken, limit, strict=True)]
-        cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-    return cells
+    return [(f"{size} px", title, *harness.compared(taken, limit)) for title, taken in rates.items()]
 
 
 def _many(directory: pathlib.Path) -> list[tuple[str, str]]:
@@ -199,31 +182,13 @@ def _many(directory: pathlib.Path) -> list[tuple[str, str]]:
     ]
 
 
-@contextlib.contextmanager
-def _kept() -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Yields a function that prints a figure and appends it to the lines beside the output."""
-    with contextlib.ExitStack() as stack:
-        lines = None
-        if _OUTPUT.value:
-            lines = stack.enter_context(
-                contextlib.closing(LineWriter(paths.resolve(_OUTPUT.value).with_suffix(".jsonl")))
-            )
-
-        def keep(figure: dict[str, Any]) -> None:
-            print(json.dumps(figure), flush=True)
-            if lines is not None:
-                lines.append(figure)
-
-        yield keep
-
-
 def main(argv: list[str]) -> None:
     """Makes images, measures all contestants, and writes the tables."""
     del argv
     if _TURN.value:
         print(json.dumps(_turn(*_TURN.value.split(":"))))
         return
-    with harness.scratch_directory(_DIRECTORY.value) as directory, _kept() as keep:
+    with harness.scratch_directory(_DIRECTORY.value) as directory, harness.kept_figures(_OUTPUT.value) as keep:
         _make_pairs(directory)
         rows = [row for size in SIZES for row in _race(directory, size, keep)]
         many = _many(directory / "small")

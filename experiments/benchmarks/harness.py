@@ -2,12 +2,14 @@
 
 import contextlib
 import importlib.metadata
+import json
 import os
 import pathlib
 import platform
 import re
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import threading
@@ -15,11 +17,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
+import PIL
 import psutil
 from absl import flags
 
 from varedit_jax.errors import UserError
 from varedit_jax.storage import files, paths
+from varedit_jax.storage.jsonl import LineWriter
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -111,6 +115,46 @@ def timed(
     start = time.perf_counter()
     result = function(*arguments, **named)
     return time.perf_counter() - start, result
+
+
+def check_pillow(python: str) -> None:
+    """Raises UserError if another Python has not this environment's release of Pillow: decoders would be compared."""
+    call = subprocess.run([python, "-c", "import PIL; print(PIL.__version__)"], capture_output=True, text=True)
+    if (found := call.stdout.strip()) != PIL.__version__:
+        raise UserError(
+            f"{python} has {f'Pillow {found}' if found else 'no Pillow'}, and this environment {PIL.__version__}, so "
+            f"decoders would be compared; install pillow=={PIL.__version__} there"
+        )
+
+
+def compared(taken: list[tuple[float, float]], limit: list[tuple[float, float]]) -> list[str]:
+    """Returns the medians of two rates, and of their ratios to the limit's of the same round, these with their range.
+
+    Args:
+      taken: both rates of a contestant, by round.
+      limit: those of the limit.
+    """
+    cells = [f"{statistics.median(rates):.0f}" for rates in zip(*taken, strict=True)]
+    for clock in (0, 1):
+        ratios = [own[clock] / most[clock] for own, most in zip(taken, limit, strict=True)]
+        cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    return cells
+
+
+@contextlib.contextmanager
+def kept_figures(output: str) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Yields a function that prints a figure, and appends it to the JSON lines beside the file `output`, if given."""
+    with contextlib.ExitStack() as stack:
+        lines = None
+        if output:
+            lines = stack.enter_context(contextlib.closing(LineWriter(paths.resolve(output).with_suffix(".jsonl"))))
+
+        def keep(figure: dict[str, Any]) -> None:
+            print(json.dumps(figure), flush=True)
+            if lines is not None:
+                lines.append(figure)
+
+        yield keep
 
 
 def new_directory(path: str) -> pathlib.Path:
