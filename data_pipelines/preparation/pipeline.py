@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import os
 import pathlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,7 +27,6 @@ from varedit_jax.errors import UserError
 from varedit_jax.storage import disk, files
 from varedit_jax.storage.paths import PathLike, is_remote, resolve, size, stamp
 
-_LIST = re.compile(r"\.(jsonl?|csv|tsv)(\.\w+)?$")  # of images that lie beside it
 VERDICTS = (*Reason,)  # a verdict is 0 for a remaining record, else 1 + index in this tuple
 
 
@@ -74,7 +72,7 @@ def prepare(
                 remove_notes(out)
             else:
                 if check_disk:
-                    nbytes = _input_bytes(parts)
+                    nbytes = _input_bytes(parts, inputs)
                     staging.check_room(nbytes, _most_bytes(nbytes, workers, settings.shard_bytes))
                 with StageRunner(runner, workers, runner_options, runner_timeout, staging.directory) as stages:
                     steps = _Steps(staging, parts, settings, stages)
@@ -108,13 +106,15 @@ def _check_apart(inputs: Sequence[str], output: pathlib.Path) -> None:
             )
 
 
-def _input_bytes(parts: Sequence[Part]) -> int:
-    """Returns the size of the files that parts read, each counted once; of loose images in a bucket, nothing."""
+def _input_bytes(parts: Sequence[Part], inputs: Sequence[PathLike]) -> int:
+    """Returns the size of the files that parts read, each counted once.
+
+    Images beside a list count if its directory was given, not the list alone; loose images in a bucket do not.
+    """
     files = {file for part in parts for file in part.files}
-    above = {_real(file) for file in files if os.path.isdir(file)}
-    for part in parts:
-        if len(part.files) == 1 and _LIST.search(part.files[0]) and not is_remote(part.files[0]):
-            above.add(_real(part.options.get("root") or os.path.dirname(part.files[0])))
+    given = [f"{_real(path)}/" for path in (*inputs, *filter(None, (part.options.get("root") for part in parts)))]
+    above = {_real(file) for file in files if not is_remote(file) and os.path.isdir(file)}
+    above = {path for path in above if f"{path}/".startswith(tuple(given))}
     above = {path for path in above if not any(path.startswith(f"{other}/") for other in above)}
     total = sum(
         os.lstat(os.path.join(directory, name)).st_size
@@ -122,8 +122,9 @@ def _input_bytes(parts: Sequence[Part]) -> int:
         for directory, _, names in os.walk(path)
         for name in names
     )
-    rest = (file for file in files if not any(f"{_real(file)}/".startswith(f"{path}/") for path in above))
-    return total + sum(size(resolve(file)) for file in rest)
+    below = tuple(f"{path}/" for path in above)
+    rest = (resolve(file) for file in files if is_remote(file) or not os.path.isdir(file))
+    return total + sum(size(path) for path in rest if not _real(path).startswith(below))
 
 
 def _most_bytes(inputs: int, workers: int, shard_bytes: int) -> int:

@@ -50,8 +50,8 @@ class Pool:
 
 
 def at_end(work: Callable[[], object]) -> None:
-    """Has `work` done before this process of a pool is ended by an error elsewhere, if it takes no longer than 10 s."""
-    _at_end.append(work)
+    """Has `work`, the last that was given, done before an error elsewhere ends this process; it gets 10 seconds."""
+    _at_end[:] = [work]
 
 
 def _call(work: Callable[..., Result], *arguments: Any) -> Result:

@@ -31,7 +31,7 @@ def _run(directory: pathlib.Path, runner: str, *options: str) -> FileTask:
         ("DaskRunner", ["--dask_client_adress=x"], r"--dask_client_adress, but DaskRunner has no such option; correct"),
         ("DaskRunner", ["--dask_client_address=ftp://x"], r"^--runner=DaskRunner failed: ValueError: .*'ftp'"),
         ("PortableRunner", [], r"^--runner=PortableRunner failed: .*specify a --job_endpoint"),
-        ("PortableRunner", ["--job_endpoint=localhost:1", "--job_server_timeout=1"], r"^no job service .* in 1 s"),
+        ("PortableRunner", ["--job_endpoint=localhost:1", "--job_server_timeout=1"], r"^no job service .*within 1 s"),
         ("DataflowRunner", [], r"^--runner=DataflowRunner failed: .*region"),
     ],
 )  # fmt: skip

@@ -97,21 +97,29 @@ def _free(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
 def test_a_disk_that_is_too_small_is_told_before_the_start(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inputs = _large(tmp_path / "in", lists=1, each=20)
+    lists = _large(tmp_path / "in", lists=1, each=20)
     size = _bytes(tmp_path / "in")
     _free(monkeypatch, 2 * size)  # 1.1 times the data, and as they fit into one shard, once more
     with pytest.raises(
         UserError, match=r"^preparing 1\.1 MB of inputs takes up to 2\.3 MB, but only 2\.2 MB are free in .*, give a "
         "larger disk with --staging_directory, or --nocheck_disk"
     ):  # fmt: skip
-        prepare("manifest", inputs, tmp_path / "out", Settings(), source_options=OPTIONS)
+        prepare("manifest", [str(tmp_path / "in")], tmp_path / "out", Settings(), source_options=OPTIONS)
     assert not list((tmp_path / ".out.partial").glob("scan/*"))
-    prepare("manifest", inputs, tmp_path / "unchecked", Settings(), source_options=OPTIONS, check_disk=False)
-    prepare("manifest", inputs, tmp_path / "out", Settings(shard_bytes=size // 10), source_options=OPTIONS)
+    other = Settings(validation=0)
+    with pytest.raises(UserError, match="^preparing 1.1 MB of inputs takes up to 2.3 MB"):
+        prepare("manifest", lists, tmp_path / "out", other, source_options={"root": str(tmp_path / "in")})
+    prepare("manifest", lists, tmp_path / "list", Settings(), source_options=OPTIONS)  # what it names is not known
+    prepare(
+        "manifest", [str(tmp_path / "in")], tmp_path / "unchecked", Settings(), source_options=OPTIONS, check_disk=False
+    )
+    prepare(
+        "manifest", [str(tmp_path / "in")], tmp_path / "out", Settings(shard_bytes=size // 10), source_options=OPTIONS
+    )
 
 
 def test_what_is_staged_already_needs_no_room_again(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = _large(tmp_path / "in", lists=2, each=20)
+    _large(tmp_path / "in", lists=2, each=20)
     size = _bytes(tmp_path / "in")
     settings = Settings(shard_bytes=size // 10)
 
@@ -121,9 +129,9 @@ def test_what_is_staged_already_needs_no_room_again(tmp_path: pathlib.Path, monk
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "write", fail)
         with pytest.raises(KeyError):
-            prepare("manifest", inputs, tmp_path / "out", settings, source_options=OPTIONS)
+            prepare("manifest", [str(tmp_path / "in")], tmp_path / "out", settings, source_options=OPTIONS)
     _free(monkeypatch, size // 2)
-    prepare("manifest", inputs, tmp_path / "out", settings, source_options=OPTIONS)
+    prepare("manifest", [str(tmp_path / "in")], tmp_path / "out", settings, source_options=OPTIONS)
 
 
 def test_the_staging_directory_may_be_on_another_disk(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
