@@ -7,8 +7,8 @@ STORED = """
     damaged archive, damaged annotation, missing image, unsafe name, absurd size, empty instruction, several sources,
     members apart, no images, ambiguous image, known to be corrupt, failed edit, file not there, another split,
     read already, empty file, not an image, cut short, damaged image, too many pixels, several frames, unknown colors,
-    unreadable record, too small, too large, too long, low score, later turn, nothing changed, id twice,
-    exact duplicate, near-duplicate, image of validation, edit not done, rest not kept, no clear answer
+    unreadable record, too small, too large, too long, sides differ in aspect, low score, later turn, nothing changed,
+    id twice, exact duplicate, near-duplicate, image of validation, edit not done, rest not kept, no clear answer
 """
 
 
