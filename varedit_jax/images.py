@@ -278,6 +278,8 @@ def upright_rgb(image: Image.Image, name: str = "the image") -> np.ndarray:
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Width and height of an opened image, turned as its metadata says."""
     width, height = image.size
+    if isinstance(image, TiffImageFile):  # Pillow 12.3 turns TIFFs when it loads them, and has that size before
+        return width, height
     return (height, width) if orientation(image) >= 5 else (width, height)
 
 

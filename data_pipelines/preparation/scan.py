@@ -108,13 +108,13 @@ def examine(record: Record, settings: Settings) -> NDArray[Any]:
     looks: dict[str, Look] = {}
 
     def see(side: str, image: Image.Image) -> tuple[tuple[int, int], int]:
-        size = upright_size(image)
+        size, turn = upright_size(image), orientation(image)  # as stored: loading a TIFF turns it
         check_size(side, size, settings)
         if settings.decode:
             load_image(image)
             if settings.looks:
                 looks[side] = Look.of(upright_rgb(image))
-        return size, orientation(image)
+        return size, turn
 
     seen = check_record(record, see)
     (row["width"], row["height"]), row["source_turn"] = seen["source"]

@@ -497,3 +497,16 @@ def test_an_image_is_written_through_a_link(tmp_path: pathlib.Path):
         images.write_image(tmp_path / "latest.png", image)
         np.testing.assert_array_equal(images.read_image(tmp_path / "site" / "1.png"), image)
     assert (tmp_path / "latest.png").is_symlink() and len(list((tmp_path / "site").iterdir())) == 1
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "MPO", "AVIF"])
+def test_the_size_of_an_opened_image_is_the_one_it_will_have(kind: str) -> None:
+    for value in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = value
+        file = io.BytesIO()
+        Image.new("RGB", (32, 16)).save(file, kind, exif=exif)
+        image = images.open_image(io.BytesIO(file.getvalue()))
+        before = images.upright_size(image)
+        images.load_image(image)
+        assert before == images.upright_size(image) == images.upright(image).size == ((32, 16), (16, 32))[value >= 5]

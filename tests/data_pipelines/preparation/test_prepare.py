@@ -1,5 +1,6 @@
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import pathlib
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from data_pipelines.geometry import SIZES
-from data_pipelines.preparation import pipeline, staged
+from data_pipelines.preparation import pipeline, scan, staged
 from data_pipelines.preparation.pipeline import prepare
 from data_pipelines.preparation.settings import Settings
 from data_pipelines.reasons import Reason
@@ -94,6 +95,19 @@ def test_sizes_and_turns_of_both_sides_are_recorded(corpus: Corpus) -> None:
     report = (corpus.output / "report" / "report.md").read_text()
     same = len(corpus.stay) - 3  # two copies left, one has another aspect
     assert f"{same} same size, 0 same aspect, 1 other aspect, 1 turned by EXIF" in report
+
+
+def test_turns_are_those_of_the_files_though_loading_a_tiff_turns_it() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned, upright = io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (64, 48)).save(turned, "TIFF", exif=exif)
+    Image.new("RGB", (48, 64)).save(upright, "TIFF")
+    record = Record(
+        id="1", dataset="made", source=turned.getvalue(), target=upright.getvalue(), instructions=("make it blue",)
+    )
+    row = scan.examine(record, Settings())  # and is not left out as one of which a side is turned
+    assert [int(row[name]) for name in (*SIZES, "source_turn", "target_turn")] == [48, 64, 48, 64, 6, 1]
 
 
 def test_no_image_is_in_training_and_in_validation(corpus: Corpus) -> None:
