@@ -1,4 +1,4 @@
-"""Which examples a run leaves out, and from which step on, so that what a check finds can be applied to a running run.
+"""Examples that a run leaves out, each from a step on: what a check finds can be applied to a running run.
 
 WORKDIR/left_out.json has the lists of each split in order of their steps, indices of examples as half-open ranges:
 

@@ -89,9 +89,8 @@ def _entry(page: pathlib.Path, number: int, records: Records, index: int, side: 
     seen = check_record(
         record, lambda _, image: (upright_size(image), orientation(image), preview(image, side, quality=85))
     )
-    small = {name: data for name, (_, _, data) in seen.items()}
-    paths = {name: f"images/{number:05d}-{name}.jpg" for name in small}
-    for name, data in small.items():
+    paths = {name: f"images/{number:05d}-{name}.jpg" for name in seen}
+    for name, (_, _, data) in seen.items():
         (page / paths[name]).write_bytes(data)
     return {
         "id": record.id,

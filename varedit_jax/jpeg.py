@@ -1,4 +1,4 @@
-"""What can be told of a JPEG's compressed data without decoding them: scans, and bytes that were zeroed.
+"""Checks of a JPEG's compressed data without decoding them: number of scans, and bytes that were zeroed.
 
 Decoders take damaged data for pixels: JPEG has no checksums. But a Huffman code of zeros alone stands for one symbol,
 which the file's own tables tell, so a long run of zeros means one thing repeated: blocks of no change (a plain area),

@@ -46,7 +46,12 @@ def missing_extra(error: BaseException) -> str | None:
     module = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
     if module not in EXTRAS:
         return None
-    return f"this needs the package {module}; install it with pip install 'varedit-jax[{EXTRAS[module]}]'"
+    return needs("this", module, EXTRAS[module])
+
+
+def needs(what: str, module: str, extra: str) -> str:
+    """Returns the sentence that `what` needs a package, and how to install it."""
+    return f"{what} needs the package {module}; install it with pip install 'varedit-jax[{extra}]'"
 
 
 def _interrupted(number: int, frame: types.FrameType | None) -> NoReturn:

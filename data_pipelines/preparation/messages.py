@@ -1,4 +1,4 @@
-"""What workers of a cluster tell the first process, in files, since runners of Beam tell little and wrap errors.
+"""Messages of a cluster's workers to the first process, in files: runners of Beam tell little, and wrap errors.
 
 ID.pulse    touched every second while a task is at work
 ID.error    why a task failed

@@ -21,6 +21,7 @@ from data_pipelines.preparation import messages
 from data_pipelines.preparation.pool import Pool
 from varedit_jax.errors import UserError
 from varedit_jax.progress import Progress
+from varedit_jax.starting import needs
 from varedit_jax.storage import disk
 from varedit_jax.storage.files import make_directory
 
@@ -173,9 +174,7 @@ def _drive(runner: str, *arguments: Any) -> None:
     try:
         from data_pipelines.preparation import beam
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"--runner={runner} needs the package {error.name}; install it with pip install 'varedit-jax[prepare]'"
-        ) from error
+        raise UserError(needs(f"--runner={runner}", str(error.name), "prepare")) from error
     beam.run(runner, *arguments)
 
 

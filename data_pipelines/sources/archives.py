@@ -11,7 +11,7 @@ from data_pipelines.reasons import Reason
 from data_pipelines.sources import tars, unpacked
 from data_pipelines.sources.entries import MAX_FILE_BYTES
 from data_pipelines.sources.files import Volume, is_clutter, open_input, safe_name
-from data_pipelines.sources.tars import Found, Lost, Tar
+from data_pipelines.sources.tars import LostBytes, Tar, TarEntry
 from varedit_jax.errors import UserError
 
 ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
@@ -40,7 +40,7 @@ class Damage(NamedTuple):
 
 
 class Item(NamedTuple):
-    """What lies at a place of an archive: None is an end mark, behind which other tars may follow."""
+    """A place of an archive: None is an end mark, behind which other tars may follow."""
 
     start: int  # position in the archive, or in its contents if it is compressed
     what: Member | Damage | None
@@ -116,9 +116,9 @@ def _problem(info: tarfile.TarInfo, name: str | None) -> tuple[Reason, str] | No
     return None
 
 
-def _refused(found: Found, files: Sequence[str]) -> Damage | None:
+def _refused(found: TarEntry, files: Sequence[str]) -> Damage | None:
     """Returns why what was found is no file to use; None if it is one."""
-    if isinstance(found.what, Lost):
+    if isinstance(found.what, LostBytes):
         where = f"bytes {found.start} to {found.what.end}" if found.what.end > found.start else f"byte {found.start}"
         return Damage(posixpath.basename(files[0]), Reason.ARCHIVE, f"{where}: {found.what.why}")
     assert found.what
@@ -126,7 +126,7 @@ def _refused(found: Found, files: Sequence[str]) -> Damage | None:
     return Damage(found.what.name, *problem) if problem else None
 
 
-def _passed_over(found: Found) -> bool:
+def _passed_over(found: TarEntry) -> bool:
     return isinstance(found.what, tarfile.TarInfo) and (found.what.isdir() or is_clutter(found.what.name))
 
 

@@ -28,7 +28,7 @@ from data_pipelines.sources.archives import TarIndex, first_name, group_parts, i
 from data_pipelines.sources.entries import Entry, Part, Refused, SourceFormat, make_entry
 from data_pipelines.sources.files import distinct, find, read_below, reading, relative_name, safe_name, stem
 from data_pipelines.sources.lists import json_items
-from data_pipelines.sources.tables import Columns, read_table, table_columns
+from data_pipelines.sources.tables import TableColumns, read_table, table_columns
 from varedit_jax.errors import UserError
 from varedit_jax.storage.paths import child_names, resolve
 
@@ -98,10 +98,10 @@ def _image_directories(inputs: Sequence[str], archives: Sequence[str]) -> list[s
     return found
 
 
-def _columns(table: str) -> Columns:
+def _columns(table: str) -> TableColumns:
     """Returns the columns of a table, which is of sessions or of single turns."""
     needed = ("data",) if "data" in table_columns(table) else ("input_images", "output_images", "prompt")
-    return Columns(images=(), needed=needed)
+    return TableColumns(images=(), needed=needed)
 
 
 def _session(id: str, table: str, turns: Sequence[Any], images: "_Images", scores: "_Scores") -> Iterator[Entry]:

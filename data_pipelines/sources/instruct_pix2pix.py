@@ -18,12 +18,12 @@ from data_pipelines.sources.archives import tail
 from data_pipelines.sources.entries import MAX_FILE_BYTES, Entry, Part, Refused, SourceFormat, make_entry
 from data_pipelines.sources.files import find, open_input, read_below, relative_name, safe_name
 from data_pipelines.sources.lists import json_items
-from data_pipelines.sources.tables import Columns, convert_rows, find_tables, table_parts
+from data_pipelines.sources.tables import TableColumns, convert_rows, find_tables, table_parts
 from varedit_jax.errors import UserError
 
 _NAME = "instruct_pix2pix"
 _SEEDS = "seeds.json"
-_COLUMNS = Columns(
+_COLUMNS = TableColumns(
     images=("original_image", "edited_image"), needed=("edit_prompt",), optional=("original_prompt", "edited_prompt")
 )
 _SCORES = ("clip_sim_0", "clip_sim_1", "clip_sim_dir", "clip_sim_image")

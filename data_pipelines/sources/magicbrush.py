@@ -3,7 +3,7 @@
 from typing import Any
 
 from data_pipelines.sources.entries import Entry, make_entry
-from data_pipelines.sources.tables import Columns, table_source
+from data_pipelines.sources.tables import TableColumns, table_source
 
 _LICENSE = "CC-BY-4.0"
 
@@ -26,7 +26,7 @@ SOURCE = table_source(
     "magicbrush",
     _LICENSE,
     _convert,
-    Columns(
+    TableColumns(
         images=("source_img", "target_img"),
         needed=("img_id", "turn_index", "instruction"),
         optional_images=("mask_img",),

@@ -11,11 +11,11 @@ from data_pipelines.reasons import Reason
 from data_pipelines.sources.entries import Entry, Part, Refused, SourceFormat, make_entry
 from data_pipelines.sources.files import find, read_below
 from data_pipelines.sources.lists import Span, is_list, list_parts, read_lines
-from data_pipelines.sources.tables import Columns, convert_rows, find_tables, table_parts
+from data_pipelines.sources.tables import TableColumns, convert_rows, find_tables, table_parts
 from varedit_jax.errors import UserError
 
 _NAME, _LICENSE = "nhr_edit", "Apache-2.0"
-_COLUMNS = Columns(images=("source_image", "edited_image"), needed=("edit_instruction",))
+_COLUMNS = TableColumns(images=("source_image", "edited_image"), needed=("edit_instruction",))
 
 
 def _parts(inputs: Sequence[str], options: Mapping[str, str]) -> list[Part]:

@@ -4,7 +4,7 @@ from typing import Any
 
 from data_pipelines.record import finite_scores
 from data_pipelines.sources.entries import Entry, make_entry
-from data_pipelines.sources.tables import Columns, table_source
+from data_pipelines.sources.tables import TableColumns, table_source
 
 _SCORES = ("sc_score_1", "sc_score_2", "pq_score", "o_score")
 _LICENSE = "MIT"
@@ -28,7 +28,7 @@ SOURCE = table_source(
     "omniedit",
     _LICENSE,
     _convert,
-    Columns(
+    TableColumns(
         images=("src_img", "edited_img"), needed=("omni_edit_id", "edited_prompt_list"), optional=("task", *_SCORES)
     ),
 )

@@ -1,4 +1,4 @@
-"""What a search of the inputs leaves out, with reasons: files of other splits, and files that are not there.
+"""A search of the inputs, and what it leaves out: files of other splits, and files that are not there.
 
 Files given by name are taken as they are. For those below directories, a split is what Hugging Face's `datasets` takes
 for one: a word such as `dev` between separators, in the name of a file or else of a directory above it.

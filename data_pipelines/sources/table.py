@@ -14,7 +14,7 @@ from typing import Any
 
 from data_pipelines.record import finite_scores
 from data_pipelines.sources.entries import Entry, Part, SourceFormat, make_entry
-from data_pipelines.sources.tables import Columns, check_columns, convert_rows, find_tables, table_parts
+from data_pipelines.sources.tables import TableColumns, check_columns, convert_rows, find_tables, table_parts
 from varedit_jax.errors import UserError
 
 _NAME = "table"
@@ -28,11 +28,11 @@ def _names(options: Mapping[str, str], field: str) -> list[str]:
     return options.get(field, field).split("+")
 
 
-def _columns(options: Mapping[str, str]) -> Columns:
+def _columns(options: Mapping[str, str]) -> TableColumns:
     """Returns the columns of a table: those that options name are needed."""
     images = [*_IMAGES, *(["mask"] if "mask" in options else [])]
     named = [field for field in _FIELDS if field in options and field not in images]
-    return Columns(
+    return TableColumns(
         images=tuple(options.get(field, field) for field in images),
         needed=tuple(name for field in dict.fromkeys(["instruction", *named]) for name in _names(options, field)),
         optional_images=("mask",),

@@ -31,7 +31,7 @@ _DAMAGE = (OSError, pa.ArrowException)  # Arrow's OSErrors are about the format,
 Convert = Callable[[dict[str, Any], str, int], Entry]
 
 
-class Columns(NamedTuple):
+class TableColumns(NamedTuple):
     """Columns of a table."""
 
     images: tuple[str, ...]  # needed too
@@ -102,7 +102,7 @@ def table_source(
     name: str,
     license: str,
     convert: Convert,
-    columns: "Columns",
+    columns: TableColumns,
 ) -> SourceFormat:
     """Returns the format of a data set of tables: rows are records, files are parts."""
 
@@ -118,7 +118,7 @@ def table_source(
     return SourceFormat(name=name, license=license, parts=parts, read=read)
 
 
-def convert_rows(part: Part, convert: Convert, columns: Columns) -> Iterator[Entry]:
+def convert_rows(part: Part, convert: Convert, columns: TableColumns) -> Iterator[Entry]:
     """Yields an entry per row of the part's table."""
     images = (*columns.images, *columns.optional_images)
     for number, row in read_table(part, columns):
@@ -172,7 +172,7 @@ class _Arrow:
                 yield batch.slice(start, _ROWS).select(columns)
 
 
-def _open_table(file: Any, path: str, columns: Columns) -> tuple[_Table, list[str]]:
+def _open_table(file: Any, path: str, columns: TableColumns) -> tuple[_Table, list[str]]:
     """Returns a table, and those of the columns that it has. Raises UserError if it lacks one that is needed."""
     table: _Table = _Arrow(file) if _is_arrow(path) else _Parquet(file)
     for name in (*columns.needed, *columns.images):
@@ -189,13 +189,13 @@ def table_columns(path: str) -> list[str]:
     return []
 
 
-def check_columns(path: str, columns: Columns) -> None:
+def check_columns(path: str, columns: TableColumns) -> None:
     """Raises UserError if a table lacks a column that is needed; damage is for `read_table` to find."""
     with open_input(path) as file, contextlib.suppress(*_DAMAGE):
         _open_table(file, path, columns)
 
 
-def read_table(part: Part, columns: Columns) -> Iterator[tuple[int, dict[str, Any] | Refused]]:
+def read_table(part: Part, columns: TableColumns) -> Iterator[tuple[int, dict[str, Any] | Refused]]:
     """Yields the rows of the part's table with their numbers.
 
     A damaged row group is Refused as one, and reading continues with the next; a file that is not a table is Refused

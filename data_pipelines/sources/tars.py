@@ -24,18 +24,18 @@ _CHUNK = 1 << 16
 _MAGIC, _MAGIC_AT = b"ustar", 257
 
 
-class Lost(NamedTuple):
+class LostBytes(NamedTuple):
     """Bytes without a sound member."""
 
     end: int
     why: str
 
 
-class Found(NamedTuple):
-    """What lies at a place of a tar: a member, bytes that are lost, or an end mark."""
+class TarEntry(NamedTuple):
+    """A place of a tar: a member, bytes that are lost, or an end mark."""
 
     start: int  # of the member's first header
-    what: tarfile.TarInfo | Lost | None  # None is an end mark
+    what: tarfile.TarInfo | LostBytes | None  # None is an end mark
     data: bytes | None = None  # of a member that was wanted
 
 
@@ -155,8 +155,8 @@ class Tar:
         """Returns why bytes are missing between two positions; None if none are."""
         return next((why for place, why in self._breaks.items() if start < place <= end), None)
 
-    def walk(self, at: int, wanted: Callable[[tarfile.TarInfo], bool]) -> Iterator[Found]:
-        """Yields what lies at `at` and behind it: every byte belongs to one Found, except data of absurd size.
+    def walk(self, at: int, wanted: Callable[[tarfile.TarInfo], bool]) -> Iterator[TarEntry]:
+        """Yields what lies at `at` and behind it: every byte belongs to one TarEntry, except data of absurd size.
 
         A member that is cut short ends at the next sound header.
         """
@@ -165,11 +165,11 @@ class Tar:
         found = self._at(at)
         while found is not _Kind.END:
             if (why := self._why(told, at)) is not None:
-                yield Found(at, Lost(at, why))
+                yield TarEntry(at, LostBytes(at, why))
             told, start = max(told, at), at
             if isinstance(found, _Header) and not found.is_believed():
                 closed = found.end <= (at := self._next_head(found.info.offset_data))
-                yield Found(start, found.info)
+                yield TarEntry(start, found.info)
                 found = self._at(at)
             elif isinstance(found, _Header):
                 data, whole = self._contents(found, wanted)
@@ -179,10 +179,10 @@ class Tar:
                 if not whole or following is _Kind.NOISE:
                     inside = self._next_head(found.info.offset_data)
                     if not whole or inside < found.end:
-                        yield Found(start, Lost(inside, why or f"{found.info.name} is cut short"))
+                        yield TarEntry(start, LostBytes(inside, why or f"{found.info.name} is cut short"))
                         at, told, found, closed = inside, inside, self._at(inside), True
                         continue
-                yield Found(start, found.info, data)
+                yield TarEntry(start, found.info, data)
                 at, found, closed = found.end, following, False
             else:
                 zeros = self._end_of_zeros(start)
@@ -195,14 +195,14 @@ class Tar:
                     at = self._next_head(at + 1)
                     is_mark = is_mark and at == zeros
                 if not is_mark:
-                    yield Found(start, Lost(at, self._why(start, at) or "no sound header"))
+                    yield TarEntry(start, LostBytes(at, self._why(start, at) or "no sound header"))
                     told = at
                 else:
-                    yield Found(start, None)
+                    yield TarEntry(start, None)
                 found, closed = self._at(at), True
         why = next((why for place, why in self._breaks.items() if place > told), None)
         if why is not None or not closed:
-            yield Found(at, Lost(at, why or "ends without its end mark"))
+            yield TarEntry(at, LostBytes(at, why or "ends without its end mark"))
 
     def entry(self, first: int, offset: int) -> int | None:
         """Returns a position before `offset` by which a walk from the archive's beginning certainly comes.

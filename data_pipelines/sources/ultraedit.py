@@ -4,7 +4,7 @@ from typing import Any
 
 from data_pipelines.record import finite_scores
 from data_pipelines.sources.entries import Entry, make_entry
-from data_pipelines.sources.tables import Columns, table_source
+from data_pipelines.sources.tables import TableColumns, table_source
 
 _SCORES = ("clip_sim_source", "clip_sim_target", "clip_sim_dir", "clip_sim_image", "dinov2_sim", "ssim")
 _CAPTIONS = ("source_caption", "target_caption")
@@ -29,7 +29,7 @@ SOURCE = table_source(
     "ultraedit",
     _LICENSE,
     _convert,
-    Columns(
+    TableColumns(
         images=("source_image", "edited_image"),
         needed=("idx", "edit_prompt"),
         optional_images=("mask_image",),

@@ -1,4 +1,4 @@
-"""Where a published file, or a checkpoint of a trainer, holds the tensors of a part."""
+"""Finds the tensors of a part in a published file, or in a checkpoint of a trainer."""
 
 import re
 

@@ -14,6 +14,7 @@ import fsspec
 from etils import epath
 
 from varedit_jax.errors import UserError
+from varedit_jax.starting import needs
 
 PathLike = str | os.PathLike[str]
 
@@ -47,7 +48,7 @@ def resolve(path: PathLike) -> pathlib.Path:
         )
     extra, module = EXTRAS[name]
     if importlib.util.find_spec(module) is None:
-        raise UserError(f"{text} needs the package {module}; install it with pip install 'varedit-jax[{extra}]'")
+        raise UserError(needs(text, module, extra))
     bucket, _, key = text[scheme.end() :].partition("/")
     if not bucket:
         raise UserError(f"{text!r} names no bucket; give {name}://BUCKET/...")

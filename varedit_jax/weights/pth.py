@@ -85,7 +85,7 @@ Unknown = Placeholder | type[Placeholder]
 
 
 class Contents(NamedTuple):
-    """What a file holds, by names joined by dots. Numbers and other plain values are passed over."""
+    """The contents of a file, by names joined by dots. Numbers and other plain values are passed over."""
 
     tensors: dict[str, LazyTensor]
     texts: dict[str, str]  # strings, as a trainer's settings have them
@@ -246,7 +246,7 @@ def _root(archive: zipfile.ZipFile, path: pathlib.Path) -> str:
 
 
 def _fault(local: pathlib.Path, error: Exception) -> str:
-    """What is wrong with a file that cannot be read, in a few words."""
+    """Returns, in a few words, what is wrong with a file that cannot be read."""
     with local.open("rb") as file:
         head = file.read(len(_BEFORE_ZIP))
     if head == _BEFORE_ZIP:

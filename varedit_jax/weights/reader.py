@@ -233,7 +233,7 @@ def _open_safetensors(path: pathlib.Path, local: pathlib.Path) -> tuple[Contents
 
 
 def _cut_short(path: pathlib.Path) -> str:
-    """What a safetensors file lacks at its end, in a few words; "" if nothing, or its header cannot be read."""
+    """Returns, in a few words, what a safetensors file lacks at its end; "" if nothing, or without a sound header."""
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
