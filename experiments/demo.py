@@ -1,6 +1,6 @@
 """Trains an editor on this machine, scores it and draws its edits; then scores and draws the shipped one.
 
-    make demo         about five minutes on two cores
+    make demo         about seven minutes on two cores
     make demo-full    retrains the shipped tokenizer and editor: hours
 
 It runs the programs that a user would, each in its own process, and prints the commands. Images and scores go to
@@ -30,12 +30,12 @@ _DIRECTORY = command.DEFINE_path(
     "directory", "", "directory of the runs, images and scores; runs/demo or runs/demo-full by default", local=True
 )
 _CONFIG = "experiments/configs/shapes.py"
-# On two cores, compilation included; results/shapes.md has the whole, 4.8 minutes, and every phase prints its own.
+# On two cores, compilation included: shares of the whole, 7.0 minutes (results/shapes.md). Every phase prints its own.
 _MINUTES = {
-    "all": "about five minutes",
-    "begin": "about two minutes",
-    "resume": "about two minutes",
-    "judge": "about half a minute",
+    "all": "about seven minutes",
+    "begin": "about three and a half minutes",
+    "resume": "about three minutes",
+    "judge": "less than half a minute",
 }
 _STOP_AFTER = 1000  # steps after which the demo stops its training, to show that it resumes
 
