@@ -20,10 +20,14 @@ import jax
 from absl import flags
 
 from experiments import program
-from varedit_jax.analysis.ahead import Target, compile_step, find_batch
+from varedit_jax import command
+from varedit_jax.analysis import predict
+from varedit_jax.analysis.ahead import StepFigures, Target, compile_step, find_batch, read_step
 from varedit_jax.config import RunConfig
+from varedit_jax.errors import UserError
 from varedit_jax.parallel.mesh import parse_mesh
 from varedit_jax.parallel.processes import say
+from varedit_jax.storage import files, paths
 
 _CONFIG = program.ConfigFlag(RunConfig)
 _TOPOLOGY = flags.DEFINE_string(
@@ -33,6 +37,8 @@ _SLICES = flags.DEFINE_integer("slices", 1, "number of machines, joined by DCN a
 _FIELDS = program.FieldFlags(RunConfig, {"global_batch": "data.batch_size", "accumulation": "optimizer.accumulation"})
 _MESH = flags.DEFINE_string("mesh", "", "sizes of the mesh's axes, such as fsdp=-1,tensor=4; the config's by default")
 _FIND_BATCH = flags.DEFINE_bool("find_batch", False, "find the largest batch per chip that fits")
+_PROGRAM = command.DEFINE_path("program", "", "file that the compiled program's text is written to")
+_READ_PROGRAM = command.DEFINE_path("read_program", "", "file of --program to predict the step's time of, uncompiled")
 _HBM_GIB = flags.DEFINE_float("hbm_gib", 0.0, "memory per chip, instead of the actual one", lower_bound=0.0)
 
 
@@ -46,8 +52,24 @@ def main(argv: list[str]) -> None:
     if _MESH.value:
         config = dataclasses.replace(config, mesh=parse_mesh(_MESH.value))
     target = Target(topology=_TOPOLOGY.value, slices=_SLICES.value, hbm_gib=_HBM_GIB.value)
-    row = find_batch(config, target, say) if _FIND_BATCH.value else compile_step(config, target)
+    row = _row(config, target)
+    for line in predict.lines(row["predicted"]) if "predicted" in row else ():
+        say(line)
     print(json.dumps(row))
+
+
+def _row(config: RunConfig, target: Target) -> StepFigures:
+    """The line, of one compilation, of several, or of a program that was kept."""
+    if sum(map(bool, (_FIND_BATCH.value, _PROGRAM.value, _READ_PROGRAM.value))) > 1:
+        raise UserError("--find_batch, --program and --read_program each exclude the others; give one of them")
+    if _FIND_BATCH.value:
+        return find_batch(config, target, say)
+    if _READ_PROGRAM.value:
+        return read_step(config, target, paths.resolve(_READ_PROGRAM.value).read_text())
+    if _PROGRAM.value:
+        place = paths.resolve(_PROGRAM.value)
+        return compile_step(config, target, lambda text: files.write_text(place, text))
+    return compile_step(config, target)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ class Chip:
     cores: int = 1  # tensor cores, which JAX may show as separate devices
     devices: int = 1  # JAX devices per chip
     usable_bytes: int = 0  # of hbm_bytes, those a program gets; 0 if not known
+    clock: float = 0.0  # cycles/s of its cores; 0 if not known
+    links: int = 1  # to neighbors in its pod
 
     @property
     def device_hbm(self) -> int:
@@ -25,9 +27,11 @@ class Chip:
         return (self.usable_bytes or self.hbm_bytes) // self.devices
 
 
-def _tpu(name: str, tflops: float, gib: float, link: float, usable: float, **more: Any) -> Chip:
+def _tpu(name: str, tflops: float, gib: float, link: float, usable: float, ghz: float, links: int, **more: Any) -> Chip:
     return Chip(
         name=name,
+        clock=ghz * 1e9,
+        links=links,
         tflops=tflops,
         hbm_bytes=int(gib * GIB),
         link_bandwidth=link * 1e9,
@@ -44,13 +48,16 @@ def _gpu(name: str, tflops: float, gib: float, link: float) -> Chip:
 # Patterns of a whole `device_kind`. TPU kinds are those of libtpu's topologies; their usable memory is the limit that
 # libtpu 0.0.42 states when a program is too large. Other figures: Cloud TPU's documentation of each version, NVIDIA's
 # data sheets (half of the figures with sparsity). The link of v4 is six times 100 GB/s (arXiv 2304.01433), that of PCIe
-# cards is PCIe.
+# cards is PCIe. Clocks: v4's is published there (1050 MHz). Of the others none is; they follow from the peak, as that of
+# v4 does: peak = matrix units x 2 x side^2 x clock, with the units of a chip that the compiler's own estimate for a
+# product of 4096 x 4096 matrices leaves as the only possibility (252 216 operations a cycle of v5p: eight of 128; 126 898
+# of v5e: four of 128; 455 675 of v6e: four of 256, although two are documented; 434 504 of a device of TPU7x: four).
 CHIPS: dict[str, Chip] = {
-    r"TPU v4": _tpu("TPU v4", 275, 32, 600, 30.5, cores=2),
-    r"TPU v5 ?(lite|e)": _tpu("TPU v5e", 197, 16, 400, 15.75),
-    r"TPU v5p?": _tpu("TPU v5p", 459, 95, 1200, 95.74, cores=2),
-    r"TPU v6 ?(lite|e)": _tpu("TPU v6e", 918, 32, 800, 31.25),
-    r"TPU ?(v7x?|7x)": _tpu("TPU7x", 2307, 192, 1200, 189.5, cores=2, devices=2),
+    r"TPU v4": _tpu("TPU v4", 275, 32, 600, 30.5, 1.05, 6, cores=2),
+    r"TPU v5 ?(lite|e)": _tpu("TPU v5e", 197, 16, 400, 15.75, 1.5, 4),
+    r"TPU v5p?": _tpu("TPU v5p", 459, 95, 1200, 95.74, 1.75, 6, cores=2),
+    r"TPU v6 ?(lite|e)": _tpu("TPU v6e", 918, 32, 800, 31.25, 1.75, 4),
+    r"TPU ?(v7x?|7x)": _tpu("TPU7x", 2307, 192, 1200, 189.5, 2.2, 6, cores=2, devices=2),
     r"NVIDIA A100.*40GB.*": _gpu("A100 40 GB", 312, 40, 600),
     r"NVIDIA A100.*80GB.*": _gpu("A100 80 GB", 312, 80, 600),
     r"NVIDIA H100 PCIe": _gpu("H100 PCIe", 756, 80, 128),

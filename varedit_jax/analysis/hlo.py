@@ -50,6 +50,11 @@ class Instruction:
         """Its origin in the Python program, as JAX names it."""
         return self.attribute(r'op_name="([^"]*)"')
 
+    @property
+    def cycles(self) -> int:
+        """Cycles of a run, as the TPU's compiler estimates them; 0 where it does not."""
+        return int(self.attribute(r'"estimated_cycles":"(\d+)"') or 0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Module:
@@ -68,12 +73,27 @@ class Module:
         def visit(name: str, count: int) -> None:
             times[name] += count
             for instruction in self.computations[name].values():
-                again = (self._trips(instruction) or 1) if instruction.opcode == "while" else 1
                 for body in _called(instruction):
-                    visit(body, count * again)
+                    visit(body, count * self.rounds(instruction))
 
         visit(self.entry, 1)
         return dict(times)
+
+    def rounds(self, instruction: Instruction) -> int:
+        """Runs of what an instruction calls, per run of its own: of a loop its length, 1 if that is unknown."""
+        return (self._trips(instruction) or 1) if instruction.opcode == "while" else 1
+
+    def scheduled(self, instruction: Instruction) -> list[str]:
+        """Computations that an instruction runs one instruction after the other: of loops, calls and branches."""
+        return _called(instruction) if instruction.opcode in ("while", "call", "conditional") else []
+
+    def inside(self, instruction: Instruction) -> Iterator[tuple[Instruction, str]]:
+        """The instructions of a fusion or of an asynchronous call, those of nested ones too; their computations."""
+        if instruction.opcode in ("fusion", "async-start"):
+            for body in _called(instruction):
+                for inner in self.computations[body].values():
+                    yield inner, body
+                    yield from self.inside(inner)
 
     def instructions(self) -> Iterator[tuple[Instruction, str, int]]:
         """Every instruction that runs, its computation, and the number of its runs."""
