@@ -8,6 +8,11 @@ on any CPU with libtpu (pip install 'varedit-jax[tpu]'); 8B takes some minutes. 
 chip that fits, and prints each attempt to standard error. Memory, collectives and `compiled_tflop_per_device` are per
 device and step, other TFLOP of all devices. `fits` compares `needed_gib` with `hbm_gib`; a program that does not fit
 gives a line, too.
+
+`predicted` is the step's time by varedit_jax/analysis/predict.py, which standard error has in words; `collectives`
+there are per chip, too. --program keeps the program's text, and --read_program predicts from such a file in seconds,
+given the same flags otherwise. --max_moves and --max_exposed_gathers are bounds: a program beyond one still gives its
+line, then a sentence and exit code 1.
 """
 
 import dataclasses
@@ -40,6 +45,12 @@ _FIND_BATCH = flags.DEFINE_bool("find_batch", False, "find the largest batch per
 _PROGRAM = command.DEFINE_path("program", "", "file that the compiled program's text is written to")
 _READ_PROGRAM = command.DEFINE_path("read_program", "", "file of --program to predict the step's time of, uncompiled")
 _HBM_GIB = flags.DEFINE_float("hbm_gib", 0.0, "memory per chip, instead of the actual one", lower_bound=0.0)
+_MAX_MOVES = flags.DEFINE_float(
+    "max_moves", None, "largest share of the predicted step that moves may take, such as 0.08", lower_bound=0.0
+)
+_MAX_EXPOSED_GATHERS = flags.DEFINE_float(
+    "max_exposed_gathers", None, "largest share of gathered bytes that may not move under compute", lower_bound=0.0
+)
 
 
 def main(argv: list[str]) -> None:
@@ -56,6 +67,8 @@ def main(argv: list[str]) -> None:
     for line in predict.lines(row["predicted"]) if "predicted" in row else ():
         say(line)
     print(json.dumps(row))
+    if "predicted" in row:
+        predict.check(row["predicted"], _MAX_MOVES.value, _MAX_EXPOSED_GATHERS.value)
 
 
 def _row(config: RunConfig, target: Target) -> StepFigures:

@@ -87,9 +87,22 @@ class Module:
         """Computations that an instruction runs one instruction after the other: of loops, calls and branches."""
         return _called(instruction) if instruction.opcode in ("while", "call", "conditional") else []
 
+    def schedules(self) -> dict[str, int]:
+        """Runs per run of the program of the computations whose instructions run one after the other."""
+        times: collections.Counter[str] = collections.Counter()
+
+        def visit(name: str, count: int) -> None:
+            times[name] += count
+            for instruction in self.computations[name].values():
+                for body in self.scheduled(instruction):
+                    visit(body, count * self.rounds(instruction))
+
+        visit(self.entry, 1)
+        return dict(times)
+
     def inside(self, instruction: Instruction) -> Iterator[tuple[Instruction, str]]:
         """The instructions of a fusion or of an asynchronous call, those of nested ones too; their computations."""
-        if instruction.opcode in ("fusion", "async-start"):
+        if instruction.opcode in ("fusion", "async-start", "call-start"):
             for body in _called(instruction):
                 for inner in self.computations[body].values():
                     yield inner, body
@@ -175,7 +188,7 @@ def arrays(text: str) -> tuple[Array, ...]:
 
 def _called(instruction: Instruction) -> list[str]:
     """Computations that an instruction runs, without those of reductions and conditions of loops."""
-    if instruction.opcode not in ("while", "fusion", "call", "conditional", "async-start", "custom-call"):
+    if instruction.opcode not in ("while", "fusion", "call", "conditional", "async-start", "call-start", "custom-call"):
         return []
     return [name for group in _BODIES.findall(instruction.text) for name in re.findall(r"%([\w.\-]+)", group)]
 
