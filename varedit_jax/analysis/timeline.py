@@ -179,11 +179,24 @@ class _Walk:
 
 def _advance(seconds: float, flight: _Flight, driven: Mapping[str, float], links: float) -> None:
     """Lets transfers go on for some time, in the order in which they began, in parallel where free links allow it."""
-    for transfer in (entry for transfers in flight.values() for entry in transfers):
-        gained = driven.get(transfer.driver, 0.0) if transfer.driver else seconds
-        if gained and transfer.left and transfer.links <= links:
-            links -= transfer.links
-            transfer.left = max(0.0, transfer.left - gained)
+    room = dict(driven)  # seconds in which a channel is driven
+    while seconds > 0:
+        active: list[_Transfer] = []
+        free = links
+        for transfer in (entry for transfers in flight.values() for entry in transfers):
+            moves = transfer.left > 0 and (not transfer.driver or room.get(transfer.driver, 0.0) > 0)
+            if moves and transfer.links <= free:
+                free -= transfer.links
+                active.append(transfer)
+        if not active:
+            return
+        drivers = {transfer.driver for transfer in active if transfer.driver}
+        passed = min(seconds, *(transfer.left for transfer in active), *(room[driver] for driver in drivers))
+        for transfer in active:
+            transfer.left -= passed
+        for driver in drivers:
+            room[driver] -= passed
+        seconds -= passed
 
 
 def _until_use(entry: Instruction, later: Iterable[Instruction], costs: Iterable[float]) -> float:
