@@ -51,8 +51,8 @@ def _gpu(name: str, tflops: float, gib: float, link: float) -> Chip:
 # cards is PCIe. Clocks of v4 and v5e are published (there, and 1.5 GHz in "How to Scale Your Model"); others follow
 # from the peak as theirs do: peak = matrix units x 2 x side^2 x clock. How many units are meant, the compiler tells,
 # which estimates for a product of two 4096 x 4096 matrices 252 216 operations a cycle on v5p (eight of side 128),
-# 126 898 on v5e (four of 128), 455 675 on v6e (four of 256, although two are documented) and 434 504 on a device of TPU7x
-# (the same).
+# 126 898 on v5e (four of 128), 455 675 on v6e (four of 256, although two are documented) and 434 504 on a device of
+# TPU7x (four of 256).
 CHIPS: dict[str, Chip] = {
     r"TPU v4": _tpu("TPU v4", 275, 32, 600, 30.5, 1.05, 6, cores=2),
     r"TPU v5 ?(lite|e)": _tpu("TPU v5e", 197, 16, 400, 15.75, 1.5, 4),

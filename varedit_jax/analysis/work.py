@@ -54,7 +54,7 @@ class Kernel:
         for mask in masks:
             more_q, more_k = self.queries - mask.shape[0], self.keys - mask.shape[1]
             if 0 <= more_q < self.q_block and 0 <= more_k < self.k_block:
-                padded = np.pad(np.pad(mask, ((0, more_q), (0, 0)), mode="edge"), ((0, 0), (0, more_k)))
+                padded = np.pad(mask, ((0, more_q), (0, more_k)))
                 rows, columns = padded.shape // blocks
                 return int(padded.reshape(rows, self.q_block, columns, self.k_block).any(axis=(1, 3)).sum())
         return self.tiles
@@ -186,4 +186,4 @@ def place_of(op_name: str) -> str:
             parts.append(part)
     methods = [index for index, part in enumerate(parts) if "." in part]  # of Flax modules: the innermost says enough
     parts = [part for index, part in enumerate(parts) if index not in methods[:-1]]
-    return f"{when} {'/'.join(parts if len(parts) <= 4 else [*parts[:3], '..', parts[-1]])}"
+    return f"{when} {'/'.join(parts if len(parts) <= 5 else [*parts[:3], '..', parts[-1]])}"

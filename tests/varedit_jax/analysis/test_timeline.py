@@ -102,6 +102,9 @@ def test_transfers_share_the_links(mesh):
     start = next(index for index, line in enumerate(lines) if "call-start" in line)
     both = "\n".join([*lines[: start + 1], second, *lines[start + 1 : -1], done, "}"])
     assert walk(both, mesh).exposed == 0
+    assert walk(both.replace('"1500"', '"500"'), mesh).exposed == pytest.approx(
+        850 * NS
+    )  # the second goes on meanwhile
     # On twice the colors each, 1000 ns, one after the other; 2150 ns of compute cover both, 1150 ns do not.
     rings = both.replace('"color_strategies":[', '"color_strategies":[{"phase_rings":[]},{"phase_rings":[]},')
     assert walk(rings, mesh).exposed == pytest.approx(0, abs=1e-12)
