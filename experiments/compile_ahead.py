@@ -45,6 +45,9 @@ _FIND_BATCH = flags.DEFINE_bool("find_batch", False, "find the largest batch per
 _PROGRAM = command.DEFINE_path("program", "", "file that the compiled program's text is written to")
 _READ_PROGRAM = command.DEFINE_path("read_program", "", "file of --program to predict the step's time of, uncompiled")
 _HBM_GIB = flags.DEFINE_float("hbm_gib", 0.0, "memory per chip, instead of the actual one", lower_bound=0.0)
+_STAND_IN_FOR = flags.DEFINE_string(
+    "stand_in_for", "", "GPU that the step's time is predicted for, by formula, such as 'NVIDIA H100 80GB HBM3'"
+)
 _MAX_MOVES = flags.DEFINE_float(
     "max_moves", None, "largest share of the predicted step that moves may take, such as 0.08", lower_bound=0.0
 )
@@ -62,7 +65,9 @@ def main(argv: list[str]) -> None:
         config = dataclasses.replace(config, data=data)
     if _MESH.value:
         config = dataclasses.replace(config, mesh=parse_mesh(_MESH.value))
-    target = Target(topology=_TOPOLOGY.value, slices=_SLICES.value, hbm_gib=_HBM_GIB.value)
+    target = Target(
+        topology=_TOPOLOGY.value, slices=_SLICES.value, hbm_gib=_HBM_GIB.value, stand_in_for=_STAND_IN_FOR.value
+    )
     row = _row(config, target)
     for line in predict.lines(row["predicted"]) if "predicted" in row else ():
         say(line)
@@ -78,11 +83,22 @@ def _row(config: RunConfig, target: Target) -> StepFigures:
     if _FIND_BATCH.value:
         return find_batch(config, target, say)
     if _READ_PROGRAM.value:
-        return read_step(config, target, paths.resolve(_READ_PROGRAM.value).read_text())
+        return read_step(config, target, _read_program(_READ_PROGRAM.value))
     if _PROGRAM.value:
         place = paths.resolve(_PROGRAM.value)
         return compile_step(config, target, lambda text: files.write_text(place, text))
     return compile_step(config, target)
+
+
+def _read_program(text: str) -> str:
+    """The program of a file. Raises UserError if it has none."""
+    place = paths.resolve(text)
+    if not place.is_file():
+        raise UserError(f"--read_program={text} is no file; --program={text} writes it")
+    program_text = place.read_text()
+    if not program_text.startswith("HloModule") or "\nENTRY " not in program_text:
+        raise UserError(f"--read_program={text} is no text of a compiled program; give a file that --program wrote")
+    return program_text
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ the compiler's own estimate is off, no program says.
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,47 +71,69 @@ def predict(
     peak = chip.tflops / chip.devices * mesh.size
     runs: dict[str, Timeline] = {}
     for case in ("worst", "best", "expected"):  # the last one is described
-        assumed = {name: getattr(assumption, case) for name, assumption in ASSUMPTIONS.items()}
+        assumed = in_case(ASSUMPTIONS, case)
         efficiency = {"forward": assumed["splash_forward"], "backward": assumed["splash_backward"]}
         found = work.pieces(module, chip, masks, efficiency)
         model = links.of_chip(chip, assumed["link_share"], assumed["ring_directions"])
         runs[case] = timeline.walk(module, mesh, model, {key: piece.each for key, piece in found.items()})
     step = runs["expected"].seconds
-    kinds = _sums(found.values(), "kind") | {"exposed collectives": runs["expected"].exposed}
+    kinds = sums(found.values(), "kind") | {"exposed collectives": runs["expected"].exposed}
     moves = [piece for piece in found.values() if piece.kind == MOVE]
     traffic = runs["expected"].traffic
     return {
         "method": "estimated cycles of the compiler; kernels and links by formula",
-        "seconds": _rounded(step),
-        "seconds_range": [_rounded(runs[case].seconds) for case in ("best", "worst")],
-        "mfu_with_encoders": _rounded(model_tflop / peak / step),
-        "mfu_with_encoders_range": [_rounded(model_tflop / peak / runs[case].seconds) for case in ("worst", "best")],
-        "mfu": _rounded(transformer_tflop / peak / step),
-        "seconds_by_kind": {name: _rounded(seconds) for name, seconds in kinds.items()},
-        "moves_share": _rounded(kinds.get(MOVE, 0.0) / step),
-        "moves_by_operation": {name: _rounded(seconds) for name, seconds in _sums(moves, "operation").items()},
+        **step_figures({case: run.seconds for case, run in runs.items()}, model_tflop, transformer_tflop, peak),
+        "seconds_by_kind": {name: rounded(seconds) for name, seconds in kinds.items()},
+        "moves_share": rounded(kinds.get(MOVE, 0.0) / step),
+        "moves_by_operation": {name: rounded(seconds) for name, seconds in sums(moves, "operation").items()},
         "worst_moves": _worst(moves),
         "collectives": {kind: _traffic(entry) for kind, entry in traffic.items()},
         "exposed_gathers_share": _exposed_share(traffic.get(GATHERS)),
         "exposed_scatters_share": _exposed_share(traffic.get(SCATTERS)),
         "kernels": _kernels(found.values(), masks),
         "assumptions": {
-            "clock_ghz": _rounded(chip.clock / 1e9),
-            "link_gb_per_second": _rounded(links.nominal(chip) / 1e9),
+            "clock_ghz": rounded(chip.clock / 1e9),
+            "link_gb_per_second": rounded(links.nominal(chip) / 1e9),
             "links": chip.links,
-            **{
-                name: {**{case: getattr(entry, case) for case in CASES}, "means": entry.means}
-                for name, entry in ASSUMPTIONS.items()
-            },
+            **described(ASSUMPTIONS),
         },
+    }
+
+
+def described(assumptions: Mapping[str, Assumption]) -> dict[str, Any]:
+    """Assumptions, ready for JSON."""
+    return {
+        name: {**{case: getattr(entry, case) for case in CASES}, "means": entry.means}
+        for name, entry in assumptions.items()
+    }
+
+
+def in_case(assumptions: Mapping[str, Assumption], case: str) -> dict[str, float]:
+    """Their numbers in one of CASES."""
+    return {name: getattr(entry, case) for name, entry in assumptions.items()}
+
+
+def step_figures(seconds: Mapping[str, float], model_tflop: float, transformer_tflop: float, peak: float) -> Prediction:
+    """The step's time and MFU; `seconds` by case, `peak` of all devices in 1e12 operations/s."""
+    step = seconds["expected"]
+    return {
+        "seconds": rounded(step),
+        "seconds_range": [rounded(seconds[case]) for case in ("best", "worst")],
+        "mfu_with_encoders": rounded(model_tflop / peak / step),
+        "mfu_with_encoders_range": [rounded(model_tflop / peak / seconds[case]) for case in ("worst", "best")],
+        "mfu": rounded(transformer_tflop / peak / step),
     }
 
 
 def check(predicted: Prediction, max_moves: float | None, max_exposed_gathers: float | None) -> None:
     """Raises UserError if moves take a larger share of the step, or more of the gathered bytes are exposed, than asked.
 
-    Both bounds are shares, 0 to 1; None: any.
+    Both bounds are shares, 0 to 1; None: any. A prediction for a GPU has no moves and collectives of its own to ask.
     """
+    if max_moves is None and max_exposed_gathers is None:
+        return
+    if "collectives" not in predicted:
+        raise UserError("--max_moves and --max_exposed_gathers ask a TPU's program; leave them out with --stand_in_for")
     share = predicted["moves_share"]
     if max_moves is not None and share > max_moves:
         first = predicted["worst_moves"][0]
@@ -128,7 +150,7 @@ def check(predicted: Prediction, max_moves: float | None, max_exposed_gathers: f
         )
 
 
-def _sums(found: Iterable[Piece], name: str) -> dict[str, float]:
+def sums(found: Iterable[Piece], name: str) -> dict[str, float]:
     """Seconds by an attribute of the pieces, largest first."""
     totals: dict[str, float] = collections.defaultdict(float)
     for piece in found:
@@ -139,17 +161,17 @@ def _sums(found: Iterable[Piece], name: str) -> dict[str, float]:
 def _traffic(entry: Traffic) -> dict[str, float]:
     return {
         "count": entry.count,
-        "gib": _rounded(entry.bytes / hardware.GIB),
-        "seconds": _rounded(entry.seconds),
-        "exposed_seconds": _rounded(entry.exposed),
+        "gib": rounded(entry.bytes / hardware.GIB),
+        "seconds": rounded(entry.seconds),
+        "exposed_seconds": rounded(entry.exposed),
         "exposed_share": _exposed_share(entry),
-        "compute_before_use_seconds": _rounded(entry.before_use),
+        "compute_before_use_seconds": rounded(entry.before_use),
     }
 
 
 def _exposed_share(entry: Traffic | None) -> float:
     """The share of the bytes that do not move under compute."""
-    return _rounded(entry.exposed_bytes / entry.bytes) if entry and entry.bytes else 0.0
+    return rounded(entry.exposed_bytes / entry.bytes) if entry and entry.bytes else 0.0
 
 
 def _worst(moves: Iterable[Piece]) -> list[dict[str, Any]]:
@@ -161,7 +183,7 @@ def _worst(moves: Iterable[Piece]) -> list[dict[str, Any]]:
         groups[work.place_of(piece.instruction.op_name), piece.operation, shape].append(piece)
     rows: list[dict[str, Any]] = [
         {
-            "seconds": _rounded(sum(piece.seconds for piece in group)),
+            "seconds": rounded(sum(piece.seconds for piece in group)),
             "times": sum(piece.times for piece in group),
             "operation": operation,
             "shape": shape,
@@ -187,15 +209,15 @@ def _kernels(found: Iterable[Piece], masks: Sequence[np.ndarray]) -> list[dict[s
             "computed_tiles": kernel.computed(masks),
             "tiles": kernel.tiles,
             "times": sum(piece.times for piece in group),
-            "tflop": _rounded(sum(piece.times for piece in group) * kernel.flops(masks) / 1e12),
-            "seconds": _rounded(sum(piece.seconds for piece in group)),
+            "tflop": rounded(sum(piece.times for piece in group) * kernel.flops(masks) / 1e12),
+            "seconds": rounded(sum(piece.seconds for piece in group)),
         }
         for kernel, group in groups.items()
     ]
     return sorted(rows, key=lambda row: -row["seconds"])
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
     """To four digits."""
     return float(f"{value:.4g}")
 
@@ -208,8 +230,23 @@ def lines(predicted: Prediction) -> list[str]:
     rows = [
         f"predicted step: {step:.4g} s ({low:.4g} .. {high:.4g}); MFU with encoders "
         f"{100 * predicted['mfu_with_encoders']:.1f} % ({worst:.1f} .. {best:.1f}), MFU {100 * predicted['mfu']:.1f} %",
+        predicted["method"],
         *_listed("by kind", predicted["seconds_by_kind"], step),
-        *_listed("moves by operation", predicted["moves_by_operation"], step),
+    ]
+    if "collectives" in predicted:
+        rows += _details(predicted)
+    rows.append("assumed (best, expected, worst):")
+    for name, value in predicted["assumptions"].items():
+        if isinstance(value, dict):
+            value = f"{value['best']:g}, {value['expected']:g}, {value['worst']:g}: {value['means']}"
+        rows.append(f"  {name} {value}")
+    return rows
+
+
+def _details(predicted: Prediction) -> list[str]:
+    """What is known of a program for the machine itself."""
+    rows = [
+        *_listed("moves by operation", predicted["moves_by_operation"], predicted["seconds"]),
         "collectives: seconds of the links, of these exposed (share of the bytes), compute between them and first uses",
     ]
     rows += [
@@ -229,11 +266,6 @@ def lines(predicted: Prediction) -> list[str]:
         f"  {row['seconds']:8.4f} s {row['times']:6d} x {row['operation']} {row['shape']} in {row['place']}"
         for row in predicted["worst_moves"]
     ]
-    rows.append("assumed (best, expected, worst):")
-    for name, value in predicted["assumptions"].items():
-        if isinstance(value, dict):
-            value = f"{value['best']:g}, {value['expected']:g}, {value['worst']:g}: {value['means']}"
-        rows.append(f"  {name} {value}")
     return rows
 
 

@@ -16,7 +16,15 @@ pytestmark = pytest.mark.tpu
 
 DATA = pathlib.Path(__file__).parents[2] / "data" / "hlo"
 # 1 cycle is 1 ns; a link's nominal speed is such that a gather of overlap.txt takes 900 ns on all four of them.
-CHIP = hardware.Chip(name="test", tflops=100, hbm_bytes=1, link_bandwidth=2 * 0.75 * 2**20 / 900e-9, clock=1e9, links=4)
+CHIP = hardware.Chip(
+    name="test",
+    tflops=100,
+    hbm_bytes=1,
+    hbm_bandwidth=1e9,
+    link_bandwidth=2 * 0.75 * 2**20 / 900e-9,
+    clock=1e9,
+    links=4,
+)
 
 
 @pytest.fixture(scope="module")

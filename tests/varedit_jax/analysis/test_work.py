@@ -16,7 +16,7 @@ from varedit_jax.transformer.kernels.splash import block_size
 
 DATA = pathlib.Path(__file__).parents[2] / "data" / "hlo"
 MODULE = hlo.parse((DATA / "work.txt").read_text())
-CHIP = hardware.Chip(name="test", tflops=100, hbm_bytes=1, link_bandwidth=1, clock=1e9, devices=2)
+CHIP = hardware.Chip(name="test", tflops=100, hbm_bytes=1, hbm_bandwidth=1e9, link_bandwidth=1, clock=1e9, devices=2)
 BODY = MODULE.computations["body.1"]
 
 # Queries 1000 of 1024, keys 1300 of 1536: with tiles of 512 x 512 the mask shows three of two rows of three.
