@@ -49,6 +49,13 @@ ASSUMPTIONS = {
     ),
 }
 
+NOT_COUNTED = (
+    "latency of collectives",
+    "DCN between slices",
+    "copies between HBM and VMEM behind compute, which the compiler does not estimate",
+    "input, checkpoints and the host",
+)
+
 
 def predict(
     module: Module,
@@ -97,6 +104,7 @@ def predict(
             "links": chip.links,
             **described(ASSUMPTIONS),
         },
+        "not_counted": list(NOT_COUNTED),
     }
 
 
@@ -240,7 +248,7 @@ def lines(predicted: Prediction) -> list[str]:
         if isinstance(value, dict):
             value = f"{value['best']:g}, {value['expected']:g}, {value['worst']:g}: {value['means']}"
         rows.append(f"  {name} {value}")
-    return rows
+    return [*rows, f"not counted: {'; '.join(predicted['not_counted'])}"]
 
 
 def _details(predicted: Prediction) -> list[str]:

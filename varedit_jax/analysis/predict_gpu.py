@@ -80,4 +80,5 @@ def predict(
             "sent_gib_by_each": rounded(sent / hardware.GIB),
             **described(ASSUMPTIONS),
         },
+        "not_counted": ["whatever a GPU's compiler does differently", "input, checkpoints and the host"],
     }
