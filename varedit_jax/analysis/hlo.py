@@ -198,17 +198,18 @@ def matmul_flops(module: Module) -> int:
 
     Taps of windows on padding or on dilation zeros do not count; custom calls (kernels) are not counted.
     """
-    total = 0
-    for instruction, name, count in module.instructions():
-        if instruction.opcode == "dot":
-            left = module.computations[name][instruction.operands[0]].results[0].shape
-            axes = instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}")
-            inner = math.prod(left[int(axis)] for axis in axes.split(",") if axis)
-            total += count * 2 * instruction.results[0].size * inner
-        elif instruction.opcode == "convolution":
-            left, right = (module.computations[name][operand].results[0].shape for operand in instruction.operands)
-            total += count * _convolution(instruction, left, right)
-    return total
+    return sum(count * flops(module, instruction, name) for instruction, name, count in module.instructions())
+
+
+def flops(module: Module, instruction: Instruction, name: str) -> int:
+    """Operations of one run of a matmul or convolution of the computation `name`; 0 for all else."""
+    if instruction.opcode not in ("dot", "convolution"):
+        return 0
+    left, right = (module.computations[name][operand].results[0].shape for operand in instruction.operands)
+    if instruction.opcode == "convolution":
+        return _convolution(instruction, left, right)
+    axes = instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}")
+    return 2 * instruction.results[0].size * math.prod(left[int(axis)] for axis in axes.split(",") if axis)
 
 
 def _convolution(instruction: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> int:

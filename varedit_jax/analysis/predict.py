@@ -7,6 +7,7 @@ the compiler's own estimate is off, no program says.
 
 import collections
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,12 +18,12 @@ from varedit_jax import hardware
 from varedit_jax.analysis import links, timeline, work
 from varedit_jax.analysis.hlo import Module
 from varedit_jax.analysis.timeline import GATHERS, SCATTERS, Timeline, Traffic
-from varedit_jax.analysis.work import MOVE, Piece
+from varedit_jax.analysis.work import MATMUL, MOVE, Piece
 from varedit_jax.errors import UserError
 
 Prediction = dict[str, Any]  # ready for JSON
 
-WORST = 10  # moves that are listed
+WORST = 10  # moves, and matmuls, that are listed
 CASES = ("best", "expected", "worst")
 
 
@@ -85,7 +86,8 @@ def predict(
         runs[case] = timeline.walk(module, mesh, model, {key: piece.each for key, piece in found.items()})
     step = runs["expected"].seconds
     kinds = sums(found.values(), "kind") | {"exposed collectives": runs["expected"].exposed}
-    moves = [piece for piece in found.values() if piece.kind == MOVE]
+    moves, matmuls = ([piece for piece in found.values() if piece.kind == kind] for kind in (MOVE, MATMUL))
+    speed = chip.tflops * 1e12 / chip.devices
     traffic = runs["expected"].traffic
     return {
         "method": "estimated cycles of the compiler; kernels and links by formula",
@@ -94,6 +96,8 @@ def predict(
         "moves_share": rounded(kinds.get(MOVE, 0.0) / step),
         "moves_by_operation": {name: rounded(seconds) for name, seconds in sums(moves, "operation").items()},
         "worst_moves": _worst(moves),
+        "matmul_share_of_peak": rounded(sum(x.flops * x.times for x in matmuls) / speed / kinds.get(MATMUL, math.inf)),
+        "worst_matmuls": _worst(matmuls, speed),
         "collectives": {kind: _traffic(entry) for kind, entry in traffic.items()},
         "exposed_gathers_share": _exposed_share(traffic.get(GATHERS)),
         "exposed_scatters_share": _exposed_share(traffic.get(SCATTERS)),
@@ -182,16 +186,17 @@ def _exposed_share(entry: Traffic | None) -> float:
     return rounded(entry.exposed_bytes / entry.bytes) if entry and entry.bytes else 0.0
 
 
-def _worst(moves: Iterable[Piece]) -> list[dict[str, Any]]:
-    """The moves that cost most; those of one place, operation and shape together."""
+def _worst(found: Iterable[Piece], speed: float = math.inf) -> list[dict[str, Any]]:
+    """What costs most beyond its operations at `speed`, operations/s; of one place, operation and shape together."""
     groups: dict[tuple[str, str, str], list[Piece]] = collections.defaultdict(list)
-    for piece in moves:
+    for piece in found:
         largest = max(piece.instruction.results, key=lambda array: array.bytes)
         shape = f"{largest.dtype}{list(largest.shape)}".replace(" ", "")
         groups[work.place_of(piece.instruction.op_name), piece.operation, shape].append(piece)
     rows: list[dict[str, Any]] = [
         {
             "seconds": rounded(sum(piece.seconds for piece in group)),
+            "seconds_at_peak": rounded(sum(piece.flops * piece.times for piece in group) / speed),
             "times": sum(piece.times for piece in group),
             "operation": operation,
             "shape": shape,
@@ -200,7 +205,7 @@ def _worst(moves: Iterable[Piece]) -> list[dict[str, Any]]:
         }
         for (place, operation, shape), group in groups.items()
     ]
-    return sorted(rows, key=lambda row: -row["seconds"])[:WORST]
+    return sorted(rows, key=lambda row: row["seconds_at_peak"] - row["seconds"])[:WORST]
 
 
 def _kernels(found: Iterable[Piece], masks: Sequence[np.ndarray]) -> list[dict[str, Any]]:
@@ -270,11 +275,17 @@ def _details(predicted: Prediction) -> list[str]:
         for row in predicted["kernels"]
     ]
     rows.append(f"the {WORST} worst moves:")
+    rows += [f"  {row['seconds']:8.4f} s {_what(row)}" for row in predicted["worst_moves"]]
+    rows.append(f"matmuls at {100 * predicted['matmul_share_of_peak']:.1f} % of peak; the {WORST} that lose most:")
     rows += [
-        f"  {row['seconds']:8.4f} s {row['times']:6d} x {row['operation']} {row['shape']} in {row['place']}"
-        for row in predicted["worst_moves"]
+        f"  {row['seconds']:8.4f} s, at peak {row['seconds_at_peak']:8.4f} s {_what(row)}"
+        for row in predicted["worst_matmuls"]
     ]
     return rows
+
+
+def _what(row: dict[str, Any]) -> str:
+    return f"{row['times']:6d} x {row['operation']} {row['shape']} in {row['place']}"
 
 
 def _listed(title: str, seconds: dict[str, float], step: float) -> list[str]:

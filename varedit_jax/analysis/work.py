@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from varedit_jax import hardware
+from varedit_jax.analysis import hlo
 from varedit_jax.analysis.hlo import Instruction, Module, arrays
 
 MATMUL, MOVE, ELEMENTWISE, KERNEL = "matmul", "move", "elementwise", "kernel"
@@ -114,6 +115,7 @@ class Piece:
     kind: str
     each: float  # seconds of one run
     times: int  # per step
+    flops: int = 0  # of the matmuls of one run
     kernel: Kernel | None = None
 
     @property
@@ -145,10 +147,12 @@ def pieces(
             if kernel:
                 share = efficiency["forward" if kernel.name == "fwd" else "backward"]
                 each = kernel.flops(masks) / (share * chip.tflops * 1e12 / chip.devices)
-                found[name, instruction.name] = Piece(instruction, KERNEL, each, times, kernel)
+                found[name, instruction.name] = Piece(instruction, KERNEL, each, times, kernel.flops(masks), kernel)
             elif instruction.cycles:
                 kind = kind_of(module, instruction)
-                found[name, instruction.name] = Piece(instruction, kind, instruction.cycles / chip.clock, times)
+                inner = [(instruction, name), *module.inside(instruction)]
+                flops = sum(hlo.flops(module, entry, body) for entry, body in inner)
+                found[name, instruction.name] = Piece(instruction, kind, instruction.cycles / chip.clock, times, flops)
     return found
 
 

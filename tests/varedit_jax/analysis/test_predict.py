@@ -76,6 +76,7 @@ def test_moves_by_place(work):
     first, second, *_ = work["worst_moves"]
     assert first == {
         "seconds": 1.65e-06,
+        "seconds_at_peak": 0.0,
         "times": 6,
         "operation": "copy",
         "shape": "bf16[512,512]",
@@ -87,6 +88,14 @@ def test_moves_by_place(work):
         "forward Transformer._blocks/blocks/mlp/_pad/pad",
     )
     assert work["moves_by_operation"] == {"copy": 1.65e-06, "padded_slice_fusion": 6e-07, "save_fusion": 3e-07}
+
+
+def test_matmuls(work):
+    """How far the compiler thinks they are from peak."""
+    at_peak = 3 * 2 * 512**3 / 100e12
+    assert work["matmul_share_of_peak"] == pytest.approx(at_peak / 3000e-9, rel=1e-3)
+    (row,) = work["worst_matmuls"]
+    assert row["seconds_at_peak"] == pytest.approx(at_peak, rel=1e-3) and row["instruction"] == "matmul.1"
 
 
 def test_collectives(overlap):
