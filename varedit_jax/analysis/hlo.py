@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16, "s32": 32}
 _BITS |= {"u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "f8e4m3fn": 8, "f8e5m2": 8}
@@ -68,12 +68,19 @@ class Module:
 
         A loop of unknown length counts once (`loops_counted_once`).
         """
+        return self._runs(_called)
+
+    def schedules(self) -> dict[str, int]:
+        """The same of the computations alone whose instructions run one after the other: not those of fusions."""
+        return self._runs(self.scheduled)
+
+    def _runs(self, called: Callable[[Instruction], list[str]]) -> dict[str, int]:
         times: collections.Counter[str] = collections.Counter()
 
         def visit(name: str, count: int) -> None:
             times[name] += count
             for instruction in self.computations[name].values():
-                for body in _called(instruction):
+                for body in called(instruction):
                     visit(body, count * self.rounds(instruction))
 
         visit(self.entry, 1)
@@ -86,19 +93,6 @@ class Module:
     def scheduled(self, instruction: Instruction) -> list[str]:
         """Computations that an instruction runs one instruction after the other: of loops, calls and branches."""
         return _called(instruction) if instruction.opcode in ("while", "call", "conditional") else []
-
-    def schedules(self) -> dict[str, int]:
-        """Runs per run of the program of the computations whose instructions run one after the other."""
-        times: collections.Counter[str] = collections.Counter()
-
-        def visit(name: str, count: int) -> None:
-            times[name] += count
-            for instruction in self.computations[name].values():
-                for body in self.scheduled(instruction):
-                    visit(body, count * self.rounds(instruction))
-
-        visit(self.entry, 1)
-        return dict(times)
 
     def inside(self, instruction: Instruction) -> Iterator[tuple[Instruction, str]]:
         """The instructions of a fusion or of an asynchronous call, those of nested ones too; their computations."""

@@ -3,8 +3,9 @@
 The compiler writes its strategy beside a collective. A "color" is a part of the array that goes around rings of its
 own, so that more colors use more links:
 
-  - `StrategyRing`, `StrategyND`: a color sends both ways around (an assumption: `ring_directions`)
-  - `UniDirection...`, and the rings of a SparseCore: a color sends one way
+  - `UniDirection...`, and the rings of a SparseCore: a color sends one way; in three dimensions there are six
+  - `StrategyRing`, `StrategyND`: a color sends both ways, for in three dimensions there are three; but that is an
+    assumption, `ring_directions`
   - `3DAllGatherOnMajorDim` states no colors; it is taken to use all links of three dimensions, `2D...` of two
 """
 
