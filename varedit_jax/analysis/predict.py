@@ -263,22 +263,22 @@ def _details(predicted: Prediction) -> list[str]:
         "collectives: seconds of the links, of these exposed (share of the bytes), compute between them and first uses",
     ]
     rows += [
-        f"  {kind:18s} {entry['gib']:8.3f} GiB {entry['count']:6d} x {entry['seconds']:8.4f} s "
-        f"{entry['exposed_seconds']:8.4f} s ({100 * entry['exposed_share']:5.1f} %) "
-        f"{entry['compute_before_use_seconds']:8.4f} s"
+        f"  {kind:18s} {entry['gib']:8.3f} GiB {entry['count']:6d} x {entry['seconds']:9.4g} s "
+        f"{entry['exposed_seconds']:9.4g} s ({100 * entry['exposed_share']:5.1f} %) "
+        f"{entry['compute_before_use_seconds']:9.4g} s"
         for kind, entry in predicted["collectives"].items()
     ]
     rows.append("kernels, by formula: queries x keys, tiles computed")
     rows += [
         f"  {row['kernel']:9s} {row['queries']:6d} x {row['keys']:<6d} {row['computed_tiles']:4d} of {row['tiles']:<4d}"
-        f"{row['times']:6d} x {row['seconds']:8.4f} s"
+        f"{row['times']:6d} x {row['seconds']:9.4g} s"
         for row in predicted["kernels"]
     ]
     rows.append(f"the {WORST} worst moves:")
-    rows += [f"  {row['seconds']:8.4f} s {_what(row)}" for row in predicted["worst_moves"]]
+    rows += [f"  {row['seconds']:9.4g} s {_what(row)}" for row in predicted["worst_moves"]]
     rows.append(f"matmuls at {100 * predicted['matmul_share_of_peak']:.1f} % of peak; the {WORST} that lose most:")
     rows += [
-        f"  {row['seconds']:8.4f} s, at peak {row['seconds_at_peak']:8.4f} s {_what(row)}"
+        f"  {row['seconds']:9.4g} s, at peak {row['seconds_at_peak']:9.4g} s {_what(row)}"
         for row in predicted["worst_matmuls"]
     ]
     return rows
@@ -291,4 +291,4 @@ def _what(row: dict[str, Any]) -> str:
 def _listed(title: str, seconds: dict[str, float], step: float) -> list[str]:
     shares = {name: 100 * value / step for name, value in seconds.items()}
     seen = [name for name, share in shares.items() if share >= 0.05]
-    return [f"{title}:", *(f"  {seconds[name]:8.4f} s {shares[name]:5.1f} % {name}" for name in seen)]
+    return [f"{title}:", *(f"  {seconds[name]:9.4g} s {shares[name]:5.1f} % {name}" for name in seen)]
