@@ -49,9 +49,12 @@ def predict(
     flops = {"forward": 0.0, "backward": 0.0}
     for piece in found.values():
         if piece.kernel:
-            name, matmuls = ("forward", 2) if piece.kernel.name == "fwd" else ("backward", 5)
-            ours = matmuls / (2 if name == "forward" else work.MATMULS["dq"] + work.MATMULS["dkv"])
-            flops[name] += ours * piece.times * piece.kernel.flops(masks)
+            called, here = piece.kernel.name, piece.times * piece.flops
+            if called == "fwd":
+                flops["forward"] += here
+            else:  # five matmuls, in one kernel
+                both = work.MATMULS["dq"] + work.MATMULS["dkv"] if called in ("dq", "dkv") else work.MATMULS[called]
+                flops["backward"] += here * 5 / both
     sent = sum(entry.moved for entry in compiled.collectives(module, mesh))
     across = mesh.size > NODE
     speed = min(gpu.link_bandwidth / 2, NODE * ADAPTER) if across else gpu.link_bandwidth / 2

@@ -76,11 +76,12 @@ def kernel_of(instruction: Instruction) -> Kernel | None:
     if not called or len(inputs) < 3:
         return None
     name = called[1]
-    if name == "dkv" and re.search(r'use_fused_bwd_kernel\\?": true', instruction.text):
+    queries, keys = inputs[:2]
+    # The fused kernel alone gives parts of dq as well, one for each block of keys: [..., blocks, H, L, D].
+    if name == "dkv" and any(x.shape[-2:] == queries[-2:] and len(x.shape) > len(queries) for x in instruction.results):
         name = "dkv_fused"
     sizes = {key: int(size) for key, size in re.findall(r'(block_\w+)\\?": (\d+)', instruction.text)}
     which = {"fwd": "", "dq": "_dq"}.get(name, "_dkv")
-    queries, keys = inputs[:2]
     return Kernel(
         name=name,
         rows=math.prod(queries[:-2]),
