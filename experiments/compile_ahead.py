@@ -8,6 +8,11 @@ on any CPU with libtpu (pip install 'varedit-jax[tpu]'); 8B takes some minutes. 
 chip that fits, and prints each attempt to standard error. Memory, collectives and `compiled_tflop_per_device` are per
 device and step, other TFLOP of all devices. `fits` compares `needed_gib` with `hbm_gib`; a program that does not fit
 gives a line, too.
+
+`predicted` is the step's time by varedit_jax/analysis/predict.py, which standard error has in words; `collectives`
+there are per chip, too. --program keeps the program's text, and --read_program predicts from such a file in seconds,
+given the same flags otherwise. --max_moves and --max_exposed_gathers are bounds: a program beyond one still gives its
+line, then a sentence and exit code 1.
 """
 
 import dataclasses
@@ -20,10 +25,14 @@ import jax
 from absl import flags
 
 from experiments import program
-from varedit_jax.analysis.ahead import Target, compile_step, find_batch
+from varedit_jax import command
+from varedit_jax.analysis import predict
+from varedit_jax.analysis.ahead import StepFigures, Target, compile_step, find_batch, read_step
 from varedit_jax.config import RunConfig
+from varedit_jax.errors import UserError
 from varedit_jax.parallel.mesh import parse_mesh
 from varedit_jax.parallel.processes import say
+from varedit_jax.storage import files, paths
 
 _CONFIG = program.ConfigFlag(RunConfig)
 _TOPOLOGY = flags.DEFINE_string(
@@ -33,7 +42,18 @@ _SLICES = flags.DEFINE_integer("slices", 1, "number of machines, joined by DCN a
 _FIELDS = program.FieldFlags(RunConfig, {"global_batch": "data.batch_size", "accumulation": "optimizer.accumulation"})
 _MESH = flags.DEFINE_string("mesh", "", "sizes of the mesh's axes, such as fsdp=-1,tensor=4; the config's by default")
 _FIND_BATCH = flags.DEFINE_bool("find_batch", False, "find the largest batch per chip that fits")
+_PROGRAM = command.DEFINE_path("program", "", "file that the compiled program's text is written to")
+_READ_PROGRAM = command.DEFINE_path("read_program", "", "file of --program to predict the step's time of, uncompiled")
 _HBM_GIB = flags.DEFINE_float("hbm_gib", 0.0, "memory per chip, instead of the actual one", lower_bound=0.0)
+_STAND_IN_FOR = flags.DEFINE_string(
+    "stand_in_for", "", "GPU that the step's time is predicted for, by formula, such as 'NVIDIA H100 80GB HBM3'"
+)
+_MAX_MOVES = flags.DEFINE_float(
+    "max_moves", None, "largest share of the predicted step that moves may take, such as 0.08", lower_bound=0.0
+)
+_MAX_EXPOSED_GATHERS = flags.DEFINE_float(
+    "max_exposed_gathers", None, "largest share of gathered bytes that may not move under compute", lower_bound=0.0
+)
 
 
 def main(argv: list[str]) -> None:
@@ -45,9 +65,40 @@ def main(argv: list[str]) -> None:
         config = dataclasses.replace(config, data=data)
     if _MESH.value:
         config = dataclasses.replace(config, mesh=parse_mesh(_MESH.value))
-    target = Target(topology=_TOPOLOGY.value, slices=_SLICES.value, hbm_gib=_HBM_GIB.value)
-    row = find_batch(config, target, say) if _FIND_BATCH.value else compile_step(config, target)
+    target = Target(
+        topology=_TOPOLOGY.value, slices=_SLICES.value, hbm_gib=_HBM_GIB.value, stand_in_for=_STAND_IN_FOR.value
+    )
+    row = _row(config, target)
+    for line in predict.lines(row["predicted"]) if "predicted" in row else ():
+        say(line)
     print(json.dumps(row))
+    if "predicted" in row:
+        predict.check(row["predicted"], _MAX_MOVES.value, _MAX_EXPOSED_GATHERS.value)
+
+
+def _row(config: RunConfig, target: Target) -> StepFigures:
+    """The line, of one compilation, of several, or of a program that was kept."""
+    if sum(map(bool, (_FIND_BATCH.value, _PROGRAM.value, _READ_PROGRAM.value))) > 1:
+        raise UserError("--find_batch, --program and --read_program each exclude the others; give one of them")
+    if _FIND_BATCH.value:
+        return find_batch(config, target, say)
+    if _READ_PROGRAM.value:
+        return read_step(config, target, _read_program(_READ_PROGRAM.value))
+    if _PROGRAM.value:
+        place = paths.resolve(_PROGRAM.value)
+        return compile_step(config, target, lambda text: files.write_text(place, text))
+    return compile_step(config, target)
+
+
+def _read_program(text: str) -> str:
+    """The program of a file. Raises UserError if it has none."""
+    place = paths.resolve(text)
+    if not place.is_file():
+        raise UserError(f"--read_program={text} is no file; --program={text} writes it")
+    program_text = place.read_text()
+    if not program_text.startswith("HloModule") or "\nENTRY " not in program_text:
+        raise UserError(f"--read_program={text} is no text of a compiled program; give a file that --program wrote")
+    return program_text
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@
 
 A layout takes three to six minutes on two free cores. Its line goes to --rows at once; a layout with a line is not
 compiled again, so that an interrupted program resumes: remove lines to recompile them. Layouts for GPUs cannot be
-compiled without one: they are compiled for as many v5p chips with the GPU's memory, and marked as a stand-in.
+compiled without one: they are compiled for as many v5p chips with the GPU's memory, and marked as a stand-in; the
+prediction of their step is by formula (varedit_jax/analysis/predict_gpu.py). Lines of before there were predictions
+have empty cells for them.
 """
 
 import contextlib
@@ -29,12 +31,14 @@ _TABLE = command.DEFINE_path("table", "", "Markdown file for the table; standard
 _ONLY = flags.DEFINE_list("only", [], "parts of CONFIG:MACHINE, any of which must match; everything by default")
 
 STAND_IN = "v5p:4x4x4"  # 64 devices, as h100_64
+GPU = "NVIDIA H100 80GB HBM3"
 GPU_SHARE = 0.92  # of a GPU's memory for the program: XLA_PYTHON_CLIENT_MEM_FRACTION of experiments/launch/slurm.sbatch
 
 HEAD = (
     "config:machine", "mesh", "batch (microbatches x per device)", "needed of HBM, GiB", "arguments + temporaries",
     "recomputed", "parameters gathered, GiB (count)", "gradients scattered + reduced", "over `tensor`",
-    "activations gathered", "links, s at least", "compiled, s",
+    "activations gathered", "links, s at least", "predicted step, s", "MFU with encoders",
+    "moves", "exposed collectives, s", "compiled, s",
 )  # fmt: skip
 
 
@@ -45,9 +49,9 @@ def compile_layout(config: str, machine: str) -> dict[str, Any]:
     topology = MACHINES[machine].topology
     command += [f"--topology={topology or STAND_IN}"]
     if not topology:
-        gpu = hardware.chip("NVIDIA H100 80GB HBM3")
+        gpu = hardware.chip(GPU)
         assert gpu is not None
-        command += [f"--hbm_gib={GPU_SHARE * gpu.hbm_bytes / hardware.GIB:.2f}"]
+        command += [f"--hbm_gib={GPU_SHARE * gpu.hbm_bytes / hardware.GIB:.2f}", f"--stand_in_for={GPU}"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"{' '.join(command[1:])} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
@@ -87,8 +91,21 @@ def table_row(row: dict[str, Any]) -> list[str]:
         ]
     else:
         cells += ["", again, *[""] * 5]
-    cells.append(f"{row['compile_seconds']:.0f}")
-    return cells
+    return [*cells, *_predicted_cells(row.get("predicted")), f"{row['compile_seconds']:.0f}"]
+
+
+def _predicted_cells(predicted: dict[str, Any] | None) -> list[str]:
+    """The prediction: seconds and MFU with their ranges; empty for lines that have none."""
+    if predicted is None:
+        return [""] * 4
+    low, high = predicted["seconds_range"]
+    worst, best = (100 * share for share in predicted["mfu_with_encoders_range"])
+    return [
+        f"{predicted['seconds']:.1f} ({low:.1f} .. {high:.1f})",
+        f"{100 * predicted['mfu_with_encoders']:.1f} % ({worst:.1f} .. {best:.1f})",
+        f"{100 * predicted['moves_share']:.1f} %",
+        f"{predicted['seconds_by_kind']['exposed collectives']:.2f}",
+    ]
 
 
 def main(argv: list[str]) -> None:

@@ -16,6 +16,7 @@ from varedit_jax.training.flops import run_flops
 
 pytestmark = [pytest.mark.slow, pytest.mark.subprocess, pytest.mark.tpu]
 
+H100 = "NVIDIA H100 80GB HBM3"
 CONFIG = """
 import dataclasses
 from varedit_jax.config import DataConfig, RunConfig, preset
@@ -35,14 +36,22 @@ def get_config(variant: str = "") -> RunConfig:
 
 @pytest.fixture(scope="module")
 def answers(run_program, tmp_path_factory):
-    """The program: split parameters and images, copied parameters and features, and mistakes."""
+    """The program: split parameters and images, its text read again, copied parameters and features, and mistakes."""
     config = tmp_path_factory.mktemp("config") / "config.py"
     config.write_text(CONFIG)
+    text = config.with_name("program.hlo")
     good = [f"--config={config}", "--topology=v5e:2x2"]
     features = [f"--config={config}:precomputed", "--topology=v5e:2x2"]
     lines = {
-        "fsdp": [*good, "--mesh=fsdp=4", "--accumulation=2"],
+        "fsdp": [*good, "--mesh=fsdp=4", "--accumulation=2", f"--program={text}", "--max_moves=0.001"],
+        "read": [*good, "--mesh=fsdp=4", "--accumulation=2", f"--read_program={text}"],
+        "gathers": [*good, "--mesh=fsdp=4", "--accumulation=2", f"--read_program={text}", "--max_exposed_gathers=0"],
+        "gpu": [*good, "--mesh=fsdp=4", "--accumulation=2", f"--read_program={text}", f"--stand_in_for={H100}"],
         "data": [*features, "--mesh=data=4", "--hbm_gib=0.001"],
+        "two": [*good, f"--program={text}", "--find_batch"],
+        "stand_in": [*good, "--stand_in_for=H100"],
+        "no_program": [*good, "--read_program=nowhere.hlo"],
+        "no_hlo": [*good, f"--read_program={config}"],
         "topology": [f"--config={config}", "--topology=v7q:2x2"],
         "mesh": [*good, "--mesh=fsdp=3"],
         "axis": [*good, "--mesh=depth=3"],
@@ -55,17 +64,17 @@ def answers(run_program, tmp_path_factory):
     return run_program("compile_ahead", lines)
 
 
-def row(answer):
+def row(answer, code=0):
     """The one line on standard output."""
-    code, out, err = answer
-    assert code == 0, err
+    found, out, err = answer
+    assert found == code, err
     (line,) = out.splitlines()
     return json.loads(line)
 
 
 def test_split_parameters(answers):
     """Parameters are gathered, gradients scattered, no activation is gathered; the figures agree with each other."""
-    figures = row(answers["fsdp"])
+    figures = row(answers["fsdp"], code=1)  # beyond a bound
     assert figures["fits"] is True and figures["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
     assert (figures["chip"], figures["chips"]) == ("TPU v5e", 4)
     memory = figures["memory"]
@@ -83,6 +92,32 @@ def test_split_parameters(answers):
     assert figures["compiled_tflop_per_device"] == pytest.approx(figures["program_tflop_per_device"], rel=0.05)
     assert figures["link_seconds_at_least"] > 0 and figures["compile_seconds"] > 0
     assert figures["loops_counted_once"] == []
+
+
+def test_prediction(answers):
+    """It is in the line and in words, the same from the text that was kept; it adds up; the bounds end the program."""
+    predicted = row(answers["fsdp"], code=1)["predicted"]
+    assert row(answers["read"])["predicted"] == predicted
+    low, high = predicted["seconds_range"]
+    assert 0 < low <= predicted["seconds"] <= high < 1
+    assert sum(predicted["seconds_by_kind"].values()) == pytest.approx(predicted["seconds"], rel=1e-3)
+    assert predicted["seconds_by_kind"]["matmul"] > 0 and 0 < predicted["mfu"] < predicted["mfu_with_encoders"] < 1
+    gathers = predicted["collectives"]["all-gather"]
+    assert gathers["count"] >= 2 * 2 * 2 * 5 and 0 < gathers["seconds"] < predicted["seconds"]
+    assert len(predicted["worst_moves"]) == 10 and predicted["kernels"] == []  # plain attention
+    said = answers["fsdp"][2]
+    assert "predicted step: " in said and "clock_ghz 1.5" in said
+    assert f"error: moves take {predicted['moves_share']:.3f} of the predicted step, more than" in said
+    share = predicted["exposed_gathers_share"]
+    code, _, said = answers["gathers"]
+    assert 0 < share < 1 and code == 1 and f"error: {share:.3f} of the gathered bytes do not move under compute" in said
+
+
+def test_prediction_for_a_gpu(answers):
+    figures = row(answers["gpu"])
+    assert figures["predicted"]["method"].startswith("by formula, for 4 H100, from the program")
+    assert figures["chip"] == "TPU v5e" and "by formula, for 4 H100" in answers["gpu"][2]
+    assert 0 < figures["predicted"]["seconds"] < row(answers["read"])["predicted"]["seconds"]
 
 
 def test_copied_parameters(answers):
@@ -103,6 +138,10 @@ def test_copied_parameters(answers):
         ("tensor", "dimension H = 1 does not divide over tensor = 4"),
         ("attention", "attention is 'cudnn', which needs a GPU, not tpu"),
         ("slices", "mesh.data is 1, which does not divide over 2 slices"),
+        ("two", "--find_batch, --program and --read_program each exclude the others"),
+        ("stand_in", "--stand_in_for=H100: varedit_jax/hardware.py knows no such GPU"),
+        ("no_program", "nowhere.hlo"),
+        ("no_hlo", "config.py is no text of a compiled program"),
     ],
 )
 def test_mistakes(answers, case, sentence):

@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from varedit_jax import hardware
-from varedit_jax.analysis import compiled, hlo
+from varedit_jax.analysis import compiled, hlo, predict, predict_gpu
 from varedit_jax.analysis.operations import count_step, recomputed_share
 from varedit_jax.config import RunConfig
 from varedit_jax.errors import UserError
@@ -23,6 +23,7 @@ from varedit_jax.scales import editor_pyramid
 from varedit_jax.training.compile_step import abstract_arguments, check_attention, sharded_step
 from varedit_jax.training.flops import CONVENTION, run_flops
 from varedit_jax.training.optimizer import make_optimizer
+from varedit_jax.transformer.attention import Visibility, visibility_mask
 
 StepFigures = dict[str, Any]  # of a compiled step, ready for JSON
 
@@ -34,6 +35,7 @@ class Target:
     topology: str  # as in "v5p:4x4x4"
     slices: int = 1
     hbm_gib: float = 0.0  # limit on a program's memory per chip; 0: that of the chip
+    stand_in_for: str = ""  # the JAX `device_kind` of a GPU that the chips stand in for
 
     @functools.cached_property
     def devices(self) -> list[Any]:
@@ -49,18 +51,30 @@ class Target:
         return found
 
     @property
+    def gpu(self) -> hardware.Chip | None:
+        """What the chips stand in for. Raises UserError for a GPU that varedit_jax/hardware.py does not know."""
+        found = hardware.chip(self.stand_in_for)
+        if self.stand_in_for and not (found and self.stand_in_for.startswith("NVIDIA")):
+            raise UserError(
+                f"--stand_in_for={self.stand_in_for}: varedit_jax/hardware.py knows no such GPU; give JAX's name of "
+                "one, such as 'NVIDIA H100 80GB HBM3'"
+            )
+        return found
+
+    @property
     def hbm_bytes(self) -> int:
         """HBM that a program gets on one device."""
         return int(self.hbm_gib * hardware.GIB) if self.hbm_gib else self.chip.device_hbm
 
 
-def compile_step(config: RunConfig, target: Target) -> StepFigures:
-    """Compiles the step of a run, images and token ids in, for `target`.
+def compile_step(config: RunConfig, target: Target, keep: Callable[[str], object] | None = None) -> StepFigures:
+    """Compiles the step of a run, images and token ids in, for `target`; `keep` gets the program's text.
 
     Figures of a program that is too large for the memory have `fits` false. Raises UserError for a topology, mesh,
     batch or attention kernel that do not go together.
     """
     mesh = make_mesh(config.mesh, target.devices)
+    target.gpu  # noqa: B018  a mistake in it is said before minutes of compiling
     with jax.set_mesh(mesh):
         check_attention(config)
     pyramid = editor_pyramid(config.model)
@@ -82,7 +96,10 @@ def compile_step(config: RunConfig, target: Target) -> StepFigures:
     if program is None:
         return {**row, "fits": False, "memory": memory, **seconds}
     memory = _memory(program, target)
-    module = hlo.parse(program.as_text())
+    text = program.as_text()
+    if keep:
+        keep(text)
+    module = hlo.parse(text)
     found = compiled.collectives(module, mesh)
     width, tokens = config.model.transformer.width, run_flops(config, pyramid).tokens
     sizes = compiled.parameter_sizes((arguments[0].params, arguments[1]))
@@ -99,8 +116,25 @@ def compile_step(config: RunConfig, target: Target) -> StepFigures:
             if instruction.opcode == "custom-call" and "tpu_custom_call" in instruction.text
         ),
         "loops_counted_once": module.loops_counted_once(),
+        "predicted": _predicted(config, target, mesh, module),
         **seconds,
     }
+
+
+def read_step(config: RunConfig, target: Target, text: str) -> StepFigures:
+    """Figures of a program that `compile_step` kept the text of, compiled for the same config and target."""
+    mesh = make_mesh(config.mesh, target.devices)
+    return {**_about(config, target, mesh), "predicted": _predicted(config, target, mesh, hlo.parse(text))}
+
+
+def _predicted(config: RunConfig, target: Target, mesh: Mesh, module: hlo.Module) -> StepFigures:
+    pyramid, batch = editor_pyramid(config.model), config.data.batch_size
+    flops, conditioning = run_flops(config, pyramid), config.model.transformer.conditioning
+    masks = [visibility_mask(Visibility(pyramid, conditioning, scale_aligned=aligned)) for aligned in (True, False)]
+    tflops = batch * flops.training_with_encoders / 1e12, batch * flops.training / 1e12
+    if target.gpu:
+        return predict_gpu.predict(module, target.chip, mesh, *tflops, masks, gpu=target.gpu)
+    return predict.predict(module, target.chip, mesh, *tflops, masks)
 
 
 def with_batch(config: RunConfig, mesh: Mesh, per_device: int) -> RunConfig:

@@ -59,43 +59,54 @@ def collectives(module: Module, mesh: Mesh) -> list[Collective]:
     found: list[Collective] = []
     chained: set[str] = set()
     for instruction, name, times in module.instructions():
-        kind = instruction.opcode.removesuffix("-start")
-        if kind not in KINDS:
+        channel = chain(instruction)
+        if channel in chained:
             continue
-        if "chain_id=" in instruction.text:  # one operation, overlapped with several fusions that each name it
-            channel = instruction.attribute(r"channel_id=(\d+)")
-            if channel in chained:
-                continue
+        if channel:
             chained.add(channel)
-        computation = module.computations[name]
-        results = instruction.results
-        summed = False
-        if kind == "reduce-scatter":
-            results = tuple(array for operand in instruction.operands for array in computation[operand].results)
-        elif kind == "all-reduce" and _scatters(name):
-            kind = "reduce-scatter"  # its result is sliced in the same fusion
-        elif kind == "all-reduce" and any(_is_placed(computation[operand]) for operand in instruction.operands):
-            kind, summed = "all-gather", True
-        elif instruction.opcode == "all-gather-start":
-            results = results[len(results) // 2 :]
-        elif instruction.opcode == "collective-permute-start":
-            results = results[1:2]
-        axes, group = _group(instruction, mesh)
-        operation = len(found)
-        found += [
-            Collective(
-                kind=kind,
-                array=array,
-                times=times,
-                axes=axes,
-                group=group,
-                operation=operation,
-                op_name=instruction.op_name,
-                summed=summed,
-            )
-            for array in results
-        ]
+        found += parts(module, instruction, name, mesh, times=times, operation=len(found))
     return found
+
+
+def chain(instruction: Instruction) -> str:
+    """The channel of a collective that several fusions overlap with and each name, as one operation; "" of others."""
+    return instruction.attribute(r"channel_id=(\d+)") if "chain_id=" in instruction.text else ""
+
+
+def parts(
+    module: Module, instruction: Instruction, name: str, mesh: Mesh, times: int = 1, operation: int = 0
+) -> list[Collective]:
+    """The arrays of an instruction of the computation `name`, if it is a collective or starts one; or none."""
+    kind = instruction.opcode.removesuffix("-start")
+    if kind not in KINDS:
+        return []
+    computation = module.computations[name]
+    results = instruction.results
+    summed = False
+    if kind == "reduce-scatter":
+        results = tuple(array for operand in instruction.operands for array in computation[operand].results)
+    elif kind == "all-reduce" and _scatters(name):
+        kind = "reduce-scatter"  # its result is sliced in the same fusion
+    elif kind == "all-reduce" and any(_is_placed(computation[operand]) for operand in instruction.operands):
+        kind, summed = "all-gather", True
+    elif instruction.opcode == "all-gather-start":
+        results = results[len(results) // 2 :]
+    elif instruction.opcode == "collective-permute-start":
+        results = results[1:2]
+    axes, group = _group(instruction, mesh)
+    return [
+        Collective(
+            kind=kind,
+            array=array,
+            times=times,
+            axes=axes,
+            group=group,
+            operation=operation,
+            op_name=instruction.op_name,
+            summed=summed,
+        )
+        for array in results
+    ]
 
 
 def _scatters(computation: str) -> bool:

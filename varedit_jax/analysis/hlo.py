@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16, "s32": 32}
 _BITS |= {"u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "f8e4m3fn": 8, "f8e5m2": 8}
@@ -50,6 +50,11 @@ class Instruction:
         """Its origin in the Python program, as JAX names it."""
         return self.attribute(r'op_name="([^"]*)"')
 
+    @property
+    def cycles(self) -> int:
+        """Cycles of a run, as the TPU's compiler estimates them; 0 where it does not."""
+        return int(self.attribute(r'"estimated_cycles":"(\d+)"') or 0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Module:
@@ -63,17 +68,39 @@ class Module:
 
         A loop of unknown length counts once (`loops_counted_once`).
         """
+        return self._runs(_called)
+
+    def schedules(self) -> dict[str, int]:
+        """The same of the computations alone whose instructions run one after the other: not those of fusions."""
+        return self._runs(self.scheduled)
+
+    def _runs(self, called: Callable[[Instruction], list[str]]) -> dict[str, int]:
         times: collections.Counter[str] = collections.Counter()
 
         def visit(name: str, count: int) -> None:
             times[name] += count
             for instruction in self.computations[name].values():
-                again = (self._trips(instruction) or 1) if instruction.opcode == "while" else 1
-                for body in _called(instruction):
-                    visit(body, count * again)
+                for body in called(instruction):
+                    visit(body, count * self.rounds(instruction))
 
         visit(self.entry, 1)
         return dict(times)
+
+    def rounds(self, instruction: Instruction) -> int:
+        """Runs of what an instruction calls, per run of its own: of a loop its length, 1 if that is unknown."""
+        return (self._trips(instruction) or 1) if instruction.opcode == "while" else 1
+
+    def scheduled(self, instruction: Instruction) -> list[str]:
+        """Computations that an instruction runs one instruction after the other: of loops, calls and branches."""
+        return _called(instruction) if instruction.opcode in ("while", "call", "conditional") else []
+
+    def inside(self, instruction: Instruction) -> Iterator[tuple[Instruction, str]]:
+        """The instructions of a fusion or of an asynchronous call, those of nested ones too; their computations."""
+        if instruction.opcode in ("fusion", "async-start", "call-start"):
+            for body in _called(instruction):
+                for inner in self.computations[body].values():
+                    yield inner, body
+                    yield from self.inside(inner)
 
     def instructions(self) -> Iterator[tuple[Instruction, str, int]]:
         """Every instruction that runs, its computation, and the number of its runs."""
@@ -155,7 +182,7 @@ def arrays(text: str) -> tuple[Array, ...]:
 
 def _called(instruction: Instruction) -> list[str]:
     """Computations that an instruction runs, without those of reductions and conditions of loops."""
-    if instruction.opcode not in ("while", "fusion", "call", "conditional", "async-start", "custom-call"):
+    if instruction.opcode not in ("while", "fusion", "call", "conditional", "async-start", "call-start", "custom-call"):
         return []
     return [name for group in _BODIES.findall(instruction.text) for name in re.findall(r"%([\w.\-]+)", group)]
 
@@ -165,17 +192,18 @@ def matmul_flops(module: Module) -> int:
 
     Taps of windows on padding or on dilation zeros do not count; custom calls (kernels) are not counted.
     """
-    total = 0
-    for instruction, name, count in module.instructions():
-        if instruction.opcode == "dot":
-            left = module.computations[name][instruction.operands[0]].results[0].shape
-            axes = instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}")
-            inner = math.prod(left[int(axis)] for axis in axes.split(",") if axis)
-            total += count * 2 * instruction.results[0].size * inner
-        elif instruction.opcode == "convolution":
-            left, right = (module.computations[name][operand].results[0].shape for operand in instruction.operands)
-            total += count * _convolution(instruction, left, right)
-    return total
+    return sum(count * flops(module, instruction, name) for instruction, name, count in module.instructions())
+
+
+def flops(module: Module, instruction: Instruction, name: str) -> int:
+    """Operations of one run of a matmul or convolution of the computation `name`; 0 for all else."""
+    if instruction.opcode not in ("dot", "convolution"):
+        return 0
+    left, right = (module.computations[name][operand].results[0].shape for operand in instruction.operands)
+    if instruction.opcode == "convolution":
+        return _convolution(instruction, left, right)
+    axes = instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}")
+    return 2 * instruction.results[0].size * math.prod(left[int(axis)] for axis in axes.split(",") if axis)
 
 
 def _convolution(instruction: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> int:

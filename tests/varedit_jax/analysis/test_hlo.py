@@ -40,6 +40,21 @@ def test_length_that_xla_states_and_one_that_cannot_be_read():
         hlo.parse("HloModule nothing")
 
 
+def test_schedules_and_what_is_inside_of_an_instruction():
+    """Loops' bodies run one instruction after the other, fusions do not; what these hold is found at any depth."""
+    overlap = hlo.parse((pathlib.Path(__file__).parents[2] / "data" / "hlo" / "overlap.txt").read_text())
+    assert overlap.schedules() == {"main.7_spmd": 1, "body.1": 2, "windowed_dot_general_body_rs.1": 2}
+    assert hlo.parse(LOOP).schedules() == {"main.7_spmd": 1, "outer_body": 5, "inner_body": 15}
+    entry = overlap.computations[overlap.entry]
+    assert [x.opcode for x, _ in overlap.inside(entry["begin"])] == ["parameter", "all-gather", "custom-call"]
+    assert ("all-gather.4", "on_sparse_core") in [
+        (x.name, name) for x, name in overlap.inside(entry["all-gather.6.call-start"])
+    ]
+    assert not list(overlap.inside(entry["while.1"]))
+    assert (entry["step.1"].cycles, entry["begin"].cycles) == (300, 0)
+    assert overlap.executions()["on_sparse_core"] == 1
+
+
 def test_attributes_and_arrays():
     """Types with layouts and tuples are taken apart; a name says where an instruction comes from."""
     product = hlo.parse(LOOP).computations["fused.1"]["convolution.1"]
