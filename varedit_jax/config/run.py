@@ -47,13 +47,19 @@ class LossConfig(Checked):
     scale_power: float = 0.5  # weight of a token ~ (tokens of its scale)^-scale_power; 0.5 as published, 0 = uniform
     noise_scales: int = 13  # scales whose bits are flipped by self-correction
     noise_max: float = 0.3  # largest flip probability; strengths are 0, 0.01, ..., noise_max
+    # Who shares the strength that is drawn for a scale: a whole microbatch, the examples of a microbatch that are on one
+    # device of data x fsdp, or nobody. Draws of "device" depend on the mesh.
+    noise_strength: Literal["batch", "device", "example"] = "batch"
     text_drop: float = 0.1  # share of samples that see the unconditional text
     label_temperature: float = 0.0  # 0: bits as published; > 0: soft labels sigmoid(residual / label_temperature)
+    label_smoothing: float = 0.0  # share e of the label that both values get half of, in training alone
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.label_temperature >= 0:
             raise ValueError(f"loss.label_temperature is {self.label_temperature}; it is 0 for bits, else above 0")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"loss.label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -28,9 +28,10 @@ def bitwise_loss(
       logits_BLN2: float32 logits of values 0 and 1.
       residuals_BLN: float32 residuals whose signs are the bits. With `config.label_temperature` T > 0 the target is not
         the bit but its soft assignment sigmoid(residual / T), as in BSQ's entropy term (arXiv 2406.07548, section
-        3.3), so that undecided bits weigh little. The metrics are of the bits either way.
+        3.3), so that undecided bits weigh little. With `config.label_smoothing` e > 0 a target t becomes
+        (1 - e) t + e / 2. The metrics are of the bits either way.
       pyramid: gives the scale of each of the L tokens.
-      config: temperature of the labels, reduction over bits and weights over tokens.
+      config: temperature and smoothing of the labels, reduction over bits and weights over tokens.
 
     Returns:
       (scalar loss averaged over the batch, metrics): `bit_accuracy` over all bits, and per scale [K]
@@ -41,8 +42,11 @@ def bitwise_loss(
     labels_BLN = residuals_BLN > 0
     entropy_BLN = jax.nn.softplus(jnp.where(labels_BLN, -margin_BLN, margin_BLN))
     loss_BLN = entropy_BLN
-    if config.label_temperature:
-        targets_BLN = jax.nn.sigmoid(residuals_BLN / config.label_temperature)
+    if config.label_temperature or config.label_smoothing:
+        targets_BLN = labels_BLN.astype(jnp.float32)
+        if config.label_temperature:
+            targets_BLN = jax.nn.sigmoid(residuals_BLN / config.label_temperature)
+        targets_BLN = (1 - config.label_smoothing) * targets_BLN + config.label_smoothing / 2
         loss_BLN = jax.nn.softplus(margin_BLN) - targets_BLN * margin_BLN
     token_BL = jnp.mean(loss_BLN, axis=-1) if config.reduction == "mean" else jnp.sum(loss_BLN, axis=-1)
     loss = jnp.mean(token_BL @ token_weights(pyramid, config.scale_power))

@@ -1,5 +1,6 @@
 """Training step of the editor: `(state, frozen, batch, key) -> (state, metrics)` (model.md, sections 3 to 7)."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ from varedit_jax.scales import Pyramid
 from varedit_jax.text.t5 import T5Encoder
 from varedit_jax.tokenizer.tokens import encode_images, make_tokens
 from varedit_jax.training.loss import bitwise_loss
-from varedit_jax.training.self_correction import draw_flips
+from varedit_jax.training.self_correction import draw_flips, strength_groups
 from varedit_jax.training.state import TrainState
 from varedit_jax.transformer.model import Transformer
 from varedit_jax.types import Batch, Metrics, Params
@@ -59,7 +60,7 @@ def make_loss(
     Args:
       config: the run; with `train_text` the text encoder is in `params`, else in `frozen`.
       pyramid: the pyramid of this batch's aspect, or its first scales; features are area-resized to the last of them.
-      training: True for text drop, self-correction and stochastic depth; False for evaluation.
+      training: True for text drop, self-correction, smoothed labels and stochastic depth; False for evaluation.
 
     The batch holds `text_ids` int32 [B, T], `text_length` int32 [B], and either images `source`, `target` uint8
     [B, y, x, 3] or features `source_features`, `target_features` float32 [B, h, w, Z]; and, with a frozen text encoder
@@ -70,6 +71,7 @@ def make_loss(
     text_dtype = jnp.dtype("float32" if config.train_text else config.text_dtype)
     text_encoder = T5Encoder(model.text, text_dtype, functools.partial(gather, "text"))
     cells = pyramid.cells(model.patchify)
+    loss_config = config.loss if training else dataclasses.replace(config.loss, label_smoothing=0.0)
 
     @functools.partial(jax.checkpoint, prevent_cse=True)  # recomputes the logits: float32, two per bit
     @jax.named_scope("loss")
@@ -77,7 +79,7 @@ def make_loss(
         params: Params, hidden_BLC: jax.Array, cond_BC: jax.Array, residuals_BLN: jax.Array
     ) -> tuple[jax.Array, Metrics]:
         logits_BLN2 = transformer.apply({"params": params}, hidden_BLC, cond_BC, method=Transformer.logits)
-        return bitwise_loss(logits_BLN2, residuals_BLN, pyramid, config.loss)
+        return bitwise_loss(logits_BLN2, residuals_BLN, pyramid, loss_config)
 
     def loss_fn(params: Params, frozen: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         source, target = _features(batch, frozen, config, cells)
@@ -85,8 +87,10 @@ def make_loss(
         flips: tuple[jax.Array, ...] = ()
         unconditional_B = None
         if training:
+            noise = config.loss
+            groups = strength_groups(noise.noise_strength, len(target))
             flips = draw_flips(
-                flip_key, len(target), target.shape[-1], cells, config.loss.noise_scales, config.loss.noise_max
+                flip_key, len(target), target.shape[-1], cells, noise.noise_scales, noise.noise_max, groups
             )
             unconditional_B = jax.random.bernoulli(drop_key, config.loss.text_drop, (len(target),))
         # Tokens are small before the first block, which shards them over `tensor`.
