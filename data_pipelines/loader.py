@@ -8,6 +8,8 @@ A batch is a dict of arrays:
     text_ids                          int32 [B, T]              the instruction, padded with 0
     text_length                       int32 [B]                 number of tokens without padding
     example_ids                       int64 [B]                 indices of the examples in the split
+    kinds                             int32 [B]                 of edits, for evaluation alone: indices into
+                                                                `source.kinds`; -1 for none
 
 A bad example never ends a run: it is counted and logged to the quarantine, and its row repeats the next usable example
 of the batch (in the order of the global batch; of a later batch if it has none). `example_ids` is ~i, which is
@@ -107,7 +109,8 @@ class _Read:
         if self.features is not None:
             wanted = plan.indices[self.rows].tolist()
             batch = self.features.rows(wanted)
-            return batch | self._text(wanted, self.source.instruction) | {EXAMPLE_IDS: np.array(wanted, np.int64)}, []
+            batch |= self._text(wanted, self.source.instruction) | self._kinds(wanted)
+            return batch | {EXAMPLE_IDS: np.array(wanted, np.int64)}, []
         return self._images(step, plan)
 
     def _images(self, step: int, plan: Rows) -> tuple[HostBatch, list[_Bad]]:
@@ -137,7 +140,13 @@ class _Read:
             contents.append(content)
         batch = {side: self._stacked([content[side] for content in contents]) for side in ("source", "target")}
         wanted = [index if index >= 0 else ~index for index in used]
-        return batch | self._text(wanted, texts.__getitem__) | {EXAMPLE_IDS: np.array(used, np.int64)}, bad
+        batch |= self._text(wanted, texts.__getitem__) | self._kinds(wanted)
+        return batch | {EXAMPLE_IDS: np.array(used, np.int64)}, bad
+
+    def _kinds(self, wanted: list[int]) -> HostBatch:
+        if self.random or not self.source.kinds:
+            return {}
+        return {"kinds": np.array([self.source.kind(index) for index in wanted], np.int32)}
 
     def _stacked(self, images: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
         shape = (len(images), *images[0].shape)

@@ -47,8 +47,8 @@ class LossConfig(Checked):
     scale_power: float = 0.5  # weight of a token ~ (tokens of its scale)^-scale_power; 0.5 as published, 0 = uniform
     noise_scales: int = 13  # scales whose bits are flipped by self-correction
     noise_max: float = 0.3  # largest flip probability; strengths are 0, 0.01, ..., noise_max
-    # Who shares the strength that is drawn for a scale: a whole microbatch, the examples of a microbatch that are on one
-    # device of data x fsdp, or nobody. Draws of "device" depend on the mesh.
+    # Who shares the strength drawn for a scale: a microbatch, its examples on one device of data x fsdp, or nobody. Draws
+    # of "device" depend on the mesh.
     noise_strength: Literal["batch", "device", "example"] = "batch"
     text_drop: float = 0.1  # share of samples that see the unconditional text
     label_temperature: float = 0.0  # 0: bits as published; > 0: soft labels sigmoid(residual / label_temperature)
@@ -164,6 +164,7 @@ class Cadence(Checked):
     log_every: int = 10
     sample_every: int = 500  # sheets of sampled images
     eval_every: int = 500  # evaluation on the held-out split; not for tokenizers
+    evaluate_first: bool = False  # evaluate and sample at step 0, too, before anything is learned
     save_every: int = 500
     save_minutes: float = 0.0  # longest time between two saves; 0 = by steps alone
     keep_checkpoints: int = 3  # newest ones

@@ -26,8 +26,8 @@ def draw_flips(
 ) -> tuple[jax.Array, ...]:
     """Returns masks of bits to flip, bool [B, h_k, w_k, Z], one per scale < `noise_scales`.
 
-    The flip probability is drawn per scale, uniform over {0, 0.01, ..., noise_max}: one for each of `groups` equal parts
-    of the batch, which are consecutive examples. `groups` divides the batch.
+    The flip probability is drawn per scale, uniform over {0, 0.01, ..., noise_max}, for each of `groups` equal parts of
+    the batch, which are consecutive examples.
     """
     levels = round(noise_max / STRENGTH_STEP)
     if levels == 0:

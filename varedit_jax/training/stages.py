@@ -19,11 +19,16 @@ BatchShapes = tuple[tuple[str, tuple[int, ...]], ...]  # of a batch, by name
 class Stages:
     """A compiled step for every stage and every shape of a batch.
 
-    Steps of later stages are compiled for the first batch's shape while the first stage trains, all others on first
-    use. A context manager: leaving it cancels compilations that have not begun.
+    Steps of later stages are compiled for the first batch's shape while the first stage trains, as is what else the run
+    will need; all others on first use. A context manager: leaving it cancels compilations that have not begun.
     """
 
-    def __init__(self, steps: Sequence[tuple[int, Callable[[Batch], Any]]], frozen: Any) -> None:
+    def __init__(
+        self,
+        steps: Sequence[tuple[int, Callable[[Batch], Any]]],
+        frozen: Any,
+        later: Sequence[Callable[[], object]] = (),
+    ) -> None:
         """Compiles nothing before the first step is called.
 
         Args:
@@ -31,10 +36,12 @@ class Stages:
             for the shapes of a batch: (state, frozen, batch, key) -> (state, metrics), from jax.jit. All stages have
             states of the same shapes.
           frozen: frozen parameters, an argument of every step.
+          later: called one after the other in the thread that compiles, once the first step runs: compilations that
+            the run will need before it needs those of later stages.
         """
         self._ends = [end for end, _ in steps]
         self._step_of = [step_of for _, step_of in steps]
-        self._frozen = frozen
+        self._frozen, self._later = frozen, later
         self._functions = [self._function(stage) for stage in range(len(steps))]
         self._compiled: dict[tuple[int, BatchShapes], concurrent.futures.Future[Any]] = {}
         self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="compile")
@@ -66,6 +73,9 @@ class Stages:
             ready.set_result(compiled)
             wait_for_all(f"step of stage {stage}")
             result = compiled(*arguments)
+            if first:
+                for compile_it in self._later:
+                    self._pool.submit(compile_it)
             if first and stage + 1 < len(self._ends):
                 abstract = jax.tree.map(_abstract, (result[0], *arguments[1:]))
                 mesh = jax.sharding.get_mesh()  # each thread has its own

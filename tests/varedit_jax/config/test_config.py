@@ -153,7 +153,9 @@ def test_records_from_before_cadence_are_read(name, cls):
     editor = cls is RunConfig
     assert (run.cadence.save_every, run.cadence.keep_checkpoints) == ((3, 3) if editor else (500, 2))
     for field in dataclasses.fields(Cadence):
-        assert getattr(run.cadence, field.name) == values.get(field.name, 500)  # eval_every of an editor alone
+        assert getattr(run.cadence, field.name) == values.get(
+            field.name, field.default
+        )  # eval_every of an editor alone
     assert config_lib.from_dict(cls, json.loads(json.dumps(config_lib.to_dict(run)))) == run
 
 

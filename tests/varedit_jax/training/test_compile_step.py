@@ -134,7 +134,7 @@ def test_sharded_equals_unsharded(results, name):
 
 
 def test_strengths_of_noise_on_a_mesh(results):
-    """The draws of `batch` and `example` do not depend on the mesh; `device` draws once for the examples of a device."""
+    """The draws of `batch` and `example` do not depend on the mesh; `device` draws once for each device."""
     noise = results["noise"]
     for sharing in ("batch", "example"):
         np.testing.assert_array_equal(noise[f"{sharing} all"], noise[f"{sharing} one"])

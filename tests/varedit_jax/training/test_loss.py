@@ -88,7 +88,7 @@ def test_soft_labels(compute, example, temperature):
 
 
 def test_smoothed_labels(compute, example):
-    """Each value gets half of the smoothing: by hand for one bit, and of all bits; the metrics stay those of the bits."""
+    """Each value gets half of the smoothing: by hand for one bit, then for all; the metrics stay those of the bits."""
     one = Pyramid(((1, 1),), ((1, 1),))
     logits = np.array([0.0, math.log(3)], np.float32).reshape(1, 1, 1, 2)  # probabilities 1/4 and 3/4
     loss, _ = compute(logits, np.ones((1, 1, 1), np.float32), one, LossConfig(label_smoothing=0.2))
