@@ -30,7 +30,14 @@ _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "machine: VERSION:SIDES, such as v5p:4x4x4, v5e:16x16, v6e:16x16", required=True
 )
 _SLICES = flags.DEFINE_integer("slices", 1, "number of machines, joined by DCN along the data axis")
-_FIELDS = program.FieldFlags(RunConfig, {"global_batch": "data.batch_size", "accumulation": "optimizer.accumulation"})
+_FIELDS = program.FieldFlags(
+    RunConfig,
+    {
+        "global_batch": "data.batch_size",
+        "accumulation": "optimizer.accumulation",
+        "text_tokens": "data.text_tokens",  # such as one of data.text_buckets
+    },
+)
 _MESH = flags.DEFINE_string("mesh", "", "sizes of the mesh's axes, such as fsdp=-1,tensor=4; the config's by default")
 _FIND_BATCH = flags.DEFINE_bool("find_batch", False, "find the largest batch per chip that fits")
 _HBM_GIB = flags.DEFINE_float("hbm_gib", 0.0, "memory per chip, instead of the actual one", lower_bound=0.0)
@@ -39,7 +46,8 @@ _HBM_GIB = flags.DEFINE_float("hbm_gib", 0.0, "memory per chip, instead of the a
 def main(argv: list[str]) -> None:
     """Compiles and prints."""
     jax.config.update("jax_enable_compilation_cache", False)  # compiled programs could not run here
-    config = _FIELDS.override(_CONFIG.value)
+    data = dataclasses.replace(_CONFIG.value.data, text_buckets=())  # what is compiled has one length
+    config = _FIELDS.override(dataclasses.replace(_CONFIG.value, data=data))
     if _FIND_BATCH.value:
         data = dataclasses.replace(config.data, batch_size=config.optimizer.accumulation)
         config = dataclasses.replace(config, data=data)

@@ -125,7 +125,14 @@ def make_run(
             text_drop=0.1,
             label_smoothing=0.0,
         ),
-        data=DataConfig(name="records", directory="data", mixture=MIXTURE, batch_size=batch_size, read_threads=16),
+        data=DataConfig(
+            name="records",
+            directory="data",
+            mixture=MIXTURE,
+            batch_size=batch_size,
+            text_buckets=(64, 128),  # most instructions are short; the longest need all 512 tokens
+            read_threads=16,
+        ),
         steps=steps,
         text_dtype="bfloat16",
         tokenizer_precision="high",

@@ -175,7 +175,7 @@ class Editor:
         ids_BT, length_B = self.vocabulary.encode(instructions, limit)
         # Padded to a power of two, so that few programs are compiled.
         room = min(limit, max(16, 1 << int(length_B.max() - 1).bit_length()))
-        request = (images, ids_BT[:, :room], length_B, np.asarray(seeds, np.uint32))
+        request: tuple[np.ndarray, ...] = (images, ids_BT[:, :room], length_B, np.asarray(seeds, np.uint32))
         mesh = jax.sharding.get_mesh()
         more = whole_batch(mesh, len(images)) - len(images)  # copies of the last image
         request = tuple(np.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1), mode="edge") for x in request)

@@ -160,7 +160,9 @@ class MeshRun:
         self._ends = [*itertools.accumulate(steps for steps, _ in config.stages), config.steps]
         self._scales = [*(scales for _, scales in config.stages), self.pyramid.scales]
         self._work = functools.cache(
-            lambda scales, pyramid: Work.of(run_flops(config, pyramid.first(scales), whole=pyramid), mesh.devices.flat)
+            lambda scales, pyramid, text_tokens: Work.of(
+                run_flops(config, pyramid.first(scales), pyramid, text_tokens), mesh.devices.flat
+            )
         )
         self._evaluations: dict[tuple[Pyramid, int], Programs] = {}
 
@@ -183,7 +185,22 @@ class MeshRun:
             [(end, functools.partial(step_of, scales)) for end, scales in zip(self._ends, self._scales, strict=True)],
             frozen,
             later,
+            self._of_other_lengths,
         )
+
+    def _of_other_lengths(self, batch: Batch) -> list[dict[str, Any]]:
+        """Returns an abstract batch with the other lengths of texts that the run may have."""
+        data, now = self.config.data, batch["text_ids"].shape[1]
+
+        def padded(length: int) -> dict[str, Any]:
+            def leaf(name: str, x: Any) -> jax.ShapeDtypeStruct:
+                text = name in ("text_ids", "text_features")
+                shape = (x.shape[0], length, *x.shape[2:]) if text else x.shape
+                return jax.ShapeDtypeStruct(shape, x.dtype, sharding=x.sharding)
+
+            return {name: leaf(name, x) for name, x in batch.items()}
+
+        return [padded(length) for length in (*data.text_buckets, data.text_tokens) if length != now]
 
     def _pyramid_of(self, batch: Batch) -> Pyramid:
         """Returns the pyramid of a batch's images or features, which are all of one aspect."""
@@ -195,9 +212,9 @@ class MeshRun:
         return pyramid
 
     def work(self, step: int, batch: Batch) -> Work:
-        """Returns the cost of an example of step `step`, in a batch of one aspect."""
+        """Returns the cost of an example of step `step`, in a batch of one aspect and one length of texts."""
         scales = self._scales[min(bisect.bisect_right(self._ends, step), len(self._scales) - 1)]
-        return self._work(scales, self._pyramid_of(batch))
+        return self._work(scales, self._pyramid_of(batch), batch["text_ids"].shape[1])
 
     def put(self, batch: Mapping[str, np.ndarray]) -> Batch:
         """Returns the fields that the step takes, with this process's part of a batch as arrays of the whole batch."""

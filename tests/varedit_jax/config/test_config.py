@@ -60,6 +60,10 @@ MISTAKES = {
         lambda: TokenizerRunConfig(name="r", model=preset("2b"), steps=0),
         "steps is 0; it must be at least 1",
     ),
+    "buckets": (
+        lambda: DataConfig(text_tokens=64, text_buckets=(16, 64)),
+        r"data.text_buckets is \(16, 64\), and data.text_tokens 64; buckets are increasing numbers",
+    ),
     "cadence": (lambda: Cadence(log_every=-1), "cadence.log_every is -1; it must be at least 0"),
     "checkpoints": (lambda: Cadence(keep_checkpoints=0), "cadence.keep_checkpoints is 0; it must be at least 1"),
     "type": (lambda: Cadence(save_every=2.5), "Cadence.save_every is 2.5; it must be a whole number"),
