@@ -1,9 +1,11 @@
-"""Compiles the complete training step ahead of time, without the TPUs, and prints its requirements as a JSON line.
+"""Compiles a run's programs ahead of time, without the TPUs, and prints the requirements of each as a JSON line.
 
     python -m experiments.compile_ahead --config=experiments/configs/varedit_8b_512.py --topology=v5p:4x4x4 \\
         --global_batch=256 --mesh=fsdp=-1
 
-The step takes images and token ids, and has the frozen encoders, forward and backward pass and the optimizer. This runs
+The step takes images and token ids, and has the frozen encoders, forward and backward pass and the optimizer.
+--what=evaluation and --what=sampling compile what else a run needs: the loss of a held-out batch, in the step's
+microbatches, and the sampling of a sheet, one image on each device of data x fsdp at least. This runs
 on any CPU with libtpu (pip install 'varedit-jax[tpu]'); 8B takes some minutes. --find_batch finds the largest batch per
 chip that fits, and prints each attempt to standard error. Memory, collectives and `compiled_tflop_per_device` are per
 device and step, other TFLOP of all devices. `fits` compares `needed_gib` with `hbm_gib`; a program that does not fit
@@ -20,8 +22,9 @@ import jax
 from absl import flags
 
 from experiments import program
-from varedit_jax.analysis.ahead import Target, compile_step, find_batch
+from varedit_jax.analysis.ahead import Target, compile_evaluation, compile_sampling, compile_step, find_batch
 from varedit_jax.config import RunConfig
+from varedit_jax.errors import UserError
 from varedit_jax.parallel.mesh import parse_mesh
 from varedit_jax.parallel.processes import say
 
@@ -39,6 +42,10 @@ _FIELDS = program.FieldFlags(
     },
 )
 _MESH = flags.DEFINE_string("mesh", "", "sizes of the mesh's axes, such as fsdp=-1,tensor=4; the config's by default")
+_WHAT = flags.DEFINE_enum(
+    "what", "step", ["step", "evaluation", "sampling", "all"], "what is compiled; all of them give a line each"
+)
+_IMAGES = flags.DEFINE_integer("images", 8, "of a sheet of samples", lower_bound=1)
 _FIND_BATCH = flags.DEFINE_bool("find_batch", False, "find the largest batch per chip that fits")
 _HBM_GIB = flags.DEFINE_float("hbm_gib", 0.0, "memory per chip, instead of the actual one", lower_bound=0.0)
 
@@ -49,13 +56,21 @@ def main(argv: list[str]) -> None:
     data = dataclasses.replace(_CONFIG.value.data, text_buckets=())  # what is compiled has one length
     config = _FIELDS.override(dataclasses.replace(_CONFIG.value, data=data))
     if _FIND_BATCH.value:
+        if _WHAT.value != "step":
+            raise UserError(f"--find_batch is for the step, and --what is {_WHAT.value}; leave one of them out")
         data = dataclasses.replace(config.data, batch_size=config.optimizer.accumulation)
         config = dataclasses.replace(config, data=data)
     if _MESH.value:
         config = dataclasses.replace(config, mesh=parse_mesh(_MESH.value))
     target = Target(topology=_TOPOLOGY.value, slices=_SLICES.value, hbm_gib=_HBM_GIB.value)
-    row = find_batch(config, target, say) if _FIND_BATCH.value else compile_step(config, target)
-    print(json.dumps(row))
+    compilations = {
+        "step": lambda: find_batch(config, target, say) if _FIND_BATCH.value else compile_step(config, target),
+        "evaluation": lambda: compile_evaluation(config, target),
+        "sampling": lambda: compile_sampling(config, target, _IMAGES.value),
+    }
+    for what, compiling in compilations.items():
+        if _WHAT.value in (what, "all"):
+            print(json.dumps(compiling()), flush=True)
 
 
 if __name__ == "__main__":

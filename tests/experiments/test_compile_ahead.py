@@ -41,7 +41,7 @@ def answers(run_program, tmp_path_factory):
     good = [f"--config={config}", "--topology=v5e:2x2"]
     features = [f"--config={config}:precomputed", "--topology=v5e:2x2"]
     lines = {
-        "fsdp": [*good, "--mesh=fsdp=4", "--accumulation=2"],
+        "fsdp": [*good, "--mesh=fsdp=4", "--accumulation=2", "--text_tokens=8", "--what=all", "--images=3"],
         "data": [*features, "--mesh=data=4", "--hbm_gib=0.001"],
         "topology": [f"--config={config}", "--topology=v7q:2x2"],
         "mesh": [*good, "--mesh=fsdp=3"],
@@ -51,21 +51,22 @@ def answers(run_program, tmp_path_factory):
         "tensor": [*good, "--mesh=tensor=4"],
         "attention": [*good, "--config.model.transformer.attention=cudnn"],
         "slices": [*good, "--slices=2", "--mesh=fsdp=8"],
+        "what": [*good, "--find_batch", "--what=sampling"],
     }
     return run_program("compile_ahead", lines)
 
 
-def row(answer):
-    """The one line on standard output."""
+def rows(answer):
+    """The lines on standard output, by what was compiled."""
     code, out, err = answer
     assert code == 0, err
-    (line,) = out.splitlines()
-    return json.loads(line)
+    found = list(map(json.loads, out.splitlines()))
+    return {line["what"]: line for line in found}
 
 
 def test_split_parameters(answers):
     """Parameters are gathered, gradients scattered, no activation is gathered; the figures agree with each other."""
-    figures = row(answers["fsdp"])
+    figures = rows(answers["fsdp"])["step"]
     assert figures["fits"] is True and figures["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
     assert (figures["chip"], figures["chips"]) == ("TPU v5e", 4)
     memory = figures["memory"]
@@ -85,9 +86,23 @@ def test_split_parameters(answers):
     assert figures["loops_counted_once"] == []
 
 
+def test_evaluation_and_sampling(answers):
+    """Each needs memory of its own beside the moments, which stay; evaluation less than the step; images are split."""
+    figures = rows(answers["fsdp"])
+    assert list(figures) == ["step", "evaluation", "sampling"]
+    memory = {what: line["memory"] for what, line in figures.items()}
+    for what in ("evaluation", "sampling"):
+        assert figures[what]["fits"] is True and figures[what]["compile_seconds"] > 0
+        # Two moments of float32, where the arguments of the step have the parameters and the frozen weights, too.
+        assert 0 < memory[what]["beside_gib"] < memory["step"]["arguments_gib"]
+        assert memory[what]["outputs_gib"] < 0.01 and memory[what]["donated_gib"] == 0
+    assert memory["evaluation"]["temporaries_gib"] < memory["step"]["temporaries_gib"]
+    assert figures["sampling"]["images"] == 4  # of 3, one for each of four devices
+
+
 def test_copied_parameters(answers):
     """Nothing is gathered or scattered, gradients are summed; too little memory is reported, not raised."""
-    figures = row(answers["data"])
+    (figures,) = rows(answers["data"]).values()
     assert set(figures["collectives"]["by_kind"]) == {"all-reduce"}
     assert figures["fits"] is False and figures["memory"]["hbm_gib"] == 0.001 < figures["memory"]["needed_gib"]
 
@@ -103,6 +118,7 @@ def test_copied_parameters(answers):
         ("tensor", "dimension H = 1 does not divide over tensor = 4"),
         ("attention", "attention is 'cudnn', which needs a GPU, not tpu"),
         ("slices", "mesh.data is 1, which does not divide over 2 slices"),
+        ("what", "--find_batch is for the step, and --what is sampling"),
     ],
 )
 def test_mistakes(answers, case, sentence):

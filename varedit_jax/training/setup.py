@@ -137,6 +137,11 @@ def make_evaluate(config: RunConfig, pyramid: Pyramid, kinds: int = 0) -> Callab
     return evaluate
 
 
+def jitted_evaluation(config: RunConfig, pyramid: Pyramid, mesh: Mesh, kinds: int = 0) -> Any:
+    """Returns the jitted function of `make_evaluate`, whose metrics all processes get."""
+    return jax.jit(make_evaluate(config, pyramid, kinds), out_shardings=replicated(mesh))
+
+
 class MeshRun:
     """A run on a mesh. Call its methods under `jax.set_mesh(mesh)`."""
 
@@ -226,7 +231,7 @@ class MeshRun:
     def _evaluation(self, pyramid: Pyramid, kinds: int) -> Programs:
         """Returns the evaluation of batches of a pyramid with so many kinds of edits."""
         if (pyramid, kinds) not in self._evaluations:
-            function = jax.jit(make_evaluate(self.config, pyramid, kinds), out_shardings=replicated(self.mesh))
+            function = jitted_evaluation(self.config, pyramid, self.mesh, kinds)
             self._evaluations[pyramid, kinds] = Programs("evaluation", function, self.mesh)
         return self._evaluations[pyramid, kinds]
 
