@@ -1,6 +1,7 @@
 """Examples with random access: of the generated data set, or of prepared records. The loader reads `ExampleSource`."""
 
 import abc
+import collections
 import contextlib
 import functools
 import io
@@ -20,6 +21,7 @@ from data_pipelines.quiet_tfds import tfds
 from data_pipelines.reasons import Reason
 from data_pipelines.record import BrokenRecord
 from data_pipelines.shapes.builder import SPLITS, TEST_EXAMPLES, TRAIN_EXAMPLES, Shapes
+from data_pipelines.shapes.edits import KINDS
 from data_pipelines.shards import Records, StoredSplit, file_hash, read_index
 from data_pipelines.transforms import decoded, draw_flip, fitted_pair
 from varedit_jax.config import DataConfig, EditorConfig
@@ -30,6 +32,7 @@ from varedit_jax.storage.paths import is_remote, local, resolve
 Example = dict[str, Any]
 
 _DEFAULT_DIRECTORY = "data"
+_MOST_KINDS = 64  # that an evaluation tells apart: some data sets have as many as records
 _SHOWN_TEXT = 120  # characters of an instruction beside its images
 _RECORD_SPLITS = {"train": "train", "test": "validation"}  # on disk, by name in configs
 
@@ -77,6 +80,16 @@ class ExampleSource(abc.ABC):
         """False for examples found to be bad, [n]; None keeps all."""
         return None
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Names of the kinds of edits that `kind` tells apart."""
+        return ()
+
+    def kind(self, index: int) -> int:
+        """Returns the number of an example's kind among `kinds`; -1 for none, or another."""
+        del index
+        return -1
+
 
 class TfdsSource(ExampleSource):
     """A split of a prepared TFDS data set. Texts are str; images are decoded when an example is read."""
@@ -88,6 +101,7 @@ class TfdsSource(ExampleSource):
         directory = resolve(builder.data_dir)
         files = LocalFiles(directory, file_hash(directory / "dataset_info.json"))
         self.stored = (StoredSplit(files, split, ((split, builder.info.splits[split].num_examples),)),)
+        self._has_kinds = "kind" in builder.info.features
         self._decoded = builder.as_data_source(split)
         # For instructions alone: decoding every feature of the record takes about five times as long.
         self._stored = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
@@ -101,8 +115,20 @@ class TfdsSource(ExampleSource):
 
     def instruction(self, index: int) -> str:
         """Returns the instruction of an example."""
+        return self._text(index, "instruction")
+
+    @functools.cached_property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of edits of the generated data set; none of another."""
+        return tuple(KINDS) if self._has_kinds else ()
+
+    def kind(self, index: int) -> int:
+        """Returns the number of an example's kind."""
+        return self.kinds.index(self._text(index, "kind")) if self._has_kinds else -1
+
+    def _text(self, index: int, name: str) -> str:
         example = tf_example_pb2.Example.FromString(self._stored[index])
-        return example.features.feature["instruction"].bytes_list.value[0].decode()
+        return example.features.feature[name].bytes_list.value[0].decode()
 
 
 class RecordSource(ExampleSource):
@@ -147,6 +173,26 @@ class RecordSource(ExampleSource):
     def kept(self) -> NDArray[np.bool_]:
         """False for examples that data_pipelines.check had found to be bad when it was first asked for, [n]."""
         return np.concatenate([kept_records(part) for part in self.parts])
+
+    @functools.cached_property
+    def kinds(self) -> tuple[str, ...]:
+        """Names of the commonest kinds of edits over all parts; a record without one, or of another, has none."""
+        counts: collections.Counter[str] = collections.Counter()
+        for part in self.parts:
+            codes, numbers = np.unique(part.columns.kind, return_counts=True)
+            counts.update({part.columns.kinds[code]: int(number) for code, number in zip(codes, numbers, strict=True)})
+        del counts[""]
+        return tuple(sorted(sorted(counts, key=lambda name: (-counts[name], name))[:_MOST_KINDS]))
+
+    def kind(self, index: int) -> int:
+        """Returns the number of an example's kind among `kinds`; -1 for none of them."""
+        records, row = self._find(index)
+        name = records.columns.kinds[records.columns.kind[row]]
+        return self._numbers.get(name, -1)
+
+    @functools.cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.kinds)}
 
     def _find(self, index: int) -> tuple[Records, int]:
         part = int(np.searchsorted(self.starts, index, side="right")) - 1

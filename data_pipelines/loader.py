@@ -5,9 +5,12 @@ A batch is a dict of arrays:
     source, target                    uint8 [B, y, x, 3]        images; or, with precomputed features,
     source_features, target_features  float32 [B, h, w, Z]
     text_features                     bfloat16 [B, T, E]        of the instruction, if these were precomputed
-    text_ids                          int32 [B, T]              the instruction, padded with 0
+    text_ids                          int32 [B, T]              the instruction, padded with 0: T is `data.text_tokens`,
+                                                                or, in training, one of `data.text_buckets`
     text_length                       int32 [B]                 number of tokens without padding
     example_ids                       int64 [B]                 indices of the examples in the split
+    kinds                             int32 [B]                 of edits, for evaluation alone: indices into
+                                                                `source.kinds`; -1 for none
 
 A bad example never ends a run: it is counted and logged to the quarantine, and its row repeats the next usable example
 of the batch (in the order of the global batch; of a later batch if it has none). `example_ids` is ~i, which is
@@ -98,6 +101,7 @@ class _Read:
     rows: slice
     random: bool  # with random augmentation
     shared: bool  # images go into memory that another process can open, where Grain would copy them
+    text_buckets: tuple[int, ...] = ()
     # Token ids without padding, by example: tokenizing would be most of the cost of a batch of features.
     # Threads may fill an entry twice, with the same value.
     tokens: dict[int, NDArray[np.int32]] = dataclasses.field(default_factory=dict)
@@ -107,7 +111,10 @@ class _Read:
         if self.features is not None:
             wanted = plan.indices[self.rows].tolist()
             batch = self.features.rows(wanted)
-            return batch | self._text(wanted, self.source.instruction) | {EXAMPLE_IDS: np.array(wanted, np.int64)}, []
+            batch |= self._text(plan, wanted, self.source.instruction) | self._kinds(wanted)
+            if "text_features" in batch:
+                batch["text_features"] = batch["text_features"][:, : batch["text_ids"].shape[1]]
+            return batch | {EXAMPLE_IDS: np.array(wanted, np.int64)}, []
         return self._images(step, plan)
 
     def _images(self, step: int, plan: Rows) -> tuple[HostBatch, list[_Bad]]:
@@ -137,7 +144,13 @@ class _Read:
             contents.append(content)
         batch = {side: self._stacked([content[side] for content in contents]) for side in ("source", "target")}
         wanted = [index if index >= 0 else ~index for index in used]
-        return batch | self._text(wanted, texts.__getitem__) | {EXAMPLE_IDS: np.array(used, np.int64)}, bad
+        batch |= self._text(plan, wanted, texts.__getitem__) | self._kinds(wanted)
+        return batch | {EXAMPLE_IDS: np.array(used, np.int64)}, bad
+
+    def _kinds(self, wanted: list[int]) -> HostBatch:
+        if self.random or not self.source.kinds:
+            return {}
+        return {"kinds": np.array([self.source.kind(index) for index in wanted], np.int32)}
 
     def _stacked(self, images: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
         shape = (len(images), *images[0].shape)
@@ -158,15 +171,20 @@ class _Read:
         except Damaged as error:
             return _Bad(*self.source.name(index), str(error.reason), error.detail)
 
-    def _text(self, wanted: list[int], instruction: Callable[[int], str]) -> HostBatch:
-        rows = {index: self.tokens[index] for index in wanted if index in self.tokens}
-        missing = [index for index in dict.fromkeys(wanted) if index not in rows]
+    def _text(self, plan: Rows, wanted: list[int], instruction: Callable[[int], str]) -> HostBatch:
+        shown = wanted
+        if self.text_buckets:  # all processes have to agree on the length, so each looks at all prompts of the batch
+            shown, instruction = [*wanted, *plan.indices.tolist()], self.source.instruction
+        rows = {index: self.tokens[index] for index in shown if index in self.tokens}
+        missing = [index for index in dict.fromkeys(shown) if index not in rows]
         if missing:
             encoded = self.vocabulary.encode([instruction(index) for index in missing], self.text_tokens)
             rows |= {index: ids_T[:length].copy() for index, ids_T, length in zip(missing, *encoded, strict=True)}
             if len(self.tokens) < _CACHED_TEXTS:
                 self.tokens.update({index: rows[index] for index in missing})
-        ids_BT = np.zeros((len(wanted), self.text_tokens), np.int32)
+        longest = max(map(len, rows.values()))
+        room = next((bucket for bucket in self.text_buckets if bucket >= longest), self.text_tokens)
+        ids_BT = np.zeros((len(wanted), room), np.int32)
         for i, index in enumerate(wanted):
             ids_BT[i, : len(rows[index])] = rows[index]
         return {"text_ids": ids_BT, "text_length": np.array([len(rows[index]) for index in wanted], np.int32)}
@@ -372,7 +390,17 @@ def training_batches(
             f"give a smaller batch or a larger data set"
         )
     plans = _Plans(data, source, features, amendments or Amendments({"train": kept_examples(source, features)}))
-    read = _Read(plans.current(), source, vocabulary, features, data.text_tokens, rows, True, _reads_alone(data))
+    read = _Read(
+        plans.current(),
+        source,
+        vocabulary,
+        features,
+        data.text_tokens,
+        rows,
+        True,
+        _reads_alone(data),
+        data.text_buckets,
+    )
     return Batches(data, read, quarantine, plans)
 
 

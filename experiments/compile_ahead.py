@@ -1,9 +1,11 @@
-"""Compiles the complete training step ahead of time, without the TPUs, and prints its requirements as a JSON line.
+"""Compiles a run's programs ahead of time, without the TPUs, and prints the requirements of each as a JSON line.
 
     python -m experiments.compile_ahead --config=experiments/configs/varedit_8b_512.py --topology=v5p:4x4x4 \\
         --global_batch=256 --mesh=fsdp=-1
 
-The step takes images and token ids, and has the frozen encoders, forward and backward pass and the optimizer. This runs
+The step takes images and token ids, and has the frozen encoders, forward and backward pass and the optimizer.
+--what=evaluation and --what=sampling compile what else a run needs: the loss of a held-out batch, in the step's
+microbatches, and the sampling of a sheet, one image on each device of data x fsdp at least. This runs
 on any CPU with libtpu (pip install 'varedit-jax[tpu]'); 8B takes some minutes. --find_batch finds the largest batch per
 chip that fits, and prints each attempt to standard error. Memory, collectives and `compiled_tflop_per_device` are per
 device and step, other TFLOP of all devices. `fits` compares `needed_gib` with `hbm_gib`; a program that does not fit
@@ -27,7 +29,15 @@ from absl import flags
 from experiments import program
 from varedit_jax import command
 from varedit_jax.analysis import predict
-from varedit_jax.analysis.ahead import StepFigures, Target, compile_step, find_batch, read_step
+from varedit_jax.analysis.ahead import (
+    StepFigures,
+    Target,
+    compile_evaluation,
+    compile_sampling,
+    compile_step,
+    find_batch,
+    read_step,
+)
 from varedit_jax.config import RunConfig
 from varedit_jax.errors import UserError
 from varedit_jax.parallel.mesh import parse_mesh
@@ -39,8 +49,19 @@ _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "machine: VERSION:SIDES, such as v5p:4x4x4, v5e:16x16, v6e:16x16", required=True
 )
 _SLICES = flags.DEFINE_integer("slices", 1, "number of machines, joined by DCN along the data axis")
-_FIELDS = program.FieldFlags(RunConfig, {"global_batch": "data.batch_size", "accumulation": "optimizer.accumulation"})
+_FIELDS = program.FieldFlags(
+    RunConfig,
+    {
+        "global_batch": "data.batch_size",
+        "accumulation": "optimizer.accumulation",
+        "text_tokens": "data.text_tokens",  # such as one of data.text_buckets
+    },
+)
 _MESH = flags.DEFINE_string("mesh", "", "sizes of the mesh's axes, such as fsdp=-1,tensor=4; the config's by default")
+_WHAT = flags.DEFINE_enum(
+    "what", "step", ["step", "evaluation", "sampling", "all"], "what is compiled; all of them give a line each"
+)
+_IMAGES = flags.DEFINE_integer("images", 8, "of a sheet of samples", lower_bound=1)
 _FIND_BATCH = flags.DEFINE_bool("find_batch", False, "find the largest batch per chip that fits")
 _PROGRAM = command.DEFINE_path("program", "", "file that the compiled program's text is written to")
 _READ_PROGRAM = command.DEFINE_path("read_program", "", "file of --program to predict the step's time of, uncompiled")
@@ -59,8 +80,11 @@ _MAX_EXPOSED_GATHERS = flags.DEFINE_float(
 def main(argv: list[str]) -> None:
     """Compiles and prints."""
     jax.config.update("jax_enable_compilation_cache", False)  # compiled programs could not run here
-    config = _FIELDS.override(_CONFIG.value)
+    data = dataclasses.replace(_CONFIG.value.data, text_buckets=())  # what is compiled has one length
+    config = _FIELDS.override(dataclasses.replace(_CONFIG.value, data=data))
     if _FIND_BATCH.value:
+        if _WHAT.value != "step":
+            raise UserError(f"--find_batch is for the step, and --what is {_WHAT.value}; leave one of them out")
         data = dataclasses.replace(config.data, batch_size=config.optimizer.accumulation)
         config = dataclasses.replace(config, data=data)
     if _MESH.value:
@@ -68,16 +92,25 @@ def main(argv: list[str]) -> None:
     target = Target(
         topology=_TOPOLOGY.value, slices=_SLICES.value, hbm_gib=_HBM_GIB.value, stand_in_for=_STAND_IN_FOR.value
     )
-    row = _row(config, target)
-    for line in predict.lines(row["predicted"]) if "predicted" in row else ():
-        say(line)
-    print(json.dumps(row))
-    if "predicted" in row:
-        predict.check(row["predicted"], _MAX_MOVES.value, _MAX_EXPOSED_GATHERS.value)
+    compilations = {
+        "step": lambda: _step(config, target),
+        "evaluation": lambda: compile_evaluation(config, target),
+        "sampling": lambda: compile_sampling(config, target, _IMAGES.value),
+    }
+    rows = []
+    for what, compiling in compilations.items():
+        if _WHAT.value in (what, "all"):
+            rows.append(compiling())
+            for line in predict.lines(rows[-1]["predicted"]) if "predicted" in rows[-1] else ():
+                say(line)
+            print(json.dumps(rows[-1]), flush=True)
+    for row in rows:
+        if "predicted" in row:
+            predict.check(row["predicted"], _MAX_MOVES.value, _MAX_EXPOSED_GATHERS.value)
 
 
-def _row(config: RunConfig, target: Target) -> StepFigures:
-    """The line, of one compilation, of several, or of a program that was kept."""
+def _step(config: RunConfig, target: Target) -> StepFigures:
+    """The line of the step, of one compilation, of several, or of a program that was kept."""
     if sum(map(bool, (_FIND_BATCH.value, _PROGRAM.value, _READ_PROGRAM.value))) > 1:
         raise UserError("--find_batch, --program and --read_program each exclude the others; give one of them")
     if _FIND_BATCH.value:

@@ -49,12 +49,8 @@ def edit_records(
     for start in range(0, len(records), BATCH):
         batch = list(records[start : start + BATCH])
         filled = batch + [batch[-1]] * (min(BATCH, len(records)) - len(batch))
-        images = editor.edit_fitted(
-            np.stack([record["source"] for record in filled]),
-            [record["instruction"] for record in filled],
-            range(start, start + len(filled)),
-            every_scale=every_scale,
-        )
+        request = _request(filled, range(start, start + len(filled)))
+        images = editor.edit_fitted(*request, every_scale=every_scale)
         parts.append(images[:, : len(batch)])
         on_batch(len(batch))
     return np.concatenate(parts, axis=1)
@@ -68,6 +64,15 @@ def by_group(verdicts: Sequence[Verdict], records: Sequence[Any]) -> dict[str, S
         if members:
             groups[name if field == "kind" else f"unseen {name}"] = members
     return {name: score(members) for name, members in groups.items()}
+
+
+def prepare_sheet(editor: Editor, records: Sequence[Any]) -> None:
+    """Compiles what `sample_sheet` needs for at most `BATCH` examples; the editor's parameters may be abstract."""
+    editor.prepare(*_request(records, range(len(records))), every_scale=True)
+
+
+def _request(records: Sequence[Any], seeds: Sequence[int]) -> tuple[NDArray[np.uint8], list[str], Sequence[int]]:
+    return np.stack([record["source"] for record in records]), [record["instruction"] for record in records], seeds
 
 
 def sheet(records: Sequence[Any], images: NDArray[np.uint8], heading: str = "") -> Image.Image:

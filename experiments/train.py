@@ -25,7 +25,7 @@ from data_pipelines.amendments import Amendments
 from data_pipelines.record import EXAMPLE_IDS
 from experiments import program, run_flags
 from experiments.feature_encoders import open_features
-from experiments.shapes_scoring import sample_sheet
+from experiments.shapes_scoring import prepare_sheet, sample_sheet
 from varedit_jax import command
 from varedit_jax.config import RunConfig, to_dict
 from varedit_jax.conversion import convert
@@ -49,6 +49,7 @@ _REPLAY = command.DEFINE_path("replay", "", "directory of a step, WORKDIR/replay
 _APPLY_BAD_RECORDS = flags.DEFINE_bool(
     "apply_bad_records", False, "resume without the examples that data_pipelines.check found to be bad since the start"
 )
+_SHOWN = 8  # examples of a sheet
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, if the environment does not give it")
 _PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "processes of the run; 1 ignores the environment")
 _PROCESS_INDEX = flags.DEFINE_integer("process_index", None, "index of this process, from 0")
@@ -91,19 +92,33 @@ def _train(config: RunConfig) -> None:
     def evaluate(state: Any) -> dict[str, np.ndarray]:
         kept = amendments.kept("test", int(state.step))
         batches = loader.evaluation_batches(config.data, vocabulary, held_out, held_out_features, *part, kept)
-        return run.evaluate(state, frozen, itertools.islice(batches, config.eval_batches))
+        return run.evaluate(state, frozen, itertools.islice(batches, config.eval_batches), held_out.kinds)
+
+    shown = loader.shown_examples(held_out, _SHOWN) if config.cadence.sample_every else []
 
     def sample(state: Any, step: int) -> dict[str, np.ndarray]:
         del step
-        shown = loader.shown_examples(held_out, 8)
-        editor = Editor(config.model, {**frozen, **state.params}, config.sampling)
-        return {"held_out": np.asarray(sample_sheet(editor, shown))} if shown else {}
+        if not shown:
+            return {}
+        params = {"held_out": state.params} | ({} if state.ema is None else {"held_out_ema": state.ema})
+        editors = {name: Editor(config.model, {**frozen, **each}, config.sampling) for name, each in params.items()}
+        return {name: np.asarray(sample_sheet(editor, shown)) for name, editor in editors.items()}
+
+    def prepare_evaluation() -> None:
+        if config.cadence.eval_every:
+            run.prepare_evaluation(len(held_out.kinds))
+
+    def prepare_sample() -> None:
+        with jax.set_mesh(mesh):
+            if shown:
+                params = {**frozen, **run.abstract_state.params}
+                prepare_sheet(Editor(config.model, params, config.sampling), shown)
 
     quarantine = paths.resolve(run_flags.WORKDIR.value) / "quarantine" / f"process_{jax.process_index()}.jsonl"
     batches = loader.training_batches(
         config.data, vocabulary, train, train_features, *part, quarantine=quarantine, amendments=amendments
     )
-    with jax.set_mesh(mesh), run.stages(frozen) as stages:
+    with jax.set_mesh(mesh), run.stages(frozen, (prepare_evaluation, prepare_sample)) as stages:
         if _REPLAY.value:
             return _replay(run, stages.step)
         processes.wait_for_all("the run to begin")

@@ -2,7 +2,9 @@
 
 AdamW with betas 0.9 / 0.97 at a constant rate, gradients clipped at 5, bfloat16 compute over float32 weights,
 self-correction up to 0.3 on 13 scales, the loss reweighted by scale, text dropped with probability 0.1. The precision
-of the frozen encoders follows results/precision.md.
+of the frozen encoders follows results/precision.md. What the paper does not say is as in the release's trainer, by the
+defaults that it has from Infinity (docs/model.md, section 7): weight decay 0.005, no label smoothing, and strengths of
+self-correction that each device draws for its own examples.
 
 Variants of the configs: `tiny`, for a CPU; `v5p_128`, `v5p_256`, `v6e_256`, `v5e_256` and `h100_64`, layouts for those
 machines, whose requirements are in results/compile_ahead.md.
@@ -112,9 +114,25 @@ def make_run(
     run = RunConfig(
         name=name,
         model=model,
-        optimizer=OptimizerConfig(learning_rate=learning_rate, beta1=0.9, beta2=0.97, clip_norm=5.0),
-        loss=LossConfig(scale_power=0.5, noise_scales=13, noise_max=0.3, text_drop=0.1),
-        data=DataConfig(name="records", directory="data", mixture=MIXTURE, batch_size=batch_size, read_threads=16),
+        optimizer=OptimizerConfig(
+            learning_rate=learning_rate, beta1=0.9, beta2=0.97, clip_norm=5.0, weight_decay=0.005
+        ),
+        loss=LossConfig(
+            scale_power=0.5,
+            noise_scales=13,
+            noise_max=0.3,
+            noise_strength="device",
+            text_drop=0.1,
+            label_smoothing=0.0,
+        ),
+        data=DataConfig(
+            name="records",
+            directory="data",
+            mixture=MIXTURE,
+            batch_size=batch_size,
+            text_buckets=(64, 128),  # most instructions are short; the longest need all 512 tokens
+            read_threads=16,
+        ),
         steps=steps,
         text_dtype="bfloat16",
         tokenizer_precision="high",

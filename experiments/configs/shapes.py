@@ -106,7 +106,7 @@ def _editor(name: str, coarse: int, middle: int, fine: int, train_examples: int)
         train_text=True,
         tokenizer_weights=SHIPPED,
         eval_batches=20,
-        cadence=Cadence(log_every=50, sample_every=5000, eval_every=1000, save_every=2000),
+        cadence=Cadence(log_every=50, sample_every=5000, eval_every=1000, evaluate_first=True, save_every=2000),
     )
 
 

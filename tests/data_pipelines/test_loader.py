@@ -166,6 +166,40 @@ def test_long_instructions_are_cut_as_the_vocabulary_does() -> None:
     assert lengths.max() == 3
 
 
+@pytest.mark.parametrize("features", [None, Levels()])
+def test_texts_are_padded_to_the_first_bucket_that_holds_all_of_a_batch(features: Features | None) -> None:
+    """Processes agree on it although each has some of the prompts; nothing is cut that was not cut before."""
+    data = dataclasses.replace(DATA, text_tokens=9, text_buckets=(2, 3))  # a prompt has 2 to 4 tokens
+    plain = take(40, dataclasses.replace(data, text_buckets=()), features=features)
+    parts = [take(40, data, features=features, process_index=process, process_count=4) for process in range(4)]
+    rooms = set()
+    for whole, *shares in zip(plain, *parts, strict=True):
+        assert whole["text_ids"].shape[1] == 9
+        longest = int(whole["text_length"].max())
+        room = next((bucket for bucket in (2, 3) if bucket >= longest), 9)
+        rooms.add(room)
+        assert {share["text_ids"].shape for share in shares} == {(1, room)}
+        np.testing.assert_array_equal(
+            np.concatenate([share["text_ids"] for share in shares]), whole["text_ids"][:, :room]
+        )
+        assert [int(share["text_length"][0]) for share in shares] == whole["text_length"].tolist()
+    assert len(rooms) >= 2  # with 4 prompts of 3 lengths, few batches have only short ones
+    assert next(loader.evaluation_batches(data, Numbers(), Numbered()))["text_ids"].shape == (4, 9)
+
+
+def test_held_out_batches_number_the_kinds_of_edits() -> None:
+    class Sorted(Numbered):
+        kinds = ("even", "odd")
+
+        def kind(self, index: int) -> int:
+            return -1 if index == 3 else index % 2
+
+    for batches in (loader.evaluation_batches(DATA, Numbers(), Sorted(), each) for each in (None, Levels())):
+        batch = next(batches)
+        assert batch["kinds"].dtype == np.int32 and batch["kinds"].tolist() == [0, 1, 0, -1]
+    assert "kinds" not in next(loader.training_batches(DATA, Numbers(), Sorted()))
+
+
 def test_impossible_requests_say_what_to_change() -> None:
     with pytest.raises(UserError, match="batch_size 4 does not divide over 3 processes"):
         take(1, process_index=0, process_count=3)

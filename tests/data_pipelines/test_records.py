@@ -15,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_pipelines import bad_records, loader
+from data_pipelines import bad_records, datasets, loader
 from data_pipelines.record import Record
 from data_pipelines.shards import Records, ShardWriter, shard_path, write_index
 from tests.data_pipelines.images import DAMAGE
@@ -363,3 +363,18 @@ def test_other_shapes_than_the_model_has_are_refused(directories: tuple[str, str
         loader.open_records(_data(directories), "train", own)
     with pytest.raises(UserError, match="no split 'dev'"):
         loader.open_records(_data(directories), "dev", MODEL)
+
+
+def test_the_commonest_kinds_of_all_parts_are_numbered(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name, over data sets that number them each in its own way; records without a kind have none."""
+    monkeypatch.setattr(datasets, "_MOST_KINDS", 2)
+    kinds = {"one": ["remove", "add", "", "remove", "style"], "two": ["add", "add", "rare", "", "zoom"]}
+    for name, of_records in kinds.items():
+        records = [dataclasses.replace(_record(i, name), kind=kind) for i, kind in enumerate(of_records)]
+        _write(tmp_path / name, records)
+        write_index(tmp_path / name)
+    data = _data([str(tmp_path / name) for name in kinds])
+    source = loader.open_records(data, "train", MODEL)
+    assert source.kinds == ("add", "remove")
+    expected = [{"add": 0, "remove": 1}.get(kind, -1) for name in kinds for kind in kinds[name]]
+    assert [source.kind(index) for index in range(len(source))] == expected

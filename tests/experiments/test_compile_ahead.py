@@ -43,10 +43,13 @@ def answers(run_program, tmp_path_factory):
     good = [f"--config={config}", "--topology=v5e:2x2"]
     features = [f"--config={config}:precomputed", "--topology=v5e:2x2"]
     lines = {
-        "fsdp": [*good, "--mesh=fsdp=4", "--accumulation=2", f"--program={text}", "--max_moves=0.001"],
-        "read": [*good, "--mesh=fsdp=4", "--accumulation=2", f"--read_program={text}"],
-        "gathers": [*good, "--mesh=fsdp=4", "--accumulation=2", f"--read_program={text}", "--max_exposed_gathers=0"],
-        "gpu": [*good, "--mesh=fsdp=4", "--accumulation=2", f"--read_program={text}", f"--stand_in_for={H100}"],
+        "fsdp": [*good, "--mesh=fsdp=4", "--accumulation=2", "--text_tokens=8", "--what=all", "--images=3"]
+        + [f"--program={text}", "--max_moves=0.001"],
+        "read": [*good, "--mesh=fsdp=4", "--accumulation=2", "--text_tokens=8", f"--read_program={text}"],
+        "gathers": [*good, "--mesh=fsdp=4", "--accumulation=2", "--text_tokens=8", f"--read_program={text}"]
+        + ["--max_exposed_gathers=0"],
+        "gpu": [*good, "--mesh=fsdp=4", "--accumulation=2", "--text_tokens=8", f"--read_program={text}"]
+        + [f"--stand_in_for={H100}"],
         "data": [*features, "--mesh=data=4", "--hbm_gib=0.001"],
         "two": [*good, f"--program={text}", "--find_batch"],
         "stand_in": [*good, "--stand_in_for=H100"],
@@ -60,21 +63,28 @@ def answers(run_program, tmp_path_factory):
         "tensor": [*good, "--mesh=tensor=4"],
         "attention": [*good, "--config.model.transformer.attention=cudnn"],
         "slices": [*good, "--slices=2", "--mesh=fsdp=8"],
+        "what": [*good, "--find_batch", "--what=sampling"],
     }
     return run_program("compile_ahead", lines)
 
 
-def row(answer, code=0):
-    """The one line on standard output."""
+def rows(answer, code=0):
+    """The lines on standard output, by what was compiled."""
     found, out, err = answer
     assert found == code, err
-    (line,) = out.splitlines()
-    return json.loads(line)
+    lines = list(map(json.loads, out.splitlines()))
+    return {line["what"]: line for line in lines}
+
+
+def row(answer, code=0):
+    """The one line on standard output."""
+    (line,) = rows(answer, code).values()
+    return line
 
 
 def test_split_parameters(answers):
     """Parameters are gathered, gradients scattered, no activation is gathered; the figures agree with each other."""
-    figures = row(answers["fsdp"], code=1)  # beyond a bound
+    figures = rows(answers["fsdp"], code=1)["step"]  # beyond a bound
     assert figures["fits"] is True and figures["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
     assert (figures["chip"], figures["chips"]) == ("TPU v5e", 4)
     memory = figures["memory"]
@@ -96,7 +106,7 @@ def test_split_parameters(answers):
 
 def test_prediction(answers):
     """It is in the line and in words, the same from the text that was kept; it adds up; the bounds end the program."""
-    predicted = row(answers["fsdp"], code=1)["predicted"]
+    predicted = rows(answers["fsdp"], code=1)["step"]["predicted"]
     assert row(answers["read"])["predicted"] == predicted
     low, high = predicted["seconds_range"]
     assert 0 < low <= predicted["seconds"] <= high < 1
@@ -120,9 +130,23 @@ def test_prediction_for_a_gpu(answers):
     assert 0 < figures["predicted"]["seconds"] < row(answers["read"])["predicted"]["seconds"]
 
 
+def test_evaluation_and_sampling(answers):
+    """Each needs memory of its own beside the moments, which stay; evaluation less than the step; images are split."""
+    figures = rows(answers["fsdp"], code=1)
+    assert list(figures) == ["step", "evaluation", "sampling"]
+    memory = {what: line["memory"] for what, line in figures.items()}
+    for what in ("evaluation", "sampling"):
+        assert figures[what]["fits"] is True and figures[what]["compile_seconds"] > 0
+        # Two moments of float32, where the arguments of the step have the parameters and the frozen weights, too.
+        assert 0 < memory[what]["beside_gib"] < memory["step"]["arguments_gib"]
+        assert memory[what]["outputs_gib"] < 0.01 and memory[what]["donated_gib"] == 0
+    assert memory["evaluation"]["temporaries_gib"] < memory["step"]["temporaries_gib"]
+    assert figures["sampling"]["images"] == 4  # of 3, one for each of four devices
+
+
 def test_copied_parameters(answers):
     """Nothing is gathered or scattered, gradients are summed; too little memory is reported, not raised."""
-    figures = row(answers["data"])
+    (figures,) = rows(answers["data"]).values()
     assert set(figures["collectives"]["by_kind"]) == {"all-reduce"}
     assert figures["fits"] is False and figures["memory"]["hbm_gib"] == 0.001 < figures["memory"]["needed_gib"]
 
@@ -142,6 +166,7 @@ def test_copied_parameters(answers):
         ("stand_in", "--stand_in_for=H100: varedit_jax/hardware.py knows no such GPU"),
         ("no_program", "nowhere.hlo"),
         ("no_hlo", "config.py is no text of a compiled program"),
+        ("what", "--find_batch is for the step, and --what is sampling"),
     ],
 )
 def test_mistakes(answers, case, sentence):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from data_pipelines.shapes.edits import KINDS
 from varedit_jax.config import RunConfig, from_dict
 from varedit_jax.conversion import convert
 from varedit_jax.training import setup
@@ -77,6 +78,30 @@ def test_stopped_and_resumed_equals_uninterrupted(uninterrupted: pathlib.Path, d
     ]
     assert losses[0] == losses[1]
     assert len(losses[0]) > 0
+
+
+def test_a_run_evaluates_by_kind_and_samples_its_ema_too(tmp_path: pathlib.Path, data: str) -> None:
+    """In microbatches; nothing happens at step 0."""
+    done = _train(
+        f"--config={CONFIG}",
+        data,
+        f"--workdir={tmp_path}",
+        *("--config.steps=4", "--config.cadence.eval_every=2", "--config.cadence.sample_every=4"),
+        *("--config.optimizer.ema_decay=0.5", "--config.optimizer.accumulation=2", "--config.stages=()"),
+    )
+    assert done.returncode == 0, done.stderr
+    lines = {line["step"]: line for line in read_metrics(tmp_path) if "eval/loss" in line}
+    assert sorted(lines) == [2, 4]
+    for line in lines.values():
+        assert line["eval/loss"] != line["eval_ema/loss"]
+        for group in ("eval", "eval_ema"):
+            names_of_kinds = [name.rpartition("/")[2] for name in line if name.startswith(f"{group}/loss_by_kind/")]
+            losses = [line[f"{group}/loss_by_kind/{kind}"] for kind in names_of_kinds]
+            assert set(names_of_kinds) <= set(KINDS) and len(names_of_kinds) > 1
+            assert min(losses) <= line[f"{group}/loss"] <= max(losses)
+            assert all(f"{group}/bit_accuracy_by_kind/{kind}" in line for kind in names_of_kinds)
+    sheets = sorted(path.name for path in (tmp_path / "samples").iterdir())
+    assert sheets == ["held_out_0000004.png", "held_out_ema_0000004.png"]
 
 
 def test_exported_directory_names_its_model(uninterrupted: pathlib.Path) -> None:

@@ -19,10 +19,19 @@ from varedit_jax.config import RunConfig
 from varedit_jax.errors import UserError
 from varedit_jax.parallel.mesh import make_mesh
 from varedit_jax.parallel.topology import topology_devices
+from varedit_jax.sampling.editor import abstract_request, jitted_edit
 from varedit_jax.scales import editor_pyramid
-from varedit_jax.training.compile_step import abstract_arguments, check_attention, sharded_step
+from varedit_jax.training.compile_step import (
+    abstract_arguments,
+    abstract_frozen,
+    abstract_state,
+    check_attention,
+    sharded_step,
+)
 from varedit_jax.training.flops import CONVENTION, run_flops
 from varedit_jax.training.optimizer import make_optimizer
+from varedit_jax.training.setup import jitted_evaluation
+from varedit_jax.training.state import TrainState
 from varedit_jax.transformer.attention import Visibility, visibility_mask
 
 StepFigures = dict[str, Any]  # of a compiled step, ready for JSON
@@ -80,22 +89,11 @@ def compile_step(config: RunConfig, target: Target, keep: Callable[[str], object
     pyramid = editor_pyramid(config.model)
     optimizer = make_optimizer(config.optimizer, config.steps)
     arguments = abstract_arguments(config, pyramid, optimizer, mesh)
-    began = time.perf_counter()
-    row = _about(config, target, mesh) | _flops(config, mesh)
+    row = {"what": "step"} | _about(config, target, mesh) | _flops(config, mesh)
     with jax.set_mesh(mesh):
-        lowered = sharded_step(config, pyramid, optimizer, mesh).lower(*arguments)
-        traced = time.perf_counter()
-        try:
-            program = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            memory = _too_large(str(error), target)
-            if memory is None:
-                raise
-            program = None
-    seconds = {"lower_seconds": round(traced - began, 1), "compile_seconds": round(time.perf_counter() - traced, 1)}
+        program, requirements = _compile(sharded_step(config, pyramid, optimizer, mesh), arguments, target)
     if program is None:
-        return {**row, "fits": False, "memory": memory, **seconds}
-    memory = _memory(program, target)
+        return row | requirements
     text = program.as_text()
     if keep:
         keep(text)
@@ -105,8 +103,7 @@ def compile_step(config: RunConfig, target: Target, keep: Callable[[str], object
     sizes = compiled.parameter_sizes((arguments[0].params, arguments[1]))
     return {
         **row,
-        "fits": memory["needed_gib"] <= memory["hbm_gib"],
-        "memory": memory,
+        **requirements,
         "collectives": compiled.summary(found, sizes, tokens * width // mesh.shape["tensor"]),
         "link_seconds_at_least": float(f"{compiled.link_seconds(found, target.chip):.4g}"),
         "compiled_tflop_per_device": _tera(hlo.matmul_flops(module)),
@@ -117,14 +114,71 @@ def compile_step(config: RunConfig, target: Target, keep: Callable[[str], object
         ),
         "loops_counted_once": module.loops_counted_once(),
         "predicted": _predicted(config, target, mesh, module),
-        **seconds,
+    }
+
+
+def compile_evaluation(config: RunConfig, target: Target) -> StepFigures:
+    """Compiles the evaluation of a held-out batch, in the microbatches of the step; figures and errors as above."""
+    mesh, pyramid = make_mesh(config.mesh, target.devices), editor_pyramid(config.model)
+    row = {"what": "evaluation"} | _about(config, target, mesh)
+    state, frozen, batch, _ = abstract_arguments(config, pyramid, make_optimizer(config.optimizer, config.steps), mesh)
+    with jax.set_mesh(mesh):
+        check_attention(config)
+        function = jitted_evaluation(config, pyramid, mesh)
+        return row | _beside(state, _compile(function, (state.params, frozen, batch), target)[1])
+
+
+def compile_sampling(config: RunConfig, target: Target, images: int) -> StepFigures:
+    """Compiles the sampling of a sheet of so many images, one on each device of data x fsdp at least.
+
+    The texts have `data.text_tokens`. Figures and errors as above.
+    """
+    mesh, pyramid = make_mesh(config.mesh, target.devices), editor_pyramid(config.model)
+    state = abstract_state(config, make_optimizer(config.optimizer, config.steps), mesh)
+    params = abstract_frozen(config, mesh) | state.params
+    request = abstract_request(config.model, pyramid, mesh, images, config.data.text_tokens)
+    row = {"what": "sampling"} | _about(config, target, mesh) | {"images": request[0].shape[0]}
+    with jax.set_mesh(mesh):
+        check_attention(config)
+        function = jitted_edit(config.model, pyramid, config.sampling, True, mesh)
+        return row | _beside(state, _compile(function, (params, *request), target)[1])
+
+
+def _beside(state: TrainState, requirements: StepFigures) -> StepFigures:
+    """Returns requirements with what of the state lies on a device beside the program: moments and EMA."""
+    leaves = jax.tree.leaves((state.opt_state, state.ema))
+    held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves) / hardware.GIB
+    memory = requirements["memory"]
+    fits = requirements["fits"] and memory["needed_gib"] + held <= memory["hbm_gib"]
+    return requirements | {"fits": fits, "memory": memory | {"beside_gib": round(held, 3)}}
+
+
+def _compile(function: Any, arguments: tuple[Any, ...], target: Target) -> tuple[Any, StepFigures]:
+    """Returns the program of a jitted function, None if it is too large, and its memory and the time it took."""
+    began = time.perf_counter()
+    lowered = function.lower(*arguments)
+    traced = time.perf_counter()
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        program, memory = None, _too_large(str(error), target)
+        if memory is None:
+            raise
+    else:
+        memory = _memory(program, target)
+    return program, {
+        "fits": program is not None and memory["needed_gib"] <= memory["hbm_gib"],
+        "memory": memory,
+        "lower_seconds": round(traced - began, 1),
+        "compile_seconds": round(time.perf_counter() - traced, 1),
     }
 
 
 def read_step(config: RunConfig, target: Target, text: str) -> StepFigures:
     """Figures of a program that `compile_step` kept the text of, compiled for the same config and target."""
     mesh = make_mesh(config.mesh, target.devices)
-    return {**_about(config, target, mesh), "predicted": _predicted(config, target, mesh, hlo.parse(text))}
+    row = {"what": "step"} | _about(config, target, mesh)
+    return row | {"predicted": _predicted(config, target, mesh, hlo.parse(text))}
 
 
 def _predicted(config: RunConfig, target: Target, mesh: Mesh, module: hlo.Module) -> StepFigures:

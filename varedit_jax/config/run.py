@@ -1,6 +1,7 @@
 """Configurations of runs, and of their parts: optimizer, loss, data, sampling, mesh, guard and cadence."""
 
 import dataclasses
+import itertools
 import math
 from typing import Literal
 
@@ -47,13 +48,19 @@ class LossConfig(Checked):
     scale_power: float = 0.5  # weight of a token ~ (tokens of its scale)^-scale_power; 0.5 as published, 0 = uniform
     noise_scales: int = 13  # scales whose bits are flipped by self-correction
     noise_max: float = 0.3  # largest flip probability; strengths are 0, 0.01, ..., noise_max
+    # Who shares the strength that is drawn for a scale: a microbatch, its examples on one device of data x fsdp, or
+    # nobody. Draws of "device" depend on the mesh.
+    noise_strength: Literal["batch", "device", "example"] = "batch"
     text_drop: float = 0.1  # share of samples that see the unconditional text
     label_temperature: float = 0.0  # 0: bits as published; > 0: soft labels sigmoid(residual / label_temperature)
+    label_smoothing: float = 0.0  # share e of the label that both values get half of, in training alone
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.label_temperature >= 0:
             raise ValueError(f"loss.label_temperature is {self.label_temperature}; it is 0 for bits, else above 0")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"loss.label_smoothing is {self.label_smoothing}; it must be at least 0 and below 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +82,10 @@ class DataConfig(Checked):
     flip: bool = False  # mirror every second image whose instruction allows it
     features: Literal["online", "precomputed"] = "online"  # computed in the step, or ahead of time
     batch_size: int = 32  # examples per step, over all processes
-    text_tokens: int = 512  # T: prompts are padded to this length in a batch
+    text_tokens: int = 512  # T: prompts are padded to this length in a batch, and longer ones cut
+    # Smaller lengths, increasing: a batch for training is padded to the first that holds all of its prompts, else to
+    # text_tokens. There is a compiled step for each.
+    text_buckets: tuple[int, ...] = ()
     seed: int = 0  # of shuffling
     read_threads: int = 2  # per process, or per worker
     workers: int = 0  # reader processes per process of the run; 0 = its own threads
@@ -85,6 +95,12 @@ class DataConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(self, 1, "data.batch_size", "data.text_tokens")
+        sizes = (*self.text_buckets, self.text_tokens)
+        if sizes[0] < 1 or any(low >= high for low, high in itertools.pairwise(sizes)):
+            raise ValueError(
+                f"data.text_buckets is {self.text_buckets!r}, and data.text_tokens {self.text_tokens}; "
+                f"buckets are increasing numbers from 1, below text_tokens"
+            )
         if (self.name == "records") != bool(self.mixture):
             raise ValueError(f"data.mixture is {self.mixture!r}, and data.name {self.name!r}; `records` alone has one")
         if self.flip and self.features == "precomputed":
@@ -158,6 +174,7 @@ class Cadence(Checked):
     log_every: int = 10
     sample_every: int = 500  # sheets of sampled images
     eval_every: int = 500  # evaluation on the held-out split; not for tokenizers
+    evaluate_first: bool = False  # evaluate and sample at step 0, too, before anything is learned
     save_every: int = 500
     save_minutes: float = 0.0  # longest time between two saves; 0 = by steps alone
     keep_checkpoints: int = 3  # newest ones

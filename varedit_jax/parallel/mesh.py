@@ -89,6 +89,12 @@ def check_batch(mesh: Mesh, batch: int, accumulation: int = 1) -> None:
         )
 
 
+def whole_batch(mesh: Mesh, count: int) -> int:
+    """Returns the smallest number of examples, at least `count`, that divides over data x fsdp."""
+    shards = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-count // shards) * shards
+
+
 def batch_part(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
     """(index, count): the part, of `count` equal parts of each batch, that a process (this one by default) reads.
 

@@ -12,7 +12,9 @@ import numpy as np
 from varedit_jax.config import EditorConfig, RunConfig, SamplingConfig, from_dict, per_scale
 from varedit_jax.errors import UserError
 from varedit_jax.images import ImageSource, Placement, fit, read_image, restore
-from varedit_jax.parallel.mesh import replicated
+from varedit_jax.parallel.constrain import batch_only
+from varedit_jax.parallel.mesh import replicated, whole_batch
+from varedit_jax.parallel.programs import Programs
 from varedit_jax.parameters import abstract_params
 from varedit_jax.sampling import sampler
 from varedit_jax.scales import Pyramid, editor_pyramid, image_size, nearest_aspect
@@ -31,10 +33,11 @@ class Editor:
     """
 
     def __init__(self, config: EditorConfig, params: Params, sampling: SamplingConfig | None = None) -> None:
-        """Takes parameters {"tokenizer", "text", "transformer"} and the default sampling."""
+        """Takes parameters {"tokenizer", "text", "transformer"}, or abstract ones to compile for, and the sampling."""
         self.config = config
         # jax.Arrays keep their sharding, which may include devices of other processes.
-        self.params = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf), params)
+        placed = (jax.Array, jax.ShapeDtypeStruct)
+        self.params = jax.tree.map(lambda leaf: leaf if isinstance(leaf, placed) else jax.device_put(leaf), params)
         self.sampling = sampling or SamplingConfig()
         self.vocabulary = Vocabulary.load()
 
@@ -137,8 +140,29 @@ class Editor:
     ) -> np.ndarray:
         """Edits images that already have the model's size: uint8 [B, y, x, 3] -> uint8 [1 or K, B, y, x, 3].
 
-        With `every_scale` the first axis holds the image after each scale, otherwise the final one alone.
+        With `every_scale` the first axis holds the image after each scale, otherwise the final one alone. On a mesh the
+        images are split over its devices, all processes call it with the same ones, and each gets all results.
         """
+        run, request = self._program(images, instructions, seeds, sampling, pyramid, every_scale)
+        return np.asarray(run(self.params, *request))[:, : len(images)]
+
+    def prepare(
+        self, images: np.ndarray, instructions: Sequence[str], seeds: Sequence[int], every_scale: bool = False
+    ) -> None:
+        """Compiles the program that `edit_fitted` needs for such a request, with these or other parameters."""
+        run, request = self._program(images, instructions, seeds, every_scale=every_scale)
+        run.prepare(self.params, *request)
+
+    def _program(
+        self,
+        images: np.ndarray,
+        instructions: Sequence[str],
+        seeds: Sequence[int],
+        sampling: SamplingConfig | None = None,
+        pyramid: Pyramid | None = None,
+        every_scale: bool = False,
+    ) -> tuple[Programs, tuple[Any, ...]]:
+        """Returns the program of a request, and its arguments after the parameters."""
         pyramid = pyramid or editor_pyramid(self.config)
         sampling = sampling or self.sampling
         for value in (sampling.guidance, sampling.temperature):
@@ -151,9 +175,11 @@ class Editor:
         ids_BT, length_B = self.vocabulary.encode(instructions, limit)
         # Padded to a power of two, so that few programs are compiled.
         room = min(limit, max(16, 1 << int(length_B.max() - 1).bit_length()))
-        keys_B = jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
-        run = _compiled(self.config, pyramid, sampling, every_scale, jax.sharding.get_mesh())
-        return np.asarray(run(self.params, images, ids_BT[:, :room], length_B, keys_B))
+        request: tuple[np.ndarray, ...] = (images, ids_BT[:, :room], length_B, np.asarray(seeds, np.uint32))
+        mesh = jax.sharding.get_mesh()
+        more = whole_batch(mesh, len(images)) - len(images)  # copies of the last image
+        request = tuple(np.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1), mode="edge") for x in request)
+        return _compiled(self.config, pyramid, sampling, every_scale, mesh), request
 
     @property
     def _most_tokens(self) -> int:
@@ -171,9 +197,43 @@ class Editor:
 @functools.cache
 def _compiled(
     config: EditorConfig, pyramid: Pyramid, sampling: SamplingConfig, every_scale: bool, mesh: jax.sharding.Mesh
+) -> Programs:
+    """Returns the programs of such calls."""
+    return Programs("edit", jitted_edit(config, pyramid, sampling, every_scale, mesh), mesh)
+
+
+def jitted_edit(
+    config: EditorConfig, pyramid: Pyramid, sampling: SamplingConfig, every_scale: bool, mesh: jax.sharding.Mesh
 ) -> Any:
-    """The program of a call. On a mesh, all processes call it with the same images and get all results."""
-    return jax.jit(
-        functools.partial(sampler.edit, config=config, pyramid=pyramid, sampling=sampling, every_scale=every_scale),
-        out_shardings=None if mesh.empty else replicated(mesh),
+    """Returns the jitted function of the parameters and of a request: images, token ids, lengths and seeds."""
+
+    def edit(params: Params, images: jax.Array, ids_BT: jax.Array, length_B: jax.Array, seeds_B: jax.Array) -> Any:
+        images, ids_BT, length_B, seeds_B = map(batch_only, (images, ids_BT, length_B, seeds_B))
+        keys_B = jax.vmap(jax.random.key)(seeds_B)
+        return sampler.edit(
+            params,
+            images,
+            ids_BT,
+            length_B,
+            keys_B,
+            config=config,
+            pyramid=pyramid,
+            sampling=sampling,
+            every_scale=every_scale,
+        )
+
+    return jax.jit(edit, out_shardings=None if mesh.empty else replicated(mesh))
+
+
+def abstract_request(
+    config: EditorConfig, pyramid: Pyramid, mesh: jax.sharding.Mesh, images: int, text_tokens: int
+) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Returns the arguments of `jitted_edit` after the parameters, for so many images, as abstract arrays."""
+    batch = whole_batch(mesh, images)
+    shapes = (
+        ((batch, *image_size(config, pyramid), 3), np.uint8),
+        ((batch, text_tokens), np.int32),
+        ((batch,), np.int32),
+        ((batch,), np.uint32),
     )
+    return tuple(jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh)) for shape, dtype in shapes)

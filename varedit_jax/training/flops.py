@@ -107,12 +107,17 @@ def example_flops(
     )
 
 
-def run_flops(config: RunConfig, pyramid: Pyramid, whole: Pyramid | None = None) -> Flops:
-    """Returns the operations of one example of a run on `pyramid`, which may be a stage's first scales of `whole`."""
+def run_flops(
+    config: RunConfig, pyramid: Pyramid, whole: Pyramid | None = None, text_tokens: int | None = None
+) -> Flops:
+    """Returns the operations of one example of a run on `pyramid`, which may be a stage's first scales of `whole`.
+
+    `text_tokens` is T of its batch, `data.text_tokens` by default.
+    """
     return example_flops(
         config.model,
         pyramid,
-        config.data.text_tokens,
+        text_tokens or config.data.text_tokens,
         train_text=config.train_text,
         encode=config.data.features == "online",
         whole=whole,

@@ -4,7 +4,7 @@ import bisect
 import functools
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,16 +14,18 @@ from jax.sharding import Mesh
 
 from varedit_jax.config import RunConfig
 from varedit_jax.errors import UserError
-from varedit_jax.parallel.mesh import check_batch, put_batch, replicated
+from varedit_jax.parallel.mesh import batch_sharding, check_batch, put_batch, replicated
 from varedit_jax.parallel.processes import say
+from varedit_jax.parallel.programs import Programs
 from varedit_jax.scales import Pyramid, editor_pyramid, image_size, nearest_aspect
 from varedit_jax.training import compile_step
 from varedit_jax.training.flops import run_flops
+from varedit_jax.training.loss import BY_EXAMPLE
 from varedit_jax.training.metrics import Work
 from varedit_jax.training.optimizer import make_optimizer
 from varedit_jax.training.stages import Stages
 from varedit_jax.training.state import TrainState, make_init
-from varedit_jax.training.step import BATCH_FIELDS, make_loss
+from varedit_jax.training.step import BATCH_FIELDS, make_loss, sum_over_microbatches
 from varedit_jax.training.stop import poll
 from varedit_jax.types import Batch, Metrics, Params
 from varedit_jax.weights import names, native
@@ -102,14 +104,42 @@ def _fitting(directory: str, part: str, expected: Params) -> tuple[dict[str, nat
     return loaded, {path: differ.get(path, f"{path} (goes with them)") for path in wanted if path in fresh}
 
 
-def make_evaluate(config: RunConfig, pyramid: Pyramid) -> Callable[[Params, Params, Batch], Metrics]:
-    """Returns `(params, frozen, batch) -> metrics` of a held-out batch, without noise or drop."""
-    loss_fn: Callable[..., Any] = make_loss(config, pyramid, training=False)
+KINDS = "kinds"  # field of a held-out batch: the number of each example's kind of edit, int32 [B]; -1 for none
+
+
+def make_evaluate(config: RunConfig, pyramid: Pyramid, kinds: int = 0) -> Callable[[Params, Params, Batch], Metrics]:
+    """Returns `(params, frozen, batch) -> metrics` of a held-out batch, without noise or drop.
+
+    The batch is worked on in the microbatches of the step, because it needs as much memory. With `kinds` K > 0 it has
+    the field `KINDS`, and the metrics have sums over the examples of each kind [K]: of `loss.BY_EXAMPLE`, and `count`.
+    """
+    loss_fn: Callable[..., Any] = make_loss(config, pyramid, training=False, by_example=kinds > 0)
+    parts = config.optimizer.accumulation
+
+    def compute(params: Params, frozen: Params, batch: Batch) -> tuple[Metrics, Metrics]:
+        inputs = {name: value for name, value in batch.items() if name != KINDS}
+        metrics = loss_fn(params, frozen, inputs, jax.random.key(0))[1]
+        if not kinds:
+            return metrics, {}
+        members_BK = jax.nn.one_hot(batch[KINDS], kinds)  # none of -1
+        sums = {name: jnp.dot(metrics[name], members_BK, precision="highest") for name in BY_EXAMPLE}
+        means = {name: value for name, value in metrics.items() if name not in BY_EXAMPLE}
+        return means, sums | {"count": jnp.sum(members_BK, axis=0)}
 
     def evaluate(params: Params, frozen: Params, batch: Batch) -> Metrics:
-        return loss_fn(params, frozen, batch, jax.random.key(0))[1]
+        if parts == 1:
+            means, sums = compute(params, frozen, batch)
+        else:
+            means, sums = sum_over_microbatches(lambda part, _: compute(params, frozen, part), batch, parts)
+            means = jax.tree.map(lambda x: x / parts, means)
+        return {**means, **sums}
 
     return evaluate
+
+
+def jitted_evaluation(config: RunConfig, pyramid: Pyramid, mesh: Mesh, kinds: int = 0) -> Any:
+    """Returns the jitted function of `make_evaluate`, whose metrics all processes get."""
+    return jax.jit(make_evaluate(config, pyramid, kinds), out_shardings=replicated(mesh))
 
 
 class MeshRun:
@@ -135,11 +165,11 @@ class MeshRun:
         self._ends = [*itertools.accumulate(steps for steps, _ in config.stages), config.steps]
         self._scales = [*(scales for _, scales in config.stages), self.pyramid.scales]
         self._work = functools.cache(
-            lambda scales, pyramid: Work.of(run_flops(config, pyramid.first(scales), whole=pyramid), mesh.devices.flat)
+            lambda scales, pyramid, text_tokens: Work.of(
+                run_flops(config, pyramid.first(scales), pyramid, text_tokens), mesh.devices.flat
+            )
         )
-        self._evaluate = functools.cache(
-            lambda pyramid: jax.jit(make_evaluate(config, pyramid), out_shardings=replicated(mesh))
-        )
+        self._evaluations: dict[tuple[Pyramid, int], Programs] = {}
 
     def load_frozen(self) -> Params:
         """Returns the frozen weights on the mesh. Raises UserError as `load_frozen`."""
@@ -149,8 +179,8 @@ class MeshRun:
         """Returns the state of step 0 on the mesh. Raises UserError as `start`."""
         return start(self.config, self.abstract_state, make_init(self.config, self._optimizer))
 
-    def stages(self, frozen: Params) -> Stages:
-        """Returns the steps of every stage."""
+    def stages(self, frozen: Params, later: Sequence[Callable[[], object]] = ()) -> Stages:
+        """Returns the steps of every stage; `later` compiles what else the run will need (`Stages`)."""
 
         def step_of(scales: int, batch: Batch) -> Any:
             pyramid = self._pyramid_of(batch).first(scales)
@@ -159,7 +189,23 @@ class MeshRun:
         return Stages(
             [(end, functools.partial(step_of, scales)) for end, scales in zip(self._ends, self._scales, strict=True)],
             frozen,
+            later,
+            self._of_other_lengths,
         )
+
+    def _of_other_lengths(self, batch: Batch) -> list[dict[str, Any]]:
+        """Returns an abstract batch with the other lengths of texts that the run may have."""
+        data, now = self.config.data, batch["text_ids"].shape[1]
+
+        def padded(length: int) -> dict[str, Any]:
+            def leaf(name: str, x: Any) -> jax.ShapeDtypeStruct:
+                text = name in ("text_ids", "text_features")
+                shape = (x.shape[0], length, *x.shape[2:]) if text else x.shape
+                return jax.ShapeDtypeStruct(shape, x.dtype, sharding=x.sharding)
+
+            return {name: leaf(name, x) for name, x in batch.items()}
+
+        return [padded(length) for length in (*data.text_buckets, data.text_tokens) if length != now]
 
     def _pyramid_of(self, batch: Batch) -> Pyramid:
         """Returns the pyramid of a batch's images or features, which are all of one aspect."""
@@ -171,28 +217,77 @@ class MeshRun:
         return pyramid
 
     def work(self, step: int, batch: Batch) -> Work:
-        """Returns the cost of an example of step `step`, in a batch of one aspect."""
+        """Returns the cost of an example of step `step`, in a batch of one aspect and one length of texts."""
         scales = self._scales[min(bisect.bisect_right(self._ends, step), len(self._scales) - 1)]
-        return self._work(scales, self._pyramid_of(batch))
+        return self._work(scales, self._pyramid_of(batch), batch["text_ids"].shape[1])
 
     def put(self, batch: Mapping[str, np.ndarray]) -> Batch:
         """Returns the fields that the step takes, with this process's part of a batch as arrays of the whole batch."""
-        return put_batch(self.mesh, {name: value for name, value in batch.items() if name in BATCH_FIELDS})
+        return self._put(batch)
+
+    def _put(self, batch: Mapping[str, np.ndarray], *more: str) -> Batch:
+        return put_batch(self.mesh, {name: batch[name] for name in batch if name in (*BATCH_FIELDS, *more)})
+
+    def _evaluation(self, pyramid: Pyramid, kinds: int) -> Programs:
+        """Returns the evaluation of batches of a pyramid with so many kinds of edits."""
+        if (pyramid, kinds) not in self._evaluations:
+            function = jitted_evaluation(self.config, pyramid, self.mesh, kinds)
+            self._evaluations[pyramid, kinds] = Programs("evaluation", function, self.mesh)
+        return self._evaluations[pyramid, kinds]
+
+    def prepare_evaluation(self, kinds: int) -> None:
+        """Compiles the evaluation of batches of the model's first aspect with so many kinds of edits."""
+        frozen = compile_step.abstract_frozen(self.config, self.mesh)
+        batch = compile_step.abstract_batch(self.config, self.pyramid, self.mesh)
+        if kinds:
+            batch[KINDS] = jax.ShapeDtypeStruct(
+                (self.config.data.batch_size,), np.int32, sharding=batch_sharding(self.mesh)
+            )
+        self._evaluation(self.pyramid, kinds).prepare(self.abstract_state.params, frozen, batch)
 
     def evaluate(
-        self, state: TrainState, frozen: Params, batches: Iterable[Mapping[str, np.ndarray]]
+        self,
+        state: TrainState,
+        frozen: Params,
+        batches: Iterable[Mapping[str, np.ndarray]],
+        kinds: Sequence[str] = (),
     ) -> dict[str, np.ndarray]:
         """Returns mean metrics of `batches`, this process's part of each. Stops between two of them if the run must.
 
+        Args:
+          state: its parameters give `eval/NAME`, its EMA, if there is one, `eval_ema/NAME`.
+          frozen: from `load_frozen`.
+          batches: held-out ones.
+          kinds: names of the kinds of edits that the field `KINDS` of the batches numbers. Those that occur, in the
+            batches of any process, have `GROUP/loss_by_kind/NAME` and `GROUP/bit_accuracy_by_kind/NAME`.
+
         Raises UserError if there is no batch.
         """
-        metrics: list[Metrics] = []
+        groups = {"eval": state.params} | ({} if state.ema is None else {"eval_ema": state.ema})
+        found: dict[str, list[Metrics]] = {group: [] for group in groups}
         for batch in batches:
-            poll()
-            placed = self.put(batch)
-            metrics.append(jax.device_get(self._evaluate(self._pyramid_of(placed))(state.params, frozen, placed)))
-        if not metrics:
+            placed = self._put(batch, KINDS) if kinds else self.put(batch)
+            run = self._evaluation(self._pyramid_of(placed), len(kinds))
+            for group, params in groups.items():
+                poll()
+                found[group].append(jax.device_get(run(params, frozen, placed)))
+        if not found["eval"]:
             why = f"no aspect has data.batch_size = {self.config.data.batch_size} held-out examples"
             why = why if self.config.eval_batches > 0 else f"eval_batches is {self.config.eval_batches}"
             raise UserError(f"there is nothing to evaluate on: {why}; set cadence.eval_every to 0 to do without")
-        return jax.tree.map(lambda *values: np.mean(values, axis=0), *metrics)
+        return {
+            f"{group}/{name}": value
+            for group, metrics in found.items()
+            for name, value in _mean_metrics(metrics, kinds).items()
+        }
+
+
+def _mean_metrics(metrics: Sequence[Metrics], kinds: Sequence[str]) -> dict[str, np.ndarray]:
+    """Returns the means of metrics of equally many examples, and those by kind from their sums."""
+    sums = ("count", *BY_EXAMPLE) if kinds else ()
+    means = {name: np.mean([each[name] for each in metrics], axis=0) for name in metrics[0] if name not in sums}
+    if kinds:
+        count, *values = (np.sum([each[name] for each in metrics], axis=0) for name in sums)
+        for name, value in zip(("loss_by_kind", "bit_accuracy_by_kind"), values, strict=True):
+            means |= {f"{name}/{kind}": value[i] / count[i] for i, kind in enumerate(kinds) if count[i]}
+    return means

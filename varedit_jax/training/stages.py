@@ -19,11 +19,17 @@ BatchShapes = tuple[tuple[str, tuple[int, ...]], ...]  # of a batch, by name
 class Stages:
     """A compiled step for every stage and every shape of a batch.
 
-    Steps of later stages are compiled for the first batch's shape while the first stage trains, all others on first
-    use. A context manager: leaving it cancels compilations that have not begun.
+    Steps of later stages are compiled for the first batch's shape while the first stage trains, as is what else the run
+    will need; all others on first use. A context manager: leaving it cancels compilations that have not begun.
     """
 
-    def __init__(self, steps: Sequence[tuple[int, Callable[[Batch], Any]]], frozen: Any) -> None:
+    def __init__(
+        self,
+        steps: Sequence[tuple[int, Callable[[Batch], Any]]],
+        frozen: Any,
+        later: Sequence[Callable[[], object]] = (),
+        alike: Callable[[Batch], Sequence[Batch]] = lambda batch: (),
+    ) -> None:
         """Compiles nothing before the first step is called.
 
         Args:
@@ -31,10 +37,14 @@ class Stages:
             for the shapes of a batch: (state, frozen, batch, key) -> (state, metrics), from jax.jit. All stages have
             states of the same shapes.
           frozen: frozen parameters, an argument of every step.
+          later: called one after the other in the thread that compiles, once the first step runs: compilations that
+            the run will need before it needs those of later stages.
+          alike: from a batch, abstract ones of the other shapes that batches of the run may have: a stage's steps for
+            them are compiled ahead, too.
         """
         self._ends = [end for end, _ in steps]
         self._step_of = [step_of for _, step_of in steps]
-        self._frozen = frozen
+        self._frozen, self._later, self._alike = frozen, later, alike
         self._functions = [self._function(stage) for stage in range(len(steps))]
         self._compiled: dict[tuple[int, BatchShapes], concurrent.futures.Future[Any]] = {}
         self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="compile")
@@ -56,7 +66,7 @@ class Stages:
     def _function(self, stage: int) -> StepFn:
         def run(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
             arguments = (state, self._frozen, batch, key)
-            shapes = tuple((name, value.shape) for name, value in batch.items())
+            shapes = _shapes(batch)
             ready = self._compiled.get((stage, shapes))
             if ready:
                 return ready.result()(*arguments)
@@ -66,18 +76,36 @@ class Stages:
             ready.set_result(compiled)
             wait_for_all(f"step of stage {stage}")
             result = compiled(*arguments)
-            if first and stage + 1 < len(self._ends):
-                abstract = jax.tree.map(_abstract, (result[0], *arguments[1:]))
-                mesh = jax.sharding.get_mesh()  # each thread has its own
-                for later in range(stage + 1, len(self._ends)):
-                    self._compiled[later, shapes] = self._pool.submit(self._compile, later, abstract, mesh)
+            if first:
+                self._compile_ahead(stage, (result[0], *arguments[1:]))
             return result
 
         return run
 
+    def _compile_ahead(self, stage: int, arguments: tuple[Any, ...]) -> None:
+        """Has the thread compile what the run will need after its first step, in the order in which it may come."""
+        state, frozen, batch, key = jax.tree.map(_abstract, arguments)
+        mesh = jax.sharding.get_mesh()  # each thread has its own
+        others = self._alike(batch)
+
+        def submit(later: int, batches: Sequence[Batch]) -> None:
+            for other in batches:
+                job = self._pool.submit(self._compile, later, (state, frozen, other, key), mesh)
+                self._compiled[later, _shapes(other)] = job
+
+        submit(stage, others)
+        for compile_it in self._later:
+            self._pool.submit(compile_it)
+        for later in range(stage + 1, len(self._ends)):
+            submit(later, (batch, *others))
+
     def _compile(self, stage: int, arguments: tuple[Any, ...], mesh: jax.sharding.Mesh) -> Any:
         with contextlib.nullcontext() if mesh.empty else jax.set_mesh(mesh):
             return self._step_of[stage](arguments[2]).lower(*arguments).compile()
+
+
+def _shapes(batch: Batch) -> BatchShapes:
+    return tuple((name, value.shape) for name, value in sorted(batch.items()))
 
 
 def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:

@@ -1,5 +1,6 @@
 """Training step of the editor: `(state, frozen, batch, key) -> (state, metrics)` (model.md, sections 3 to 7)."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ from varedit_jax.scales import Pyramid
 from varedit_jax.text.t5 import T5Encoder
 from varedit_jax.tokenizer.tokens import encode_images, make_tokens
 from varedit_jax.training.loss import bitwise_loss
-from varedit_jax.training.self_correction import draw_flips
+from varedit_jax.training.self_correction import draw_flips, strength_groups
 from varedit_jax.training.state import TrainState
 from varedit_jax.transformer.model import Transformer
 from varedit_jax.types import Batch, Metrics, Params
@@ -52,14 +53,15 @@ def _spread(images: jax.Array) -> jax.Array:
 
 
 def make_loss(
-    config: RunConfig, pyramid: Pyramid, training: bool
+    config: RunConfig, pyramid: Pyramid, training: bool, by_example: bool = False
 ) -> Callable[[Params, Params, Batch, jax.Array], tuple[jax.Array, Metrics]]:
     """Returns the loss of a batch: `(params, frozen, batch, key) -> (loss, metrics)`.
 
     Args:
       config: the run; with `train_text` the text encoder is in `params`, else in `frozen`.
       pyramid: the pyramid of this batch's aspect, or its first scales; features are area-resized to the last of them.
-      training: True for text drop, self-correction and stochastic depth; False for evaluation.
+      training: True for text drop, self-correction, smoothed labels and stochastic depth; False for evaluation.
+      by_example: True for loss and accuracy of each example [B] among the metrics, too (`loss.BY_EXAMPLE`).
 
     The batch holds `text_ids` int32 [B, T], `text_length` int32 [B], and either images `source`, `target` uint8
     [B, y, x, 3] or features `source_features`, `target_features` float32 [B, h, w, Z]; and, with a frozen text encoder
@@ -70,6 +72,7 @@ def make_loss(
     text_dtype = jnp.dtype("float32" if config.train_text else config.text_dtype)
     text_encoder = T5Encoder(model.text, text_dtype, functools.partial(gather, "text"))
     cells = pyramid.cells(model.patchify)
+    loss_config = config.loss if training else dataclasses.replace(config.loss, label_smoothing=0.0)
 
     @functools.partial(jax.checkpoint, prevent_cse=True)  # recomputes the logits: float32, two per bit
     @jax.named_scope("loss")
@@ -77,7 +80,7 @@ def make_loss(
         params: Params, hidden_BLC: jax.Array, cond_BC: jax.Array, residuals_BLN: jax.Array
     ) -> tuple[jax.Array, Metrics]:
         logits_BLN2 = transformer.apply({"params": params}, hidden_BLC, cond_BC, method=Transformer.logits)
-        return bitwise_loss(logits_BLN2, residuals_BLN, pyramid, config.loss)
+        return bitwise_loss(logits_BLN2, residuals_BLN, pyramid, loss_config, by_example)
 
     def loss_fn(params: Params, frozen: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         source, target = _features(batch, frozen, config, cells)
@@ -85,8 +88,10 @@ def make_loss(
         flips: tuple[jax.Array, ...] = ()
         unconditional_B = None
         if training:
+            noise = config.loss
+            groups = strength_groups(noise.noise_strength, len(target))
             flips = draw_flips(
-                flip_key, len(target), target.shape[-1], cells, config.loss.noise_scales, config.loss.noise_max
+                flip_key, len(target), target.shape[-1], cells, noise.noise_scales, noise.noise_max, groups
             )
             unconditional_B = jax.random.bernoulli(drop_key, config.loss.text_drop, (len(target),))
         # Tokens are small before the first block, which shards them over `tensor`.
@@ -150,7 +155,16 @@ def make_step(config: RunConfig, pyramid: Pyramid, optimizer: optax.GradientTran
 def _accumulated(
     gradient_fn: Callable[..., Any], params: Params, frozen: Params, batch: Batch, key: jax.Array, parts: int
 ) -> tuple[Params, Metrics]:
-    """Returns gradients and metrics averaged over `parts` slices of the batch, one after the other.
+    """Returns gradients and metrics averaged over `parts` microbatches."""
+
+    def compute(microbatch: Batch, index: jax.Array) -> Any:
+        return gradient_fn(params, frozen, microbatch, jax.random.fold_in(key, index))
+
+    return jax.tree.map(lambda x: x / parts, sum_over_microbatches(compute, batch, parts))
+
+
+def sum_over_microbatches(compute: Callable[[Batch, jax.Array], Any], batch: Batch, parts: int) -> Any:
+    """Returns the sum of `compute(microbatch, index)` over `parts` slices of the batch, one after the other.
 
     A slice is every `parts`-th example, so that each device works on its own examples in every slice.
     """
@@ -158,11 +172,10 @@ def _accumulated(
     slices = jax.tree.map(lambda x: constrain(x, None, BATCH), slices)
 
     def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-        microbatch, index = part
-        new = gradient_fn(params, frozen, microbatch, jax.random.fold_in(key, index))
-        return jax.tree.map(jnp.add, total, new), None
+        return jax.tree.map(jnp.add, total, compute(*part)), None
 
     first = jax.tree.map(lambda x: x[0], slices)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient_fn, params, frozen, first, key))
+    shapes = jax.eval_shape(compute, first, jax.ShapeDtypeStruct((), jnp.int32))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     total, _ = jax.lax.scan(add, zeros, (slices, jnp.arange(parts)))
-    return jax.tree.map(lambda x: x / parts, total)
+    return total

@@ -46,7 +46,7 @@ class Job:
     record: Mapping[str, Any]  # the configuration of the run as a dict, for config.json
     cadence: Cadence
     guard: GuardConfig = GuardConfig()
-    evaluate: Callable[[TrainState], Metrics] | None = None  # metrics on held-out data; logged as eval/NAME
+    evaluate: Callable[[TrainState], Metrics] | None = None  # metrics on held-out data: eval/NAME
     sample: Callable[[TrainState, int], Mapping[str, np.ndarray]] | None = None  # uint8 [y, x, 3] by name
     learning_rate: Callable[[int], float] | None = None  # of a step, for the log
     work: Work | Callable[[int, Any], Work] | None = None  # cost of an example, by (step, batch) where it differs
@@ -77,6 +77,7 @@ class Trainer:
       3. `update` dispatches the step, with the key fold_in(key, n); no implicit transfer may happen in it
       4. it also fetches and logs the metrics of step n - 1, while step n runs
 
+    Nothing is evaluated or sampled at step 0 unless `cadence.evaluate_first` says so.
     After the last step: evaluate, sample and save once more. What is due depends on n alone (`save_minutes` aside,
     which affects saving only), so a run that was stopped and resumed equals an uninterrupted one, bit for bit. A run
     that resumes at step n repeats an evaluation of step n, because the metrics that an earlier process logged for n
@@ -179,12 +180,13 @@ class Trainer:
     def evaluate_and_sample(self) -> bool:
         """Evaluates and samples, where due. Returns False if interrupted because the run is to stop."""
         job, step = self.job, self.step
+        if step == 0 and not job.cadence.evaluate_first:
+            return True
         try:
             if job.evaluate is not None and _due(step, job.cadence.eval_every, job.steps):
                 self._report.finish()
                 with self._phase("evaluate"):
-                    found = job.evaluate(self.state)
-                    self._writer.scalars(step, {f"eval/{name}": value for name, value in found.items()})
+                    self._writer.scalars(step, job.evaluate(self.state))
                 poll()
             if job.sample is not None and _due(step, job.cadence.sample_every, job.steps):
                 self._report.finish()

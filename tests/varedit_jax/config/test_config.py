@@ -60,6 +60,10 @@ MISTAKES = {
         lambda: TokenizerRunConfig(name="r", model=preset("2b"), steps=0),
         "steps is 0; it must be at least 1",
     ),
+    "buckets": (
+        lambda: DataConfig(text_tokens=64, text_buckets=(16, 64)),
+        r"data.text_buckets is \(16, 64\), and data.text_tokens 64; buckets are increasing numbers",
+    ),
     "cadence": (lambda: Cadence(log_every=-1), "cadence.log_every is -1; it must be at least 0"),
     "checkpoints": (lambda: Cadence(keep_checkpoints=0), "cadence.keep_checkpoints is 0; it must be at least 1"),
     "type": (lambda: Cadence(save_every=2.5), "Cadence.save_every is 2.5; it must be a whole number"),
@@ -153,7 +157,9 @@ def test_records_from_before_cadence_are_read(name, cls):
     editor = cls is RunConfig
     assert (run.cadence.save_every, run.cadence.keep_checkpoints) == ((3, 3) if editor else (500, 2))
     for field in dataclasses.fields(Cadence):
-        assert getattr(run.cadence, field.name) == values.get(field.name, 500)  # eval_every of an editor alone
+        assert getattr(run.cadence, field.name) == values.get(
+            field.name, field.default
+        )  # eval_every of an editor alone
     assert config_lib.from_dict(cls, json.loads(json.dumps(config_lib.to_dict(run)))) == run
 
 

@@ -26,8 +26,8 @@ OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=3, w
 
 
 def every(**fields: Any) -> Cadence:
-    """Returns a cadence without evaluation and samples by default."""
-    return Cadence(**{"eval_every": 0, "sample_every": 0, **fields})
+    """Returns a cadence without evaluation and samples by default; those asked for begin at step 0."""
+    return Cadence(**{"eval_every": 0, "sample_every": 0, "evaluate_first": True, **fields})
 
 
 LAUNCH_FIELDS = [field.name for field in dataclasses.fields(Launch)]
@@ -76,7 +76,7 @@ class Run:
     steps: int = 12
     step_fn: Callable = step_fn
     record: dict = dataclasses.field(default_factory=lambda: {"model": {"width": WIDTH}, "steps": 12})
-    cadence: Cadence = Cadence(sample_every=0, log_every=1, eval_every=4, save_every=5, keep_checkpoints=2)
+    cadence: Cadence = every(log_every=1, eval_every=4, save_every=5, keep_checkpoints=2)
 
     def __call__(self, **arguments: Any) -> tuple[TrainState, grain.DatasetIterator]:
         """Starts it; returns the state and the iterator it read. `arguments` are fields of Job or Launch."""

@@ -55,7 +55,8 @@ class Run:
         self.workdir = workdir
         self.mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
         self.cadence = Cadence(
-            **{"log_every": 1, "eval_every": 0, "sample_every": 0, "save_every": 2, "keep_checkpoints": 2, **cadence}
+            evaluate_first=True,
+            **{"log_every": 1, "eval_every": 0, "sample_every": 0, "save_every": 2, "keep_checkpoints": 2, **cadence},
         )
         abstract = jax.tree.map(self._place, jax.eval_shape(self.init))
         self.shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)

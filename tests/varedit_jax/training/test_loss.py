@@ -87,9 +87,28 @@ def test_soft_labels(compute, example, temperature):
     jax.tree.map(np.testing.assert_array_equal, metrics, of_bits)
 
 
-def test_negative_temperature_is_refused():
-    with pytest.raises(ValueError, match=r"label_temperature is -0\.1"):
-        LossConfig(label_temperature=-0.1)
+def test_smoothed_labels(compute, example):
+    """Each value gets half of the smoothing: by hand for one bit, then for all; the metrics stay those of the bits."""
+    one = Pyramid(((1, 1),), ((1, 1),))
+    logits = np.array([0.0, math.log(3)], np.float32).reshape(1, 1, 1, 2)  # probabilities 1/4 and 3/4
+    loss, _ = compute(logits, np.ones((1, 1, 1), np.float32), one, LossConfig(label_smoothing=0.2))
+    assert float(loss) == pytest.approx(0.9 * math.log(4 / 3) + 0.1 * math.log(4), rel=1e-6)
+
+    logits, residuals = example
+    both = [slow_entropy(logits, np.full(residuals.shape, value)) for value in (False, True)]
+    right = np.where(residuals > 0, both[1], both[0])
+    tokens = (0.7 * right + 0.15 * (both[0] + both[1])).mean(-1)
+    expected = sum(weight * tokens[:, token].mean() for token, weight in enumerate(slow_weights(0.5)))
+    loss, metrics = compute(logits, residuals, PYRAMID, LossConfig(label_smoothing=0.3))
+    _, of_bits = compute(logits, residuals, PYRAMID, LossConfig())
+    assert float(loss) == pytest.approx(expected, rel=2e-6)
+    jax.tree.map(np.testing.assert_array_equal, metrics, of_bits)
+
+
+@pytest.mark.parametrize(("name", "value"), [("label_temperature", -0.1), ("label_smoothing", 1.0)])
+def test_labels_that_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value}"):
+        LossConfig(**{name: value})
 
 
 def test_metrics_of_each_scale(compute, example):

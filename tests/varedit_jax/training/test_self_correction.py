@@ -3,9 +3,10 @@
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
 from varedit_jax.scales import Pyramid
-from varedit_jax.training.self_correction import draw_flips
+from varedit_jax.training.self_correction import draw_flips, strength_groups
 
 GRIDS = ((1, 2), (16, 16), (16, 12), (4, 4))
 CELLS = Pyramid(GRIDS, GRIDS)
@@ -54,6 +55,36 @@ def test_one_strength_for_the_whole_batch_and_one_per_scale(drawn):
     assert 0.05 < np.mean(strength == other) < 0.6
     strongest = flips[np.argmax(strength)]
     assert (strongest[0] != strongest[1]).any() and (strongest[..., 0] != strongest[..., 1]).any()
+
+
+def test_a_strength_for_each_part_of_a_batch():
+    """With several groups each has a strength of its own, shared by its examples; one group is the plain draw."""
+    draw = jax.jit(jax.vmap(lambda key: draw_flips(key, BATCH, CHANNELS, CELLS, 2, 0.3, BATCH // 4)[1]))
+    shares = np.asarray(draw(jax.random.split(jax.random.key(0), DRAWS))).mean(axis=(2, 3, 4))
+    shares = shares.reshape(DRAWS, BATCH // 4, 4)
+    bound = 6 * np.sqrt(0.3 * 0.7 / (16 * 16 * CHANNELS))
+    assert np.ptp(shares, axis=2).max() < 2 * bound  # within a group
+    levels = np.round(shares.mean(axis=2) * 100)
+    assert levels.max() <= 31 and len(np.unique(levels)) > 25
+    assert np.median([len(set(of_one)) for of_one in levels]) > 6  # of 8 groups of a batch
+    alone = [draw_flips(jax.random.key(3), BATCH, CHANNELS, CELLS, 2, 0.3, *groups)[1] for groups in ((), (1,))]
+    np.testing.assert_array_equal(*alone)
+
+
+def test_who_shares_a_strength():
+    """Without a mesh there is one device; on one, every device of data x fsdp counts, those of `tensor` do not."""
+    assert [strength_groups(name, 24) for name in ("batch", "device", "example")] == [1, 1, 24]
+    with jax.sharding.use_abstract_mesh(AbstractMesh((2, 3, 4), ("data", "fsdp", "tensor"))):
+        assert [strength_groups(name, 24) for name in ("batch", "device", "example")] == [1, 6, 24]
+
+
+def test_the_default_draws_what_it_drew():
+    """A run that was begun before strengths could be shared otherwise goes on with equal bits."""
+    flips = draw_flips(jax.random.key(5), 2, 3, Pyramid(((2, 2),), ((2, 2),)), 1, 0.3)[0]
+    strength_key, flip_key = jax.random.split(jax.random.fold_in(jax.random.key(5), 0))
+    strength = jax.random.randint(strength_key, (), 0, 31).astype(np.float32) * 0.01
+    np.testing.assert_array_equal(flips, jax.random.bernoulli(flip_key, strength, (2, 2, 2, 3)))
+    assert np.asarray(flips).any()
 
 
 def test_key_decides():

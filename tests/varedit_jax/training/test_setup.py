@@ -10,13 +10,13 @@ import pytest
 
 from varedit_jax.config import DataConfig, LossConfig, MeshConfig, OptimizerConfig, RunConfig, preset
 from varedit_jax.errors import UserError
-from varedit_jax.parallel.mesh import make_mesh
+from varedit_jax.parallel.mesh import make_mesh, replicated
 from varedit_jax.parameters import abstract_params
 from varedit_jax.scales import editor_pyramid
 from varedit_jax.training.compile_step import abstract_frozen
 from varedit_jax.training.optimizer import make_optimizer
-from varedit_jax.training.setup import load_frozen, make_evaluate, start
-from varedit_jax.training.state import make_init
+from varedit_jax.training.setup import KINDS, MeshRun, load_frozen, make_evaluate, start
+from varedit_jax.training.state import TrainState, make_init
 from varedit_jax.training.step import make_loss
 from varedit_jax.weights import names
 from varedit_jax.weights.directory import save_weights
@@ -173,3 +173,84 @@ def test_evaluation_has_no_noise():
 
     assert evaluation(noisy) == evaluation(quiet)
     assert training(noisy) != training(quiet)
+
+
+def held_out(size: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """A batch of precomputed features with kinds of edits; the last example has none."""
+    draw = np.random.default_rng(seed)
+    shape = (size, 2, 2, 4)
+    return {
+        "text_ids": draw.integers(0, 20, (size, 5)).astype(np.int32),
+        "text_length": draw.integers(1, 6, size).astype(np.int32),
+        "source_features": draw.normal(size=shape).astype(np.float32),
+        "target_features": draw.normal(size=shape).astype(np.float32),
+        KINDS: np.array([0, 2, 0, *[2] * (size - 4), -1], np.int32),
+    }
+
+
+def test_evaluation_in_microbatches(shipped, quick_jit):
+    """It equals that of the whole batch, and so do the sums by kind, which are those of each example alone."""
+    params, _ = shipped
+    batch, pyramid = held_out(8), editor_pyramid(MODEL)
+    inputs = {name: value for name, value in batch.items() if name != KINDS}
+    parted = dataclasses.replace(RUN, optimizer=OptimizerConfig(accumulation=4))
+    whole = quick_jit(make_evaluate(RUN, pyramid, kinds=3))(params, {}, batch)
+    jax.tree.map(
+        lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=2e-6),
+        quick_jit(make_evaluate(parted, pyramid, kinds=3))(params, {}, batch), whole,
+    )  # fmt: skip
+    alone = quick_jit(make_evaluate(RUN, pyramid))
+    losses = [alone(params, {}, {name: value[[row]] for name, value in inputs.items()}) for row in range(8)]
+    assert whole["count"].tolist() == [2, 0, 5]
+    for name, of_batch in zip(("example_loss", "example_bit_accuracy"), ("loss", "bit_accuracy"), strict=True):
+        values = np.array([float(each[of_batch]) for each in losses])
+        np.testing.assert_allclose(whole[name], [values[[0, 2]].sum(), 0, values[[1, 3, 4, 5, 6]].sum()], rtol=1e-5)
+        np.testing.assert_allclose(whole[of_batch], values.mean(), rtol=1e-5)
+
+
+def test_smoothing_is_for_training_alone(shipped, quick_jit):
+    params, _ = shipped
+    smooth = dataclasses.replace(RUN, loss=LossConfig(noise_max=0.0, text_drop=0.0, label_smoothing=0.2))
+    batch = {name: value for name, value in held_out(4).items() if name != KINDS}
+    plain, same = (quick_jit(make_evaluate(run, editor_pyramid(MODEL)))(params, {}, batch) for run in (RUN, smooth))
+    assert float(plain["loss"]) == float(same["loss"])
+    loss, _ = quick_jit(make_loss(smooth, editor_pyramid(MODEL), training=True))(params, {}, batch, jax.random.key(0))
+    assert abs(float(loss) - float(plain["loss"])) > 1e-3
+
+
+def test_metrics_of_an_evaluation(shipped):
+    """Means over batches of different kinds, by kind over all their examples; the EMA's beside those of the parameters.
+
+    A program that was prepared is used.
+    """
+    params, _ = shipped
+    data = DataConfig(batch_size=4, text_tokens=5, features="precomputed")
+    config = dataclasses.replace(RUN, data=data, optimizer=OptimizerConfig(accumulation=2, ema_decay=0.5))
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    trained = {part: params[part] for part in ("transformer", "text")}
+    names_of_kinds = ("add", "remove", "move")
+    batches = [held_out(4), held_out(4, seed=1) | {KINDS: np.full(4, 2, np.int32)}]
+    with jax.set_mesh(mesh):
+        run = MeshRun(config, mesh)
+        run.prepare_evaluation(3)
+        averages = jax.tree.map(lambda x: 0.5 * x, trained)
+        state = jax.device_put(TrainState(0, trained, (), averages), replicated(mesh))
+        frozen = jax.device_put({"tokenizer": params["tokenizer"]}, replicated(mesh))
+        found = run.evaluate(state, frozen, batches, names_of_kinds)
+        plain = run.evaluate(state.replace(ema=None), frozen, batches)
+        assert len(run._evaluation(run.pyramid, 3)._programs) == 1
+    assert {name for name in found if "by_kind" in name} == {
+        f"{group}/{metric}/{kind}"
+        for group in ("eval", "eval_ema")
+        for metric in ("loss_by_kind", "bit_accuracy_by_kind")
+        for kind in ("add", "move")
+    }
+    assert {name.partition("/")[0] for name in plain} == {"eval"}
+    for name, value in plain.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-6, err_msg=name)
+    assert found["eval_ema/loss"] != found["eval/loss"]
+    one = make_evaluate(config, run.pyramid, 3)
+    first, second = (jax.jit(one)(trained, frozen, batch) for batch in batches)
+    moves = (first["example_loss"][2] + second["example_loss"][2]) / (1 + 4)
+    assert float(found["eval/loss_by_kind/move"]) == pytest.approx(float(moves), rel=1e-5)
+    assert float(found["eval/loss_by_kind/add"]) == pytest.approx(float(first["example_loss"][0]) / 2, rel=1e-5)

@@ -47,6 +47,38 @@ def test_every_stage_has_its_step() -> None:
     assert all(len(names) == 1 and names[0].startswith("compile") for names in threads[1:])
 
 
+def test_what_the_run_needs_later_is_compiled_after_the_first_step() -> None:
+    """Before the steps of later stages, in their thread, and once."""
+    threads: list[str] = []
+    done: list[str] = []
+    batch, key = {"x": jnp.ones(2)}, jax.random.key(0)
+    later = [lambda: done.append(threading.current_thread().name), lambda: threads.append("evaluation")]
+    steps = [(1, make_step(1, [])), (9, make_step(10, threads))]
+    with Stages(steps, {"bias": jnp.float32(0)}, later) as stages:
+        assert not done
+        now, _ = stages.step(0)(state(), batch, key)
+        for number in (1, 2):
+            now, _ = stages.step(number)(now, batch, key)
+    assert len(done) == 1 and done[0].startswith("compile")
+    assert threads[0] == "evaluation" and len(threads) == 2
+
+
+def test_steps_for_other_shapes_of_batches_are_compiled_ahead() -> None:
+    """Those that are named, for every stage; the first step alone is compiled by the run itself."""
+    threads: list[str] = []
+
+    def alike(batch):
+        return [{"x": jax.ShapeDtypeStruct((size,), jnp.float32)} for size in (3, 4)]
+
+    with Stages([(3, make_step(1, threads)), (9, make_step(10, threads))], {"bias": jnp.float32(0)}, (), alike) as run:
+        now = state()
+        for number, size in enumerate((2, 3, 4, 4, 2, 3)):
+            now, _ = run.step(number)(now, {"x": jnp.ones(size)}, jax.random.key(0))
+    assert float(now.params["w"][0]) == 2 + 3 + 4 + 10 * (4 + 2 + 3)
+    assert threads[0] == "MainThread" and len(threads) == 6
+    assert all(name.startswith("compile") for name in threads[1:])
+
+
 def test_a_run_may_begin_in_a_later_stage() -> None:
     threads: list[list[str]] = [[], []]
     steps = [(2, make_step(1, threads[0])), (4, make_step(10, threads[1]))]

@@ -226,3 +226,17 @@ def test_a_pyramid_of_fewer_scales_sees_area_resized_features(params, quick_jit)
     }
     losses = [float(loss_fn(params, {}, batch, KEY)[0]) for batch in (fine, pooled)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_padding_of_texts_changes_nothing(state, quick_jit):
+    """Loss and gradients of texts padded to 5 tokens equal those of 16, with dropped texts and noise."""
+    config = dataclasses.replace(RUN, loss=LossConfig(noise_max=0.3, text_drop=0.5))
+    gradient = quick_jit(jax.value_and_grad(make_loss(config, PYRAMID, training=True), has_aux=True))
+    short = batch_of()
+    long = {**short, "text_ids": np.pad(short["text_ids"], ((0, 0), (0, 11)))}
+    (loss, _), gradients = gradient(state.params, {}, short, KEY)
+    (other, _), others = gradient(state.params, {}, long, KEY)
+    assert float(loss) == pytest.approx(float(other), rel=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradients, others)
+    full = {**long, "text_length": np.full(4, 16, np.int32)}  # padding that is seen would show
+    assert abs(float(gradient(state.params, {}, full, KEY)[0][0]) - float(loss)) > 1e-4

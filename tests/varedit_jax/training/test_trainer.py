@@ -80,8 +80,12 @@ def test_a_finished_run_says_so(tmp_path: pathlib.Path, capsys: pytest.CaptureFi
     assert int(longer.step) == 3
 
 
-def test_order_of_a_step(tmp_path: pathlib.Path) -> None:
-    """Evaluation and saving precede the next batch; metrics are fetched after the next step is dispatched."""
+@pytest.mark.parametrize("first", [False, True])
+def test_order_of_a_step(tmp_path: pathlib.Path, first: bool) -> None:
+    """Evaluation and saving precede the next batch; metrics are fetched after the next step is dispatched.
+
+    At step 0 nothing is evaluated or sampled unless asked for.
+    """
     events: list[str] = []
 
     class Watched(grain.DatasetIterator):
@@ -125,18 +129,18 @@ def test_order_of_a_step(tmp_path: pathlib.Path) -> None:
         events.append(f"sample {step}")
         return {"sheet": np.zeros((2, 2, 3), np.uint8)}
 
-    Run(tmp_path, steps=4, step_fn=noting, cadence=every(log_every=9, eval_every=2, sample_every=3, save_every=2))(
-        batches=Watched(), evaluate=evaluate, sample=sample
-    )
+    cadence = every(log_every=9, eval_every=2, sample_every=3, save_every=2, evaluate_first=first)
+    Run(tmp_path, steps=4, step_fn=noting, cadence=cadence)(batches=Watched(), evaluate=evaluate, sample=sample)
     assert events == [
-        *("evaluate 0", "sample 0", "next", "step 0"),
+        *(("evaluate 0", "sample 0") if first else ()),
+        *("next", "step 0"),
         *("next", "step 1", "fetch 0", "fetch 1"),
         *("evaluate 2", "save", "next", "step 2", "fetch 2"),
         *("sample 3", "next", "step 3", "fetch 3"),
         *("evaluate 4", "sample 4", "save"),
     ]
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
-        f"sheet_{step:07d}.png" for step in (0, 3, 4)
+        f"sheet_{step:07d}.png" for step in ([0] if first else []) + [3, 4]
     ]
 
 

@@ -1,0 +1,59 @@
+"""A function's compiled programs, which may be compiled before they are needed, in another thread."""
+
+import concurrent.futures
+import contextlib
+import threading
+from typing import Any
+
+import jax
+
+from varedit_jax.parallel.processes import wait_for_all
+
+
+class Programs:
+    """A jitted function with a program for each set of shapes, compiled by `prepare` or on first use.
+
+    All processes of a run call it for the same shapes in the same order.
+    """
+
+    def __init__(self, name: str, function: Any, mesh: jax.sharding.Mesh | None = None) -> None:
+        """Compiles nothing yet.
+
+        Args:
+          name: of the function, for messages.
+          function: from jax.jit, without static arguments.
+          mesh: that its programs are compiled on; each thread has its own, so that of the caller would be missing.
+        """
+        self._name, self._function, self._mesh = name, function, mesh
+        self._programs: dict[Any, concurrent.futures.Future[Any]] = {}
+        self._lock = threading.Lock()
+        self._called: set[Any] = set()
+
+    def prepare(self, *arguments: Any) -> None:
+        """Compiles the program of arguments of these shapes, which may be abstract; a failure comes up when called."""
+        shapes = _shapes(arguments)
+        with self._lock:
+            if shapes in self._programs:
+                return
+            program = self._programs[shapes] = concurrent.futures.Future()
+        try:
+            mesh = self._mesh or jax.sharding.get_mesh()
+            with contextlib.nullcontext() if mesh.empty else jax.set_mesh(mesh):
+                program.set_result(self._function.lower(*arguments).compile())
+        except BaseException as error:
+            program.set_exception(error)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Returns what the function returns. Waits for a program that is being compiled."""
+        shapes = _shapes(arguments)
+        self.prepare(*arguments)
+        program = self._programs[shapes].result()
+        if shapes not in self._called:
+            wait_for_all(self._name)  # others may still compile, and a collective does not wait for long
+            self._called.add(shapes)
+        return program(*arguments)
+
+
+def _shapes(arguments: Any) -> Any:
+    leaves, structure = jax.tree.flatten(arguments)
+    return structure, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
