@@ -1,7 +1,8 @@
 """Blocks of arrays on disk: what reading one takes, and who reads which block for the devices of a mesh.
 
 A host reads every distinct block that its devices hold once. Where the blocks lie across the stored order — a few
-columns of every row — it reads rows instead, and the devices exchange them.
+columns of every row — it reads rows instead, and the devices exchange them. Rows may be those of neighboring
+dimensions taken as one, and be filled up to a number that divides over the devices.
 """
 
 import functools
@@ -9,7 +10,7 @@ import itertools
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 import numpy as np
@@ -32,6 +33,18 @@ class RawArray(NamedTuple):
     dtype: np.dtype
     chunks: tuple[int, ...]
     place: Callable[[tuple[int, ...]], tuple[pathlib.Path, int]]  # of a chunk's indices: its file, and its first byte
+
+    def merged(self, first: int, last: int) -> "RawArray | None":
+        """Returns the array with the dimensions from `first` to `last` as one; None if its chunks do not allow that."""
+        if self.chunks[first + 1 : last + 1] != self.shape[first + 1 : last + 1]:
+            return None
+        zeros = (0,) * (last - first)
+
+        def place(chunk: tuple[int, ...]) -> tuple[pathlib.Path, int]:
+            return self.place((*chunk[: first + 1], *zeros, *chunk[first + 1 :]))
+
+        shape, chunks = merge(self.shape, first, last), merge(self.chunks, first, last)
+        return RawArray(shape, self.dtype, chunks, place)
 
     def bytes_of(self, block: Block) -> int:
         """Returns the bytes that `read` reads."""
@@ -106,9 +119,9 @@ def _parts(block: Block, chunks: Sequence[int]) -> list[tuple[tuple[int, ...], B
     return [(tuple(i for i, _ in found), tuple(part for _, part in found)) for found in itertools.product(*along)]
 
 
-def block_of(index: Sequence[slice], shape: Sequence[int]) -> Block:
-    """Returns slices without steps as a block."""
-    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+def merge(sizes: Sequence[int], first: int, last: int) -> tuple[int, ...]:
+    """Returns the sizes with those from `first` to `last` as one."""
+    return (*sizes[:first], math.prod(sizes[first : last + 1]), *sizes[last + 1 :])
 
 
 def slices(block: Block, origin: Block | None = None) -> tuple[slice, ...]:
@@ -122,81 +135,134 @@ def host_of(device: Any) -> int:
     return int(device.process_index)
 
 
-def held(sharding: Sharding, shape: tuple[int, ...]) -> dict[int, dict[Any, Block]]:
-    """Returns what each host holds of an array: the block of each of its devices."""
+class Stored(Protocol):
+    """An array on disk."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+    def bytes_of(self, block: Block) -> int:
+        """Returns the bytes that reading a block takes."""
+
+    def merged(self, first: int, last: int) -> Self | None:
+        """Returns the array with neighboring dimensions as one, if that is possible."""
+
+
+class Reading(NamedTuple):
+    """How an array is read: as an array of another shape, in another sharding, that is then exchanged."""
+
+    shape: tuple[int, ...]  # with merged dimensions, filled up
+    sharding: Sharding
+    first: int  # the dimensions first to last are one
+    last: int
+    exchanged: NamedSharding | None  # of `shape` afterwards; None if nothing is exchanged
+
+
+def held(sharding: Sharding, shape: tuple[int, ...], stored: tuple[int, ...]) -> dict[int, dict[Any, Block]]:
+    """Returns what each host holds of an array filled up from `stored` to `shape`: the block of each of its devices."""
     found: dict[int, dict[Any, Block]] = {}
     for device, index in sharding.devices_indices_map(shape).items():
-        found.setdefault(host_of(device), {})[device] = block_of(index or (), shape)
+        ranges = [part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True)]
+        block = tuple((min(low, size), min(high, size)) for (low, high), size in zip(ranges, stored, strict=True))
+        found.setdefault(host_of(device), {})[device] = block
     return found
 
 
 def to_read(blocks: Mapping[Any, Block]) -> list[Block]:
     """Returns the blocks that a host reads for its devices: one, if those that they hold fill it, or each once."""
-    distinct = list(dict.fromkeys(blocks.values()))
+    distinct = [block for block in dict.fromkeys(blocks.values()) if size_of(block)]
+    if not distinct:
+        return []
     around = tuple((min(low for low, _ in part), max(high for _, high in part)) for part in zip(*distinct, strict=True))
-    return [around] if _size(around) == sum(map(_size, distinct)) else distinct
+    return [around] if size_of(around) == sum(map(size_of, distinct)) else distinct
 
 
-def _size(block: Block) -> int:
+def size_of(block: Block) -> int:
+    """Returns the number of values in a block."""
     return math.prod(high - low for low, high in block)
 
 
-def choose_reading(shape: tuple[int, ...], sharding: Sharding, cost: Callable[[Block], int]) -> Sharding:
-    """Returns the sharding in which an array of `shape` is read: `sharding`, or rows that devices exchange afterwards.
+def choose_reading(leaf: Stored, sharding: Sharding, itemsize: int) -> Reading:
+    """Returns how an array is read for `sharding`: directly, or as rows that the devices exchange afterwards.
 
-    `cost` gives the bytes that reading a block takes. All hosts choose alike: what counts is the one that reads most.
+    All hosts choose alike: what counts is the one that reads most.
     """
 
-    def most(candidate: Sharding) -> int:
-        return max(sum(map(cost, to_read(blocks))) for blocks in held(candidate, shape).values())
+    def most(leaf: Stored, reading: Reading) -> int:
+        hosts = held(reading.sharding, reading.shape, leaf.shape).values()
+        return max(sum(map(leaf.bytes_of, to_read(blocks))) for blocks in hosts)
 
-    others = {candidate: most(candidate) for candidate in _rows(shape, sharding)}
-    best = min(others, key=others.__getitem__, default=sharding)
-    return best if others and most(sharding) > _WORTHWHILE * others[best] else sharding
+    direct = Reading(leaf.shape, sharding, 0, 0, None)
+    hosts = held(sharding, leaf.shape, leaf.shape).values()
+    holds = max(sum(map(size_of, to_read(blocks))) for blocks in hosts) * itemsize
+    least = most(leaf, direct) / _WORTHWHILE
+    if least <= holds:
+        return direct
+    chosen = direct
+    for reading in _rows(leaf.shape, sharding):
+        view = leaf.merged(reading.first, reading.last)
+        if view is not None and (found := most(view, reading)) < least:
+            chosen, least = reading, found
+    return chosen
 
 
-def _rows(shape: tuple[int, ...], sharding: Sharding) -> list[Sharding]:
-    """Returns the shardings that split one dimension alone, over all the axes that `sharding` splits over."""
+def _rows(shape: tuple[int, ...], sharding: Sharding) -> list[Reading]:
+    """Returns the ways to split one dimension, or several as one, over all the axes that `sharding` splits over."""
     if not isinstance(sharding, NamedSharding):
         return []
-    dimensions = [entry if isinstance(entry, tuple) else (entry,) for entry in sharding.spec if entry is not None]
-    if not dimensions:
-        return []
     spec = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
-    axes = [axis for entry in dimensions for axis in entry]
-    found: list[Sharding] = []
-    for dimension, size in enumerate(shape):
-        own = spec[dimension] or ()
-        own = own if isinstance(own, tuple) else (own,)
-        # Its own axes stay outermost, so that each of the others moves by one all-to-all within its groups.
-        order = (*own, *(axis for axis in axes if axis not in own))
-        if size % math.prod(sharding.mesh.shape[axis] for axis in order) == 0:
-            rows = PartitionSpec(*([None] * dimension), order)
-            found.append(NamedSharding(sharding.mesh, rows, memory_kind=sharding.memory_kind))
+    split = [() if entry is None else entry if isinstance(entry, tuple) else (entry,) for entry in spec]
+    found = []
+    for first, own in enumerate(split):
+        moves = [axis for axes in split for axis in axes if axis not in own and sharding.mesh.shape[axis] > 1]
+        if len(moves) != 1:  # one all-to-all; two axes at once would be gathered whole
+            continue
+        order = (*own, *moves)  # its own axes stay outermost
+        parts = math.prod(sharding.mesh.shape[axis] for axis in order)
+        for last in range(first, len(shape)):
+            if any(split[first + 1 : last + 1]):
+                break
+            rows = math.prod(shape[first : last + 1])
+            filled = -(-rows // parts) * parts
+            if filled != rows and (own or filled > 2 * rows):
+                continue
+            new = (*shape[:first], filled, *shape[last + 1 :])
+            after = PartitionSpec(*spec[: first + 1], *spec[last + 1 :])
+            found.append(
+                Reading(
+                    new,
+                    NamedSharding(sharding.mesh, PartitionSpec(*[None] * first, order)),
+                    first,
+                    last,
+                    NamedSharding(sharding.mesh, after),
+                )
+            )
     return found
 
 
-def place(shape: tuple[int, ...], sharding: Sharding, read: Callable[[Block], np.ndarray]) -> jax.Array:
-    """Returns an array on the devices of `sharding`; `read` is called once for each block that this host reads."""
+def place(stored: tuple[int, ...], reading: Reading, read: Callable[[Block], np.ndarray], dtype: Any) -> jax.Array:
+    """Returns the array of `reading` on its devices; `read` is called once for each block that this host reads."""
     arrays = []
-    for blocks in held(sharding, shape).values():
-        own = {device: block for device, block in blocks.items() if device in sharding.addressable_devices}
-        if not own:
-            continue
-        for around in to_read(own):
-            values = read(around)
-            for device, block in own.items():
+    for own in held(reading.sharding, reading.shape, stored).values():
+        here = {device: block for device, block in own.items() if device in reading.sharding.addressable_devices}
+        values = {around: read(around) for around in to_read(here)}
+        for device, block in here.items():
+            piece = np.zeros(reading.sharding.shard_shape(reading.shape), dtype)
+            for around, found in values.items():
                 if all(a <= low and high <= b for (low, high), (a, b) in zip(block, around, strict=True)):
-                    arrays.append(jax.device_put(values[slices(block, around)], device))
-    dtype = arrays[0].dtype
-    return jax.make_array_from_single_device_arrays(shape, sharding, arrays, dtype=dtype)
+                    piece[slices(tuple((0, high - low) for low, high in block))] = found[slices(block, around)]
+            arrays.append(jax.device_put(piece, device))
+    return jax.make_array_from_single_device_arrays(reading.shape, reading.sharding, arrays, dtype=dtype)
 
 
 @functools.cache
-def _moved(sharding: Sharding) -> Callable[[jax.Array], jax.Array]:
-    return jax.jit(lambda array: array, out_shardings=sharding)
+def exchange_of(shape: tuple[int, ...], sharding: Sharding, reading: Reading) -> Callable[[jax.Array], jax.Array]:
+    """Returns the compiled exchange of what `reading` placed: to an array of `shape` and `sharding`."""
 
+    def exchange(rows: jax.Array) -> jax.Array:
+        columns = jax.lax.with_sharding_constraint(rows, reading.exchanged)
+        count = math.prod(shape[reading.first : reading.last + 1])
+        return jax.lax.slice_in_dim(columns, 0, count, axis=reading.first).reshape(shape)
 
-def exchange(array: jax.Array, sharding: Sharding) -> jax.Array:
-    """Returns an array in another sharding over the same devices."""
-    return array if array.sharding == sharding else _moved(sharding)(array)
+    return jax.jit(exchange, out_shardings=sharding)

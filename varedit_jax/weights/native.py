@@ -74,6 +74,13 @@ class Leaf(NamedTuple):
         manifest.check_finite(values, self.name)
         return values
 
+    def merged(self, first: int, last: int) -> "Leaf | None":
+        """The array with the dimensions from `first` to `last` as one, for `read_block`; None if that cannot be."""
+        if first == last:
+            return self
+        raw = self.raw and self.raw.merged(first, last)
+        return self._replace(shape=raw.shape, raw=raw) if raw else None
+
     def bytes_of(self, block: blocks.Block) -> int:
         """Bytes on disk that reading a block takes."""
         if self.raw is not None:
@@ -164,9 +171,10 @@ def load_sharded(leaf: Leaf, like: jax.ShapeDtypeStruct) -> jax.Array:
     `Leaf.as_float32`.
     """
     sharding = like.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    rows = blocks.choose_reading(like.shape, sharding, leaf.bytes_of)
-    read = blocks.place(like.shape, rows, lambda block: leaf.read_block(block).astype(like.dtype))
-    return blocks.exchange(read, sharding)
+    reading = blocks.choose_reading(leaf, sharding, leaf.dtype.itemsize)
+    view = leaf.merged(reading.first, reading.last) or leaf
+    placed = blocks.place(view.shape, reading, view.read_block, like.dtype)
+    return placed if reading.exchanged is None else blocks.exchange_of(leaf.shape, sharding, reading)(placed)
 
 
 def _in_file(path: pathlib.Path, tensor: LazyTensor) -> blocks.RawArray | None:

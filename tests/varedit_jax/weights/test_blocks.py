@@ -24,7 +24,8 @@ from varedit_jax.weights import blocks, native
 
 root = pathlib.Path(sys.argv[1])
 native._CHUNK_BYTES = 2**19
-shapes = {"blocks/fc1": (5, 128, 2048), "blocks/fc2": (5, 2048, 128), "embed": (1024, 512), "bias": (2048,)}
+shapes = {"blocks/fc1": (5, 128, 2048), "blocks/fc2": (5, 2048, 128), "embed": (1024, 512), "heads": (6, 8, 16, 512),
+    "odd": (1001, 512), "bias": (2048,)}
 values = {name: np.random.default_rng(1).normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 leaves = {name: native.Leaf(value.shape, value.dtype) for name, value in values.items()}
 part = native.OrbaxPart(root / "chunks" / "text", leaves)
@@ -51,7 +52,7 @@ def counting(path, ranges):
 blocks.read_ranges = counting
 specs = {
     "blocks/fc1": P(None, "fsdp", "tensor"), "blocks/fc2": P(None, "tensor", "fsdp"),
-    "embed": P(None, "fsdp"), "bias": P(),
+    "embed": P(None, "fsdp"), "heads": P(None, "tensor", None, "fsdp"), "odd": P(None, "fsdp"), "bias": P(),
 }
 for sizes in [dict(data=1, fsdp=8), dict(data=1, fsdp=2, tensor=4), dict(data=2, fsdp=2, tensor=2)]:
     mesh = make_mesh(MeshConfig(**sizes))
@@ -62,13 +63,14 @@ for sizes in [dict(data=1, fsdp=8), dict(data=1, fsdp=2, tensor=4), dict(data=2,
             array = native.load_sharded(leaf, like)
             np.testing.assert_array_equal(array, values[name])
             assert array.sharding == sharding
-            hosts = blocks.held(sharding, leaf.shape).values()
+            hosts = blocks.held(sharding, leaf.shape, leaf.shape).values()
             holds = sum(4 * math.prod(b - a for a, b in block) for own in hosts for block in set(own.values()))
             assert 0 < count <= 1.1 * holds, (sizes, form, name, count, holds)
-            rows = blocks.choose_reading(leaf.shape, sharding, leaf.bytes_of)
-            if rows != sharding:  # nothing is gathered whole on the way
-                like = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows)
-                assert "all-gather" not in blocks._moved(sharding).lower(like).compile().as_text()
+            reading = blocks.choose_reading(leaf, sharding, 4)
+            if reading.exchanged:  # nothing is gathered whole on the way
+                like = jax.ShapeDtypeStruct(reading.shape, leaf.dtype, sharding=reading.sharding)
+                text = blocks.exchange_of(leaf.shape, sharding, reading).lower(like).compile().as_text()
+                assert "all-to-all" in text and "all-gather" not in text, (sizes, name)
                 print("exchanged", name)
 """
 
@@ -85,7 +87,7 @@ def test_a_host_reads_what_it_holds_once(tmp_path: pathlib.Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert {"exchanged embed", "exchanged blocks/fc2"} <= set(done.stdout.splitlines())
+    assert {f"exchanged {name}" for name in ("embed", "blocks/fc2", "heads", "odd")} <= set(done.stdout.splitlines())
 
 
 @pytest.mark.parametrize("chunks", [(1, 24, 40), (1, 10, 40), (2, 7, 9), (3, 24, 40)])
