@@ -85,8 +85,9 @@ class Leaf(NamedTuple):
         """Bytes on disk that reading a block takes."""
         if self.raw is not None:
             return self.raw.bytes_of(block)
-        layout = self.source.chunk_layout.read_chunk.shape if isinstance(self.source, ts.TensorStore) else self.shape
-        return blocks.bytes_of_chunks(block, self.shape, layout, self.dtype.itemsize)
+        stored = self.source.chunk_layout.read_chunk.shape if isinstance(self.source, ts.TensorStore) else None
+        chunks = self.shape if stored is None else tuple(int(size or 1) for size in stored)
+        return blocks.bytes_of_chunks(block, self.shape, chunks, self.dtype.itemsize)
 
 
 def is_part(directory: PathLike, part: str) -> bool:
