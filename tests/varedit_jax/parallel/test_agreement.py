@@ -89,6 +89,7 @@ def damage(workdir: pathlib.Path, mesh: jax.sharding.Mesh, index: int) -> None:
         for step in (1, 2, 3):
             state = jax.jit(make, static_argnums=0, out_shardings=places)(step)
             checkpoints.save(step, state, batches())
+    processes.wait_for_all("checksums")
     found = {path.name for path in (workdir / "checkpoints" / "3").glob("manifest*")}
     assert found == {"manifest_0-of-2.json", "manifest_1-of-2.json"}
     processes.wait_for_all("looking")
