@@ -3,6 +3,7 @@
 import pathlib
 import sys
 import time
+from typing import Any
 
 import grain
 import jax
@@ -82,7 +83,7 @@ def damage(workdir: pathlib.Path, mesh: jax.sharding.Mesh, index: int) -> None:
         return TrainState(step=jnp.int32(step), params={"x": jnp.arange(4000.0) + step}, opt_state={})
 
     shape = jax.eval_shape(lambda: make(0))
-    places = TrainState(step=whole, params={"x": sharding}, opt_state={})
+    places: Any = TrainState(step=whole, params={"x": sharding}, opt_state={})  # type: ignore[arg-type]
     abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shape, places)
 
     with checkpoint.Checkpoints(workdir) as checkpoints:
@@ -110,12 +111,13 @@ def damage(workdir: pathlib.Path, mesh: jax.sharding.Mesh, index: int) -> None:
 
 def listings(workdir: pathlib.Path, index: int) -> None:
     """Process 1 sees an older checkpoint as the newest one: for a while, and for good."""
-    truth, stale = checkpoint.checkpoint_steps, [[1]] * index
+    module: Any = checkpoint
+    truth, stale = module.checkpoint_steps, [[1]] * index
 
     def listed(directory: pathlib.Path) -> list[int]:
-        return stale.pop() if stale else truth(directory)
+        return list(stale.pop() if stale else truth(directory))
 
-    checkpoint.checkpoint_steps = listed  # type: ignore[assignment]
+    module.checkpoint_steps = listed
     assert checkpoint.agreed_steps(workdir) == [1, 2]
     stale += [[1]] * 100 * index
     begin = time.monotonic()

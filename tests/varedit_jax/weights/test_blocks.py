@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from varedit_jax.weights import native
+from varedit_jax.weights import blocks, native
 from varedit_jax.weights.blocks import RawArray
 
 VALUES = np.random.default_rng(0).normal(size=(3, 24, 40)).astype(np.float32)
@@ -109,12 +109,12 @@ def test_any_block_of_any_chunks(
     read: list[int] = []
     raw = native.find_part(tmp_path, "text")["x"].raw
     assert isinstance(raw, RawArray) and raw.chunks == chunks
-    ranges = native.blocks.read_ranges
+    ranges = blocks.read_ranges
 
     def counting(path: pathlib.Path, wanted: list[tuple[int, int]]) -> list[bytes]:
         read.extend(length for _, length in wanted)
         return ranges(path, wanted)
 
-    monkeypatch.setattr(native.blocks, "read_ranges", counting)
+    monkeypatch.setattr(blocks, "read_ranges", counting)
     np.testing.assert_array_equal(raw.read(block), VALUES[tuple(slice(*part) for part in block)])
     assert sum(read) == raw.bytes_of(block)
