@@ -133,10 +133,16 @@ class Checkpoints:
         if there is no checkpoint, or it belongs to another model or a newer version, or all are damaged.
         """
         while True:
+            newest = self.directory / str(self.latest())
+            if damage := checksums.find_damage(newest):
+                self._set_aside(f"{newest} is damaged: {damage}")
+                continue
             try:
                 return self._restore(abstract_state, iterator)
             except DamagedCheckpoint as error:
-                self._set_aside(error)
+                if jax.process_count() > 1:  # the others do not know of it, and read on
+                    raise
+                self._set_aside(str(error))
 
     def _restore(self, abstract_state: TrainState, iterator: grain.DatasetIterator) -> TrainState:
         step = self.latest()
@@ -148,8 +154,6 @@ class Checkpoints:
                 f"{files.listing(self.directory / str(step))} "
                 f"instead of state and data; use another --workdir"
             )
-        if damage := checksums.find_damage(self.directory / str(step)):
-            raise DamagedCheckpoint(f"{self.directory / str(step)} is damaged: {damage}")
         state = restore_state(self.directory.parent, abstract_state, step)
         place = data_place(self.directory.parent, step)
         with damage_explained(self.directory, step):
@@ -157,16 +161,14 @@ class Checkpoints:
             iterator.start_prefetch()
         return state
 
-    def _set_aside(self, error: DamagedCheckpoint) -> None:
+    def _set_aside(self, reason: str) -> None:
         """Moves the newest checkpoint, which is damaged, out of the way. Raises UserError if there is no other."""
         steps = agreed_steps(self.directory.parent)
         if len(steps) < 2:
             raise UserError(
-                f"{error}; there is no checkpoint before it: bring back its files, or start a new run with another "
+                f"{reason}; there is no checkpoint before it: bring back its files, or start a new run with another "
                 f"--workdir"
-            ) from error
-        if jax.process_count() > 1 and not checksums.exist(self.directory / str(steps[-1])):
-            raise error  # found by a process alone, in the middle of reading: the others do not know of it
+            )
         target = self.directory.parent / DAMAGED / str(steps[-1])
         with together(), explained("damaged checkpoint's new place", self.directory.parent):
             if jax.process_index() == 0:
@@ -174,7 +176,7 @@ class Checkpoints:
                     target = target.with_name(f"{target.name}_")
                 files.make_directory(target.parent)
                 files.move_directory(self.directory / str(steps[-1]), target)
-        say(f"{error}; it is kept in {target.parent}, and the run goes back to the checkpoint of step {steps[-2]}")
+        say(f"{reason}; it is kept in {target.parent}, and the run goes back to the checkpoint of step {steps[-2]}")
         agreed_steps(self.directory.parent)
         self._manager.reload()
 

@@ -35,11 +35,6 @@ def write(checkpoint: pathlib.Path) -> None:
     files.write_json(checkpoint / f"manifest_{index}-of-{count}.json", record, indent=1)
 
 
-def exist(checkpoint: pathlib.Path) -> bool:
-    """Returns True if a checkpoint has checksums."""
-    return bool(children(checkpoint, _PATTERN))
-
-
 def find_damage(checkpoint: pathlib.Path) -> str:
     """Returns the first damaged file of a checkpoint and how, in a few words, in all processes alike; "" if none is.
 
