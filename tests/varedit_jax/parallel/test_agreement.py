@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from tests.varedit_jax.parallel.test_processes import two_processes
 from varedit_jax.config import MeshConfig
@@ -18,6 +19,7 @@ from varedit_jax.parallel import agreement, processes
 from varedit_jax.parallel.mesh import make_mesh
 from varedit_jax.training import checkpoint, run_config
 from varedit_jax.training.state import TrainState
+from varedit_jax.weights import blocks, native
 
 
 @pytest.mark.slow
@@ -49,6 +51,7 @@ def all_cases(directory: pathlib.Path, address: str, index: int) -> None:
         directories(directory, index)
         damage(directory / "damage", mesh, index)
         listings(directory / "damage", index)
+        weights(directory / "weights", mesh, index)
 
 
 def configurations(index: int) -> None:
@@ -125,6 +128,22 @@ def listings(workdir: pathlib.Path, index: int) -> None:
     with pytest.raises(UserError, match=sentence):
         checkpoint.agreed_steps(workdir)
     assert time.monotonic() - begin < 10
+
+
+def weights(directory: pathlib.Path, mesh: jax.sharding.Mesh, index: int) -> None:
+    """Columns of an array that is stored in rows: each process reads half of it, and they exchange."""
+    values = np.random.default_rng(0).normal(size=(64, 256)).astype(np.float32)
+    if index == 0:
+        directory.mkdir()
+        safetensors.numpy.save_file({"x": values}, directory / "text.safetensors")
+    processes.wait_for_all("weights")
+    leaf = native.find_part(directory, "text")["x"]
+    sharding = jax.NamedSharding(mesh, jax.P(None, "fsdp"))
+    reading = blocks.choose_reading(leaf, sharding, 4)
+    assert reading.exchanged is not None and leaf.bytes_of(((0, 32), (0, 256))) == values.nbytes // 2
+    array = native.load_sharded(leaf, jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=sharding))
+    (shard,) = array.addressable_shards
+    np.testing.assert_array_equal(shard.data, values[:, 128 * index : 128 * (index + 1)])
 
 
 if __name__ == "__main__":
