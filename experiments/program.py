@@ -40,6 +40,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import jax
 from absl import flags
+from jax.experimental.compilation_cache import compilation_cache
 
 from varedit_jax import command
 from varedit_jax.config import from_dict, to_dict
@@ -89,6 +90,17 @@ def setup_jax() -> None:
     sys.unraisablehook = _without_late_reports
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(".cache/jax").absolute()))
+
+
+def share_compiled(workdir: paths.PathLike) -> None:
+    """Sets the compilation cache of several processes to `workdir`/compiled, unless JAX_COMPILATION_CACHE_DIR is set.
+
+    Process 0 alone writes it (JAX 0.10), so it has to be where all can read. It is not bounded, because JAX bounds a
+    cache by a lock that all processes would wait for: a run has one program for each stage and layout.
+    """
+    if jax.process_count() > 1 and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        compilation_cache.reset_cache()  # what was compiled to find the others may have opened another
+        compilation_cache.set_cache_dir(str(paths.resolve(workdir) / "compiled"))
 
 
 def _check_platforms(cause: Exception) -> None:

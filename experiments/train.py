@@ -152,6 +152,7 @@ def main(argv: list[str]) -> None:
     del argv
     config: RunConfig = _CONFIG.value
     with processes.joined(_COORDINATOR.value, _PROCESS_COUNT.value, _PROCESS_INDEX.value):
+        program.share_compiled(run_flags.WORKDIR.value)
         if run_flags.EXPORT.value and jax.process_count() > 1:
             raise UserError(
                 f"--export is for a single process, and there are {jax.process_count()}; export the finished run "

@@ -15,6 +15,7 @@ import dataclasses
 from experiments.configs import shapes
 from varedit_jax.config import (
     REMAT_NAMES,
+    Cadence,
     DataConfig,
     EditorConfig,
     LossConfig,
@@ -90,6 +91,9 @@ LAYOUTS = {
     },
 }
 VARIANTS = ("", "tiny", *MACHINES)
+# Checkpoints that a run keeps forever, at most: with the newest 3 and one being written, ten are on the disk. A float32
+# parameter and its two moments are 12 bytes: 10 x 101 GB for 8B, 10 x 26 GB for 2B.
+KEPT = 6
 # Outputs of data_pipelines.prepare for the recipe's training data, each example once per epoch.
 MIXTURE = (("seed_data_edit", 1.0), ("imgedit", 1.0))
 
@@ -134,6 +138,7 @@ def make_run(
             read_threads=16,
         ),
         steps=steps,
+        cadence=Cadence(keep_every=_keep_every(steps)),
         text_dtype="bfloat16",
         tokenizer_precision="high",
     )
@@ -148,6 +153,12 @@ def make_run(
             tokenizer_weights=shapes.SHIPPED,
         )
     return on_machine(run, variant) if variant else run
+
+
+def _keep_every(steps: int) -> int:
+    """Returns the least multiple of the steps between saves of which a run of `steps` has at most `KEPT`."""
+    every = Cadence.save_every
+    return -(-steps // (KEPT * every)) * every
 
 
 def on_machine(run: RunConfig, machine: str) -> RunConfig:

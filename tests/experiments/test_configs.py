@@ -134,3 +134,11 @@ def test_every_file_is_a_config_or_serves_one() -> None:
 def test_names_of_runs_tell_configs_apart(name: str, variant: str) -> None:
     runs = [load(*other).name for other in CONFIGS]
     assert runs.count(load(name, variant).name) == 1
+
+
+@pytest.mark.parametrize("name", sorted(published.LAYOUTS))
+def test_checkpoints_on_the_disk_are_bounded(name: str) -> None:
+    """Those that are kept forever fall on saves, and are few."""
+    run = load(name, "")
+    assert run.cadence.keep_every % run.cadence.save_every == 0
+    assert 1 < run.steps // run.cadence.keep_every <= published.KEPT

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
+from experiments import program
 from varedit_jax.config import DataConfig, EditorConfig, RunConfig, from_dict, preset, to_dict
 from varedit_jax.config.annotations import field_types, in_words
 
@@ -303,3 +304,19 @@ def test_every_field_of_a_run_can_be_set() -> None:
     assert all(in_words(hint) for hint in names.values())
     assert {name.split(".")[0] for name in names} == {field.name for field in dataclasses.fields(RunConfig)}
     assert len([name for name in names if name.startswith("model.")]) > len(dataclasses.fields(EditorConfig))
+
+
+def test_several_processes_keep_compiled_steps_in_the_work_directory(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process alone does not; a directory that is set is kept."""
+    sets: list[str] = []
+    monkeypatch.setattr(program.compilation_cache, "set_cache_dir", sets.append)
+    monkeypatch.setattr(program.compilation_cache, "reset_cache", lambda: None)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    program.share_compiled(tmp_path)
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    program.share_compiled(tmp_path)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    program.share_compiled(tmp_path)
+    assert sets == [f"{tmp_path}/compiled"]

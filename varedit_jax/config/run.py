@@ -165,6 +165,8 @@ class GuardConfig(Checked):
     spike_factor: float = 2.0  # a loss above this multiple of the median of the last steps is reported; 0 = never
     spike_window: int = 100  # steps of that median
     hang_minutes: float = 0.0  # without a finished step, after which the process dumps its stacks and exits; 0 = never
+    # The same for what takes long by itself: starting, restoring, the first batch, compiling, evaluating, saving.
+    long_minutes: float = 120.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -199,7 +199,15 @@ def task_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def move_directory(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Moves a local directory, at once or, to another file system, by way of a directory beside `target`."""
+    """Moves a directory: a local one at once or, to another file system, by way of a directory beside `target`.
+
+    In an object store its files are moved one by one.
+    """
+    if is_remote(source):
+        for path in files_below(source):
+            copy(path, target / path.relative_to(source).as_posix())
+        remove_directory(source)
+        return
     try:
         take_place(source, target)
     except OSError as error:

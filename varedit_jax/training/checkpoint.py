@@ -5,14 +5,17 @@ A run's directory holds `config.json` (the configuration it was started with), `
 is complete, and an older one is removed only after that; so a full disk, a crash or a kill while saving leaves the last
 complete checkpoint loadable.
 
-A checkpoint can be restored on another mesh, by another number of processes.
+A checkpoint can be restored on another mesh, by another number of processes. Its files have checksums (checksums.py);
+one that is damaged is moved to `damaged/<step>`, and the one before it is restored.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
 import pathlib
 import re
+import time
 from typing import Any, Self
 
 import grain
@@ -22,15 +25,19 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from varedit_jax.errors import UserError
+from varedit_jax.parallel.agreement import Answer, agreed, named, together
+from varedit_jax.parallel.processes import say
 from varedit_jax.storage import disk, files
 from varedit_jax.storage.disk import explained, read_explained
 from varedit_jax.storage.orbax import check_directory, checkpointer, quiet_orbax, support_object_stores
 from varedit_jax.storage.paths import PathLike, child_names, children, resolve
+from varedit_jax.training import checksums
 from varedit_jax.training.metrics import read_metrics
 from varedit_jax.training.state import TrainState
 from varedit_jax.weights.run_directory import (
     CHECKPOINTS,
     CONFIG_FILE,
+    DamagedCheckpoint,
     check_same,
     check_version,
     checkpoint_steps,
@@ -42,6 +49,8 @@ from varedit_jax.weights.run_directory import (
 )
 
 SAVED_FILE = "saved.json"
+DAMAGED = "damaged"  # directory of checkpoints that were set aside
+_POLL_SECONDS = 0.2
 
 # Names in a directory of checkpoints; .nfs... comes with NFS.
 _OURS = re.compile(r"\d+|\d+\.orbax-checkpoint-tmp.*|\..*")
@@ -66,6 +75,8 @@ class Checkpoints:
         check_directory(self.directory)
         # Step of the save under way, and True if that step has been evaluated.
         self._saving: tuple[int, bool] | None = None
+        self._summing: concurrent.futures.Future[None] | None = None  # its checksums
+        self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="checksums")
         files.make_directory(self.directory)
         foreign = [name for name in child_names(self.directory) if not _OURS.fullmatch(name)]
         if foreign:
@@ -103,15 +114,37 @@ class Checkpoints:
                 ),
             )
         self._saving = step, evaluated
+        self._summing = self._pool.submit(self._write_checksums, step)
+
+    def _write_checksums(self, step: int) -> None:
+        while self._manager.is_saving_in_progress():
+            time.sleep(_POLL_SECONDS)
+        if step in checkpoint_steps(self.directory.parent):  # else the save failed, as `wait` says
+            checksums.write(self.directory / str(step))
 
     def restore(self, abstract_state: TrainState, iterator: grain.DatasetIterator) -> TrainState:
-        """Returns the state of the newest checkpoint, and sets `iterator` to its next batch.
+        """Returns the state of the newest intact checkpoint, and sets `iterator` to its next batch.
+
+        Damaged ones before it are set aside, with a line about each.
 
         `abstract_state` is a tree of jax.ShapeDtypeStruct (as of jax.eval_shape); the state comes back with their
         shardings, or on one device where they have none. If it has an EMA of the parameters (`ema`) and the
         checkpoint does not, the EMA starts from the parameters; in the opposite case it is dropped. Raises UserError
-        if there is no checkpoint, or it belongs to another model or a newer version, or it is damaged.
+        if there is no checkpoint, or it belongs to another model or a newer version, or all are damaged.
         """
+        while True:
+            newest = self.directory / str(self.latest())
+            if damage := checksums.find_damage(newest):
+                self._set_aside(f"{newest} is damaged: {damage}")
+                continue
+            try:
+                return self._restore(abstract_state, iterator)
+            except DamagedCheckpoint as error:
+                if jax.process_count() > 1:  # the others do not know of it, and read on
+                    raise
+                self._set_aside(str(error))
+
+    def _restore(self, abstract_state: TrainState, iterator: grain.DatasetIterator) -> TrainState:
         step = self.latest()
         if step is None:
             raise UserError(f"there is no checkpoint in {self.directory}")
@@ -128,10 +161,32 @@ class Checkpoints:
             iterator.start_prefetch()
         return state
 
+    def _set_aside(self, reason: str) -> None:
+        """Moves the newest checkpoint, which is damaged, out of the way. Raises UserError if there is no other."""
+        steps = agreed_steps(self.directory.parent)
+        if len(steps) < 2:
+            raise UserError(
+                f"{reason}; there is no checkpoint before it: bring back its files, or start a new run with another "
+                f"--workdir"
+            )
+        target = self.directory.parent / DAMAGED / str(steps[-1])
+        with together(), explained("damaged checkpoint's new place", self.directory.parent):
+            if jax.process_index() == 0:
+                while target.exists():
+                    target = target.with_name(f"{target.name}_")
+                files.make_directory(target.parent)
+                files.move_directory(self.directory / str(steps[-1]), target)
+        say(f"{reason}; it is kept in {target.parent}, and the run goes back to the checkpoint of step {steps[-2]}")
+        agreed_steps(self.directory.parent)
+        self._manager.reload()
+
     def wait(self) -> None:
-        """Returns when the last save is complete. Raises UserError if the disk was full."""
+        """Returns when the last save is complete, with its checksums. Raises UserError if the disk was full."""
         with explained("checkpoint", self.directory):
             self._manager.wait_until_finished()
+            if self._summing is not None:
+                summing, self._summing = self._summing, None
+                summing.result()
             if self._saving is not None:
                 self._note(*self._saving)
         self._saving = None
@@ -168,7 +223,25 @@ class Checkpoints:
             if kind is None:
                 raise
         finally:
+            self._pool.shutdown()
             self._manager.close()
+
+
+def agreed_steps(workdir: PathLike) -> list[int]:
+    """Returns the steps of the run's complete checkpoints, ascending, as all processes see them.
+
+    Raises UserError, in all processes, if they still see different ones after a while.
+    """
+
+    def explain(answers: list[Answer]) -> str:
+        other = next(answer for answer in answers if answer.value != answers[0].value)
+        return (
+            f"the checkpoints in {resolve(workdir) / CHECKPOINTS} are not the same for all hosts: {named(answers)} "
+            f"sees steps {other.value}, process 0 on {answers[0].host} {answers[0].value}; see that the file system "
+            f"shows all hosts the same, then run the same command again"
+        )
+
+    return list(json.loads(agreed(lambda: json.dumps(checkpoint_steps(workdir)), explain)))
 
 
 def restore_state(directory: PathLike, abstract_state: TrainState, step: int) -> TrainState:

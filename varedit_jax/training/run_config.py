@@ -2,14 +2,18 @@
 
 import dataclasses
 import json
+import pathlib
 import re
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from flax.traverse_util import flatten_dict
 
 from varedit_jax.config import RunConfig, TokenizerRunConfig, with_current_names
 from varedit_jax.errors import UserError
+from varedit_jax.parallel.agreement import Answer, agreed, gather, named, together
 from varedit_jax.storage import files
 from varedit_jax.storage.disk import explained
 from varedit_jax.storage.paths import PathLike, resolve
@@ -36,7 +40,59 @@ FREE_FIELDS = (
     r"(tokenizer|text|perceptual)_weights",  # directories of the frozen weights, which may move
 )
 
+# Of these, fields that may differ between the hosts of a run: where a host finds its files.
+LOCAL_FIELDS = (r"data\.(directory|cache_directory)", r"init_from", r"(tokenizer|text|perceptual)_weights")
+
+IDENTITY_FILE = "run.json"  # the run's id, made with it, and a text that is new at every start
+
 _ABSENT = "absent"
+
+
+def identify(workdir: PathLike) -> str:
+    """Returns the id of the run in `workdir`, which is made with the run, as all processes read it there.
+
+    Process 0 writes a new text beside it, which the others have to find. Raises UserError, in all processes, if one
+    does not: the directory is not the same for all.
+    """
+    path = resolve(workdir) / IDENTITY_FILE
+    with together(), explained(IDENTITY_FILE, path.parent):
+        if jax.process_index() == 0:
+            run = _identity(path).get("run") or uuid.uuid4().hex
+            files.write_json(path, {"run": run, "start": uuid.uuid4().hex})
+
+    def explain(answers: list[Answer]) -> str:
+        return (
+            f"{workdir} is not the same directory on all hosts: {named(answers)} does not find what process 0 on "
+            f"{answers[0].host} wrote there; give a --workdir on storage that all hosts share"
+        )
+
+    return str(json.loads(agreed(lambda: json.dumps(_identity(path), sort_keys=True), explain))["run"])
+
+
+def _identity(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the content of run.json; {} if there is none yet, or it is broken."""
+    try:
+        return dict(files.read_json(path))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def check_alike(values: Mapping[str, Any]) -> None:
+    """Raises UserError, in all processes, with the first field in which their configurations differ.
+
+    `LOCAL_FIELDS` may differ.
+    """
+    fields = flatten_dict(json.loads(json.dumps(values)), sep=".")
+    for field in [name for name in fields if any(re.fullmatch(pattern, name) for pattern in LOCAL_FIELDS)]:
+        del fields[field]
+    first, *others = [json.loads(text) for text in gather(json.dumps(fields))]
+    for index, other in enumerate(others, 1):
+        for field in dict.fromkeys([*first, *other]):
+            if first.get(field, _ABSENT) != other.get(field, _ABSENT):
+                raise UserError(
+                    f"process {index} was started with {field} = {other.get(field, _ABSENT)!r}, but process 0 with "
+                    f"{first.get(field, _ABSENT)!r}; start all processes with the same configuration"
+                )
 
 
 def write_config(directory: PathLike, values: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 
 from varedit_jax.config import Cadence, GuardConfig
 from varedit_jax.errors import UserError
+from varedit_jax.parallel.agreement import together
 from varedit_jax.parallel.processes import check_same, say
 from varedit_jax.storage.lock import Lock
 from varedit_jax.storage.orbax import check_directory
@@ -26,7 +27,7 @@ from varedit_jax.training.replay import Inputs
 from varedit_jax.training.stages import SingleStage, Stages
 from varedit_jax.training.state import TrainState
 from varedit_jax.training.stop import Stopped, StopSignal, poll
-from varedit_jax.training.watchdog import Watchdog
+from varedit_jax.training.watchdog import FIRST_BATCH, Watchdog
 from varedit_jax.types import Metrics
 
 
@@ -129,10 +130,15 @@ class Trainer:
         """Locks and checks the work directory, and starts watching for signals and hangs."""
         job, workdir = self.job, resolve(self.launch.workdir)
         check_directory(workdir)
-        stack.enter_context(Lock(workdir, held=jax.process_index() == 0))
-        run_config.check_config(workdir, job.record)
-        checkpoint.check_resume(workdir, self.launch.resume)
-        self._watchdog = stack.enter_context(Watchdog(job.guard.hang_minutes, workdir))
+        with together():
+            stack.enter_context(Lock(workdir, held=jax.process_index() == 0))
+        run_config.check_alike(job.record)
+        run_config.identify(workdir)
+        checkpoint.agreed_steps(workdir)
+        with together():
+            run_config.check_config(workdir, job.record)
+            checkpoint.check_resume(workdir, self.launch.resume)
+        self._watchdog = stack.enter_context(Watchdog(job.guard.hang_minutes, workdir, job.guard.long_minutes))
         self._stop = stack.enter_context(StopSignal(self._watchdog.beat))
         self._checkpoints = stack.enter_context(
             checkpoint.Checkpoints(workdir, keep=job.cadence.keep_checkpoints, keep_every=job.cadence.keep_every)
@@ -221,6 +227,8 @@ class Trainer:
         """Returns the next batch on the devices, and the numbers of its examples."""
         job = self.job
         with self._phase("data"):
+            if self._stage is None or not self._compiled:
+                self._watchdog.beat(FIRST_BATCH)
             batch = next(job.batches, None)
             if batch is None:
                 raise UserError(

@@ -14,29 +14,36 @@ from varedit_jax.storage.paths import PathLike, is_remote, resolve
 
 EXIT_CODE = 75  # EX_TEMPFAIL, "try again": the same command resumes
 _CHECKS = 20  # per allowed time
+STARTING, FIRST_BATCH = "starting", "first batch"
+# Reading weights or making them, restoring, waiting for the first data, compiling, and what compiles something.
+LONG_PHASES = frozenset({STARTING, "restore", FIRST_BATCH, "compile", "evaluate", "sample", "save"})
 
 
 class Watchdog:
     """Writes the stacks of all threads and exits with code 75 if `beat` is not called in time. A context manager.
 
     The loop calls `beat` when a step has finished and when a phase begins (compiling, evaluating, saving ...); long
-    work within a phase does so by `stop.poll`. So `minutes` must exceed the longest phase, which is compilation:
-    minutes for a small editor, ten or more for 8B.
+    work within a phase does so by `stop.poll`. Phases that take long by themselves (`LONG_PHASES`) have a limit of
+    their own: compiling takes ten minutes or more for 8B, and a slow start would be ended each time it is repeated.
 
     A collective that another process does not join hangs inside XLA, where no Python code of the main thread runs, so
     a separate thread checks the time. If that one cannot run either, because something holds the interpreter,
     faulthandler's C thread writes the stacks, to standard error alone, and exits somewhat later with code 1.
     """
 
-    def __init__(self, minutes: float, workdir: PathLike) -> None:
-        """Does nothing if `minutes` is 0. Stacks go to `workdir`/hang_PID.txt and to standard error."""
+    def __init__(self, minutes: float, workdir: PathLike, long_minutes: float = 0.0) -> None:
+        """Does nothing if `minutes` is 0. Stacks go to `workdir`/hang_PID.txt and to standard error.
+
+        `long_minutes` is the limit of `LONG_PHASES`, if it is more than `minutes`.
+        """
         self._seconds = minutes * 60
+        self._long_seconds = max(long_minutes, minutes) * 60
         directory = resolve(workdir)
         # The network may be what hangs: with an object store the file is local.
         directory = pathlib.Path(tempfile.gettempdir()) if is_remote(directory) else directory
         self._path = directory / f"hang_{os.getpid()}.txt"
         self._last = time.monotonic()
-        self._phase = "starting"
+        self._phase = STARTING
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -66,17 +73,21 @@ class Watchdog:
         while True:
             # In case this thread does not run again.
             faulthandler.dump_traceback_later(
-                self._seconds + 2 * interval, exit=True, file=sys.__stderr__ or sys.stderr
+                self._limit() + 2 * interval, exit=True, file=sys.__stderr__ or sys.stderr
             )
             if self._ended.wait(interval):
                 return
             idle = time.monotonic() - self._last
-            if idle > self._seconds:
+            if idle > self._limit():
                 self._end(idle)
 
+    def _limit(self) -> float:
+        return self._long_seconds if self._phase in LONG_PHASES else self._seconds
+
     def _end(self, idle: float) -> None:
+        field = "long_minutes" if self._limit() > self._seconds else "hang_minutes"
         sentence = (
-            f"no sign of life for {idle / 60:.3g} minutes (guard.hang_minutes is {self._seconds / 60:g}) while "
+            f"no sign of life for {idle / 60:.3g} minutes (guard.{field} is {self._limit() / 60:g}) while "
             f"{self._phase}; the stacks of all threads are in {self._path}; exit code {EXIT_CODE}\n"
         )
         with contextlib.suppress(OSError, ValueError), self._path.open("w") as file:

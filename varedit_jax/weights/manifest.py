@@ -1,6 +1,7 @@
-"""The manifest of a directory of weights: its sources, and a checksum for every tensor."""
+"""Manifests: of a directory of weights, with its sources and a checksum for every tensor; checksums of files."""
 
 import hashlib
+import pathlib
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,15 @@ MANIFEST_VERSION = 1
 def sha256(tensor: np.ndarray) -> str:
     """SHA-256 of a tensor's bytes, in hexadecimal."""
     return hashlib.sha256(memoryview(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)).hexdigest()
+
+
+def sha256_of_file(path: pathlib.Path) -> str:
+    """SHA-256 of a file of any kind of storage, in hexadecimal."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(2**24))
+    with path.open("rb") as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
 
 
 def check_float(dtype: np.dtype, name: str) -> None:

@@ -24,10 +24,11 @@ from varedit_jax.errors import UserError
 from varedit_jax.storage import files
 from varedit_jax.storage.disk import is_machine_error, read_explained
 from varedit_jax.storage.orbax import checkpointer
-from varedit_jax.storage.paths import PathLike, kvstore, resolve
+from varedit_jax.storage.paths import PathLike, is_remote, kvstore, resolve
 from varedit_jax.types import Params
-from varedit_jax.weights import manifest, run_directory
+from varedit_jax.weights import blocks, manifest, run_directory
 from varedit_jax.weights.names import flat, tree
+from varedit_jax.weights.pth import LazyTensor
 from varedit_jax.weights.reader import SAFETENSORS, open_weights
 
 _CHUNK_BYTES = 64 * 2**20  # of the Orbax checkpoint's files: what a reader of one shard has to read at least
@@ -42,6 +43,7 @@ class Leaf(NamedTuple):
     dtype: np.dtype
     source: Any = None  # supports [index], and np.asarray of what comes back
     name: str = ""  # file and path, for messages
+    raw: blocks.RawArray | None = None  # the same where it is not compressed: reads nothing beside a block
 
     def read(self, index: int | tuple[slice, ...] | None = None) -> np.ndarray:
         """All of it, one entry along its leading axis, or a block. Raises UserError if it is missing or cut short."""
@@ -59,6 +61,33 @@ class Leaf(NamedTuple):
         values = np.array(self.read(index), np.float32)
         manifest.check_finite(values, self.name)
         return values
+
+    def read_block(self, block: blocks.Block) -> np.ndarray:
+        """A block of it in memory as float32. UserError as of `as_float32`."""
+        if self.raw is None:
+            return self.as_float32(blocks.slices(block))
+        try:
+            with read_explained(self.name):
+                values = self.raw.read(block).astype(np.float32, copy=False)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.name} is damaged: {error}") from error
+        manifest.check_finite(values, self.name)
+        return values
+
+    def merged(self, first: int, last: int) -> "Leaf | None":
+        """The array with the dimensions from `first` to `last` as one, for `read_block`; None if that cannot be."""
+        if first == last:
+            return self
+        raw = self.raw and self.raw.merged(first, last)
+        return self._replace(shape=raw.shape, raw=raw) if raw else None
+
+    def bytes_of(self, block: blocks.Block) -> int:
+        """Bytes on disk that reading a block takes."""
+        if self.raw is not None:
+            return self.raw.bytes_of(block)
+        stored = self.source.chunk_layout.read_chunk.shape if isinstance(self.source, ts.TensorStore) else None
+        chunks = self.shape if stored is None else tuple(int(size or 1) for size in stored)
+        return blocks.bytes_of_chunks(block, self.shape, chunks, self.dtype.itemsize)
 
 
 def is_part(directory: PathLike, part: str) -> bool:
@@ -87,7 +116,10 @@ def _find_part(root: pathlib.Path, part: str, ema: bool) -> dict[str, Leaf]:
             raise UserError(f"{root} holds no EMA of its {part}, as runs with optimizer.ema_decay keep one")
         return found
     if where.suffix == SAFETENSORS:
-        return {name: Leaf(x.shape, x.dtype, x.load(), f"{where}: {name}") for name, x in open_weights(where).items()}
+        return {
+            name: Leaf(x.shape, x.dtype, x.load(), f"{where}: {name}", _in_file(where, x))
+            for name, x in open_weights(where).items()
+        }
     if where.name == part:
         return _open_orbax(where, kvstore(where), ())
     return _open_orbax(where, store, ("params", part))
@@ -135,12 +167,36 @@ def load_part(directory: PathLike, part: str, expected: Params) -> Params:
 def load_sharded(leaf: Leaf, like: jax.ShapeDtypeStruct) -> jax.Array:
     """An array on the devices of `like.sharding` (the first local device if it is None), of the type of `like`.
 
-    Every process reads only what its own devices hold. Raises UserError as `Leaf.as_float32`.
+    Every process reads as many bytes as its own devices hold, each once; where these lie in pieces, it reads others,
+    and the devices exchange them: so all processes call it for the same arrays in the same order. Raises UserError as
+    `Leaf.as_float32`.
     """
     sharding = like.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.make_array_from_callback(
-        like.shape, sharding, lambda index: leaf.as_float32(index).astype(like.dtype), dtype=like.dtype
-    )
+    reading = blocks.choose_reading(leaf, sharding, leaf.dtype.itemsize)
+    view = leaf.merged(reading.first, reading.last) or leaf
+    placed = blocks.place(view.shape, reading, view.read_block, like.dtype)
+    return placed if reading.exchanged is None else blocks.exchange_of(leaf.shape, sharding, reading)(placed)
+
+
+def _in_file(path: pathlib.Path, tensor: LazyTensor) -> blocks.RawArray | None:
+    """A tensor that lies whole in a local file."""
+    if is_remote(path) or tensor.start is None:
+        return None
+    start = tensor.start
+    return blocks.RawArray(tensor.shape, tensor.dtype, tensor.shape, lambda _: (path, start))
+
+
+def _in_chunks(directory: pathlib.Path, array: ts.TensorStore) -> blocks.RawArray | None:
+    """An array of raw chunks in files of their own; None if its chunks are of another kind."""
+    stored = array.spec().to_json()["metadata"]
+    if stored.get("compressor") or stored.get("filters") or stored.get("order", "C") != "C":
+        return None
+    separator = stored.get("dimension_separator", ".")
+
+    def place(chunk: tuple[int, ...]) -> tuple[pathlib.Path, int]:
+        return directory / (separator.join(map(str, chunk)) or "0"), 0
+
+    return blocks.RawArray(tuple(array.shape), array.dtype.numpy_dtype, tuple(stored["chunks"]), place)
 
 
 def _open_orbax(where: pathlib.Path, store: dict[str, Any], prefix: tuple[str, ...]) -> dict[str, Leaf]:
@@ -158,7 +214,8 @@ def _open_orbax(where: pathlib.Path, store: dict[str, Any], prefix: tuple[str, .
             }
             array = ts.open(spec, open=True, read=True).result()
             name = "/".join(path[len(prefix) :])
-            found[name] = Leaf(tuple(array.shape), array.dtype.numpy_dtype, array, f"{where}: {name}")
+            raw = None if prefix else _in_chunks(where / ".".join(path), array)
+            found[name] = Leaf(tuple(array.shape), array.dtype.numpy_dtype, array, f"{where}: {name}", raw)
     except (OSError, ValueError, KeyError, TypeError) as error:
         if is_machine_error(error):
             raise

@@ -44,6 +44,7 @@ class LazyTensor(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype
     load: Callable[[], np.ndarray]  # a read-only view of the file
+    start: int | None = None  # its first byte in the file, where it lies there whole and in C order
 
 
 class Placeholder:

@@ -228,7 +228,7 @@ def _open_safetensors(path: pathlib.Path, local: pathlib.Path) -> tuple[Contents
             raise UserError(f"{path}: {name} is of type {entry['dtype']}; known are {', '.join(SAFETENSORS_TYPES)}")
         dtype, shape = np.dtype(SAFETENSORS_TYPES[entry["dtype"]]), tuple(entry["shape"])
         start = 8 + length + entry["data_offsets"][0]
-        tensors[name] = LazyTensor(shape, dtype, view(mapped, dtype, shape, start))
+        tensors[name] = LazyTensor(shape, dtype, view(mapped, dtype, shape, start), start)
     return Contents(tensors, {}, {}), mapped
 
 

@@ -21,6 +21,10 @@ CHECKPOINTS = "checkpoints"
 FORMAT_VERSION = 1  # of a run's directory, in its config.json; older directories do not state it
 
 
+class DamagedCheckpoint(UserError):
+    """A complete checkpoint that cannot be read."""
+
+
 def read_config(directory: PathLike) -> dict[str, Any]:
     """The configuration in the config.json of a run's directory.
 
@@ -132,7 +136,7 @@ def _shape_text(found: tuple[tuple[int, ...], np.dtype] | None) -> str:
 
 @contextlib.contextmanager
 def damage_explained(checkpoints: pathlib.Path, step: int | str) -> Iterator[None]:
-    """Turns a failure to read a complete checkpoint into a UserError that says how to get past it."""
+    """Turns a failure to read a complete checkpoint into a DamagedCheckpoint, which says how to get past it."""
     try:
         yield
     except Exception as error:
@@ -145,7 +149,7 @@ def damage_explained(checkpoints: pathlib.Path, step: int | str) -> Iterator[Non
                 f"cannot read {checkpoints / str(step)}: {reason(error)}; run the same command again"
             ) from error
         words = re.split(r"\n|\. See full | \[tensorstore_spec", str(error).strip())[0]
-        raise UserError(
+        raise DamagedCheckpoint(
             f"{checkpoints / str(step)} cannot be read ({words}); if its files are damaged, delete that directory "
             f"to resume from the checkpoint before it"
         ) from error

@@ -89,15 +89,18 @@ def test_a_process_alone_waits_for_nobody() -> None:
             pass
 
 
-def two_processes(what: str, directory: pathlib.Path, devices: int) -> tuple[list[int], list[str]]:
-    """Exit codes and output of two processes with so many devices each, which do what the end of this file says."""
+def two_processes(
+    what: str, directory: pathlib.Path, devices: int, program: str = __file__
+) -> tuple[list[int], list[str]]:
+    """Exit codes and output of two processes with so many devices each, which do what the end of `program` says."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": ""}
+    environment["PYTHONPATH"] = str(pathlib.Path(__file__).parents[3])
     both = [
         subprocess.Popen(
-            [sys.executable, __file__, what, str(directory), address, str(index)],
+            [sys.executable, program, what, str(directory), address, str(index)],
             env=os.environ | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -231,7 +231,7 @@ def test_checkpoint_without_its_index(tmp_path: pathlib.Path) -> None:
     (tmp_path / "checkpoints" / "1" / "state" / "_METADATA").write_text("{")
     with (
         Checkpoints(tmp_path) as checkpoints,
-        pytest.raises(UserError, match=r"checkpoints/1 cannot be read .* delete that directory to resume from"),
+        pytest.raises(UserError, match=r"checkpoints/1 is damaged: state/_METADATA has 1 of \d+ bytes; there is no"),
     ):
         checkpoints.restore(jax.eval_shape(make_state), make_iterator())
 
@@ -243,6 +243,7 @@ def test_other_number_of_processes(tmp_path: pathlib.Path) -> None:
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, make_state(), iterator)
     own = tmp_path / "checkpoints" / "1" / "data" / "process_0-of-1.json"
+    (own.parent.parent / "manifest_0-of-1.json").unlink()
     for index in range(4):
         shutil.copy(own, own.with_name(f"process_{index}-of-4.json"))
     own.unlink()

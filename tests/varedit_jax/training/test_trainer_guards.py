@@ -1,6 +1,7 @@
 """The training loop with losses that are not finite, and with spikes."""
 
 import pathlib
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +12,10 @@ import numpy as np
 import optax
 import pytest
 
-from tests.varedit_jax.training.runs import BATCH, OPTIMIZER, Run, every, example, loss_fn, step_fn
+from tests.varedit_jax.training.runs import BATCH, OPTIMIZER, Run, every, example, init_state, loss_fn, step_fn
 from varedit_jax.config import GuardConfig
 from varedit_jax.errors import UserError
+from varedit_jax.training.checkpoint import Checkpoints
 from varedit_jax.training.metrics import read_metrics
 from varedit_jax.training.replay import read_inputs
 from varedit_jax.training.state import TrainState
@@ -119,3 +121,24 @@ def test_a_jump_of_the_loss_is_said(tmp_path: pathlib.Path, capsys: pytest.Captu
         f"step 4 has a loss of 5, 5.0 times the median 1 of the last 3 steps; examples {ids}" in capsys.readouterr().err
     )
     assert [line["loss_spike"] for line in read_metrics(tmp_path) if "loss_spike" in line] == [5.0]
+
+
+def test_a_slow_start_is_no_hang(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making the state, the first batch and compiling take longer than a step may, at the first start and the next."""
+    ends: list[int] = []
+    monkeypatch.setattr("os._exit", ends.append)
+
+    def slow(function: Any) -> Any:
+        def run(*arguments: Any) -> Any:
+            time.sleep(1.2)
+            return function(*arguments)
+
+        return run
+
+    restore = Checkpoints.restore
+    monkeypatch.setattr(Checkpoints, "restore", slow(restore))
+    guard = GuardConfig(hang_minutes=0.8 / 60)
+    for steps in (1, 2):
+        run = Run(tmp_path, steps=2, step_fn=slow(step_fn), cadence=every(save_every=1))
+        run(init_state=slow(init_state), guard=guard, stop_after=1, put=slow(jax.device_put))
+        assert checkpoint_steps(tmp_path)[-1] == steps and ends == []

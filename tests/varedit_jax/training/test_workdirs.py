@@ -14,7 +14,7 @@ import pytest
 from tests.emulators import gs_bucket, gs_server, s3_bucket, s3_server
 from tests.varedit_jax.training.runs import Outcome, Run, assert_same, assert_same_outcome, every, outcome
 from varedit_jax.errors import UserError
-from varedit_jax.storage.paths import child_names, resolve
+from varedit_jax.storage.paths import child_names, files_below, resolve, size
 from varedit_jax.training.goodput import read_goodput
 from varedit_jax.training.metrics import read_metrics
 from varedit_jax.training.replay import read_inputs
@@ -120,3 +120,19 @@ def test_relative_work_directories_are_those_of_the_start(
     monkeypatch.chdir(tmp_path / "in")
     Run("../run", steps=2, cadence=every(save_every=1))()
     assert checkpoint_steps(tmp_path / "run") == [1, 2] and checkpoint_steps("../run") == [1, 2]
+
+
+def test_a_damaged_checkpoint_in_a_bucket(gs_bucket: str) -> None:
+    """It is kept, whole, under another name, and the run goes back to the one before."""
+    run = Run(f"{gs_bucket}/damaged", steps=4, cadence=every(save_every=2))
+    run()
+    root = resolve(run.workdir)
+    files = [path for path in files_below(root / "checkpoints" / "4" / "state") if "/d/" in str(path)]
+    path = max(files, key=size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    there = len(list(files_below(root / "checkpoints" / "4")))
+    run(stop_after=1)
+    assert checkpoint_steps(run.workdir) == [2, 3]
+    assert len(list(files_below(root / "damaged" / "4"))) == there
