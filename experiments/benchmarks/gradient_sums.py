@@ -87,10 +87,10 @@ def _error_rows() -> Iterator[tuple[object, ...]]:
     for name, every in _kinds(max(SIDES)):
         for count in SIDES:
             parts = every[:count]
-            exact = np.sum(parts, axis=0, dtype=np.float64)
+            exact = np.asarray(np.sum(parts, axis=0, dtype=np.float64))
             rounded = sums.bfloat16(parts)
             errors = [sums.relative_error(_sum(way, rounded, sums.bfloat16), exact) for way in WAYS]
-            once = sums.relative_error(np.sum(rounded, axis=0, dtype=np.float64), exact)
+            once = sums.relative_error(np.asarray(np.sum(rounded, axis=0, dtype=np.float64)), exact)
             full = sums.relative_error(_sum("single ring", parts, sums.float32), exact)
             yield name, count, *(f"{error:.2%}" for error in errors), f"{once:.2%}", f"{full:.1e}"
 
