@@ -36,7 +36,7 @@ _DIRECTORY = command.DEFINE_path("directory", "runs/products", "directory of the
 _OUTPUT = command.DEFINE_path("output", "", "Markdown file for the table")
 _CURVES = command.DEFINE_path("curves", "", "PNG file for the curves")
 _CONFIG = "experiments/configs/shapes.py:compare"
-_WINDOW = 10  # lines of metrics.jsonl, of ten steps each, that a point of the curves averages
+_WINDOW = 10  # lines of metrics.jsonl, one per ten steps, that a point of the curves averages
 
 
 def _metrics(name: str) -> Sequence[dict[str, Any]]:
@@ -96,8 +96,8 @@ def main(argv: list[str]) -> None:
     text = harness.report(
         "Products in eight bits, compared on `shapes`",
         harness.command_line("experiments.compare_products", _RUNS, _STEPS, _DIRECTORY, _OUTPUT, _CURVES),
-        f"{_STEPS.value} steps of all scales of the config {_CONFIG} in bfloat16, one seed. Distance: of the loss, "
-        "averaged over 100 steps, from that of `plain`.",
+        f"{_STEPS.value} steps of all scales of the config {_CONFIG} in bfloat16, one seed. Losses are "
+        "means of ten logged steps, every tenth; distance: of that mean from the one of `plain`.",
         harness.table(head, rows),
     )
     if _CURVES.value:
