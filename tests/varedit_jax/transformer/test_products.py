@@ -137,7 +137,18 @@ def mlp(config, mesh):
     return jax.grad(loss, argnums=(0, 1)), params, shardings
 
 
+@pytest.fixture
+def unkept():
+    """Nothing compiled is kept: a program for a TPU could not be read back where there is none."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 1e9)
+    yield
+    jax.config.update(name, before)
+
+
 @pytest.mark.tpu
+@pytest.mark.usefixtures("unkept")
 @pytest.mark.parametrize(("sums", "type_name"), [("dtype", "bf16"), ("float32", "f32")])
 def test_the_type_of_reduce_scatters_on_a_tpu(sums, type_name):
     """Kernels are gathered in bfloat16 either way; their gradients are summed in the type that the config names."""
