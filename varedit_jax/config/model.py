@@ -83,6 +83,11 @@ class TransformerConfig(Checked):
     absolute_positions: bool = False  # learned positions besides RoPE; not in the published models
     drop_path: float = 0.1  # stochastic depth rate of the last block; rises linearly from 0
     dtype: ComputeType = "float32"  # compute type of the blocks; parameters are float32
+    # Matmuls of the blocks with their kernels: of operands in `dtype`, or rounded to eight bits (products.py).
+    products: Literal["plain", "int8", "fp8"] = "plain"
+    products_backward: bool = False  # the matmuls of the tokens' gradients, too; those of the kernels' stay plain
+    # Type in which devices sum the gradients of the blocks' kernels: `dtype`, or float32 at twice the bytes.
+    gradient_sums: Literal["dtype", "float32"] = "dtype"
     attention: Literal["auto", "plain", "splash", "cudnn"] = "auto"  # kernel of self-attention; auto: by platform
     remat: Literal["none", "named", "full"] = "none"  # activations that the backward pass recomputes
     # Saved with remat="named". The rest is recomputed: fc1, cross-attention except for its keys and values, and the
@@ -103,10 +108,20 @@ class TransformerConfig(Checked):
                 f"(text_width {self.text_width})"
             )
 
+        if self.products_backward and self.products == "plain":
+            raise ValueError(
+                "products_backward is True with products='plain'; it is for the eight-bit 'int8' and 'fp8'"
+            )
+
     @property
     def head_size(self) -> int:
         """D, channels per head."""
         return self.width // self.heads
+
+    @property
+    def gradient_dtype(self) -> ComputeType:
+        """Type in which devices sum the gradients of the blocks' kernels."""
+        return self.dtype if self.gradient_sums == "dtype" else "float32"
 
     @property
     def text_pool_heads(self) -> int:

@@ -15,8 +15,9 @@ from varedit_jax.types import Params
 
 TILE = 16  # rows of a TPU's tile in bfloat16
 Axis = str | tuple[str, ...] | None
-# (name of a module of a part, type to compute in, its variables) -> the variables, whole over fsdp: `rules.gather`.
-Gather = Callable[[str, DTypeLike, Params], Params]
+# (name of a module of a part, type to compute in, type to sum gradients in, its variables) -> the variables, whole over
+# fsdp: `rules.gather`.
+Gather = Callable[[str, DTypeLike, DTypeLike, Params], Params]
 
 
 def has_mesh() -> bool:
@@ -64,11 +65,11 @@ def batch_only(x: jax.Array) -> jax.Array:
     return constrain(x, BATCH)
 
 
-def gathered(module: Any, name: str, gather: Gather | None, dtype: DTypeLike) -> Any:
-    """The module class, with parameters that `gather` makes whole where a mesh is set; `name` is the module's."""
+def gathered(module: Any, name: str, gather: Gather | None, dtype: DTypeLike, sums: DTypeLike) -> Any:
+    """The module class, with parameters that `gather` makes whole where a mesh is set; other arguments are its own."""
     if gather is None or not has_mesh():
         return module
-    return nn.map_variables(module, "params", functools.partial(gather, name, dtype))
+    return nn.map_variables(module, "params", functools.partial(gather, name, dtype, sums))
 
 
 def per_shard(attention: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:

@@ -166,18 +166,20 @@ def with_shardings(tree: Any, shardings: Any) -> Any:
 Specs = tuple[PartitionSpec, PartitionSpec]  # of an array before it is gathered, and after
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(x: jax.Array, dtype: DTypeLike, specs: Specs) -> jax.Array:
-    # Cast first, so that `dtype` is communicated.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(x: jax.Array, dtype: DTypeLike, sums: DTypeLike, specs: Specs) -> jax.Array:
+    # Cast first, so that `dtype` is communicated; the gradient comes in the type of the result, `sums`.
     x = jax.lax.with_sharding_constraint(x.astype(dtype), specs[0])
-    return jax.lax.with_sharding_constraint(x, specs[1])
+    return jax.lax.with_sharding_constraint(x, specs[1]).astype(sums)
 
 
-def _gather_forward(x: jax.Array, dtype: DTypeLike, specs: Specs) -> tuple[jax.Array, jax.Array]:
-    return _gather(x, dtype, specs), jnp.zeros((0,), x.dtype)
+def _gather_forward(x: jax.Array, dtype: DTypeLike, sums: DTypeLike, specs: Specs) -> tuple[jax.Array, jax.Array]:
+    return _gather(x, dtype, sums, specs), jnp.zeros((0,), x.dtype)
 
 
-def _gather_backward(dtype: DTypeLike, specs: Specs, like: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+def _gather_backward(
+    dtype: DTypeLike, sums: DTypeLike, specs: Specs, like: jax.Array, gradient: jax.Array
+) -> tuple[jax.Array]:
     # With its sharding asked for, the sum over examples becomes a reduce-scatter instead of an all-reduce.
     return (jax.lax.with_sharding_constraint(gradient, specs[0]).astype(like.dtype),)
 
@@ -185,15 +187,16 @@ def _gather_backward(dtype: DTypeLike, specs: Specs, like: jax.Array, gradient: 
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
-def gather(part: str, module: str, dtype: DTypeLike, variables: Params) -> Params:
-    """The variables of a module, whole over fsdp on the mesh that is set; those that were split are cast to `dtype`.
+def gather(part: str, module: str, dtype: DTypeLike, sums: DTypeLike, variables: Params) -> Params:
+    """The variables of a module, whole over fsdp on the mesh that is set; those that were split are rounded to `dtype`.
 
     Gradients come back split, in the type of the parameters.
 
     Args:
       part: transformer or text.
       module: name of the module below it, as in "block_0"; of a stack, `variables` are the slice of one layer.
-      dtype: type that the module computes in.
+      dtype: type that the module computes in, and in which they are gathered.
+      sums: type of the result, in which devices sum gradients: `dtype`, or float32, which the module casts itself.
       variables: {"params": tree}.
     """
     sizes = jax.sharding.get_abstract_mesh().shape
@@ -204,6 +207,6 @@ def gather(part: str, module: str, dtype: DTypeLike, variables: Params) -> Param
             axes = ParamAxes(axes.path, axes.dimensions[1:])
         split = axes.spec(leaf.shape, sizes)
         whole = axes.spec(leaf.shape, sizes, without=("fsdp",))
-        return leaf if split == whole else _gather(leaf, dtype, (split, whole))
+        return leaf if split == whole else _gather(leaf, dtype, sums, (split, whole))
 
     return jax.tree_util.tree_map_with_path(make_whole, variables)

@@ -171,13 +171,13 @@ class T5Encoder(nn.Module):
         config = self.config
         length = ids_BT.shape[1]
         gather = None if self.is_initializing() else self.gather
-        embed = gathered(nn.Embed, "embedding", gather, self.dtype)(
+        embed = gathered(nn.Embed, "embedding", gather, self.dtype, self.dtype)(
             config.vocabulary_size, config.width, embedding_init=nn.initializers.normal(1.0), name="embedding"
         )
         x_BTE = batch_only(embed(ids_BT).astype(jnp.float32))
         bias_HTT = RelativeBias(config, name="relative_bias")(length)
         layers = nn.scan(
-            gathered(Layer, "layers", gather, self.dtype),
+            gathered(Layer, "layers", gather, self.dtype, self.dtype),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast),

@@ -35,7 +35,7 @@ FREE_FIELDS = (
     r"sampling\..*",
     r"data\.(directory|cache_directory|workers|read_threads|prefetch_batches|bad_share|eval_examples)",
     r"data\.text_buckets",  # padding, which nothing sees
-    r"model\.transformer\.(attention|remat|remat_saved)",
+    r"model\.transformer\.(attention|remat|remat_saved|gradient_sums)",
     r"init_from",  # read at the first step only
     r"(tokenizer|text|perceptual)_weights",  # directories of the frozen weights, which may move
 )

@@ -22,6 +22,7 @@ from varedit_jax.parallel.mesh import BATCH
 from varedit_jax.resize import area_resize
 from varedit_jax.scales import Pyramid
 from varedit_jax.transformer.kernels import Kernel, choose, cudnn, platform, splash
+from varedit_jax.transformer.products import Dense, product
 from varedit_jax.transformer.rope import rotate
 
 MAX_LOG_SCALE = float(np.log(100.0))
@@ -307,10 +308,10 @@ def kernel_init(scale: float = 1.0) -> Callable[..., jax.Array]:
     return init
 
 
-def _heads(x_BLC: jax.Array, kernel_CHD: jax.Array, name: str) -> jax.Array:
+def _heads(x_BLC: jax.Array, kernel_CHD: jax.Array, name: str, config: TransformerConfig) -> jax.Array:
     """Matmul with a kernel, split by heads, under a name for `jax.checkpoint`: [B, L, H, D]."""
     width, heads, head_size = kernel_CHD.shape
-    out_BLC = constrain(x_BLC @ kernel_CHD.reshape(width, -1).astype(x_BLC.dtype), BATCH, None, "tensor")
+    out_BLC = constrain(product(x_BLC, kernel_CHD.reshape(width, -1), config), BATCH, None, "tensor")
     out_BLC = checkpoint_name(out_BLC, name)
     return out_BLC.reshape(*x_BLC.shape[:2], heads, head_size)
 
@@ -351,7 +352,7 @@ class SelfAttention(nn.Module):
         scale_mul = self.param("scale_mul", initial_scale, (heads,))
         x_BLC, tokens = gather_tokens(x_BLC.astype(dtype)), rotation_2LD.shape[1]
         # One matmul each: their concatenation could not be split over heads.
-        q, k, v = (_heads(x_BLC, qkv_kernel[:, part], "qkv")[:, :tokens] for part in range(3))
+        q, k, v = (_heads(x_BLC, qkv_kernel[:, part], "qkv", config)[:, :tokens] for part in range(3))
         q_scale = jnp.exp(jnp.minimum(scale_mul, MAX_LOG_SCALE))[None, None, :, None]
         q = _normalized(q + q_bias.astype(dtype)[None, None]) * q_scale
         k = _normalized(k)
@@ -370,7 +371,7 @@ class SelfAttention(nn.Module):
         output = jnp.pad(output, ((0, 0), (0, x_BLC.shape[1] - tokens), (0, 0)))
         output = constrain(output, BATCH, None, "tensor")
         proj_init = kernel_init((2 * config.depth) ** -0.5)
-        output = nn.Dense(width, dtype=dtype, kernel_init=proj_init, name="proj")(output)
+        output = Dense(config, width, proj_init, name="proj")(output)
         return checkpoint_name(scatter_tokens(output), "proj"), k, v
 
 
@@ -391,7 +392,7 @@ class CrossAttention(nn.Module):
         config = self.config
         dtype = jnp.dtype(config.dtype)
         heads, head_size, width = config.heads, config.head_size, config.width
-        q = nn.Dense(width, dtype=dtype, kernel_init=kernel_init(), name="q")(gather_tokens(x_BLC.astype(dtype)))
+        q = Dense(config, width, kernel_init(), name="q")(gather_tokens(x_BLC.astype(dtype)))
         q = checkpoint_name(constrain(q, BATCH, None, "tensor"), "cross_q")
         q = q.reshape(*x_BLC.shape[:2], heads, head_size) * jnp.asarray(head_size**-0.5, dtype)
         kv_kernel = self.param("kv_kernel", kernel_init(), (width, 2, heads, head_size))
@@ -399,12 +400,12 @@ class CrossAttention(nn.Module):
         kernel: Kernel = "plain"
         if cache is None:
             kernel = choose(config.attention, head_size, dtype)
-            k, v = (_heads(memory_BTC.astype(dtype), kv_kernel[:, part], "cross_kv") for part in range(2))
+            k, v = (_heads(memory_BTC.astype(dtype), kv_kernel[:, part], "cross_kv", config) for part in range(2))
             v = v + v_bias.astype(dtype)[None, None]
         else:
             k, v = cache.text_k, cache.text_v
         output = cross_attention(q, k, v, mask_BT, kernel, remat=config.remat != "none")
         output = output.reshape(*x_BLC.shape[:2], width)
         proj_init = kernel_init((2 * config.depth) ** -0.5)
-        output = nn.Dense(width, dtype=dtype, kernel_init=proj_init, name="proj")(output)
+        output = Dense(config, width, proj_init, name="proj")(output)
         return checkpoint_name(scatter_tokens(output), "cross_proj"), k, v

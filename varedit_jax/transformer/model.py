@@ -273,11 +273,14 @@ class Transformer(nn.Module):
 
     def _block(self, name: str, remat: str) -> type[Block]:
         """The class of the blocks `name`: parameters gathered on a mesh, activations rematerialized as `remat` says."""
+        config = self.config
         # Gathered inside of what is rematerialized: the backward pass gathers again instead of keeping them.
-        block = gathered(Block, name, None if self.is_initializing() else self.gather, self.config.dtype)
+        block = gathered(
+            Block, name, None if self.is_initializing() else self.gather, config.dtype, config.gradient_dtype
+        )
         if remat == "none":
             return block
-        policy = jax.checkpoint_policies.save_only_these_names(*self.config.remat_saved) if remat == "named" else None
+        policy = jax.checkpoint_policies.save_only_these_names(*config.remat_saved) if remat == "named" else None
         # Outside of a scan the compiler would eliminate the recomputation as a common subexpression.
         return nn.remat(block, prevent_cse=name == "block_0", policy=policy)
 

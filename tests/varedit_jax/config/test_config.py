@@ -68,6 +68,10 @@ MISTAKES = {
     "checkpoints": (lambda: Cadence(keep_checkpoints=0), "cadence.keep_checkpoints is 0; it must be at least 1"),
     "type": (lambda: Cadence(save_every=2.5), "Cadence.save_every is 2.5; it must be a whole number"),
     "truth value": (lambda: RunConfig(name="r", model=preset("2b"), seed=True), "seed is True; it must be a whole"),
+    "products_backward": (
+        lambda: TransformerConfig(products_backward=True),
+        "products_backward is True with products='plain'",
+    ),
     "remat_saved": (
         lambda: TransformerConfig(remat_saved=("qkv", "scores")),
         r"remat_saved is \('qkv', 'scores'\); it must be a tuple with one of qkv, attention, .*fc2 in each place",

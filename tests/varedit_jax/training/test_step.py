@@ -84,6 +84,24 @@ def test_accumulation_equals_one_batch(step, state, quick_jit):
     assert np.linalg.norm(jax.tree.leaves(moved["text"])) > 1e-4  # train_text
 
 
+def test_microbatches_are_summed_in_float32():
+    """Of blocks that compute in bfloat16, gradients are float32, and 64 microbatches keep what bfloat16 would drop."""
+    model = dataclasses.replace(MODEL, transformer=dataclasses.replace(MODEL.transformer, dtype="bfloat16"))
+    run = dataclasses.replace(RUN, model=model)
+    trained = {part: abstract_params(model, part) for part in ("transformer", "text")}
+    gradient = jax.grad(make_loss(run, PYRAMID, training=True), has_aux=True)
+    gradients, _ = jax.eval_shape(gradient, trained, {}, batch_of(), KEY)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {np.dtype("float32")}
+
+    def one_number(params, frozen, batch, key):
+        return batch["value"].sum() * params, {}
+
+    values = np.full(64, 2**-9, np.float32)
+    values[0] = 1
+    found, _ = step_module._accumulated(one_number, np.float32(1), {}, {"value": values}, KEY, 64)
+    assert float(found) * 64 == 1 + 63 * 2**-9  # 1 in bfloat16, whose next number is 1 + 2^-7
+
+
 def test_loss_falls(step, state):
     losses = []
     for number in range(20):

@@ -1,0 +1,121 @@
+"""Products of tokens with kernels: plain, of operands rounded to eight bits, with gradients that are summed in float32.
+
+Rounded operands have one scale per token and one per output channel of the kernel, the largest magnitude along the axis
+that the product sums over, taken anew for every product. Where that axis is split over `tensor`, it is the largest of
+all devices; over `data` and `fsdp` every scale is local. Parameters stay float32, and their gradients are products of
+unrounded operands, as AQT and Qwix have it by default: their sums are over tokens, along which scales would be shared.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from varedit_jax.config import TransformerConfig
+
+# Types of tokens and kernels, and of gradients, which need the range more than the digits.
+_TYPES: dict[str, tuple[DTypeLike, DTypeLike]] = {
+    "int8": (jnp.int8, jnp.int8),
+    "fp8": (jnp.float8_e4m3fn, jnp.float8_e5m2),
+}
+
+
+def rounded(x: jax.Array, axis: int, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
+    """Returns x / scale in an eight-bit type, and the scale: float32, 1 along `axis`, over which x is largest."""
+    integer = jnp.issubdtype(dtype, jnp.integer)
+    largest = float(jnp.iinfo(dtype).max if integer else jnp.finfo(dtype).max)
+    x = x.astype(jnp.float32)
+    most = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
+    scale = jnp.where(most > 0, most / largest, jnp.float32(1))
+    x = jnp.clip(x / scale, -largest, largest)  # the quotient may round up
+    return (jnp.round(x) if integer else x).astype(dtype), scale
+
+
+def _dot(x: jax.Array, kernel: jax.Array, contract: int, dtype: DTypeLike) -> jax.Array:
+    """The product over the last axis of x [..., I] and axis `contract` of a matrix, summed in `dtype`."""
+    return jax.lax.dot_general(
+        x, kernel, (((x.ndim - 1,), (contract,)), ((), ())), preferred_element_type=jnp.dtype(dtype)
+    )
+
+
+def _rounded_dot(x: jax.Array, kernel: jax.Array, contract: int, scale: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """`_dot` of operands in eight bits, times `scale`, in `dtype`. Sums of int8 are exact, those of fp8 float32."""
+    sums = jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32
+    return (_dot(x, kernel, contract, sums).astype(jnp.float32) * scale).astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(x: jax.Array, kernel_IO: jax.Array, products: str, backward: bool) -> jax.Array:
+    kernel_IO = kernel_IO.astype(x.dtype)
+    if products == "plain":
+        return _dot(x, kernel_IO, 0, x.dtype)
+    forward_type, _ = _TYPES[products]
+    rounded_x, x_scale = rounded(x, -1, forward_type)
+    rounded_IO, scale_1O = rounded(kernel_IO, 0, forward_type)
+    return _rounded_dot(rounded_x, rounded_IO, 0, x_scale * _row(scale_1O, x.ndim), x.dtype)
+
+
+def _row(scale_1O: jax.Array, dimensions: int) -> jax.Array:
+    return scale_1O.reshape((1,) * (dimensions - 1) + (-1,))
+
+
+def _product_forward(
+    x: jax.Array, kernel_IO: jax.Array, products: str, backward: bool
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _product(x, kernel_IO, products, backward), (x, kernel_IO)
+
+
+def _product_backward(
+    products: str, backward: bool, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel_IO = saved
+    if products == "plain" or not backward:
+        x_gradient = _dot(gradient, kernel_IO.astype(x.dtype), 1, x.dtype)
+    else:
+        forward_type, gradient_type = _TYPES[products]
+        # The kernel as it was rounded in the forward pass; its scales go into the gradient before that is rounded.
+        rounded_IO, scale_1O = rounded(kernel_IO.astype(x.dtype), 0, forward_type)
+        scaled = gradient.astype(jnp.float32) * _row(scale_1O, gradient.ndim)
+        rounded_gradient, scale = rounded(scaled, -1, gradient_type)
+        x_gradient = _rounded_dot(rounded_gradient, rounded_IO, 1, scale, x.dtype)
+    tokens = tuple(range(x.ndim - 1))
+    # In the type of the kernel, which is that of the sum over devices.
+    kernel_gradient = jax.lax.dot_general(
+        x, gradient, ((tokens, tokens), ((), ())), preferred_element_type=kernel_IO.dtype
+    )
+    return x_gradient, kernel_gradient
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def product(x: jax.Array, kernel_IO: jax.Array, config: TransformerConfig) -> jax.Array:
+    """Returns x [..., I] times a kernel [I, O] in the type of x, as `config.products` and `config.gradient_sums` say.
+
+    The kernel may be float32, or in the type of x.
+    """
+    if config.gradient_sums == "dtype":
+        kernel_IO = kernel_IO.astype(x.dtype)
+        if config.products == "plain":
+            return x @ kernel_IO
+    return _product(x, kernel_IO, config.products, config.products_backward)
+
+
+class Dense(nn.Module):
+    """`flax.linen.Dense` in the type of the blocks, whose matmul is `product`."""
+
+    config: TransformerConfig
+    features: int
+    kernel_init: Callable[..., Any]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., I] -> [..., features]."""
+        dtype = jnp.dtype(self.config.dtype)
+        kernel_IO = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return product(x.astype(dtype), kernel_IO, self.config) + _row(bias.astype(dtype), x.ndim)
