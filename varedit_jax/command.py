@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from absl import app, flags
 
 from varedit_jax import starting
-from varedit_jax.errors import UserError
+from varedit_jax.errors import UserError, exit_code
 from varedit_jax.storage import paths
 
 flags.disclaim_key_flags()  # flags that are defined here belong to the program that asks for them
@@ -56,7 +56,7 @@ def run(main: Callable[[list[str]], Any], sentence: Callable[[str], str | None] 
         why = str(error) if isinstance(error, UserError) else starting.missing_extra(error)
         if why is None:
             raise
-        _fail(why)
+        _fail(why, exit_code(error))
     raise AssertionError("app.run does not return")
 
 

@@ -10,9 +10,7 @@ import hashlib
 import importlib.util
 import os
 import re
-import socket
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from itertools import combinations, count
 from typing import Any, TextIO
@@ -21,10 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax._src import clusters
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
 
-from varedit_jax.errors import UserError
+from varedit_jax.errors import TemporaryError, UserError, exit_code
+from varedit_jax.parallel.roll_call import call_roll
 
 # After it a silent process counts as gone. A thread of its own answers, while the process compiles or waits, too.
 _HEARTBEAT_SECONDS = 100
@@ -57,21 +57,8 @@ def joined(coordinator: str = "", process_count: int | None = None, process_inde
     if arguments is None and (process_count == 1 or cluster(os.environ) is None):
         yield
         return
-    if arguments is not None and process_index:
-        _reach(coordinator)
-    try:
-        jax.distributed.initialize(
-            **(arguments or {}),
-            initialization_timeout=_CONNECTING_SECONDS,
-            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
-        )
-    except (RuntimeError, ValueError, OSError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"the processes of the run did not find each other ({reason}); see that all of them were started and can "
-            f"reach process 0, or give --process_count=1 to run alone"
-        ) from error
+    with _without_proxies():
+        _connect(arguments)
     try:
         yield
     except SystemExit:  # asked to stop, as all are
@@ -79,9 +66,49 @@ def joined(coordinator: str = "", process_count: int | None = None, process_inde
         raise
     except BaseException as error:
         # The others wait for it in the middle of a step, so it must not wait for them: they fail when it is gone.
-        atexit.register(_leave, _INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1)
+        atexit.register(_leave, _INTERRUPTED if isinstance(error, KeyboardInterrupt) else exit_code(error))
         raise
     jax.distributed.shutdown()
+
+
+def _connect(arguments: dict[str, Any] | None) -> None:
+    """Connects the process to the others; without arguments, as the environment tells. Raises UserError."""
+    try:
+        found = arguments or _found_by_environment()
+        call_roll(found["coordinator_address"], found["num_processes"], found["process_id"], _CONNECTING_SECONDS)
+        jax.distributed.initialize(
+            **found,
+            initialization_timeout=_CONNECTING_SECONDS,
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
+        )
+    except UserError:
+        raise
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise TemporaryError(
+            f"the processes of the run did not find each other ({reason}); see that all of them were started and can "
+            f"reach process 0, or give --process_count=1 to run alone"
+        ) from error
+
+
+def _found_by_environment() -> dict[str, Any]:
+    """Returns arguments of jax.distributed.initialize, as it finds them itself (jax 0.10.2)."""
+    names = ("coordinator_address", "num_processes", "process_id", "local_device_ids")
+    found = clusters.ClusterEnv.auto_detect_unset_distributed_params(*(None,) * 5, _CONNECTING_SECONDS)
+    if None in found[:3]:
+        raise RuntimeError("the environment does not tell which they are")
+    return dict(zip(names, found, strict=True), cluster_detection_method="deactivate")
+
+
+@contextlib.contextmanager
+def _without_proxies() -> Iterator[None]:
+    """Hides the environment's proxies: gRPC would ask them for the address of process 0, when its channel is made."""
+    hidden = {name: os.environ.pop(name) for name in list(os.environ) if name.lower().endswith("_proxy")}
+    try:
+        yield
+    finally:
+        os.environ |= hidden
 
 
 def wait_for_all(name: str) -> None:
@@ -119,6 +146,19 @@ def first_process_first(name: str) -> Iterator[None]:
     yield
     if first:
         wait_for_all(name)
+
+
+def note(name: str) -> None:
+    """Notes something for all processes of the run, which see it from now on by `noted`."""
+    ocp.multihost.get_jax_distributed_client().key_value_set(name, "yes", allow_overwrite=True)
+
+
+def noted(name: str) -> bool:
+    """Returns True if a process of the run has noted it."""
+    try:
+        return bool(ocp.multihost.get_jax_distributed_client().key_value_try_get(name))
+    except jax.errors.JaxRuntimeError:  # there is no such key
+        return False
 
 
 def check_same(what: str, value: str) -> None:
@@ -165,23 +205,6 @@ def cluster(environment: Mapping[str, str]) -> str | None:
     return None
 
 
-def _reach(coordinator: str) -> None:
-    """Returns when process 0 answers; JAX would abort the process, without an exception, if it never does."""
-    host, _, port = coordinator.rpartition(":")
-    end = time.monotonic() + _CONNECTING_SECONDS
-    while True:
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-            return
-        except OSError as error:
-            if time.monotonic() > end:
-                raise UserError(
-                    f"process 0 does not answer at --coordinator={coordinator} ({error.strerror or error}); start it, "
-                    f"or give its address"
-                ) from error
-            time.sleep(0.2)
-
-
 def _number(environment: Mapping[str, str], name: str) -> int:
     text = environment.get(name, "")
     return int(text) if text.isdecimal() else 0
@@ -203,6 +226,8 @@ def _arguments(coordinator: str, process_count: int | None, process_index: int |
         raise UserError(f"--coordinator={coordinator} needs --process_count and --process_index, too")
     if not re.fullmatch(r".+:\d+", coordinator):
         raise UserError(f"--coordinator={coordinator} is not HOST:PORT")
+    if not 0 < int(coordinator.rpartition(":")[2]) < 2**16:
+        raise UserError(f"--coordinator={coordinator} has a port that does not exist; give one of 1 to 65535")
     if not 0 <= process_index < process_count:
         raise UserError(
             f"--process_index={process_index} is none of {process_count} processes; give 0 to {process_count - 1}"

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
+from varedit_jax.errors import UserError
 from varedit_jax.storage import disk
 from varedit_jax.storage.files import make_directory, write_bytes
 from varedit_jax.storage.paths import is_remote
@@ -65,15 +66,17 @@ class LineWriter:
 def read_lines(path: pathlib.Path) -> list[Line]:
     """Returns the JSON objects of a file in order, without broken lines; [] if there is no file.
 
-    Raises OSError if the file cannot be read.
+    Raises OSError if the file cannot be read, UserError if a directory is in its place.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a directory, but a file of lines belongs there; move it away")
     if not path.exists():
         return []
     lines = []
     for text in path.read_bytes().split(b"\n"):
         try:
             value = json.loads(text)
-        except ValueError:  # UnicodeDecodeError is one
+        except (ValueError, RecursionError):  # UnicodeDecodeError is the first
             continue
         if isinstance(value, dict):
             lines.append(value)

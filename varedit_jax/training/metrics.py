@@ -59,7 +59,7 @@ class MetricsWriter:
             return
         self._directory = resolve(workdir)
         path = self._directory / METRICS_FILE
-        keep_lines(path, lambda line: line["step"] < first_step)
+        keep_lines(path, lambda line: _has_step(line) and line["step"] < first_step)
         self._lines = LineWriter(path)
         # Object stores cannot append: TensorBoard writes to a local file, which `flush` copies.
         self._local = tempfile.TemporaryDirectory() if is_remote(path) else None
@@ -156,7 +156,12 @@ def flat_metrics(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 def read_metrics(workdir: PathLike) -> list[dict[str, Any]]:
     """Returns the lines of a run's metrics.jsonl, in order; a last line that was cut short is left out."""
-    return [line for line in read_lines(resolve(workdir) / METRICS_FILE) if "step" in line]
+    return [line for line in read_lines(resolve(workdir) / METRICS_FILE) if _has_step(line)]
+
+
+def _has_step(line: Mapping[str, Any]) -> bool:
+    """Returns True for a line of metrics; a power cut can leave others that are JSON by chance."""
+    return isinstance(line.get("step"), int)
 
 
 def duration(seconds: float) -> str:

@@ -1,5 +1,6 @@
 """Requests to stop a run: signals, and JAX's preemption service where there are several processes."""
 
+import os
 import signal
 import sys
 import threading
@@ -9,6 +10,10 @@ from typing import Any, Self
 
 import jax
 from jax.experimental import multihost_utils
+
+from varedit_jax.parallel.processes import note, noted
+
+_INTERRUPTED = "varedit_jax/interrupted"  # noted for all processes
 
 
 class Stopped(Exception):
@@ -33,7 +38,8 @@ class StopSignal:
 
     A single process handles the signals in Python: only when Python code runs in the main thread, so after a
     compilation, not during it. With several processes JAX's preemption service catches SIGTERM in any of them, and
-    tells all of them at which call of `requested` to stop: so all must make the same calls.
+    tells all of them at which call of `requested` to stop: so all must make the same calls. SIGINT in any of them is
+    noted where all can read it, and becomes a SIGTERM.
 
     A second signal does not wait for the step to end; a third one reaches the previous handlers.
     """
@@ -50,7 +56,7 @@ class StopSignal:
         if jax.process_count() > 1 and self.signal is None:
             # The service stops all processes at a call that none of them has reached yet.
             if multihost_utils.reached_preemption_sync_point(self._calls):
-                self.signal = signal.SIGTERM
+                self.signal = signal.SIGINT if noted(_INTERRUPTED) else signal.SIGTERM
             self._calls += 1
         return self.signal is not None
 
@@ -67,16 +73,25 @@ class StopSignal:
             sys.exit(128 + number)
         self.signal = signal.Signals(number)
 
+    def _pass_on(self, number: int, frame: types.FrameType | None) -> None:
+        del number, frame
+        self._give_back()  # a second one does not wait
+        note(_INTERRUPTED)  # before any process can learn that it is to stop
+        os.kill(os.getpid(), signal.SIGTERM)
+
     def _give_back(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
 
     def __enter__(self) -> Self:
-        """Takes over the signals, in the main thread of a single process, and answers `poll`."""
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._note)
+        """Takes over the signals, in the main thread, and answers `poll`."""
+        handlers = {signal.SIGTERM: self._note, signal.SIGINT: self._note}
+        if jax.process_count() > 1:
+            handlers = {signal.SIGINT: self._pass_on}
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                self._previous[number] = signal.signal(number, handler)
         _POLLED.append(self._poll)
         return self
 

@@ -27,6 +27,8 @@ from varedit_jax.parallel.mesh import batch_part, make_mesh, put_batch, replicat
         (("here:1", None, 0), "--coordinator=here:1 needs --process_count and --process_index, too"),
         (("here:1", 2, None), "--coordinator=here:1 needs --process_count and --process_index, too"),
         (("here", 2, 0), "--coordinator=here is not HOST:PORT"),
+        (("here:0", 2, 0), "--coordinator=here:0 has a port that does not exist; give one of 1 to 65535"),
+        (("here:65536", 2, 0), "--coordinator=here:65536 has a port that does not exist; give one of 1 to 65535"),
         (("here:1", 2, 2), "--process_index=2 is none of 2 processes; give 0 to 1"),
         (("here:1", 2, -1), "--process_index=-1 is none of 2 processes; give 0 to 1"),
     ],
@@ -87,6 +89,15 @@ def test_a_process_alone_waits_for_nobody() -> None:
         processes.wait_for_all("nobody")
         with processes.first_process_first("nothing"):
             pass
+
+
+@pytest.mark.slow
+@pytest.mark.subprocess
+def test_a_proxy_is_not_asked_for_process_0(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy that nobody answers at: JAX would wait for it for minutes, and abort."""
+    for name in ("http_proxy", "https_proxy", "grpc_proxy", "all_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://192.0.2.1:3128")
+    assert two_processes("joins", tmp_path, devices=1) == ([0, 0], ["joined\n"] * 2)
 
 
 def two_processes(
@@ -150,6 +161,14 @@ def one_of_two(directory: pathlib.Path, address: str, index: int) -> None:
         jax.block_until_ready(jax.jit(jnp.sum, out_shardings=replicated(mesh))(halves))  # without the other
 
 
+def joins(directory: pathlib.Path, address: str, index: int) -> None:
+    """For `test_a_proxy_is_not_asked_for_process_0`."""
+    del directory
+    with processes.joined(address, 2, index):
+        assert "grpc_proxy" in os.environ  # for whatever needs it later
+        print("joined")
+
+
 def crossed(directory: pathlib.Path, address: str, index: int) -> None:
     """For `test_devices_of_a_process_need_not_follow_each_other`."""
     del directory
@@ -166,6 +185,6 @@ def crossed(directory: pathlib.Path, address: str, index: int) -> None:
 
 
 if __name__ == "__main__":
-    {"one_of_two": one_of_two, "crossed": crossed}[sys.argv[1]](
+    {"one_of_two": one_of_two, "crossed": crossed, "joins": joins}[sys.argv[1]](
         pathlib.Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
     )

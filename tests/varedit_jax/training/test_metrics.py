@@ -153,3 +153,19 @@ def test_duration() -> None:
     assert [duration(s) for s in (4, 99, 100, 5900, 7500, float("inf"))] == [
         "4 s", "99 s", "2 min", "98 min", "2 h 05 min", "?",
     ]  # fmt: skip
+
+
+def test_broken_bytes_do_not_end_a_run(tmp_path: pathlib.Path) -> None:
+    """As after a power cut: a resumed run keeps the good lines, whatever lies between them."""
+    path = tmp_path / "metrics.jsonl"
+    broken = (b"\x00" * 64, b"\xff\xfe{", b'{"step": 1, "lo', b'{"loss": 1.0}', b'{"step": "1"}', b"[" * 100_000, b"7")
+    path.write_bytes(b"\n".join([b'{"step": 0}', *broken, b'{"step": 2}', b'{"step": 3}', b"\xc3"]))
+    MetricsWriter(tmp_path, first_step=3, steps=5).close()
+    assert read_metrics(tmp_path) == [{"step": 0}, {"step": 2}]
+    assert len(path.read_bytes().splitlines()) == 2
+
+
+def test_a_directory_in_place_of_the_metrics_is_one_sentence(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics\.jsonl is a directory"):
+        read_metrics(tmp_path)
