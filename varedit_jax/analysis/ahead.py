@@ -17,6 +17,7 @@ from varedit_jax.analysis import compiled, hlo
 from varedit_jax.analysis.operations import count_step, recomputed_share
 from varedit_jax.config import RunConfig
 from varedit_jax.errors import UserError
+from varedit_jax.parallel.compiler_options import compiler_options, options_explained
 from varedit_jax.parallel.mesh import make_mesh
 from varedit_jax.parallel.topology import topology_devices
 from varedit_jax.scales import editor_pyramid
@@ -72,7 +73,8 @@ def compile_step(config: RunConfig, target: Target) -> StepFigures:
         lowered = sharded_step(config, pyramid, optimizer, mesh).lower(*arguments)
         traced = time.perf_counter()
         try:
-            program = lowered.compile()
+            with options_explained():
+                program = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             memory = _too_large(str(error), target)
             if memory is None:
@@ -173,6 +175,7 @@ def _about(config: RunConfig, target: Target, mesh: Mesh) -> StepFigures:
         "accumulation": config.optimizer.accumulation,
         "remat": remat if remat != "named" else f"named: {', '.join(transformer.remat_saved)}",
         "attention": transformer.attention,
+        "compiler_options": compiler_options(target.devices[0], config.compiler_options),
     }
 
 
