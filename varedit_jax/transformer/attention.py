@@ -21,7 +21,7 @@ from varedit_jax.parallel.constrain import constrain, gather_tokens, per_shard, 
 from varedit_jax.parallel.mesh import BATCH
 from varedit_jax.resize import area_resize
 from varedit_jax.scales import Pyramid
-from varedit_jax.transformer.kernels import Kernel, choose, cudnn, platform, splash
+from varedit_jax.transformer.kernels import Kernel, apart, choose, cudnn, platform, splash
 from varedit_jax.transformer.rope import rotate
 
 MAX_LOG_SCALE = float(np.log(100.0))
@@ -403,7 +403,7 @@ class SelfAttention(nn.Module):
         v_bias = self.param("v_bias", nn.initializers.zeros, (heads, head_size))
         initial_scale = nn.initializers.constant(np.log(config.initial_attention_scale))
         scale_mul = self.param("scale_mul", initial_scale, (heads,))
-        x_BLC, tokens = gather_tokens(x_BLC.astype(dtype)), rotation_2LD.shape[1]
+        x_BLC, tokens = apart(gather_tokens(x_BLC.astype(dtype))), rotation_2LD.shape[1]
         rotation_2LD = jnp.pad(rotation_2LD, ((0, 0), (0, x_BLC.shape[1] - tokens), (0, 0)))
         # One matmul each: their concatenation could not be split over heads.
         q, k, v = (_to_heads(x_BLC, qkv_kernel[:, part], "qkv") for part in range(3))
@@ -422,7 +422,7 @@ class SelfAttention(nn.Module):
         else:
             kernel = choose(config.attention, head_size, dtype)
             output_BHLD = self_attention(q, k, v, self.visibility, tokens, kernel, remat=config.remat != "none")
-        output_BLC = FromHeads(config, name="proj")(output_BHLD)
+        output_BLC = apart(FromHeads(config, name="proj")(output_BHLD))
         return checkpoint_name(scatter_tokens(output_BLC), "proj"), k[:, :, :tokens], v[:, :, :tokens]
 
 
@@ -443,7 +443,7 @@ class CrossAttention(nn.Module):
         config = self.config
         dtype = jnp.dtype(config.dtype)
         heads, head_size, width = config.heads, config.head_size, config.width
-        q = ToHeads(config, name="q")(gather_tokens(x_BLC.astype(dtype))) * jnp.asarray(head_size**-0.5, dtype)
+        q = ToHeads(config, name="q")(apart(gather_tokens(x_BLC.astype(dtype)))) * jnp.asarray(head_size**-0.5, dtype)
         kv_kernel = self.param("kv_kernel", kernel_init(), (width, 2, heads, head_size))
         v_bias = self.param("v_bias", nn.initializers.zeros, (heads, head_size))
         kernel: Kernel = "plain"
@@ -454,5 +454,5 @@ class CrossAttention(nn.Module):
         else:
             k, v = cache.text_k, cache.text_v
         output_BHLD = cross_attention(q, k, v, mask_BT, kernel, remat=config.remat != "none")
-        output_BLC = FromHeads(config, name="proj")(output_BHLD)
+        output_BLC = apart(FromHeads(config, name="proj")(output_BHLD))
         return checkpoint_name(scatter_tokens(output_BLC), "cross_proj"), k, v

@@ -11,6 +11,7 @@ from varedit_jax.config import TransformerConfig
 from varedit_jax.parallel.constrain import constrain, gather_tokens, scatter_tokens, tokens_between_blocks
 from varedit_jax.parallel.mesh import BATCH
 from varedit_jax.transformer.attention import CrossAttention, LayerCache, SelfAttention, Visibility, kernel_init
+from varedit_jax.transformer.kernels import apart
 
 
 def plain_norm() -> nn.LayerNorm:
@@ -30,12 +31,12 @@ class MLP(nn.Module):
         config = self.config
         dtype = jnp.dtype(config.dtype)
         h_BLF = nn.Dense(4 * config.width, dtype=dtype, kernel_init=kernel_init(), name="fc1")(
-            gather_tokens(x_BLC.astype(dtype))
+            apart(gather_tokens(x_BLC.astype(dtype)))
         )
         h_BLF = checkpoint_name(constrain(h_BLF, BATCH, None, "tensor"), "fc1")
         h_BLF = nn.gelu(h_BLF, approximate=True)
         out_init = kernel_init((2 * config.depth) ** -0.5)
-        h_BLC = nn.Dense(config.width, dtype=dtype, kernel_init=out_init, name="fc2")(h_BLF)
+        h_BLC = apart(nn.Dense(config.width, dtype=dtype, kernel_init=out_init, name="fc2")(h_BLF))
         return checkpoint_name(scatter_tokens(h_BLC), "fc2")
 
 

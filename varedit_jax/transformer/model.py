@@ -13,8 +13,8 @@ from varedit_jax.parallel.constrain import Gather, batch_only, constrain, gather
 from varedit_jax.scales import Grid, Pyramid
 from varedit_jax.transformer import rope
 from varedit_jax.transformer.attention import LayerCache, Visibility, attend, kernel_init
-from varedit_jax.transformer.kernels import choose, splash
 from varedit_jax.transformer.block import Block, plain_norm
+from varedit_jax.transformer.kernels import choose, splash
 
 
 @flax.struct.dataclass

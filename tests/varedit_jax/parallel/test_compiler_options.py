@@ -5,11 +5,24 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import SingleDeviceSharding
 
 from varedit_jax.errors import UserError
 from varedit_jax.parallel.compiler_options import CHIP_OPTIONS, compiler_options, options_explained
 from varedit_jax.parallel.topology import topology_devices
+
+
+@pytest.fixture(autouse=True)
+def no_cache():
+    """Programs for other machines cannot be loaded from the compilation cache."""
+    kept = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # or it stays as it was at its first use
+    yield
+    jax.config.update("jax_enable_compilation_cache", kept)
+    compilation_cache.reset_cache()
+
 
 V6E = types.SimpleNamespace(device_kind="TPU v6 lite")
 VMEM = "xla_tpu_scoped_vmem_limit_kib"
@@ -45,5 +58,8 @@ def test_an_option_that_the_compiler_does_not_take_is_a_sentence(name, value):
     argument = jax.ShapeDtypeStruct(
         (8, 128), jnp.float32, sharding=SingleDeviceSharding(topology_devices("v5e:2x2")[0])
     )
-    with pytest.raises(UserError, match=rf"does not take the option {name} \(.*leave it out by --config"), options_explained():
+    with (
+        pytest.raises(UserError, match=rf"does not take the option {name} \(.*leave it out by --config"),
+        options_explained(),
+    ):
         jax.jit(lambda x: x + 1, compiler_options={name: value}).lower(argument).compile()

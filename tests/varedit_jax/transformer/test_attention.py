@@ -134,7 +134,9 @@ def test_causality_by_gradient(quick_jit, name):
 
     @quick_jit
     def pull(cotangent):
-        return jax.vjp(lambda k, v: tokens_first(prefix_attention)(q, k, v, visibility), jnp.asarray(k), jnp.asarray(v))[1](cotangent)
+        return jax.vjp(
+            lambda k, v: tokens_first(prefix_attention)(q, k, v, visibility), jnp.asarray(k), jnp.asarray(v)
+        )[1](cotangent)
 
     draw = np.random.default_rng(1)
     for scale in (None, 0, 1, 2):

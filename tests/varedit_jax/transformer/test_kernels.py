@@ -13,6 +13,7 @@ import pytest
 from varedit_jax.config import MeshConfig, TransformerConfig
 from varedit_jax.parallel.mesh import make_mesh
 from varedit_jax.scales import Pyramid, published_pyramid
+from varedit_jax.transformer import kernels
 from varedit_jax.transformer.attention import (
     SMALL_GROUP,
     Visibility,
@@ -24,7 +25,6 @@ from varedit_jax.transformer.attention import (
     splash_attention,
     visibility_mask,
 )
-from varedit_jax.transformer import kernels
 from varedit_jax.transformer.kernels import choose
 from varedit_jax.transformer.model import Transformer
 

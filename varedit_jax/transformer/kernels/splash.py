@@ -74,9 +74,7 @@ def seen_tiles(mask_LM: np.ndarray) -> Seen:
 
 def forward_tiles(shape: tuple[int, int], seen: Seen, matmuls: float = 1.0) -> Tiles:
     """The cheapest blocks of a kernel that visits the seen tiles alone: the forward pass, or that of q's gradient."""
-    tiles = [
-        Tiles(q, kv, seen(q, kv) * (matmuls * q * kv + STEP_SCORES)) for q, kv in _fitting(*shape, arrays=2)
-    ]
+    tiles = [Tiles(q, kv, seen(q, kv) * (matmuls * q * kv + STEP_SCORES)) for q, kv in _fitting(*shape, arrays=2)]
     return min(tiles, key=lambda choice: choice.cost)
 
 
