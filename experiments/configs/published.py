@@ -55,6 +55,7 @@ class MachineLayout:
     tensor: int = 1
     data: int = 1  # replicas of the parameters
     saved: tuple[RematName, ...] = TransformerConfig.remat_saved  # of a block's activations; the others are recomputed
+    options: tuple[str, ...] = ()  # of the compiler, over those of the chip (parallel/compiler_options.py)
 
 
 # By config and machine. Spare memory saves activations: on v5p and H100, and for 2B on v6e, all named ones, so that the
@@ -169,6 +170,7 @@ def on_machine(run: RunConfig, machine: str) -> RunConfig:
         run,
         model=dataclasses.replace(run.model, transformer=transformer),
         optimizer=dataclasses.replace(run.optimizer, accumulation=layout.accumulation),
+        compiler_options=layout.options,
         mesh=MeshConfig(
             data=layout.data, fsdp=MACHINES[machine].chips // (layout.data * layout.tensor), tensor=layout.tensor
         ),

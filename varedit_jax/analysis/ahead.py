@@ -17,6 +17,7 @@ from varedit_jax.analysis import compiled, hlo, predict, predict_gpu
 from varedit_jax.analysis.operations import count_step, recomputed_share
 from varedit_jax.config import RunConfig
 from varedit_jax.errors import UserError
+from varedit_jax.parallel.compiler_options import compiler_options, options_explained
 from varedit_jax.parallel.mesh import make_mesh
 from varedit_jax.parallel.topology import topology_devices
 from varedit_jax.sampling.editor import abstract_request, jitted_edit
@@ -159,7 +160,8 @@ def _compile(function: Any, arguments: tuple[Any, ...], target: Target) -> tuple
     lowered = function.lower(*arguments)
     traced = time.perf_counter()
     try:
-        program = lowered.compile()
+        with options_explained():
+            program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         program, memory = None, _too_large(str(error), target)
         if memory is None:
@@ -261,6 +263,7 @@ def _about(config: RunConfig, target: Target, mesh: Mesh) -> StepFigures:
         "accumulation": config.optimizer.accumulation,
         "remat": remat if remat != "named" else f"named: {', '.join(transformer.remat_saved)}",
         "attention": transformer.attention,
+        "compiler_options": compiler_options(target.devices[0], config.compiler_options),
     }
 
 

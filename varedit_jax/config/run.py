@@ -214,6 +214,8 @@ class RunConfig(_Run):
     loss: LossConfig = LossConfig()
     sampling: SamplingConfig = SamplingConfig()
     mesh: MeshConfig = MeshConfig()
+    # Of XLA, for the step, as NAME=VALUE, over those of the chip (parallel/compiler_options.py); "NAME=" drops one.
+    compiler_options: tuple[str, ...] = ()
     # (steps, scales): stages before the whole pyramid, each of which trains the first scales alone, many times cheaper,
     # on features area-resized to the last of them. This is the recipe's step from 256 px to 512 px within one run: the
     # same parameters serve every pyramid.

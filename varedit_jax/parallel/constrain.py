@@ -31,15 +31,14 @@ def constrain(x: jax.Array, *axes: Axis) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes)) if has_mesh() else x
 
 
-def pad_tokens(x_BLC: jax.Array) -> jax.Array:
-    """Pads the tokens with zeros until `tensor` devices have equal pieces of whole tiles.
+def pad_tokens(x_BLC: jax.Array, tokens: int) -> jax.Array:
+    """Pads the tokens with zeros until there are `tokens`, and `tensor` devices have equal pieces of whole tiles.
 
     For other pieces the compiler for TPUs (libtpu 0.0.42) emits all-reduces where reduce-scatters would do:
     `experiments.compile_ahead` lists the collectives of a step.
     """
-    if not has_mesh() or (tensor := jax.sharding.get_abstract_mesh().shape["tensor"]) == 1:
-        return x_BLC
-    more = -x_BLC.shape[1] % (TILE * tensor)
+    piece = TILE * jax.sharding.get_abstract_mesh().shape["tensor"] if has_mesh() else 1
+    more = tokens + -tokens % (piece if piece > TILE else 1) - x_BLC.shape[1]
     return jnp.pad(x_BLC, ((0, 0), (0, more), (0, 0)))
 
 
@@ -78,14 +77,14 @@ def per_shard(attention: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Ar
     The compiler cannot split kernels by itself, and would split plain attention over tokens.
 
     Args:
-      attention: from arrays as below to an array [B, L, H, D].
-      arrays: [B, L, H, D], split over examples and heads, or others of [B, ...], split over examples alone.
+      attention: from arrays as below to an array [B, H, L, D].
+      arrays: [B, H, L, D], split over examples and heads, or others of [B, ...], split over examples alone.
     """
     if not has_mesh():
         return attention(*arrays)
     sizes = jax.sharding.get_abstract_mesh().shape
     # The few images of a sampling batch need not divide.
     batch = BATCH if arrays[0].shape[0] % (sizes["data"] * sizes["fsdp"]) == 0 else None
-    heads = PartitionSpec(batch, None, "tensor")
+    heads = PartitionSpec(batch, "tensor")
     specs = tuple(heads if x.ndim == 4 else PartitionSpec(batch) for x in arrays)
     return jax.shard_map(attention, in_specs=specs, out_specs=heads, check_vma=False)(*arrays)

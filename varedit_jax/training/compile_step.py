@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from varedit_jax.config import RunConfig
 from varedit_jax.errors import UserError
+from varedit_jax.parallel.compiler_options import compiler_options
 from varedit_jax.parallel.mesh import batch_sharding, check_batch, replicated
 from varedit_jax.parallel.rules import check_rules, param_shardings, state_shardings, with_shardings
 from varedit_jax.parameters import abstract_params
@@ -94,25 +95,19 @@ def abstract_arguments(
     )
 
 
-# Without it, libtpu (0.0.42.1) turns a reduce-scatter over all chips into an all-reduce, which moves twice the bytes.
-# It has no effect on chips without sparse cores (v5e).
-_TPU_OPTIONS = {"xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter": True}
-
-
 def sharded_step(config: RunConfig, pyramid: Pyramid, optimizer: optax.GradientTransformation, mesh: Mesh) -> Any:
     """Returns the jitted step (state, frozen, batch, key) -> (state, metrics) of a run on `mesh`.
 
     The state is donated and keeps its shardings; metrics are replicated. Create, call and lower it under
-    `jax.set_mesh(mesh)`. Raises UserError as `check_attention`.
+    `jax.set_mesh(mesh)`. Raises UserError as `check_attention` and `compiler_options`.
     """
     check_attention(config)
     state = abstract_state(config, optimizer, mesh)
     out = jax.tree.map(lambda leaf: leaf.sharding, state)
     everywhere = NamedSharding(mesh, PartitionSpec())
-    options = _TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None
     return jax.jit(
         make_step(config, pyramid, optimizer),
         donate_argnums=0,
         out_shardings=(out, everywhere),
-        compiler_options=options,
+        compiler_options=compiler_options(mesh.devices.flat[0], config.compiler_options) or None,
     )

@@ -31,6 +31,7 @@ FREE_FIELDS = (
     r"cadence\..*",
     r"eval_batches",
     r"mesh\..*",
+    r"compiler_options",
     r"guard\..*",
     r"sampling\..*",
     r"data\.(directory|cache_directory|workers|read_threads|prefetch_batches|bad_share|eval_examples)",

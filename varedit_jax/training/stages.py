@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import jax
 
+from varedit_jax.parallel.compiler_options import options_explained
 from varedit_jax.parallel.processes import wait_for_all
 from varedit_jax.training.state import StepFn, TrainState
 from varedit_jax.types import Batch, Metrics
@@ -100,7 +101,7 @@ class Stages:
             submit(later, (batch, *others))
 
     def _compile(self, stage: int, arguments: tuple[Any, ...], mesh: jax.sharding.Mesh) -> Any:
-        with contextlib.nullcontext() if mesh.empty else jax.set_mesh(mesh):
+        with contextlib.nullcontext() if mesh.empty else jax.set_mesh(mesh), options_explained():
             return self._step_of[stage](arguments[2]).lower(*arguments).compile()
 
 

@@ -21,8 +21,8 @@ from varedit_jax.parallel.constrain import constrain, gather_tokens, per_shard, 
 from varedit_jax.parallel.mesh import BATCH
 from varedit_jax.resize import area_resize
 from varedit_jax.scales import Pyramid
-from varedit_jax.transformer.kernels import Kernel, choose, cudnn, platform, splash
-from varedit_jax.transformer.products import Dense, product
+from varedit_jax.transformer.kernels import Kernel, apart, choose, cudnn, platform, splash
+from varedit_jax.transformer.products import from_heads, to_heads
 from varedit_jax.transformer.rope import rotate
 
 MAX_LOG_SCALE = float(np.log(100.0))
@@ -31,7 +31,7 @@ SMALL_GROUP = 256  # queries; with cuDNN, neighboring groups below it share one 
 
 @flax.struct.dataclass
 class LayerCache:
-    """Keys and values of one block, [B, tokens, H, D]; those of a scanned stack have a leading axis of layers."""
+    """Keys and values of one block, [B, H, tokens, D]; those of a scanned stack have a leading axis of layers."""
 
     k: jax.Array  # of source tokens and of the target tokens so far
     v: jax.Array
@@ -42,7 +42,7 @@ class LayerCache:
         """The cache padded with zeros for `tokens` more tokens."""
 
         def pad(x: jax.Array) -> jax.Array:
-            return jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(0, tokens), (0, 0), (0, 0)])
+            return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, tokens), (0, 0)])
 
         return dataclasses.replace(self, k=pad(self.k), v=pad(self.v))
 
@@ -50,7 +50,7 @@ class LayerCache:
         """The cache with the keys and values of `new` at token `start`."""
 
         def put(buffer: jax.Array, x: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice_in_dim(buffer, x, start, axis=-3)
+            return jax.lax.dynamic_update_slice_in_dim(buffer, x, start, axis=-2)
 
         return dataclasses.replace(self, k=put(self.k, new.k), v=put(self.v, new.v))
 
@@ -74,66 +74,66 @@ class Visibility:
             return [(slice(0, self.source_tokens), slice(0, self.source_tokens))]
         return [(tokens, slice(0, tokens.stop)) for tokens in self.pyramid.slices()]
 
-    def keys(self, x_BMHD: jax.Array, scale: int, target_stop: int) -> jax.Array:
+    def keys(self, x_BHMD: jax.Array, scale: int, target_stop: int) -> jax.Array:
         """Keys (or values) visible to `scale`: its part of the source, then targets [0, target_stop).
 
-        x_BMHD is the buffer [source S][targets ...]; the result is [B, visible, H, D].
+        x_BHMD is the buffer [source S][targets ...]; the result is [B, H, visible, D].
         """
         source = self.source_tokens
         if self.scale_aligned:
-            reference = self._reference(x_BMHD[:, :source], scale)  # SAR
+            reference = self._reference(x_BHMD[:, :, :source], scale)  # SAR
         elif self.conditioning == "full":
-            reference = x_BMHD[:, : self.pyramid.offsets[scale + 1]]
+            reference = x_BHMD[:, :, : self.pyramid.offsets[scale + 1]]
         else:
-            return x_BMHD[:, : source + target_stop]
-        return jnp.concatenate([reference, x_BMHD[:, source : source + target_stop]], axis=1)
+            return x_BHMD[:, :, : source + target_stop]
+        return jnp.concatenate([reference, x_BHMD[:, :, source : source + target_stop]], axis=2)
 
-    def all_keys(self, x_BMHD: jax.Array) -> jax.Array:
+    def all_keys(self, x_BHMD: jax.Array) -> jax.Array:
         """Keys (or values) of the whole sequence that any of its tokens sees, in the order of `visibility_mask`.
 
         [source][targets]; with SAR, the references of all scales but the last lie between them (the last reference is
         the source itself).
         """
         if not self.scale_aligned:
-            return x_BMHD
-        source_BSHD, targets_BLHD = jnp.split(x_BMHD, [self.source_tokens], axis=1)
-        references = [self._reference(source_BSHD, scale) for scale in range(self.pyramid.scales - 1)]
-        return jnp.concatenate([source_BSHD, *references, targets_BLHD], axis=1)
+            return x_BHMD
+        source_BHSD, targets_BHLD = jnp.split(x_BHMD, [self.source_tokens], axis=2)
+        references = [self._reference(source_BHSD, scale) for scale in range(self.pyramid.scales - 1)]
+        return jnp.concatenate([source_BHSD, *references, targets_BHLD], axis=2)
 
-    def _reference(self, x_BSHD: jax.Array, scale: int) -> jax.Array:
+    def _reference(self, x_BHSD: jax.Array, scale: int) -> jax.Array:
         """ref_k of SAR: the source's keys or values, area-resized per head and channel to the grid of `scale`."""
-        batch, _, heads, head_size = x_BSHD.shape
-        x_BhwC = x_BSHD.reshape(batch, *self.pyramid.last, heads * head_size)
-        resized = area_resize(x_BhwC.astype(jnp.float32), self.pyramid.grids[scale])
-        return resized.reshape(batch, -1, heads, head_size).astype(x_BSHD.dtype)
+        batch, heads, _, head_size = x_BHSD.shape
+        x_BHhwD = x_BHSD.reshape(batch, heads, *self.pyramid.last, head_size)
+        resized = area_resize(x_BHhwD.astype(jnp.float32), self.pyramid.grids[scale])
+        return resized.reshape(batch, heads, -1, head_size).astype(x_BHSD.dtype)
 
 
 def attend(
-    q_BLHD: jax.Array,
-    k_BMHD: jax.Array,
-    v_BMHD: jax.Array,
+    q_BHLD: jax.Array,
+    k_BHMD: jax.Array,
+    v_BHMD: jax.Array,
     mask_BM: jax.Array | None = None,
     mask_LM: np.ndarray | None = None,
 ) -> jax.Array:
-    """Softmax attention over all keys, softmax in float32: [B, L, H, D]. No scaling: pre-scale the queries.
+    """Softmax attention over all keys, softmax in float32: [B, H, L, D]. No scaling: pre-scale the queries.
 
     mask_BM: bool, True where a key is real; None if all are.
     mask_LM: bool, True where a query sees a key; None if each sees all.
     """
     # q k^T per head. model.md, section 6: cos-attention has no other scale than that in q; nor has the text's here.
-    logits_BHLM = jnp.einsum("blhd,bmhd->bhlm", q_BLHD, k_BMHD, preferred_element_type=jnp.float32)
+    logits_BHLM = jnp.einsum("bhld,bhmd->bhlm", q_BHLD, k_BHMD, preferred_element_type=jnp.float32)
     if mask_BM is not None:
         logits_BHLM = jnp.where(mask_BM[:, None, None, :], logits_BHLM, jnp.float32(-1e30))
     if mask_LM is not None:
         logits_BHLM = jnp.where(mask_LM[None, None], logits_BHLM, jnp.float32(-1e30))
-    weights_BHLM = jax.nn.softmax(logits_BHLM, axis=-1).astype(v_BMHD.dtype)
-    return jnp.einsum("bhlm,bmhd->blhd", weights_BHLM, v_BMHD)  # softmax(q k^T) v
+    weights_BHLM = jax.nn.softmax(logits_BHLM, axis=-1).astype(v_BHMD.dtype)
+    return jnp.einsum("bhlm,bhmd->bhld", weights_BHLM, v_BHMD)  # softmax(q k^T) v
 
 
 def prefix_attention(
-    q_BLHD: jax.Array, k_BLHD: jax.Array, v_BLHD: jax.Array, visibility: Visibility, remat: bool = False
+    q_BHLD: jax.Array, k_BHLD: jax.Array, v_BHLD: jax.Array, visibility: Visibility, remat: bool = False
 ) -> jax.Array:
-    """Self-attention of a whole sequence [source S][target scales], one call per scale: [B, S + L, H, D].
+    """Self-attention of a whole sequence [source S][target scales], one call per scale: [B, H, S + L, D].
 
     Of the source alone if there are no more tokens. With `remat` the backward pass recomputes the scores, one group at
     a time, instead of keeping those of all groups.
@@ -141,13 +141,14 @@ def prefix_attention(
     attention = jax.checkpoint(attend, prevent_cse=False) if remat else attend
     source, pyramid = visibility.source_tokens, visibility.pyramid
     outputs = [
-        attention(q_BLHD[:, queries], k_BLHD[:, keys], v_BLHD[:, keys]) for queries, keys in visibility.source_groups()
+        attention(q_BHLD[:, :, queries], k_BHLD[:, :, keys], v_BHLD[:, :, keys])
+        for queries, keys in visibility.source_groups()
     ]
-    for scale, tokens in enumerate(pyramid.slices() if q_BLHD.shape[1] > source else ()):
+    for scale, tokens in enumerate(pyramid.slices() if q_BHLD.shape[2] > source else ()):
         queries = slice(source + tokens.start, source + tokens.stop)
-        keys, values = (visibility.keys(x, scale, tokens.stop) for x in (k_BLHD, v_BLHD))
-        outputs.append(attention(q_BLHD[:, queries], keys, values))
-    return checkpoint_name(jnp.concatenate(outputs, axis=1), "attention")
+        keys, values = (visibility.keys(x, scale, tokens.stop) for x in (k_BHLD, v_BHLD))
+        outputs.append(attention(q_BHLD[:, :, queries], keys, values))
+    return checkpoint_name(jnp.concatenate(outputs, axis=2), "attention")
 
 
 def visibility_mask(visibility: Visibility) -> np.ndarray:
@@ -204,20 +205,28 @@ def query_groups(visibility: Visibility, tokens: int, small: int = SMALL_GROUP) 
 
 
 def splash_attention(
-    q_BLHD: jax.Array, k_BLHD: jax.Array, v_BLHD: jax.Array, visibility: Visibility, *, interpret: bool
+    q_BHLD: jax.Array, k_BHLD: jax.Array, v_BHLD: jax.Array, visibility: Visibility, tokens: int, *, interpret: bool
 ) -> jax.Array:
-    """`prefix_attention` by one call of the splash kernel; `interpret` for other platforms than TPUs."""
-    mask_LM = visibility_mask(visibility)
-    if q_BLHD.shape[1] > visibility.source_tokens:
-        k_BLHD, v_BLHD = visibility.all_keys(k_BLHD), visibility.all_keys(v_BLHD)
-    mask_LM = mask_LM[: q_BLHD.shape[1], : k_BLHD.shape[1]]
-    return splash.masked_attention(q_BLHD, k_BLHD, v_BLHD, mask_LM, interpret=interpret)
+    """`prefix_attention` of the first `tokens` by one call of the splash kernel, as long as the arrays are.
+
+    `interpret` for other platforms than TPUs.
+    """
+    mask_LM = visibility_mask(visibility)[:tokens]
+    if tokens == visibility.source_tokens:
+        mask_LM = mask_LM[:, :tokens]
+    elif visibility.scale_aligned:
+        more = splash.padded_keys(mask_LM.shape[1]) - mask_LM.shape[1]
+        k_BHLD, v_BHLD = (
+            jnp.pad(visibility.all_keys(x[:, :, :tokens]), ((0, 0), (0, 0), (0, more), (0, 0)))
+            for x in (k_BHLD, v_BHLD)
+        )
+    return splash.masked_attention(q_BHLD, k_BHLD, v_BHLD, mask_LM, interpret=interpret)
 
 
 def grouped_attention(
-    q_BLHD: jax.Array,
-    k_BLHD: jax.Array,
-    v_BLHD: jax.Array,
+    q_BHLD: jax.Array,
+    k_BHLD: jax.Array,
+    v_BHLD: jax.Array,
     visibility: Visibility,
     implementation: str = "cudnn",
     small: int = SMALL_GROUP,
@@ -227,38 +236,52 @@ def grouped_attention(
     cuDNN takes a mask as a dense bias to add, whose lengths must be even. The small scales are 7 % of the pairs of
     query and key at 512 px. `implementation` is as of `cudnn.full_attention`.
     """
-    if q_BLHD.shape[1] > visibility.source_tokens:
-        k_BLHD, v_BLHD = visibility.all_keys(k_BLHD), visibility.all_keys(v_BLHD)
+    if q_BHLD.shape[2] > visibility.source_tokens:
+        k_BHLD, v_BHLD = visibility.all_keys(k_BHLD), visibility.all_keys(v_BHLD)
     outputs = []
-    for group in query_groups(visibility, q_BLHD.shape[1], small):
-        queries = q_BLHD[:, group.queries]
+    for group in query_groups(visibility, q_BHLD.shape[2], small):
+        queries = q_BHLD[:, :, group.queries]
         keys, values = (
-            jnp.concatenate([x_BMHD[:, piece] for piece in group.keys], axis=1) for x_BMHD in (k_BLHD, v_BLHD)
+            jnp.concatenate([x_BHMD[:, :, piece] for piece in group.keys], axis=2) for x_BHMD in (k_BHLD, v_BHLD)
         )
-        if group.mask is None and queries.shape[1] >= small:
+        if group.mask is None and queries.shape[2] >= small:
             outputs.append(cudnn.full_attention(queries, keys, values, None, "attention", implementation))
         else:
             masked = jax.checkpoint(functools.partial(attend, mask_LM=group.mask), prevent_cse=False)
             outputs.append(checkpoint_name(masked(queries, keys, values), "attention"))
-    return jnp.concatenate(outputs, axis=1)
+    return jnp.concatenate(outputs, axis=2)
 
 
 def self_attention(
-    q_BLHD: jax.Array, k_BLHD: jax.Array, v_BLHD: jax.Array, visibility: Visibility, kernel: Kernel, remat: bool = False
+    q_BHLD: jax.Array,
+    k_BHLD: jax.Array,
+    v_BHLD: jax.Array,
+    visibility: Visibility,
+    tokens: int,
+    kernel: Kernel,
+    remat: bool = False,
 ) -> jax.Array:
-    """`prefix_attention` by `kernel`. Each device works on the examples and heads that it holds, over all tokens."""
-    functions: dict[Kernel, Callable[..., jax.Array]] = {
-        "plain": functools.partial(prefix_attention, remat=remat),
-        "splash": functools.partial(splash_attention, interpret=platform() != "tpu"),
-        "cudnn": grouped_attention,
-    }
-    return per_shard(functools.partial(functions[kernel], visibility=visibility), q_BLHD, k_BLHD, v_BLHD)
+    """`prefix_attention` of the first `tokens` by `kernel`; padding may follow, there and in the result.
+
+    Each device works on the examples and heads that it holds, over all tokens.
+    """
+    if kernel == "splash":
+        by_splash = functools.partial(splash_attention, interpret=platform() != "tpu")
+        return per_shard(functools.partial(by_splash, visibility=visibility, tokens=tokens), q_BHLD, k_BHLD, v_BHLD)
+    function = grouped_attention if kernel == "cudnn" else functools.partial(prefix_attention, remat=remat)
+    real = (x[:, :, :tokens] for x in (q_BHLD, k_BHLD, v_BHLD))
+    return _padded(per_shard(functools.partial(function, visibility=visibility), *real), q_BHLD.shape[2])
+
+
+def _padded(x_BHLD: jax.Array, tokens: int) -> jax.Array:
+    """Zeros behind the tokens, until there are `tokens`."""
+    return jnp.pad(x_BHLD, ((0, 0), (0, 0), (0, tokens - x_BHLD.shape[2]), (0, 0)))
 
 
 def cross_attention(
-    q_BLHD: jax.Array,
-    k_BTHD: jax.Array,
-    v_BTHD: jax.Array,
+    q_BHLD: jax.Array,
+    k_BHTD: jax.Array,
+    v_BHTD: jax.Array,
     mask_BT: jax.Array,
     kernel: Kernel,
     remat: bool = False,
@@ -271,7 +294,7 @@ def cross_attention(
     """
 
     def by_splash(q: jax.Array, k: jax.Array, v: jax.Array, mask_BT: jax.Array) -> jax.Array:
-        every = np.ones((q.shape[1], k.shape[1]), bool)
+        every = np.ones((q.shape[2], k.shape[2]), bool)
         return splash.masked_attention(q, k, v, every, mask_BT, name="cross_attention", interpret=platform() != "tpu")
 
     def by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask_BT: jax.Array) -> jax.Array:
@@ -283,9 +306,9 @@ def cross_attention(
         "splash": by_splash,
         "cudnn": by_cudnn,
     }
-    output_BLHD = per_shard(functions[kernel], q_BLHD, k_BTHD, v_BTHD, mask_BT)
+    output_BHLD = per_shard(functions[kernel], q_BHLD, k_BHTD, v_BHTD, mask_BT)
     # A kernel's output has the name already, together with what else its backward pass needs.
-    return checkpoint_name(output_BLHD, "cross_attention") if kernel == "plain" else output_BLHD
+    return checkpoint_name(output_BHLD, "cross_attention") if kernel == "plain" else output_BHLD
 
 
 def _normalized(x: jax.Array) -> jax.Array:
@@ -308,12 +331,41 @@ def kernel_init(scale: float = 1.0) -> Callable[..., jax.Array]:
     return init
 
 
-def _heads(x_BLC: jax.Array, kernel_CHD: jax.Array, name: str, config: TransformerConfig) -> jax.Array:
-    """Matmul with a kernel, split by heads, under a name for `jax.checkpoint`: [B, L, H, D]."""
-    width, heads, head_size = kernel_CHD.shape
-    out_BLC = constrain(product(x_BLC, kernel_CHD.reshape(width, -1), config), BATCH, None, "tensor")
-    out_BLC = checkpoint_name(out_BLC, name)
-    return out_BLC.reshape(*x_BLC.shape[:2], heads, head_size)
+def _to_heads(x_BLC: jax.Array, kernel_CHD: jax.Array, name: str, config: TransformerConfig) -> jax.Array:
+    """Matmul with a kernel, split by heads, under a name for `jax.checkpoint`: [B, H, L, D]."""
+    return checkpoint_name(constrain(to_heads(x_BLC, kernel_CHD, config), BATCH, "tensor"), name)
+
+
+class ToHeads(nn.Module):
+    """Linear(C, C), split by heads; parameters as of `nn.Dense`."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x_BLC: jax.Array) -> jax.Array:
+        """[B, L, C] -> [B, H, L, D]."""
+        config = self.config
+        shape = (config.heads, config.head_size)
+        kernel = self.param("kernel", kernel_init(), (config.width, config.width))
+        bias = self.param("bias", nn.initializers.zeros, (config.width,))
+        out_BHLD = _to_heads(x_BLC, kernel.reshape(-1, *shape), "cross_q", config)
+        return out_BHLD + bias.astype(out_BHLD.dtype).reshape(shape)[None, :, None]
+
+
+class FromHeads(nn.Module):
+    """Linear(C, C) of what heads have attended to; parameters as of `nn.Dense`."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x_BHLD: jax.Array) -> jax.Array:
+        """[B, H, L, D] -> [B, L, C]."""
+        config = self.config
+        init = kernel_init((2 * config.depth) ** -0.5)
+        kernel = self.param("kernel", init, (config.width, config.width))
+        bias = self.param("bias", nn.initializers.zeros, (config.width,)).astype(x_BHLD.dtype)
+        kernel_HDC = kernel.reshape(config.heads, config.head_size, -1)
+        return from_heads(constrain(x_BHLD, BATCH, "tensor"), kernel_HDC, config) + bias[None, None]
 
 
 class SelfAttention(nn.Module):
@@ -340,7 +392,7 @@ class SelfAttention(nn.Module):
           scale: which scale x_BLC is; only with a cache.
 
         Returns:
-          (output [B, L, C], keys and values of x_BLC, [B, L, H, D] each).
+          (output [B, L, C], keys and values of x_BLC, [B, H, L, D] each, without the padding).
         """
         config = self.config
         heads, head_size, width = config.heads, config.head_size, config.width
@@ -350,29 +402,27 @@ class SelfAttention(nn.Module):
         v_bias = self.param("v_bias", nn.initializers.zeros, (heads, head_size))
         initial_scale = nn.initializers.constant(np.log(config.initial_attention_scale))
         scale_mul = self.param("scale_mul", initial_scale, (heads,))
-        x_BLC, tokens = gather_tokens(x_BLC.astype(dtype)), rotation_2LD.shape[1]
+        x_BLC, tokens = apart(gather_tokens(x_BLC.astype(dtype))), rotation_2LD.shape[1]
+        rotation_2LD = jnp.pad(rotation_2LD, ((0, 0), (0, x_BLC.shape[1] - tokens), (0, 0)))
         # One matmul each: their concatenation could not be split over heads.
-        q, k, v = (_heads(x_BLC, qkv_kernel[:, part], "qkv", config)[:, :tokens] for part in range(3))
-        q_scale = jnp.exp(jnp.minimum(scale_mul, MAX_LOG_SCALE))[None, None, :, None]
-        q = _normalized(q + q_bias.astype(dtype)[None, None]) * q_scale
+        q, k, v = (_to_heads(x_BLC, qkv_kernel[:, part], "qkv", config) for part in range(3))
+        q_scale = jnp.exp(jnp.minimum(scale_mul, MAX_LOG_SCALE))[None, :, None, None]
+        q = _normalized(q + q_bias.astype(dtype)[None, :, None]) * q_scale
         k = _normalized(k)
-        v = v + v_bias.astype(dtype)[None, None]
-        q, k = rotate(q, rotation_2LD).astype(dtype), rotate(k, rotation_2LD).astype(dtype)
+        v = v + v_bias.astype(dtype)[None, :, None]
+        q, k = rotate(q, rotation_2LD, dtype), rotate(k, rotation_2LD, dtype)
 
         if cache is not None and scale is not None:
             seen = self.visibility.pyramid.offsets[scale]
-            keys = jnp.concatenate([self.visibility.keys(cache.k, scale, seen), k], axis=1)
-            values = jnp.concatenate([self.visibility.keys(cache.v, scale, seen), v], axis=1)
-            output = attend(q, keys, values)
+            q, k, v = (x[:, :, :tokens] for x in (q, k, v))
+            keys = jnp.concatenate([self.visibility.keys(cache.k, scale, seen), k], axis=2)
+            values = jnp.concatenate([self.visibility.keys(cache.v, scale, seen), v], axis=2)
+            output_BHLD = _padded(attend(q, keys, values), x_BLC.shape[1])
         else:
             kernel = choose(config.attention, head_size, dtype)
-            output = self_attention(q, k, v, self.visibility, kernel, remat=config.remat != "none")
-        output = output.reshape(*output.shape[:2], width)
-        output = jnp.pad(output, ((0, 0), (0, x_BLC.shape[1] - tokens), (0, 0)))
-        output = constrain(output, BATCH, None, "tensor")
-        proj_init = kernel_init((2 * config.depth) ** -0.5)
-        output = Dense(config, width, proj_init, name="proj")(output)
-        return checkpoint_name(scatter_tokens(output), "proj"), k, v
+            output_BHLD = self_attention(q, k, v, self.visibility, tokens, kernel, remat=config.remat != "none")
+        output_BLC = apart(FromHeads(config, name="proj")(output_BHLD))
+        return checkpoint_name(scatter_tokens(output_BLC), "proj"), k[:, :, :tokens], v[:, :, :tokens]
 
 
 class CrossAttention(nn.Module):
@@ -388,24 +438,20 @@ class CrossAttention(nn.Module):
         mask_BT: jax.Array,
         cache: LayerCache | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """[B, L, C] and text [B, T, C] -> ([B, L, C], keys and values of the text, [B, T, H, D] each)."""
+        """[B, L, C] and text [B, T, C] -> ([B, L, C], keys and values of the text, [B, H, T, D] each)."""
         config = self.config
         dtype = jnp.dtype(config.dtype)
         heads, head_size, width = config.heads, config.head_size, config.width
-        q = Dense(config, width, kernel_init(), name="q")(gather_tokens(x_BLC.astype(dtype)))
-        q = checkpoint_name(constrain(q, BATCH, None, "tensor"), "cross_q")
-        q = q.reshape(*x_BLC.shape[:2], heads, head_size) * jnp.asarray(head_size**-0.5, dtype)
+        q = ToHeads(config, name="q")(apart(gather_tokens(x_BLC.astype(dtype)))) * jnp.asarray(head_size**-0.5, dtype)
         kv_kernel = self.param("kv_kernel", kernel_init(), (width, 2, heads, head_size))
         v_bias = self.param("v_bias", nn.initializers.zeros, (heads, head_size))
         kernel: Kernel = "plain"
         if cache is None:
             kernel = choose(config.attention, head_size, dtype)
-            k, v = (_heads(memory_BTC.astype(dtype), kv_kernel[:, part], "cross_kv", config) for part in range(2))
-            v = v + v_bias.astype(dtype)[None, None]
+            k, v = (_to_heads(memory_BTC.astype(dtype), kv_kernel[:, part], "cross_kv", config) for part in range(2))
+            v = v + v_bias.astype(dtype)[None, :, None]
         else:
             k, v = cache.text_k, cache.text_v
-        output = cross_attention(q, k, v, mask_BT, kernel, remat=config.remat != "none")
-        output = output.reshape(*x_BLC.shape[:2], width)
-        proj_init = kernel_init((2 * config.depth) ** -0.5)
-        output = Dense(config, width, proj_init, name="proj")(output)
-        return checkpoint_name(scatter_tokens(output), "cross_proj"), k, v
+        output_BHLD = cross_attention(q, k, v, mask_BT, kernel, remat=config.remat != "none")
+        output_BLC = apart(FromHeads(config, name="proj")(output_BHLD))
+        return checkpoint_name(scatter_tokens(output_BLC), "cross_proj"), k, v

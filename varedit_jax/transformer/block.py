@@ -11,6 +11,7 @@ from varedit_jax.config import TransformerConfig
 from varedit_jax.parallel.constrain import constrain, gather_tokens, scatter_tokens, tokens_between_blocks
 from varedit_jax.parallel.mesh import BATCH
 from varedit_jax.transformer.attention import CrossAttention, LayerCache, SelfAttention, Visibility, kernel_init
+from varedit_jax.transformer.kernels import apart
 from varedit_jax.transformer.products import Dense
 
 
@@ -30,11 +31,11 @@ class MLP(nn.Module):
         """[B, L, C] -> [B, L, C]."""
         config = self.config
         dtype = jnp.dtype(config.dtype)
-        h_BLF = Dense(config, 4 * config.width, kernel_init(), name="fc1")(gather_tokens(x_BLC.astype(dtype)))
+        h_BLF = Dense(config, 4 * config.width, kernel_init(), name="fc1")(apart(gather_tokens(x_BLC.astype(dtype))))
         h_BLF = checkpoint_name(constrain(h_BLF, BATCH, None, "tensor"), "fc1")
         h_BLF = nn.gelu(h_BLF, approximate=True)
         out_init = kernel_init((2 * config.depth) ** -0.5)
-        h_BLC = Dense(config, config.width, out_init, name="fc2")(h_BLF)
+        h_BLC = apart(Dense(config, config.width, out_init, name="fc2")(h_BLF))
         return checkpoint_name(scatter_tokens(h_BLC), "fc2")
 
 

@@ -14,6 +14,7 @@ from varedit_jax.scales import Grid, Pyramid
 from varedit_jax.transformer import rope
 from varedit_jax.transformer.attention import LayerCache, Visibility, attend, kernel_init
 from varedit_jax.transformer.block import Block, plain_norm
+from varedit_jax.transformer.kernels import choose, splash
 
 
 @flax.struct.dataclass
@@ -54,7 +55,8 @@ class TextPool(nn.Module):
         kv = text_BTE @ kv_kernel.reshape(text_BTE.shape[-1], -1)
         k, v = (part.reshape(*text_BTE.shape[:2], heads, head_size) for part in jnp.split(kv, 2, axis=-1))
         q = jnp.broadcast_to(query * head_size**-0.5, (text_BTE.shape[0], 1, heads, head_size))
-        pooled = attend(q, k, v + v_bias[None, None], mask_BT).reshape(text_BTE.shape[0], width)
+        pooled = attend(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v + v_bias[None, None])), mask_BT)
+        pooled = pooled.reshape(text_BTE.shape[0], width)
         return nn.Dense(width, kernel_init=kernel_init(), name="proj")(pooled)
 
 
@@ -255,7 +257,10 @@ class Transformer(nn.Module):
         aligned = Visibility(pyramid, config.conditioning, scale_aligned=config.conditioning == "sar")
         first = self._block("block_0", remat)(config, aligned, scale, deterministic, name="block_0")
         count = x_BLC.shape[1]
-        x_BLC = tokens_between_blocks(pad_tokens(x_BLC))
+        # Once, for all kernels of all blocks.
+        splash_tokens = caches is None and choose(config.attention, config.head_size, config.dtype) == "splash"
+        padded = splash.padded_tokens(count, config.width) if splash_tokens else count
+        x_BLC = tokens_between_blocks(pad_tokens(x_BLC, padded))
         x_BLC, new_0 = first(x_BLC, drop_rates[0], caches and caches.block_0, *shared)
         new = None
         if config.depth > 1:

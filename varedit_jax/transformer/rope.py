@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from varedit_jax.config import RopeLayout
 from varedit_jax.scales import Grid, Pyramid
@@ -61,13 +62,16 @@ def _quarter_turn(head_size: int) -> np.ndarray:
     return turn
 
 
-def rotate(x_BLHD: jax.Array, rotation_2LD: np.ndarray | jax.Array) -> jax.Array:
-    """Rotates the interleaved pairs (2i, 2i + 1) of each head by the angles of `rotation`; keeps the dtype.
+def rotate(x_BHLD: jax.Array, rotation_2LD: np.ndarray | jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Rotates the interleaved pairs (2i, 2i + 1) of each head by the angles of `rotation`, to an array of `dtype`.
 
-    The partner of each channel comes from a matmul with a constant matrix of 0 and +-1, which is exact and faster on
-    accelerators than shuffling lanes.
+    x_BHLD is float32. The partner of each channel comes from a matmul with a constant matrix of 0 and +-1, which is
+    exact in float32, of values rounded to `dtype`, and faster on accelerators than shuffling lanes.
     """
-    cos, sin = rotation_2LD[:, None, :, None, :]  # [1, L, 1, D] each
-    x = x_BLHD.astype(jnp.float32)
-    turned = jnp.einsum("blhd,de->blhe", x, _quarter_turn(x.shape[-1]), precision=jax.lax.Precision.HIGHEST)
-    return (x * cos + turned * sin).astype(x_BLHD.dtype)
+    cos, sin = rotation_2LD[:, None, None]  # [1, 1, L, D] each
+    turn = jnp.asarray(_quarter_turn(x_BHLD.shape[-1]), dtype)
+    precision = jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+    turned = jnp.einsum(
+        "bhld,de->bhle", x_BHLD.astype(dtype), turn, precision=precision, preferred_element_type=jnp.float32
+    )
+    return (x_BHLD * cos + turned * sin).astype(dtype)

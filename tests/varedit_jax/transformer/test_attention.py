@@ -78,9 +78,18 @@ def plainly(name: str, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarra
     return out
 
 
+def tokens_first(function):
+    """The function of arrays [B, H, L, D] as one of arrays [B, L, H, D], which these tests index by token."""
+
+    def run(q, k, v, *rest):
+        return jnp.swapaxes(function(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v)), *rest), 1, 2)
+
+    return run
+
+
 @pytest.fixture(scope="module")
 def attention(quick_jit):
-    return quick_jit(prefix_attention, static_argnums=3)
+    return quick_jit(tokens_first(prefix_attention), static_argnums=3)
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -125,7 +134,9 @@ def test_causality_by_gradient(quick_jit, name):
 
     @quick_jit
     def pull(cotangent):
-        return jax.vjp(lambda k, v: prefix_attention(q, k, v, visibility), jnp.asarray(k), jnp.asarray(v))[1](cotangent)
+        return jax.vjp(
+            lambda k, v: tokens_first(prefix_attention)(q, k, v, visibility), jnp.asarray(k), jnp.asarray(v)
+        )[1](cotangent)
 
     draw = np.random.default_rng(1)
     for scale in (None, 0, 1, 2):
@@ -146,7 +157,7 @@ def test_causality_by_gradient(quick_jit, name):
 
 def test_masked_keys_have_no_weight(quick_jit):
     q, k, v = qkv(BLOCKS["finest"])
-    run = quick_jit(attend)
+    run = quick_jit(tokens_first(attend))
     real = np.arange(k.shape[1])[None] < np.array([[5], [9]])
     found = run(q, k, v, real)
     for sample, stop in enumerate((5, 9)):
@@ -159,9 +170,9 @@ def test_masked_keys_have_no_weight(quick_jit):
 
 def test_bfloat16_keeps_its_softmax_in_float32():
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in qkv(BLOCKS["finest"]))
-    found = attend(q, k, v)
+    found = tokens_first(attend)(q, k, v)
     assert found.dtype == jnp.bfloat16
-    exact = attend(*(x.astype(jnp.float32) for x in (q, k, v)))
+    exact = tokens_first(attend)(*(x.astype(jnp.float32) for x in (q, k, v)))
     np.testing.assert_allclose(found.astype(jnp.float32), exact, rtol=0, atol=0.02)
     text = jax.jit(attend).lower(q, k, v).as_text()
     assert "stablehlo.exponential" in text
@@ -184,8 +195,8 @@ def test_cos_attention(lively, quick_jit):
     q = q / np.linalg.norm(q, axis=-1, keepdims=True) * np.array([np.exp(1.3), 100.0])[:, None]
     k = k / np.linalg.norm(k, axis=-1, keepdims=True)
     v = v + params["v_bias"]
-    np.testing.assert_allclose(keys, k, rtol=0, atol=1e-6)
-    np.testing.assert_allclose(values, v, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(keys, k.swapaxes(1, 2), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(values, v.swapaxes(1, 2), rtol=0, atol=2e-6)
     heads = plainly("finest", q, k, v).reshape(2, tokens, -1)
     wanted = heads @ params["proj"]["kernel"] + params["proj"]["bias"]
     # A head scaled by 100 has logits up to 100: rounding of q and k is 100 times what it is elsewhere.

@@ -13,6 +13,7 @@ import pytest
 from varedit_jax.config import MeshConfig, TransformerConfig
 from varedit_jax.parallel.mesh import make_mesh
 from varedit_jax.scales import Pyramid, published_pyramid
+from varedit_jax.transformer import kernels
 from varedit_jax.transformer.attention import (
     SMALL_GROUP,
     Visibility,
@@ -24,7 +25,7 @@ from varedit_jax.transformer.attention import (
     splash_attention,
     visibility_mask,
 )
-from varedit_jax.transformer.kernels import choose, splash
+from varedit_jax.transformer.kernels import choose
 from varedit_jax.transformer.model import Transformer
 
 GRIDS = ((1, 1), (3, 2), (7, 9))
@@ -43,10 +44,15 @@ def dense(q, k, v, visibility):
     return attend(q, visibility.all_keys(k), visibility.all_keys(v), mask_LM=visibility_mask(visibility))
 
 
+def splash(q, k, v, visibility, tokens=0):
+    """The kernel, which may get more than the tokens it is of."""
+    return splash_attention(q, k, v, visibility, tokens or q.shape[2], interpret=True)
+
+
 KERNELS = {
     "plain": prefix_attention,
     "plain, scores recomputed": functools.partial(prefix_attention, remat=True),
-    "splash": functools.partial(splash_attention, interpret=True),
+    "splash": splash,
     "grouped": functools.partial(grouped_attention, implementation="xla", small=16),
 }
 
@@ -54,7 +60,7 @@ KERNELS = {
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Several blocks a sequence, as long ones have."""
-    monkeypatch.setattr(splash, "LARGEST_BLOCK", 128)
+    monkeypatch.setattr(kernels.splash, "LARGEST_BLOCK", 128)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +69,7 @@ def compare(quick_jit):
 
     @functools.cache
     def run(function, visibility, tokens):
-        q, k, v, cotangent = np.random.default_rng(0).normal(size=(4, BATCH, tokens, HEADS, SIZE)).astype(np.float32)
+        q, k, v, cotangent = np.random.default_rng(0).normal(size=(4, BATCH, HEADS, tokens, SIZE)).astype(np.float32)
 
         @quick_jit
         def both(q, k, v):
@@ -93,10 +99,10 @@ def test_the_source_alone_gives_what_it_gives_within_the_sequence(quick_jit, blo
     """As the sampler fills its caches."""
     visibility = BLOCKS[block]
     source = visibility.source_tokens
-    q, k, v = np.random.default_rng(0).normal(size=(3, BATCH, source + PYRAMID.target_tokens, HEADS, SIZE))
+    q, k, v = np.random.default_rng(0).normal(size=(3, BATCH, HEADS, source + PYRAMID.target_tokens, SIZE))
     q, k, v = (x.astype(np.float32) for x in (q, k, v))
-    alone = quick_jit(lambda *x: KERNELS[kernel](*x, visibility))(*(x[:, :source] for x in (q, k, v)))
-    np.testing.assert_allclose(alone, dense(q, k, v, visibility)[:, :source], rtol=0, atol=1e-5)
+    alone = quick_jit(lambda *x: KERNELS[kernel](*x, visibility))(*(x[:, :, :source] for x in (q, k, v)))
+    np.testing.assert_allclose(alone, dense(q, k, v, visibility)[:, :, :source], rtol=0, atol=1e-5)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -105,8 +111,8 @@ def test_attention_to_the_text_equals_a_dense_mask_forward_and_backward(quick_ji
     """Texts of one token, of some and of all, in several blocks; gradients of what is padding are zero."""
     draw = np.random.default_rng(0)
     queries, text = 140, 150
-    q, cotangent = draw.normal(size=(2, 3, queries, HEADS, SIZE)).astype(np.float32)
-    k, v = draw.normal(size=(2, 3, text, HEADS, SIZE)).astype(np.float32)
+    q, cotangent = draw.normal(size=(2, 3, HEADS, queries, SIZE)).astype(np.float32)
+    k, v = draw.normal(size=(2, 3, HEADS, text, SIZE)).astype(np.float32)
     mask_BT = np.arange(text) < np.array([[1], [97], [text]])
 
     def both(function):
@@ -121,7 +127,7 @@ def test_attention_to_the_text_equals_a_dense_mask_forward_and_backward(quick_ji
     found = both(functools.partial(cross_attention, kernel=kernel, remat=True, implementation="xla"))
     for name, x, y in zip(("output", "dq", "dk", "dv"), found, wanted, strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-5, err_msg=name)
-    assert np.any(found[2][1, :97]) and not np.any(found[2][1, 97:]) and not np.any(found[3][0, 1:])
+    assert np.any(found[2][1, :, :97]) and not np.any(found[2][1, :, 97:]) and not np.any(found[3][0, :, 1:])
 
 
 def test_groups_of_the_published_pyramid():
@@ -147,9 +153,63 @@ def test_groups_of_the_published_pyramid():
     assert SMALL_GROUP == 256
 
 
-def test_blocks_are_few_and_as_small_as_that_allows():
-    assert [splash.block_size(tokens) for tokens in (1, 128, 129, 512, 513, 1100, 3545, 5042)] == [
-        *(128, 128, 256, 512, 384, 384, 512, 512)
+def test_what_follows_the_tokens_is_not_seen():
+    """Padding of any value, as the residual stream has behind its tokens, changes nothing and gets no gradient."""
+    visibility = BLOCKS["sar, block 0"]
+    tokens = visibility.source_tokens + PYRAMID.target_tokens
+    q, k, v = np.random.default_rng(0).normal(size=(3, BATCH, HEADS, tokens + 11, SIZE)).astype(np.float32)
+    out, pull = jax.vjp(lambda *x: splash(*x, visibility, tokens)[:, :, :tokens], q, k, v)
+    np.testing.assert_allclose(out, dense(*(x[:, :, :tokens] for x in (q, k, v)), visibility), rtol=0, atol=1e-5)
+    for gradient in pull(jnp.ones(out.shape)):
+        assert not np.any(gradient[:, :, tokens:]) and np.any(gradient[:, :, :tokens])
+
+
+def test_one_example_is_split_over_groups_of_heads():
+    """A chip of two cores splits a kernel over its examples, of which there may be one."""
+    draw = np.random.default_rng(0)
+    q, k, v = draw.normal(size=(3, 1, 4, 24, SIZE)).astype(np.float32)
+    mask = np.tril(np.ones((24, 24), bool))
+    found = kernels.splash.masked_attention(q, k, v, mask, interpret=True)
+    np.testing.assert_allclose(found, attend(q, k, v, mask_LM=mask), rtol=0, atol=1e-5)
+
+
+def causal(blocks):
+    """`Seen` of a square causal mask of `blocks` lanes."""
+    return kernels.splash.seen_tiles(np.tril(np.ones((128 * blocks, 128 * blocks), bool)))
+
+
+def test_seen_tiles_are_those_with_a_pair_that_may_attend():
+    seen = causal(4)
+    assert [seen(128, 128), seen(256, 256), seen(512, 512), seen(128, 512), seen(512, 128)] == [10, 3, 1, 4, 4]
+
+
+@pytest.mark.parametrize("aspect", ["1.0", "0.75", "0.333"])
+@pytest.mark.parametrize("aligned", [False, True])
+def test_blocks_divide_the_sequence(aspect, aligned):
+    visibility = Visibility(published_pyramid("0.25M", aspect), "sar", scale_aligned=aligned)
+    mask = visibility_mask(visibility)
+    shape = (kernels.splash.padded_tokens(len(mask), 3584), kernels.splash.padded_keys(mask.shape[1]))
+    mask = np.pad(mask, [(0, more - size) for size, more in zip(mask.shape, shape, strict=True)], mode="edge")
+    sizes = kernels.splash.block_sizes(mask)
+    assert all(shape[0] % block == 0 for block in (sizes.block_q, sizes.block_q_dkv))
+    assert all(shape[1] % block == 0 for block in (sizes.block_kv, sizes.block_kv_dkv))
+    assert sizes.block_kv % sizes.block_kv_compute == 0 == sizes.block_kv_dkv % sizes.block_kv_dkv_compute
+    assert min(sizes.block_q, sizes.block_kv, sizes.block_q_dkv, sizes.block_kv_dkv) >= 384
+
+
+def test_skipping_is_weighed_against_steps(monkeypatch):
+    """Where a step costs nothing the smallest blocks are best, where it costs much the fewest."""
+    mask = np.tril(np.ones((1024, 1024), bool))
+    monkeypatch.setattr(kernels.splash, "STEP_SCORES", 0)
+    assert kernels.splash.forward_tiles(mask.shape, kernels.splash.seen_tiles(mask))[:2] == (128, 128)
+    monkeypatch.setattr(kernels.splash, "STEP_SCORES", 10**7)
+    assert kernels.splash.forward_tiles(mask.shape, kernels.splash.seen_tiles(mask))[:2] == (1024, 1024)
+
+
+def test_a_sequence_is_padded_where_larger_blocks_pay():
+    """29 is prime: 3,712 tokens would need blocks of 128."""
+    assert [kernels.splash.padded_tokens(tokens, 3584) for tokens in (3545, 3629, 3640, 14617)] == [
+        *(3584, 3840, 3840, 14720)
     ]
 
 

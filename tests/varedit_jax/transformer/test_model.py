@@ -50,7 +50,7 @@ def everything(model: Transformer, source: Any, targets: Any, text: Any) -> tupl
     x = jnp.concatenate([model._embed_source(source), tokens], axis=1)
     x, caches = model._blocks(x, memory, None, slice(None))
     S = source.shape[1]
-    kept = [x[..., :S, :, :] for cache in (caches.block_0, caches.blocks) for x in (cache.k, cache.v)]
+    kept = [x[..., :S, :] for cache in (caches.block_0, caches.blocks) for x in (cache.k, cache.v)]
     return model.logits(x[:, S:], memory.cond_BC), [x[:, :S], *kept]
 
 

@@ -79,14 +79,14 @@ def test_rotation_against_complex_numbers():
     """Pairs (2i, 2i + 1) as complex numbers turn by row * theta_i, then by column * theta_i."""
     D = 16
     places = np.array([[0, 0], [3, 5], [127, 64]])
-    x = np.random.default_rng(0).normal(size=(2, 3, 4, D)).astype(np.float32)
-    found = rope.rotate(jnp.asarray(x), rope.rotation(places, D))
+    x = np.random.default_rng(0).normal(size=(2, 4, 3, D)).astype(np.float32)
+    found = rope.rotate(jnp.asarray(x), rope.rotation(places, D), jnp.float32)
     theta = [10000 ** (-2 * i / (D / 2)) for i in range(D // 4)]
     pairs = x[..., 0::2] + 1j * x[..., 1::2]
     for token, i in itertools.product(range(3), range(D // 4)):
         row, column = places[token]
-        pairs[:, token, :, i] *= np.exp(1j * row * theta[i])
-        pairs[:, token, :, D // 4 + i] *= np.exp(1j * column * theta[i])
+        pairs[:, :, token, i] *= np.exp(1j * row * theta[i])
+        pairs[:, :, token, D // 4 + i] *= np.exp(1j * column * theta[i])
     np.testing.assert_allclose(found[..., 0::2], pairs.real, rtol=0, atol=2e-6)
     np.testing.assert_allclose(found[..., 1::2], pairs.imag, rtol=0, atol=2e-6)
 
@@ -96,7 +96,7 @@ def test_products_depend_on_relative_positions_alone():
 
     def product(place_q, place_k):
         turned = [
-            rope.rotate(jnp.asarray(x), rope.rotation(np.array([place]), 8))
+            rope.rotate(jnp.asarray(x), rope.rotation(np.array([place]), 8), jnp.float32)
             for x, place in ((q, place_q), (k, place_k))
         ]
         return float(jnp.sum(turned[0] * turned[1]))
@@ -107,6 +107,8 @@ def test_products_depend_on_relative_positions_alone():
 
 
 def test_types():
-    x = jnp.ones((1, 2, 1, 8), jnp.bfloat16)
-    assert rope.rotate(x, rope.rotation(np.zeros((2, 2), int), 8)).dtype == jnp.bfloat16
-    assert rope.rotation(np.zeros((2, 2), int), 8).dtype == np.float32
+    """A result of 16 bits differs from that of 32 bits by its rounding, and that of each channel's partner."""
+    places, x = np.array([[3, 5], [0, 9]]), np.random.default_rng(0).normal(size=(1, 1, 2, 8)).astype(np.float32)
+    exact, rounded = (rope.rotate(x, rope.rotation(places, 8), dtype) for dtype in (jnp.float32, jnp.bfloat16))
+    assert rounded.dtype == jnp.bfloat16 and exact.dtype == rope.rotation(places, 8).dtype == np.float32
+    np.testing.assert_allclose(rounded.astype(np.float32), exact, rtol=0, atol=2 * 2**-9 * np.abs(x).max())

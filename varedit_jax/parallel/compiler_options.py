@@ -1,0 +1,93 @@
+"""Options of XLA by chip: what they are for, where they are from, and the version that they were tried with.
+
+A run adds its own by `RunConfig.compiler_options`, as NAME=VALUE; "NAME=" leaves one of these out. They go to the
+compiler with the step, so that XLA_FLAGS and LIBTPU_INIT_ARGS need not be set.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+
+from varedit_jax import hardware
+from varedit_jax.errors import UserError
+
+Value = bool | int | float | str
+
+# A gather of parameters in pieces, each under a matmul that does not need it yet. Source: MaxText's
+# benchmarks/xla_flags_library.py, "CF_FOR_ALL_GATHER". Tried with libtpu 0.0.42.1: without them no gather of this
+# program is asynchronous.
+_ASYNC_GATHERS = {
+    "xla_tpu_enable_async_collective_fusion": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+    "xla_tpu_overlap_compute_collective_tc": True,
+    "xla_enable_async_all_gather": True,
+}
+# Reduce-scatters of sums over all chips. Without it libtpu 0.0.42.1 makes all-reduces of them, which move twice the
+# bytes. Chips without SparseCores (v5e) ignore it.
+_SCATTERS = {"xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter": True}
+# VMEM that one fusion may take, KiB, of the 128 MiB of v6e. Source: as above, "DENSE_VMEM_LIMIT_FLAG", for Trillium.
+_LARGE_VMEM = {"xla_tpu_scoped_vmem_limit_kib": 98304}
+
+# NVIDIA's JAX-Toolbox, "Tips for High-Performance LLMs with JAX and XLA". jaxlib 0.10.2 has the scheduler off by
+# default. Not tried: no program of this project has been compiled for GPUs on a machine without one.
+_GPU = {
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    "xla_gpu_enable_pipelined_all_gather": True,
+    "xla_gpu_enable_pipelined_reduce_scatter": True,
+    "xla_gpu_enable_while_loop_double_buffering": True,
+    "xla_gpu_all_gather_combine_threshold_bytes": 1 << 30,
+    "xla_gpu_reduce_scatter_combine_threshold_bytes": 1 << 30,
+}
+
+CHIP_OPTIONS: dict[str, dict[str, Value]] = {
+    "TPU v4": _ASYNC_GATHERS,
+    "TPU v5e": _ASYNC_GATHERS,
+    "TPU v5p": _ASYNC_GATHERS | _SCATTERS,
+    "TPU v6e": _ASYNC_GATHERS | _SCATTERS | _LARGE_VMEM,
+    "H100": _GPU,
+    "H200": _GPU,
+}
+
+
+def compiler_options(device: Any, own: Sequence[str] = ()) -> dict[str, Value]:
+    """Returns the options for programs on `device`: those of its chip, changed by NAME=VALUE or left out by "NAME=".
+
+    Raises UserError for an entry of another form.
+    """
+    chip = hardware.chip_of(device)
+    options = dict(CHIP_OPTIONS.get(chip.name, {})) if chip else {}
+    for entry in own:
+        name, equals, text = entry.partition("=")
+        if not equals or not re.fullmatch(r"\w+", name):
+            raise UserError(f"compiler_options has {entry!r}; give NAME=VALUE, or NAME= to leave one out")
+        options.pop(name, None)
+        if text:
+            options[name] = _value(text)
+    return options
+
+
+def _value(text: str) -> Value:
+    words: dict[str, Value] = {"true": True, "false": False}
+    if text.lower() in words:
+        return words[text.lower()]
+    return int(text) if re.fullmatch(r"-?\d+", text) else text
+
+
+@contextlib.contextmanager
+def options_explained() -> Iterator[None]:
+    """Raises UserError in place of the compiler's error for an option that it does not know, or a bad value."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        found = re.search(r"(?:No such compile option:|setting option|into flag) '?(\w+)", str(error))
+        if not found:
+            raise
+        name, reason = found[1], str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ").rstrip(": .")
+        raise UserError(
+            f"the compiler does not take the option {name} ({reason}); leave it out by "
+            f"--config.compiler_options=\"('{name}=',)\""
+        ) from error
