@@ -19,7 +19,7 @@ Value = bool | int | float | str
 # A gather of parameters in pieces, each under a matmul that does not need it yet. Source: MaxText's
 # benchmarks/xla_flags_library.py, "CF_FOR_ALL_GATHER". Tried with libtpu 0.0.42.1: without them no gather of this
 # program is asynchronous.
-_ASYNC_GATHERS = {
+_ASYNC_GATHERS: dict[str, Value] = {
     "xla_tpu_enable_async_collective_fusion": True,
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
     "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
@@ -28,13 +28,13 @@ _ASYNC_GATHERS = {
 }
 # Reduce-scatters of sums over all chips. Without it libtpu 0.0.42.1 makes all-reduces of them, which move twice the
 # bytes. Chips without SparseCores (v5e) ignore it.
-_SCATTERS = {"xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter": True}
+_SCATTERS: dict[str, Value] = {"xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter": True}
 # VMEM that one fusion may take, KiB, of the 128 MiB of v6e. Source: as above, "DENSE_VMEM_LIMIT_FLAG", for Trillium.
-_LARGE_VMEM = {"xla_tpu_scoped_vmem_limit_kib": 98304}
+_LARGE_VMEM: dict[str, Value] = {"xla_tpu_scoped_vmem_limit_kib": 98304}
 
 # NVIDIA's JAX-Toolbox, "Tips for High-Performance LLMs with JAX and XLA". jaxlib 0.10.2 has the scheduler off by
 # default. Not tried: no program of this project has been compiled for GPUs on a machine without one.
-_GPU = {
+_GPU: dict[str, Value] = {
     "xla_gpu_enable_latency_hiding_scheduler": True,
     "xla_gpu_enable_pipelined_all_gather": True,
     "xla_gpu_enable_pipelined_reduce_scatter": True,

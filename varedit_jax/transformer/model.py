@@ -55,8 +55,8 @@ class TextPool(nn.Module):
         kv = text_BTE @ kv_kernel.reshape(text_BTE.shape[-1], -1)
         k, v = (part.reshape(*text_BTE.shape[:2], heads, head_size) for part in jnp.split(kv, 2, axis=-1))
         q = jnp.broadcast_to(query * head_size**-0.5, (text_BTE.shape[0], 1, heads, head_size))
-        pooled = attend(*(jnp.swapaxes(x, 1, 2) for x in (q, k, v + v_bias[None, None])), mask_BT)
-        pooled = pooled.reshape(text_BTE.shape[0], width)
+        q_BHLD, k_BHTD, v_BHTD = (jnp.swapaxes(x, 1, 2) for x in (q, k, v + v_bias[None, None]))
+        pooled = attend(q_BHLD, k_BHTD, v_BHTD, mask_BT).reshape(text_BTE.shape[0], width)
         return nn.Dense(width, kernel_init=kernel_init(), name="proj")(pooled)
 
 
