@@ -83,7 +83,7 @@ class TransformerConfig(Checked):
     absolute_positions: bool = False  # learned positions besides RoPE; not in the published models
     drop_path: float = 0.1  # stochastic depth rate of the last block; rises linearly from 0
     dtype: ComputeType = "float32"  # compute type of the blocks; parameters are float32
-    attention: Literal["auto", "plain", "splash", "cudnn"] = "auto"  # kernel of self-attention; auto: by platform
+    attention: Literal["auto", "plain", "blocked", "splash", "cudnn"] = "auto"  # kernel; auto: by platform
     remat: Literal["none", "named", "full"] = "none"  # activations that the backward pass recomputes
     # Saved with remat="named". The rest is recomputed: fc1, cross-attention except for its keys and values, and the
     # scores of plain attention, together 28 % of the forward pass of 8B at 512 px (32 % with plain attention).

@@ -21,7 +21,7 @@ from varedit_jax.parallel.constrain import constrain, gather_tokens, per_shard, 
 from varedit_jax.parallel.mesh import BATCH
 from varedit_jax.resize import area_resize
 from varedit_jax.scales import Pyramid
-from varedit_jax.transformer.kernels import Kernel, choose, cudnn, platform, splash
+from varedit_jax.transformer.kernels import Kernel, blocked, choose, cudnn, platform, splash
 from varedit_jax.transformer.rope import rotate
 
 MAX_LOG_SCALE = float(np.log(100.0))
@@ -242,12 +242,25 @@ def grouped_attention(
     return jnp.concatenate(outputs, axis=1)
 
 
+def blocked_attention(q_BLHD: jax.Array, k_BLHD: jax.Array, v_BLHD: jax.Array, visibility: Visibility) -> jax.Array:
+    """`prefix_attention` by `blocked.grouped_attention`; every scale is a group of its own."""
+    if q_BLHD.shape[1] > visibility.source_tokens:
+        k_BLHD, v_BLHD = visibility.all_keys(k_BLHD), visibility.all_keys(v_BLHD)
+    groups = tuple(
+        blocked.Group((group.queries.start, group.queries.stop), tuple((keys.start, keys.stop) for keys in group.keys))
+        for group in query_groups(visibility, q_BLHD.shape[1], small=0)
+    )
+    heads_first = (jnp.swapaxes(x, 1, 2) for x in (q_BLHD, k_BLHD, v_BLHD))
+    return jnp.swapaxes(blocked.grouped_attention(*heads_first, None, groups), 1, 2)
+
+
 def self_attention(
     q_BLHD: jax.Array, k_BLHD: jax.Array, v_BLHD: jax.Array, visibility: Visibility, kernel: Kernel, remat: bool = False
 ) -> jax.Array:
     """`prefix_attention` by `kernel`. Each device works on the examples and heads that it holds, over all tokens."""
     functions: dict[Kernel, Callable[..., jax.Array]] = {
         "plain": functools.partial(prefix_attention, remat=remat),
+        "blocked": blocked_attention,
         "splash": functools.partial(splash_attention, interpret=platform() != "tpu"),
         "cudnn": grouped_attention,
     }
@@ -277,8 +290,14 @@ def cross_attention(
         real_B = jnp.sum(mask_BT, axis=1, dtype=jnp.int32)
         return cudnn.full_attention(q, k, v, real_B, "cross_attention", implementation)
 
+    def by_blocks(q: jax.Array, k: jax.Array, v: jax.Array, mask_BT: jax.Array) -> jax.Array:
+        every = (blocked.Group((0, q.shape[1]), ((0, k.shape[1]),)),)
+        heads_first = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+        return jnp.swapaxes(blocked.grouped_attention(*heads_first, mask_BT, every, "cross_attention"), 1, 2)
+
     functions: dict[Kernel, Callable[..., jax.Array]] = {
         "plain": jax.checkpoint(attend, prevent_cse=False) if remat else attend,
+        "blocked": by_blocks,
         "splash": by_splash,
         "cudnn": by_cudnn,
     }

@@ -65,10 +65,18 @@ def bench(monkeypatch):
 
 
 def test_attention_is_compared_where_there_is_a_kernel(bench):
-    """On a CPU there is none, which a row says; a program of two rows runs once."""
+    """A program of two rows runs once."""
     bench, ran = bench
-    train, (plain, auto) = bench.train(), list(bench.attention())
-    assert (plain["attention"], plain["median_s"]) == ("plain", 1.0) and train["attention"] == "auto"
+    train, (plain, fast) = bench.train(), list(bench.attention())
+    assert (plain["attention"], fast["attention"], train["attention"]) == ("plain", "blocked", "auto")
+    assert [run.model.transformer.attention for run in ran] == ["blocked", "plain"]
+
+
+def test_attention_without_a_kernel_is_a_row_that_says_so(bench, monkeypatch):
+    monkeypatch.setattr(benchmark_lib, "choose", lambda *_: "plain")
+    bench, ran = bench
+    plain, auto = bench.attention()
+    assert (plain["attention"], plain["median_s"]) == ("plain", 1.0)
     assert auto["note"] == "no fast kernel for the platform cpu and heads of 16 channels in float32"
     assert [run.model.transformer.attention for run in ran] == ["plain"]
 

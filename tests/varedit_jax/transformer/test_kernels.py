@@ -17,6 +17,7 @@ from varedit_jax.transformer.attention import (
     SMALL_GROUP,
     Visibility,
     attend,
+    blocked_attention,
     cross_attention,
     grouped_attention,
     prefix_attention,
@@ -24,7 +25,7 @@ from varedit_jax.transformer.attention import (
     splash_attention,
     visibility_mask,
 )
-from varedit_jax.transformer.kernels import choose, splash
+from varedit_jax.transformer.kernels import blocked, choose, splash
 from varedit_jax.transformer.model import Transformer
 
 GRIDS = ((1, 1), (3, 2), (7, 9))
@@ -46,6 +47,7 @@ def dense(q, k, v, visibility):
 KERNELS = {
     "plain": prefix_attention,
     "plain, scores recomputed": functools.partial(prefix_attention, remat=True),
+    "blocked": blocked_attention,
     "splash": functools.partial(splash_attention, interpret=True),
     "grouped": functools.partial(grouped_attention, implementation="xla", small=16),
 }
@@ -55,6 +57,7 @@ KERNELS = {
 def small_blocks(monkeypatch):
     """Several blocks a sequence, as long ones have."""
     monkeypatch.setattr(splash, "LARGEST_BLOCK", 128)
+    monkeypatch.setattr(blocked, "LARGEST_BLOCK", 25)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +90,7 @@ def test_equals_a_dense_mask_forward_and_backward(compare, block, kernel):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("kernel", ["plain", "splash", "grouped"])
+@pytest.mark.parametrize("kernel", ["plain", "blocked", "splash", "grouped"])
 @pytest.mark.parametrize("block", ["full", "sar, block 0"])
 def test_the_source_alone_gives_what_it_gives_within_the_sequence(quick_jit, block, kernel):
     """As the sampler fills its caches."""
@@ -100,7 +103,7 @@ def test_the_source_alone_gives_what_it_gives_within_the_sequence(quick_jit, blo
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("kernel", ["plain", "splash", "cudnn"])
+@pytest.mark.parametrize("kernel", ["plain", "blocked", "splash", "cudnn"])
 def test_attention_to_the_text_equals_a_dense_mask_forward_and_backward(quick_jit, kernel):
     """Texts of one token, of some and of all, in several blocks; gradients of what is padding are zero."""
     draw = np.random.default_rng(0)
@@ -176,7 +179,8 @@ def compile_for():
         ("gpu", 96, "bfloat16", "cudnn"),
         ("gpu", 100, "bfloat16", "plain"),
         ("gpu", 128, "float32", "plain"),
-        ("cpu", 128, "bfloat16", "plain"),
+        ("cpu", 100, "float32", "blocked"),
+        ("cpu", 128, "bfloat16", "blocked"),
     ],
 )
 def test_auto_is_the_fast_kernel_that_can_work(compile_for, platform, head_size, dtype, wanted):

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-Kernel = Literal["plain", "splash", "cudnn"]
+Kernel = Literal["plain", "blocked", "splash", "cudnn"]
 
-_FAST: dict[str, Kernel] = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}  # by platform
+_FAST: dict[str, Kernel] = {"cpu": "blocked", "tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}  # by platform
 
 
 def platform() -> str:
