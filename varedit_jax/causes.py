@@ -44,6 +44,11 @@ def exit_code(error: BaseException) -> int:
     return MISTAKE if isinstance(error, UserError) else DEFECT
 
 
+def told(code: int, sentence: str) -> UserError:
+    """Returns the error of another process, which has told its sentence and its exit code."""
+    return TemporaryError(sentence) if code == TEMPORARY else UserError(sentence)
+
+
 def is_temporary(error: BaseException) -> bool:
     """Returns True if an error, or one of its causes, may be gone when the same command is run again.
 
