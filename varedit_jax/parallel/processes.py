@@ -23,7 +23,8 @@ from jax._src import clusters
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
 
-from varedit_jax.errors import TemporaryError, UserError, exit_code
+from varedit_jax.causes import exit_code
+from varedit_jax.errors import TemporaryError, UserError
 from varedit_jax.parallel.roll_call import call_roll
 
 # After it a silent process counts as gone. A thread of its own answers, while the process compiles or waits, too.
