@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 from absl import app, flags
 
 from varedit_jax import starting
-from varedit_jax.errors import UserError, exit_code
+from varedit_jax.causes import exit_code
+from varedit_jax.errors import MISTAKE, TEMPORARY, UserError
 from varedit_jax.storage import paths
 
 flags.disclaim_key_flags()  # flags that are defined here belong to the program that asks for them
@@ -25,9 +26,9 @@ def run(main: Callable[[list[str]], Any], sentence: Callable[[str], str | None] 
     """Parses the flags, calls `main(argv)` and exits.
 
     A UserError, from a flag or from `main`, is printed as one line `error: ...`, and the exit code is 1; so are
-    mistaken flags, arguments that are no flags, and a missing extra. Ctrl-C ends a program with exit code 130; a pipe
-    that nobody reads any more (`| head -1`) ends it without a word, with 141. Any other exception is a defect, and
-    keeps its stack trace.
+    mistaken flags, arguments that are no flags, and a missing extra. Any other exception keeps its stack trace, and the
+    exit code is 70. Where the cause may pass by itself, it is 75 in both cases. Ctrl-C ends a program with exit code
+    130; a pipe that nobody reads any more (`| head -1`) ends it without a word, with 141.
 
     `sentence` may give a better sentence for absl's words about a wrong flag.
     """
@@ -53,10 +54,16 @@ def run(main: Callable[[list[str]], Any], sentence: Callable[[str], str | None] 
     except Exception as error:
         if _nobody_reads(error):
             _fall_silent()
-        why = str(error) if isinstance(error, UserError) else starting.missing_extra(error)
-        if why is None:
-            raise
-        _fail(why, exit_code(error))
+        missing = starting.missing_extra(error)
+        if missing:
+            _fail(missing)
+        code = exit_code(error)
+        if isinstance(error, UserError):
+            _fail(str(error), code)
+        sys.excepthook(type(error), error, error.__traceback__)
+        if code == TEMPORARY:
+            print(f"this may pass by itself; try the same command again (exit code {code})", file=sys.stderr)
+        sys.exit(code)
     raise AssertionError("app.run does not return")
 
 
@@ -131,6 +138,6 @@ def _fall_silent() -> NoReturn:
     sys.exit(_BROKEN_PIPE)
 
 
-def _fail(sentence: str, code: int = 1) -> NoReturn:
+def _fail(sentence: str, code: int = MISTAKE) -> NoReturn:
     print(f"error: {sentence}", file=sys.stderr, flush=True)
     sys.exit(code)

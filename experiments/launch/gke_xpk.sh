@@ -16,10 +16,11 @@ SLICES=${SLICES:-1}
 COPIES=${COPIES:-2} # of the parameters per slice; 2 on v5p-256, 1 on the others (data of the config's layout)
 CONFIG=${CONFIG:-experiments/configs/varedit_8b_512.py:v5p_256}
 RUN=${RUN:-varedit-8b-512}
+RESTARTS=${RESTARTS:-100} # at most; xpk adds 42 and 127 to 255 to the exit codes that are restarted
 
 exec xpk workload create --workload="$RUN" --cluster="$CLUSTER" --project="$PROJECT" --zone="$ZONE" \
   --tpu-type="$TPU" --num-slices="$SLICES" --docker-image="$IMAGE" \
-  --max-restarts=1000 --restart-on-user-code-failure --termination-grace-period-seconds=120 \
+  --max-restarts="$RESTARTS" --restart-on-exit-codes=75 --termination-grace-period-seconds=120 \
   --env="JAX_COMPILATION_CACHE_DIR=$BUCKET/cache" \
   --command="cd /varedit_jax && exec python -m experiments.train --config=$CONFIG --workdir=$BUCKET/runs/$RUN \
     --config.mesh.data=$((COPIES * SLICES)) --config.mesh.fsdp=-1 \

@@ -279,7 +279,7 @@ def test_interrupt_is_clean_and_a_defect_is_not(answers: dict[str, Answer]) -> N
     """Ctrl-C leaves no stack trace; an error that is not the user's does."""
     assert answers["interrupted"] == (130, "", "error: interrupted\n")
     code, _, err = answers["broken"]
-    assert code == 1 and "Traceback" in err and "ZeroDivisionError" in err
+    assert code == 70 and "Traceback" in err and "ZeroDivisionError" in err
 
 
 def test_a_path_is_the_text_of_the_user(answers: dict[str, Answer]) -> None:

@@ -24,6 +24,7 @@ PROGRAMS = {
     "extra": "import pyarrow.parquet",
     "other": "import no_such_package",
     "defect": "1 / 0",
+    "defect_of_main": "from varedit_jax import command\ncommand.run(lambda argv: 1 / 0)",
     "late": "from varedit_jax import command\ndef main(argv):\n    import apache_beam.io\ncommand.run(main)",
     "prints": "from varedit_jax import command\ncommand.run(lambda argv: print('x' * 100_000))",
     "prints_little": "from varedit_jax import command\ncommand.run(lambda argv: print('x'))",
@@ -129,9 +130,15 @@ def test_a_pipe_without_a_reader_ends_a_program_quietly(start: Start, case: str)
     assert ended(program) == (141, "")
 
 
-def test_another_broken_pipe_is_a_defect(start: Start) -> None:
+def test_another_broken_pipe_is_an_error(start: Start) -> None:
     code, said = ended(start("pipe_of_its_own"))
-    assert code == 1 and said.endswith("BrokenPipeError: of a worker\n")
+    again = "this may pass by itself; try the same command again (exit code 75)\n"
+    assert code == 75 and "Traceback" in said and said.endswith(f"BrokenPipeError: of a worker\n{again}")
+
+
+def test_a_defect_of_a_running_program_has_a_code_of_its_own(start: Start) -> None:
+    code, said = ended(start("defect_of_main"))
+    assert code == 70 and said.startswith("Traceback") and said.endswith("ZeroDivisionError: division by zero\n")
 
 
 def test_importing_a_package_with_programs_changes_nothing() -> None:

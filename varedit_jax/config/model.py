@@ -88,7 +88,7 @@ class TransformerConfig(Checked):
     products_backward: bool = False  # the matmuls of the tokens' gradients, too; those of the kernels' stay plain
     # Type in which devices sum the gradients of the blocks' kernels: `dtype`, or float32 at twice the bytes.
     gradient_sums: Literal["dtype", "float32"] = "dtype"
-    attention: Literal["auto", "plain", "splash", "cudnn"] = "auto"  # kernel of self-attention; auto: by platform
+    attention: Literal["auto", "plain", "blocked", "splash", "cudnn"] = "auto"  # kernel; auto: by platform
     remat: Literal["none", "named", "full"] = "none"  # activations that the backward pass recomputes
     # Saved with remat="named". The rest is recomputed: fc1, cross-attention except for its keys and values, and the
     # scores of plain attention, together 28 % of the forward pass of 8B at 512 px (32 % with plain attention).

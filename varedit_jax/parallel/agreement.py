@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from varedit_jax.causes import exit_code, told
 from varedit_jax.errors import UserError
 
 STALE_SECONDS = 30.0  # that a shared file system may show a host what was there before; NFS keeps listings that long
@@ -45,18 +46,22 @@ def gather(text: str) -> list[str]:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Raises a UserError of the block in all processes, if any of them has one; the block meets no other process."""
+    """Raises a UserError of the block in all processes, if any of them has one; the block meets no other process.
+
+    All end with the exit code of its cause.
+    """
     own: UserError | None = None
     try:
         yield
     except UserError as error:
         own = error
-    found = gather("" if own is None else str(own))
+    found = gather("" if own is None else f"{exit_code(own)} {own}")
     if own is not None:
         raise own
-    for index, sentence in enumerate(found):
-        if sentence:
-            raise UserError(f"in process {index}: {sentence}")
+    for index, text in enumerate(found):
+        if text:
+            code, _, sentence = text.partition(" ")
+            raise told(int(code), f"in process {index}: {sentence}")
 
 
 def agreed(read: Callable[[], str], explain: Callable[[list[Answer]], str], seconds: float | None = None) -> str:

@@ -23,7 +23,8 @@ from jax._src import clusters
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
 
-from varedit_jax.errors import TemporaryError, UserError, exit_code
+from varedit_jax.causes import exit_code
+from varedit_jax.errors import TemporaryError, UserError
 from varedit_jax.parallel.roll_call import call_roll
 
 # After it a silent process counts as gone. A thread of its own answers, while the process compiles or waits, too.
@@ -150,7 +151,7 @@ def first_process_first(name: str) -> Iterator[None]:
 
 def note(name: str) -> None:
     """Notes something for all processes of the run, which see it from now on by `noted`."""
-    ocp.multihost.get_jax_distributed_client().key_value_set(name, "yes", allow_overwrite=True)
+    report(name, "yes")
 
 
 def noted(name: str) -> bool:
@@ -159,6 +160,16 @@ def noted(name: str) -> bool:
         return bool(ocp.multihost.get_jax_distributed_client().key_value_try_get(name))
     except jax.errors.JaxRuntimeError:  # there is no such key
         return False
+
+
+def report(name: str, text: str) -> None:
+    """Leaves a text for all processes of the run, instead of an earlier one of that name."""
+    ocp.multihost.get_jax_distributed_client().key_value_set(name, text, allow_overwrite=True)
+
+
+def reports(prefix: str) -> dict[str, str]:
+    """Returns the texts left so far by names that begin with `prefix`, a path that ends in "/"; never waits."""
+    return dict(ocp.multihost.get_jax_distributed_client().key_value_dir_get(prefix))
 
 
 def check_same(what: str, value: str) -> None:

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 
+from varedit_jax.causes import told
 from varedit_jax.errors import MISTAKE, TEMPORARY, TemporaryError, UserError
 
 _NAME = "varedit_jax"  # begins every line
@@ -79,7 +80,7 @@ class _Roll:
                     _send(connection, f"{code} {sentence}" if sentence else "")
             self._present = {}
         if sentence:
-            raise _error(code, sentence)
+            raise told(code, sentence)
 
     def _missing(self) -> str:
         numbers = [str(index) for index in range(1, self._count) if index not in self._present]
@@ -140,7 +141,7 @@ def _call(coordinator: str, place: tuple[str, int], text: str, seconds: float) -
             time.sleep(_RETRY_SECONDS)
     if answer:
         code, _, sentence = answer.partition(" ")
-        raise _error(int(code), sentence)
+        raise told(int(code), sentence)
 
 
 class _Waiting:
@@ -198,10 +199,6 @@ def _reach_itself(coordinator: str, place: tuple[str, int], listener: socket.soc
 
 def _unknown_host(coordinator: str, error: socket.gaierror) -> UserError:
     return UserError(f"the host of --coordinator={coordinator} is not known ({error.strerror}); give its address")
-
-
-def _error(code: int, sentence: str) -> UserError:
-    return TemporaryError(sentence) if code == TEMPORARY else UserError(sentence)
 
 
 def _send(connection: socket.socket, text: str) -> None:

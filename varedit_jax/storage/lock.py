@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import filelock
 
-from varedit_jax.errors import UserError
+from varedit_jax.errors import TemporaryError, UserError
 from varedit_jax.storage import disk
 from varedit_jax.storage.files import make_directory, write_json
 from varedit_jax.storage.paths import PathLike, is_remote, resolve
@@ -45,7 +45,7 @@ class Lock:
         self._lease: _Lease | None = None
 
     def __enter__(self) -> Self:
-        """Takes the lock. Raises UserError if another process has it, or the directory cannot be made."""
+        """Takes the lock. Raises TemporaryError if another process has it, UserError if there can be no directory."""
         if not self._held:
             return self
         make_directory(self._directory)
@@ -78,9 +78,9 @@ class Lock:
         if self._lease is not None:
             self._lease.release()
 
-    def _refusal(self, owner: dict[str, Any]) -> UserError:
+    def _refusal(self, owner: dict[str, Any]) -> TemporaryError:
         who = f"process {owner['pid']} on {owner['host']}" if {"pid", "host"} <= owner.keys() else "another run"
-        return UserError(f"{self._directory} is in use by {who}; wait for it, end it, or use another {self._flag}")
+        return TemporaryError(f"{self._directory} is in use by {who}; wait for it, end it, or use another {self._flag}")
 
 
 def waiting_lock(path: pathlib.Path) -> filelock.BaseFileLock:

@@ -24,6 +24,7 @@ from varedit_jax.storage.disk import explained
 from varedit_jax.storage.files import copy, make_directory, replacing
 from varedit_jax.storage.jsonl import LineWriter, keep_lines, read_lines
 from varedit_jax.storage.paths import PathLike, children, is_remote, resolve
+from varedit_jax.training import hosts
 from varedit_jax.training.flops import Flops
 from varedit_jax.training.goodput import Goodput, Stopwatch
 from varedit_jax.types import Metrics
@@ -336,6 +337,7 @@ class StepReport:
             "time/examples_per_second": window.examples / window.seconds,
             "time/data_share": min(window.data / window.seconds, 1.0),
         }
+        times |= hosts.gather(step, window.seconds / window.steps, window.data / window.steps)
         if work:
             # The steps of a window can be of two stages and many aspects.
             mean = dataclasses.replace(

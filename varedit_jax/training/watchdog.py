@@ -10,9 +10,9 @@ import threading
 import time
 from typing import Self, TextIO
 
+from varedit_jax.errors import TEMPORARY
 from varedit_jax.storage.paths import PathLike, is_remote, resolve
 
-EXIT_CODE = 75  # EX_TEMPFAIL, "try again": the same command resumes
 _CHECKS = 20  # per allowed time
 STARTING, FIRST_BATCH = "starting", "first batch"
 # Reading weights or making them, restoring, waiting for the first data, compiling, and what compiles something.
@@ -88,13 +88,13 @@ class Watchdog:
         field = "long_minutes" if self._limit() > self._seconds else "hang_minutes"
         sentence = (
             f"no sign of life for {idle / 60:.3g} minutes (guard.{field} is {self._limit() / 60:g}) while "
-            f"{self._phase}; the stacks of all threads are in {self._path}; exit code {EXIT_CODE}\n"
+            f"{self._phase}; the stacks of all threads are in {self._path}; exit code {TEMPORARY}\n"
         )
         with contextlib.suppress(OSError, ValueError), self._path.open("w") as file:
             _write(file, sentence)
         with contextlib.suppress(OSError, ValueError):
             _write(sys.__stderr__ or sys.stderr, sentence)
-        os._exit(EXIT_CODE)  # nothing else ends a thread that hangs in C
+        os._exit(TEMPORARY)  # nothing else ends a thread that hangs in C
 
 
 def _write(file: TextIO, sentence: str) -> None:

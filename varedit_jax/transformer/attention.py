@@ -21,7 +21,7 @@ from varedit_jax.parallel.constrain import constrain, gather_tokens, per_shard, 
 from varedit_jax.parallel.mesh import BATCH
 from varedit_jax.resize import area_resize
 from varedit_jax.scales import Pyramid
-from varedit_jax.transformer.kernels import Kernel, apart, choose, cudnn, platform, splash
+from varedit_jax.transformer.kernels import Kernel, apart, blocked, choose, cudnn, platform, splash
 from varedit_jax.transformer.products import from_heads, to_heads
 from varedit_jax.transformer.rope import rotate
 
@@ -252,6 +252,17 @@ def grouped_attention(
     return jnp.concatenate(outputs, axis=2)
 
 
+def blocked_attention(q_BHLD: jax.Array, k_BHLD: jax.Array, v_BHLD: jax.Array, visibility: Visibility) -> jax.Array:
+    """`prefix_attention` by `blocked.grouped_attention`; every scale is a group of its own."""
+    if q_BHLD.shape[2] > visibility.source_tokens:
+        k_BHLD, v_BHLD = visibility.all_keys(k_BHLD), visibility.all_keys(v_BHLD)
+    groups = tuple(
+        blocked.Group((group.queries.start, group.queries.stop), tuple((keys.start, keys.stop) for keys in group.keys))
+        for group in query_groups(visibility, q_BHLD.shape[2], small=0)
+    )
+    return blocked.grouped_attention(q_BHLD, k_BHLD, v_BHLD, None, groups)
+
+
 def self_attention(
     q_BHLD: jax.Array,
     k_BHLD: jax.Array,
@@ -268,9 +279,13 @@ def self_attention(
     if kernel == "splash":
         by_splash = functools.partial(splash_attention, interpret=platform() != "tpu")
         return per_shard(functools.partial(by_splash, visibility=visibility, tokens=tokens), q_BHLD, k_BHLD, v_BHLD)
-    function = grouped_attention if kernel == "cudnn" else functools.partial(prefix_attention, remat=remat)
+    functions: dict[Kernel, Callable[..., jax.Array]] = {
+        "plain": functools.partial(prefix_attention, remat=remat),
+        "blocked": blocked_attention,
+        "cudnn": grouped_attention,
+    }
     real = (x[:, :, :tokens] for x in (q_BHLD, k_BHLD, v_BHLD))
-    return _padded(per_shard(functools.partial(function, visibility=visibility), *real), q_BHLD.shape[2])
+    return _padded(per_shard(functools.partial(functions[kernel], visibility=visibility), *real), q_BHLD.shape[2])
 
 
 def _padded(x_BHLD: jax.Array, tokens: int) -> jax.Array:
@@ -301,8 +316,13 @@ def cross_attention(
         real_B = jnp.sum(mask_BT, axis=1, dtype=jnp.int32)
         return cudnn.full_attention(q, k, v, real_B, "cross_attention", implementation)
 
+    def by_blocks(q: jax.Array, k: jax.Array, v: jax.Array, mask_BT: jax.Array) -> jax.Array:
+        every = (blocked.Group((0, q.shape[2]), ((0, k.shape[2]),)),)
+        return blocked.grouped_attention(q, k, v, mask_BT, every, "cross_attention")
+
     functions: dict[Kernel, Callable[..., jax.Array]] = {
         "plain": jax.checkpoint(attend, prevent_cse=False) if remat else attend,
+        "blocked": by_blocks,
         "splash": by_splash,
         "cudnn": by_cudnn,
     }

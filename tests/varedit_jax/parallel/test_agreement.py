@@ -13,8 +13,9 @@ import pytest
 import safetensors.numpy
 
 from tests.varedit_jax.parallel.test_processes import two_processes
+from varedit_jax.causes import exit_code
 from varedit_jax.config import MeshConfig
-from varedit_jax.errors import UserError
+from varedit_jax.errors import TEMPORARY, UserError
 from varedit_jax.parallel import agreement, processes
 from varedit_jax.parallel.mesh import make_mesh
 from varedit_jax.training import checkpoint, run_config
@@ -46,6 +47,10 @@ def all_cases(directory: pathlib.Path, address: str, index: int) -> None:
         with pytest.raises(UserError, match=sentence), agreement.together():
             if index == 1:
                 raise UserError("a mistake")
+        with pytest.raises(UserError, match="cannot read") as found, agreement.together():
+            if index == 1:
+                raise UserError("cannot read") from ConnectionResetError()
+        assert exit_code(found.value) == TEMPORARY  # in both
         configurations(index)
         agreement.STALE_SECONDS = 2.0
         directories(directory, index)

@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from varedit_jax.training.watchdog import EXIT_CODE, Watchdog
+from varedit_jax.errors import TEMPORARY
+from varedit_jax.training.watchdog import Watchdog
 
 HANGING = """
 import ctypes, sys, threading
@@ -37,7 +38,7 @@ def hang(directory: pathlib.Path, how: str, in_thread: bool = False) -> subproce
 @pytest.mark.subprocess
 def test_a_hang_writes_the_stacks_of_all_threads_and_exits(tmp_path: pathlib.Path) -> None:
     done = hang(tmp_path, "threading.Event().wait()", in_thread=True)
-    assert done.returncode == EXIT_CODE
+    assert done.returncode == TEMPORARY
     (file,) = tmp_path.glob("hang_*.txt")
     for text in (done.stderr, file.read_text()):
         assert "minutes (guard.hang_minutes is 0.0166667) while step; the stacks of all threads are in" in text

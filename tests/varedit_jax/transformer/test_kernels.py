@@ -18,6 +18,7 @@ from varedit_jax.transformer.attention import (
     SMALL_GROUP,
     Visibility,
     attend,
+    blocked_attention,
     cross_attention,
     grouped_attention,
     prefix_attention,
@@ -52,6 +53,7 @@ def splash(q, k, v, visibility, tokens=0):
 KERNELS = {
     "plain": prefix_attention,
     "plain, scores recomputed": functools.partial(prefix_attention, remat=True),
+    "blocked": blocked_attention,
     "splash": splash,
     "grouped": functools.partial(grouped_attention, implementation="xla", small=16),
 }
@@ -61,6 +63,7 @@ KERNELS = {
 def small_blocks(monkeypatch):
     """Several blocks a sequence, as long ones have."""
     monkeypatch.setattr(kernels.splash, "LARGEST_BLOCK", 128)
+    monkeypatch.setattr(kernels.blocked, "LARGEST_BLOCK", 25)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +96,7 @@ def test_equals_a_dense_mask_forward_and_backward(compare, block, kernel):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("kernel", ["plain", "splash", "grouped"])
+@pytest.mark.parametrize("kernel", ["plain", "blocked", "splash", "grouped"])
 @pytest.mark.parametrize("block", ["full", "sar, block 0"])
 def test_the_source_alone_gives_what_it_gives_within_the_sequence(quick_jit, block, kernel):
     """As the sampler fills its caches."""
@@ -106,7 +109,7 @@ def test_the_source_alone_gives_what_it_gives_within_the_sequence(quick_jit, blo
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("kernel", ["plain", "splash", "cudnn"])
+@pytest.mark.parametrize("kernel", ["plain", "blocked", "splash", "cudnn"])
 def test_attention_to_the_text_equals_a_dense_mask_forward_and_backward(quick_jit, kernel):
     """Texts of one token, of some and of all, in several blocks; gradients of what is padding are zero."""
     draw = np.random.default_rng(0)

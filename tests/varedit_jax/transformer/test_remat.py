@@ -83,3 +83,21 @@ def test_kept_attention_does_not_run_its_kernel_again():
     for saved, calls in ((REMAT_NAMES, 3 + 3), (config.remat_saved, 3 + 4), (("qkv", "proj"), 4 + 4)):
         program = backward(dataclasses.replace(config, remat_saved=saved), Pyramid(grids, grids))
         assert kernels(program) == 2 * calls, saved  # in the first block and in the scanned one
+
+
+def maxima(jaxpr):
+    """Returns the number of maxima over scores, which attention by blocks takes in its forward pass alone."""
+    inner = [body for equation in jaxpr.eqns for body in jaxprs_in_params(equation.params)]
+    found = [equation for equation in jaxpr.eqns if equation.primitive.name == "reduce_max"]
+    return sum(equation.invars[0].aval.ndim == 4 for equation in found) + sum(map(maxima, inner))
+
+
+def test_kept_attention_by_blocks_does_not_run_again():
+    """Per block: source and two scales, and the text; the pooling of the text has a maximum of its own."""
+    grids = ((1, 1), (2, 3))
+    config = TransformerConfig(
+        depth=2, width=16, heads=2, token_bits=4, text_width=16, attention="blocked", remat="named"
+    )
+    for saved, calls in ((REMAT_NAMES, 3 + 1), (config.remat_saved, 3 + 2), (("qkv", "proj"), 6 + 2)):
+        program = backward(dataclasses.replace(config, remat_saved=saved), Pyramid(grids, grids))
+        assert maxima(program) == 2 * calls + 1, saved

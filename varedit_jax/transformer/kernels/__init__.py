@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-Kernel = Literal["plain", "splash", "cudnn"]
+Kernel = Literal["plain", "blocked", "splash", "cudnn"]
 
 _FAST: dict[str, Kernel] = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}  # by platform
 
