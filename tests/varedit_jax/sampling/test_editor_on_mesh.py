@@ -1,6 +1,7 @@
 """Editing on meshes of several devices equals editing on one, for any number of images."""
 
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -61,7 +62,7 @@ class Words:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
     """Images of every mesh, from a process that has four devices."""
     path = tmp_path_factory.mktemp("edited") / "images.npz"
-    environment = {**os.environ, "XLA_FLAGS": FLAGS}
+    environment = {**os.environ, "XLA_FLAGS": FLAGS, "PYTHONPATH": str(pathlib.Path(__file__).parents[3])}
     done = subprocess.run(
         [sys.executable, __file__, str(path)], env=environment, capture_output=True, text=True, timeout=600
     )
