@@ -37,9 +37,10 @@ def pad_tokens(x_BLC: jax.Array, tokens: int) -> jax.Array:
     For other pieces the compiler for TPUs (libtpu 0.0.42) emits all-reduces where reduce-scatters would do:
     `experiments.compile_ahead` lists the collectives of a step.
     """
-    piece = TILE * jax.sharding.get_abstract_mesh().shape["tensor"] if has_mesh() else 1
-    more = tokens + -tokens % (piece if piece > TILE else 1) - x_BLC.shape[1]
-    return jnp.pad(x_BLC, ((0, 0), (0, more), (0, 0)))
+    tensor = jax.sharding.get_abstract_mesh().shape["tensor"] if has_mesh() else 1
+    if tensor > 1:
+        tokens += -tokens % (TILE * tensor)
+    return jnp.pad(x_BLC, ((0, 0), (0, tokens - x_BLC.shape[1]), (0, 0)))
 
 
 def tokens_between_blocks(x_BLC: jax.Array) -> jax.Array:

@@ -215,11 +215,8 @@ def splash_attention(
     if tokens == visibility.source_tokens:
         mask_LM = mask_LM[:, :tokens]
     elif visibility.scale_aligned:
-        more = splash.padded_keys(mask_LM.shape[1]) - mask_LM.shape[1]
-        k_BHLD, v_BHLD = (
-            jnp.pad(visibility.all_keys(x[:, :, :tokens]), ((0, 0), (0, 0), (0, more), (0, 0)))
-            for x in (k_BHLD, v_BHLD)
-        )
+        keys = splash.padded_keys(mask_LM.shape[1])
+        k_BHLD, v_BHLD = (_padded(visibility.all_keys(x[:, :, :tokens]), keys) for x in (k_BHLD, v_BHLD))
     return splash.masked_attention(q_BHLD, k_BHLD, v_BHLD, mask_LM, interpret=interpret)
 
 

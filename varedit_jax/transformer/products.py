@@ -93,6 +93,11 @@ def _product_backward(
 _product.defvjp(_product_forward, _product_backward)
 
 
+def _is_plain(config: TransformerConfig) -> bool:
+    """Returns True where products and their gradients are those of an ordinary matmul."""
+    return config.gradient_sums == "dtype" and config.products == "plain"
+
+
 def product(x: jax.Array, kernel_IO: jax.Array, config: TransformerConfig) -> jax.Array:
     """Returns x [..., I] times a kernel [I, O] in the type of x, as `config.products` and `config.gradient_sums` say.
 
@@ -100,15 +105,15 @@ def product(x: jax.Array, kernel_IO: jax.Array, config: TransformerConfig) -> ja
     """
     if config.gradient_sums == "dtype":
         kernel_IO = kernel_IO.astype(x.dtype)
-        if config.products == "plain":
-            return x @ kernel_IO
+    if _is_plain(config):
+        return x @ kernel_IO
     return _product(x, kernel_IO, config.products, config.products_backward)
 
 
 def to_heads(x_BLC: jax.Array, kernel_CHD: jax.Array, config: TransformerConfig) -> jax.Array:
     """`product` with a kernel of heads: [B, H, L, D]. The plain one is written in that order by the matmul itself."""
     width, heads, head_size = kernel_CHD.shape
-    if config.gradient_sums == "dtype" and config.products == "plain":
+    if _is_plain(config):
         return jnp.einsum("blc,chd->bhld", x_BLC, kernel_CHD.astype(x_BLC.dtype))
     out_BLC = product(x_BLC, kernel_CHD.reshape(width, -1), config)
     return jnp.swapaxes(out_BLC.reshape(*x_BLC.shape[:2], heads, head_size), 1, 2)
@@ -116,7 +121,7 @@ def to_heads(x_BLC: jax.Array, kernel_CHD: jax.Array, config: TransformerConfig)
 
 def from_heads(x_BHLD: jax.Array, kernel_HDC: jax.Array, config: TransformerConfig) -> jax.Array:
     """`product` of all heads: [B, L, C]."""
-    if config.gradient_sums == "dtype" and config.products == "plain":
+    if _is_plain(config):
         return jnp.einsum("bhld,hdc->blc", x_BHLD, kernel_HDC.astype(x_BHLD.dtype))
     x_BLHD = jnp.swapaxes(x_BHLD, 1, 2)
     return product(x_BLHD.reshape(*x_BLHD.shape[:2], -1), kernel_HDC.reshape(-1, kernel_HDC.shape[-1]), config)
