@@ -29,7 +29,8 @@ def write(checkpoint: pathlib.Path) -> None:
     for path in files_below(checkpoint):
         name = path.relative_to(checkpoint).as_posix()
         writer = _WRITER.search(name)
-        if (int(writer[1]) if writer else 0) == index and not name.startswith("manifest_"):
+        passing = path.name.startswith((".", "manifest_"))  # another process may be writing its own at this moment
+        if (int(writer[1]) if writer else 0) == index and not passing:
             found[name] = {"bytes": size(path), "sha256": sha256_of_file(path)}
     record = {"version": MANIFEST_VERSION, "files": found}
     files.write_json(checkpoint / f"manifest_{index}-of-{count}.json", record, indent=1)

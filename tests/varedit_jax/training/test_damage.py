@@ -10,6 +10,8 @@ import pytest
 from tests.varedit_jax.training.runs import Outcome, Run, assert_same, assert_same_outcome, outcome
 from tests.varedit_jax.training.test_checkpoint import make_iterator, make_state, save
 from varedit_jax.errors import UserError
+from varedit_jax.storage import files
+from varedit_jax.training import checksums
 from varedit_jax.training.checkpoint import Checkpoints
 from varedit_jax.training.state import TrainState
 from varedit_jax.weights.run_directory import checkpoint_steps
@@ -72,6 +74,20 @@ def test_the_run_goes_back_to_the_checkpoint_before(
     damage(tmp_path / "checkpoints" / "2")
     assert_same(restore(tmp_path)[0], make_state(seed=1))
     assert sorted(path.name for path in (tmp_path / "damaged").iterdir()) == ["2", "3", "3_"]
+
+
+def test_a_draft_of_another_process_is_no_file_of_the_checkpoint(tmp_path: pathlib.Path) -> None:
+    """What another process is writing when the checksums are made is gone when they are compared."""
+    save(tmp_path, 1)
+    checkpoint = tmp_path / "checkpoints" / "1"
+    with files.replacing(checkpoint / "manifest_1-of-2.json") as draft:
+        draft.write(b'{"files": {}}')
+        draft.flush()
+        assert any(path.name.endswith(".draft") for path in checkpoint.iterdir())
+        checksums.write(checkpoint)
+    assert not checksums.find_damage(checkpoint)
+    flip(checkpoint)
+    assert "the checksum of" in checksums.find_damage(checkpoint)
 
 
 def test_the_last_checkpoint_stays_where_it_is(tmp_path: pathlib.Path) -> None:
