@@ -22,7 +22,7 @@ from varedit_jax.parallel.mesh import BATCH
 from varedit_jax.resize import area_resize
 from varedit_jax.scales import Pyramid
 from varedit_jax.transformer.kernels import Kernel, apart, blocked, choose, cudnn, platform, splash
-from varedit_jax.transformer.products import from_heads, to_heads
+from varedit_jax.transformer.products import add_bias, from_heads, to_heads
 from varedit_jax.transformer.rope import rotate
 
 MAX_LOG_SCALE = float(np.log(100.0))
@@ -366,7 +366,7 @@ class ToHeads(nn.Module):
         kernel = self.param("kernel", kernel_init(), (config.width, config.width))
         bias = self.param("bias", nn.initializers.zeros, (config.width,))
         out_BHLD = _to_heads(x_BLC, kernel.reshape(-1, *shape), "cross_q", config)
-        return out_BHLD + bias.astype(out_BHLD.dtype).reshape(shape)[None, :, None]
+        return add_bias(out_BHLD, bias.reshape(shape))
 
 
 class FromHeads(nn.Module):
@@ -380,9 +380,9 @@ class FromHeads(nn.Module):
         config = self.config
         init = kernel_init((2 * config.depth) ** -0.5)
         kernel = self.param("kernel", init, (config.width, config.width))
-        bias = self.param("bias", nn.initializers.zeros, (config.width,)).astype(x_BHLD.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (config.width,))
         kernel_HDC = kernel.reshape(config.heads, config.head_size, -1)
-        return from_heads(constrain(x_BHLD, BATCH, "tensor"), kernel_HDC, config) + bias[None, None]
+        return add_bias(from_heads(constrain(x_BHLD, BATCH, "tensor"), kernel_HDC, config), bias)
 
 
 class SelfAttention(nn.Module):
@@ -424,9 +424,9 @@ class SelfAttention(nn.Module):
         # One matmul each: their concatenation could not be split over heads.
         q, k, v = (_to_heads(x_BLC, qkv_kernel[:, part], "qkv", config) for part in range(3))
         q_scale = jnp.exp(jnp.minimum(scale_mul, MAX_LOG_SCALE))[None, :, None, None]
-        q = _normalized(q + q_bias.astype(dtype)[None, :, None]) * q_scale
+        q = _normalized(add_bias(q, q_bias)) * q_scale
         k = _normalized(k)
-        v = v + v_bias.astype(dtype)[None, :, None]
+        v = add_bias(v, v_bias)
         q, k = rotate(q, rotation_2LD, dtype), rotate(k, rotation_2LD, dtype)
 
         if cache is not None and scale is not None:
@@ -466,7 +466,7 @@ class CrossAttention(nn.Module):
         if cache is None:
             kernel = choose(config.attention, head_size, dtype)
             k, v = (_to_heads(memory_BTC.astype(dtype), kv_kernel[:, part], "cross_kv", config) for part in range(2))
-            v = v + v_bias.astype(dtype)[None, :, None]
+            v = add_bias(v, v_bias)
         else:
             k, v = cache.text_k, cache.text_v
         output_BHLD = cross_attention(q, k, v, mask_BT, kernel, remat=config.remat != "none")

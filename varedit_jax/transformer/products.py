@@ -127,6 +127,29 @@ def from_heads(x_BHLD: jax.Array, kernel_HDC: jax.Array, config: TransformerConf
     return product(x_BLHD.reshape(*x_BLHD.shape[:2], -1), kernel_HDC.reshape(-1, kernel_HDC.shape[-1]), config)
 
 
+def _aligned(bias: jax.Array, dimensions: int) -> jax.Array:
+    """A bias [O] along the last axis, or [H, D] as x_BHLD has it."""
+    return _row(bias, dimensions) if bias.ndim == 1 else bias[None, :, None]
+
+
+@jax.custom_vjp
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """Returns x [..., O] plus a bias [O], or x [B, H, L, D] plus a bias [H, D], in the type of x.
+
+    The bias is float32, and so is the sum over tokens that is its gradient. A sum in bfloat16 is less exact, and
+    slower: libtpu (0.0.42) does not fuse it with the conversion, and estimates 2.3 times the cycles.
+    """
+    return x + _aligned(bias.astype(x.dtype), x.ndim)
+
+
+def _bias_backward(bias: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    tokens = tuple(range(gradient.ndim - 1)) if bias.ndim == 1 else (0, 2)
+    return gradient, jnp.sum(gradient.astype(bias.dtype), axis=tokens)
+
+
+add_bias.defvjp(lambda x, bias: (add_bias(x, bias), bias), _bias_backward)
+
+
 class Dense(nn.Module):
     """`flax.linen.Dense` in the type of the blocks, whose matmul is `product`."""
 
@@ -140,4 +163,4 @@ class Dense(nn.Module):
         dtype = jnp.dtype(self.config.dtype)
         kernel_IO = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return product(x.astype(dtype), kernel_IO, self.config) + _row(bias.astype(dtype), x.ndim)
+        return add_bias(product(x.astype(dtype), kernel_IO, self.config), bias)

@@ -21,7 +21,7 @@ from varedit_jax.parallel.rules import gather, param_shardings
 from varedit_jax.parallel.topology import topology_devices
 from varedit_jax.transformer.attention import kernel_init
 from varedit_jax.transformer.block import MLP
-from varedit_jax.transformer.products import Dense, product, rounded
+from varedit_jax.transformer.products import Dense, add_bias, product, rounded
 
 CONFIG = TransformerConfig(width=16, heads=2, depth=2, text_width=16)
 TOKENS, WIDTH, OUT = 6, 16, 12
@@ -88,7 +88,10 @@ def test_rounding_keeps_zeros_and_extremes(dtype):
 
 
 def test_the_default_is_what_flax_computes():
-    """`Dense` has the parameters of flax's, drawn alike, and the same bits come out, in bfloat16 too."""
+    """`Dense` has the parameters of flax's, drawn alike, and the same bits come out, in bfloat16 too.
+
+    The gradient of the bias alone is more exact: its sum over tokens is float32.
+    """
     x = np.random.default_rng(0).normal(size=(2, TOKENS, WIDTH)).astype(jnp.bfloat16)
     theirs = nn.Dense(OUT, dtype=jnp.bfloat16, kernel_init=kernel_init(), name="fc1")
     ours = Dense(dataclasses.replace(CONFIG, dtype="bfloat16"), OUT, kernel_init(), name="fc1")
@@ -99,7 +102,27 @@ def test_the_default_is_what_flax_computes():
     def run(module):
         return jax.value_and_grad(lambda params: jnp.sum(module.apply(params, x).astype(jnp.float32) ** 2))(params)
 
-    assert jax.tree.all(jax.tree.map(np.array_equal, run(theirs), run(ours)))
+    (loss, gradients), (our_loss, our_gradients) = run(theirs), run(ours)
+    assert loss == our_loss
+    np.testing.assert_array_equal(gradients["params"]["kernel"], our_gradients["params"]["kernel"])
+    outputs = np.asarray(ours.apply(params, x), np.float32)
+    exact = (2 * outputs).astype(jnp.bfloat16).astype(np.float64).sum(axis=(0, 1))
+    errors = [np.abs(g["params"]["bias"] - exact).max() for g in (our_gradients, gradients)]
+    assert errors[0] < 1e-5 < 1e-2 < errors[1]
+
+
+def test_the_bias_of_heads():
+    """[H, D] goes along heads and channels, and its gradient sums over the rest in float32."""
+    generator = np.random.default_rng(1)
+    x_BHLD = generator.normal(size=(2, 3, 50, 4)).astype(jnp.bfloat16)
+    bias_HD = generator.normal(size=(3, 4)).astype(np.float32)
+    out, pull = jax.vjp(add_bias, x_BHLD, bias_HD)
+    np.testing.assert_array_equal(out, x_BHLD + bias_HD.astype(jnp.bfloat16)[None, :, None])
+    gradient = generator.normal(size=out.shape).astype(jnp.bfloat16)
+    x_gradient, bias_gradient = pull(gradient)
+    np.testing.assert_array_equal(x_gradient, gradient)
+    assert bias_gradient.dtype == np.float32
+    np.testing.assert_allclose(bias_gradient, gradient.astype(np.float64).sum(axis=(0, 2)), rtol=1e-5, atol=1e-6)
 
 
 def test_gradients_are_rounded_once_less_with_float32_sums(operands):

@@ -13,14 +13,14 @@ LANES = 128  # lengths and block sizes are multiples of it
 LARGEST_BLOCK = 1024  # tokens; of larger ones, too few tiles can be skipped
 LARGEST_COMPUTED = 512  # keys of a block whose scores are computed at once, if there are as many that divide it
 VMEM_BYTES = 14 * 2**20  # that the arrays of a tile may take, of the 16 MiB that the compiler gives a kernel
-# A step of a kernel's grid costs what so many scores of a head of 128 channels do (0.35 us, by the Pallas guide, at the
-# 230 TFLOP/s of one core of v5p).
-STEP_SCORES = 157_000
+# Costs are in scores of the forward pass, for a head of 128 channels, at half of the 230 TFLOP/s of one core of v5p.
+# A step of a kernel's grid takes 0.35 us, by the Pallas guide.
+STEP_SCORES = 79_000
 # Matmuls per score of the three kernels, relative to the two of the forward pass.
 _DKV, _DQ, _FUSED = 2.0, 1.5, 2.5
-# Traffic of one token's share of the gradient of q, written and read once more for each block of keys, in scores of the
-# forward pass (2 x 256 bytes at 2.8 TB/s).
-_PARTIAL_SCORES = 82
+# One token's share of the gradient of q, for each block of keys: written (256 bytes at 2.8 TB/s), and, of several
+# blocks, summed (libtpu 0.0.42 estimates 2.7 ms for seven of 4 x 28 x 3584 tokens; to read them takes a tenth of that).
+_WRITE_SCORES, _SUM_SCORES = 20, 430
 # Matmuls with parameters of a token, in scores of all heads: 14 C^2 multiply-adds over 2 C.
 _LINEAR_SCORES_PER_WIDTH = 7
 
@@ -89,7 +89,7 @@ def backward_tiles(shape: tuple[int, int], seen: Seen) -> tuple[Tiles, Tiles | N
     for q, kv in _fitting(rows, columns, arrays=4):
         tiles, blocks = seen(q, kv), columns // kv
         visits = rows // q * blocks
-        partials = blocks * rows * _PARTIAL_SCORES
+        partials = blocks * rows * (_WRITE_SCORES + (_SUM_SCORES if blocks > 1 else 0))
         fused.append(Tiles(q, kv, tiles * _FUSED * q * kv + visits * STEP_SCORES + partials))
         keys.append(Tiles(q, kv, tiles * (_DKV * q * kv + STEP_SCORES)))
     best, own = (min(choices, key=lambda choice: choice.cost) for choices in (fused, keys))
