@@ -18,12 +18,12 @@ from varedit_jax import hardware
 from varedit_jax.analysis import links, timeline, work
 from varedit_jax.analysis.hlo import Module
 from varedit_jax.analysis.timeline import GATHERS, SCATTERS, Timeline, Traffic
-from varedit_jax.analysis.work import MATMUL, MOVE, Piece
+from varedit_jax.analysis.work import ELEMENTWISE, MATMUL, MOVE, Piece
 from varedit_jax.errors import UserError
 
 Prediction = dict[str, Any]  # ready for JSON
 
-WORST = 10  # moves, and matmuls, that are listed
+WORST = 10  # moves, elementwise operations and matmuls that are listed
 CASES = ("best", "expected", "worst")
 
 
@@ -86,7 +86,9 @@ def predict(
         runs[case] = timeline.walk(module, mesh, model, {key: piece.each for key, piece in found.items()})
     step = runs["expected"].seconds
     kinds = sums(found.values(), "kind") | {"exposed collectives": runs["expected"].exposed}
-    moves, matmuls = ([piece for piece in found.values() if piece.kind == kind] for kind in (MOVE, MATMUL))
+    moves, elementwise, matmuls = (
+        [piece for piece in found.values() if piece.kind == kind] for kind in (MOVE, ELEMENTWISE, MATMUL)
+    )
     speed = chip.tflops * 1e12 / chip.devices
     traffic = runs["expected"].traffic
     return {
@@ -96,6 +98,7 @@ def predict(
         "moves_share": rounded(kinds.get(MOVE, 0.0) / step),
         "moves_by_operation": {name: rounded(seconds) for name, seconds in sums(moves, "operation").items()},
         "worst_moves": _worst(moves),
+        "worst_elementwise": _worst(elementwise),
         "matmul_share_of_peak": rounded(sum(x.flops * x.times for x in matmuls) / speed / kinds.get(MATMUL, math.inf)),
         "worst_matmuls": _worst(matmuls, speed),
         "collectives": {kind: _traffic(entry) for kind, entry in traffic.items()},
@@ -274,8 +277,9 @@ def _details(predicted: Prediction) -> list[str]:
         f"{row['times']:6d} x {row['seconds']:9.4g} s"
         for row in predicted["kernels"]
     ]
-    rows.append(f"the {WORST} worst moves:")
-    rows += [f"  {row['seconds']:9.4g} s {_what(row)}" for row in predicted["worst_moves"]]
+    for title, name in (("moves", "worst_moves"), ("elementwise operations", "worst_elementwise")):
+        rows.append(f"the {WORST} worst {title}:")
+        rows += [f"  {row['seconds']:9.4g} s {_what(row)}" for row in predicted[name]]
     rows.append(f"matmuls at {100 * predicted['matmul_share_of_peak']:.1f} % of peak; the {WORST} that lose most:")
     rows += [
         f"  {row['seconds']:9.4g} s, at peak {row['seconds_at_peak']:9.4g} s {_what(row)}"

@@ -90,6 +90,14 @@ def test_moves_by_place(work):
     assert work["moves_by_operation"] == {"copy": 1.65e-06, "padded_slice_fusion": 6e-07, "save_fusion": 3e-07}
 
 
+def test_elementwise_by_place(work):
+    """All that is neither moved nor multiplied, by the same rows."""
+    rows = work["worst_elementwise"]
+    assert sum(row["seconds"] for row in rows) == pytest.approx(work["seconds_by_kind"]["elementwise"], rel=1e-3)
+    assert [row["seconds"] for row in rows] == sorted((row["seconds"] for row in rows), reverse=True)
+    assert not {row["instruction"] for row in rows} & {row["instruction"] for row in work["worst_moves"]}
+
+
 def test_matmuls(work):
     """How far the compiler thinks they are from peak."""
     at_peak = 3 * 2 * 512**3 / 100e12
