@@ -79,8 +79,8 @@ LAYOUTS = {
     "varedit_8b_512": {
         "v5p_128": MachineLayout(6, saved=REMAT_NAMES),
         "v5p_256": MachineLayout(3, data=2, saved=REMAT_NAMES),
-        "v6e_256": MachineLayout(3),
-        "v5e_256": MachineLayout(6, tensor=4),
+        "v6e_256": MachineLayout(3, data=4),
+        "v5e_256": MachineLayout(6, data=4),
         "h100_64": MachineLayout(8, saved=REMAT_NAMES),
     },
     "varedit_8b_1024": {
