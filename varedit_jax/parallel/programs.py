@@ -3,48 +3,65 @@
 import concurrent.futures
 import contextlib
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
+from varedit_jax.parallel.compiler_options import options_explained
 from varedit_jax.parallel.processes import wait_for_all
 
 
 class Programs:
-    """A jitted function with a program for each set of shapes, compiled by `prepare` or on first use.
+    """A function with a program for each set of shapes, compiled by `prepare` or on first use.
 
     All processes of a run call it for the same shapes in the same order.
     """
 
-    def __init__(self, name: str, function: Any, mesh: jax.sharding.Mesh | None = None) -> None:
+    def __init__(
+        self, name: str, lower: Callable[..., jax.stages.Lowered], mesh: jax.sharding.Mesh | None = None
+    ) -> None:
         """Compiles nothing yet.
 
         Args:
           name: of the function, for messages.
-          function: from jax.jit, without static arguments.
+          lower: lowers the function for its arguments, which may be abstract: `lower` of what jax.jit returns, or a
+            function that makes it for their shapes.
           mesh: that its programs are compiled on; each thread has its own, so that of the caller would be missing.
         """
-        self._name, self._function, self._mesh = name, function, mesh
+        self._name, self._lower, self._mesh = name, lower, mesh
         self._programs: dict[Any, concurrent.futures.Future[Any]] = {}
         self._lock = threading.Lock()
         self._called: set[Any] = set()
 
-    def prepare(self, *arguments: Any) -> None:
-        """Compiles the program of arguments of these shapes, which may be abstract; a failure comes up when called."""
+    def prepare(self, *arguments: Any, pool: concurrent.futures.Executor | None = None) -> None:
+        """Compiles the program of arguments of these shapes, which may be abstract; a failure comes up when called.
+
+        With `pool` it returns at once, and the program is compiled there.
+        """
         shapes = _shapes(arguments)
         with self._lock:
             if shapes in self._programs:
                 return
+            if pool is not None:
+                self._programs[shapes] = pool.submit(self._compile, arguments)
+                return
             program = self._programs[shapes] = concurrent.futures.Future()
         try:
-            mesh = self._mesh or jax.sharding.get_mesh()
-            with contextlib.nullcontext() if mesh.empty else jax.set_mesh(mesh):
-                program.set_result(self._function.lower(*arguments).compile())
+            program.set_result(self._compile(arguments))
         except BaseException as error:
             program.set_exception(error)
 
+    def _compile(self, arguments: tuple[Any, ...]) -> jax.stages.Compiled:
+        mesh = self._mesh or jax.sharding.get_mesh()
+        with contextlib.nullcontext() if mesh.empty else jax.set_mesh(mesh), options_explained():
+            return self._lower(*arguments).compile()
+
     def __call__(self, *arguments: Any) -> Any:
-        """Returns what the function returns. Waits for a program that is being compiled."""
+        """Returns what the function returns. Waits for a program that is being compiled.
+
+        Raises UserError for an option that the compiler does not take.
+        """
         shapes = _shapes(arguments)
         self.prepare(*arguments)
         program = self._programs[shapes].result()

@@ -199,7 +199,7 @@ def _compiled(
     config: EditorConfig, pyramid: Pyramid, sampling: SamplingConfig, every_scale: bool, mesh: jax.sharding.Mesh
 ) -> Programs:
     """Returns the programs of such calls."""
-    return Programs("edit", jitted_edit(config, pyramid, sampling, every_scale, mesh), mesh)
+    return Programs("edit", jitted_edit(config, pyramid, sampling, every_scale, mesh).lower, mesh)
 
 
 def jitted_edit(

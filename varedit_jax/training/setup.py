@@ -191,6 +191,7 @@ class MeshRun:
             frozen,
             later,
             self._of_other_lengths,
+            self.mesh,
         )
 
     def _of_other_lengths(self, batch: Batch) -> list[dict[str, Any]]:
@@ -232,7 +233,7 @@ class MeshRun:
         """Returns the evaluation of batches of a pyramid with so many kinds of edits."""
         if (pyramid, kinds) not in self._evaluations:
             function = jitted_evaluation(self.config, pyramid, self.mesh, kinds)
-            self._evaluations[pyramid, kinds] = Programs("evaluation", function, self.mesh)
+            self._evaluations[pyramid, kinds] = Programs("evaluation", function.lower, self.mesh)
         return self._evaluations[pyramid, kinds]
 
     def prepare_evaluation(self, kinds: int) -> None:

@@ -2,19 +2,15 @@
 
 import bisect
 import concurrent.futures
-import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import jax
 
-from varedit_jax.parallel.compiler_options import options_explained
-from varedit_jax.parallel.processes import wait_for_all
+from varedit_jax.parallel.programs import Programs
 from varedit_jax.training.state import StepFn, TrainState
 from varedit_jax.types import Batch, Metrics
-
-BatchShapes = tuple[tuple[str, tuple[int, ...]], ...]  # of a batch, by name
 
 
 class Stages:
@@ -30,6 +26,7 @@ class Stages:
         frozen: Any,
         later: Sequence[Callable[[], object]] = (),
         alike: Callable[[Batch], Sequence[Batch]] = lambda batch: (),
+        mesh: jax.sharding.Mesh | None = None,
     ) -> None:
         """Compiles nothing before the first step is called.
 
@@ -42,12 +39,15 @@ class Stages:
             the run will need before it needs those of later stages.
           alike: from a batch, abstract ones of the other shapes that batches of the run may have: a stage's steps for
             them are compiled ahead, too.
+          mesh: that the steps are compiled on, if there is one.
         """
         self._ends = [end for end, _ in steps]
-        self._step_of = [step_of for _, step_of in steps]
+        self._programs = [
+            Programs(f"step of stage {stage}", _lower(step_of), mesh) for stage, (_, step_of) in enumerate(steps)
+        ]
         self._frozen, self._later, self._alike = frozen, later, alike
         self._functions = [self._function(stage) for stage in range(len(steps))]
-        self._compiled: dict[tuple[int, BatchShapes], concurrent.futures.Future[Any]] = {}
+        self._begun = False
         self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="compile")
 
     def __enter__(self) -> Self:
@@ -66,19 +66,10 @@ class Stages:
 
     def _function(self, stage: int) -> StepFn:
         def run(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
-            arguments = (state, self._frozen, batch, key)
-            shapes = _shapes(batch)
-            ready = self._compiled.get((stage, shapes))
-            if ready:
-                return ready.result()(*arguments)
-            first = not self._compiled
-            compiled = self._compile(stage, arguments, jax.sharding.get_mesh())
-            ready = self._compiled[stage, shapes] = concurrent.futures.Future()
-            ready.set_result(compiled)
-            wait_for_all(f"step of stage {stage}")
-            result = compiled(*arguments)
-            if first:
-                self._compile_ahead(stage, (result[0], *arguments[1:]))
+            result = self._programs[stage](state, self._frozen, batch, key)
+            if not self._begun:
+                self._begun = True
+                self._compile_ahead(stage, (result[0], self._frozen, batch, key))
             return result
 
         return run
@@ -86,27 +77,22 @@ class Stages:
     def _compile_ahead(self, stage: int, arguments: tuple[Any, ...]) -> None:
         """Has the thread compile what the run will need after its first step, in the order in which it may come."""
         state, frozen, batch, key = jax.tree.map(_abstract, arguments)
-        mesh = jax.sharding.get_mesh()  # each thread has its own
         others = self._alike(batch)
 
-        def submit(later: int, batches: Sequence[Batch]) -> None:
+        def submit(programs: Programs, batches: Sequence[Batch]) -> None:
             for other in batches:
-                job = self._pool.submit(self._compile, later, (state, frozen, other, key), mesh)
-                self._compiled[later, _shapes(other)] = job
+                programs.prepare(state, frozen, other, key, pool=self._pool)
 
-        submit(stage, others)
+        submit(self._programs[stage], others)
         for compile_it in self._later:
             self._pool.submit(compile_it)
-        for later in range(stage + 1, len(self._ends)):
-            submit(later, (batch, *others))
-
-    def _compile(self, stage: int, arguments: tuple[Any, ...], mesh: jax.sharding.Mesh) -> Any:
-        with contextlib.nullcontext() if mesh.empty else jax.set_mesh(mesh), options_explained():
-            return self._step_of[stage](arguments[2]).lower(*arguments).compile()
+        for programs in self._programs[stage + 1 :]:
+            submit(programs, (batch, *others))
 
 
-def _shapes(batch: Batch) -> BatchShapes:
-    return tuple((name, value.shape) for name, value in sorted(batch.items()))
+def _lower(step_of: Callable[[Batch], Any]) -> Callable[..., jax.stages.Lowered]:
+    """Returns a function that lowers the step which `step_of` returns for the batch among its arguments."""
+    return lambda state, frozen, batch, key: step_of(batch).lower(state, frozen, batch, key)
 
 
 def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:

@@ -18,7 +18,7 @@ def test_a_prepared_program_is_not_compiled_again() -> None:
         threads.append(threading.current_thread().name)
         return x + y["b"]
 
-    programs = Programs("add", jax.jit(add))
+    programs = Programs("add", jax.jit(add).lower)
     abstract = jax.ShapeDtypeStruct((2,), jnp.float32)
     thread = threading.Thread(target=programs.prepare, args=(abstract, {"b": abstract}), name="ahead")
     thread.start()
@@ -35,7 +35,7 @@ def test_a_failure_comes_up_when_called() -> None:
     def broken(x: jax.Array) -> jax.Array:
         raise ZeroDivisionError
 
-    programs = Programs("broken", jax.jit(broken))
+    programs = Programs("broken", jax.jit(broken).lower)
     programs.prepare(np.ones(2, np.float32))
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):

@@ -1,12 +1,19 @@
 """Stages: the step of each number, and the compilation of later ones in another thread."""
 
+import pathlib
+import sys
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.varedit_jax.parallel.test_processes import two_processes
+from varedit_jax.config import MeshConfig
+from varedit_jax.parallel import processes
+from varedit_jax.parallel.mesh import batch_sharding, make_mesh, put_batch, replicated
 from varedit_jax.training.stages import Stages
 from varedit_jax.training.state import TrainState
 
@@ -110,3 +117,47 @@ def test_a_batch_of_another_shape_has_a_step_of_its_own() -> None:
             now, _ = stages.step(0)(now, {"x": jnp.ones(size)}, jax.random.key(0))
     assert met == [(2,), (3,)]
     assert float(now.params["w"][0]) == 2 * (2 * 2 + 3 * 3)
+
+
+@pytest.mark.slow
+@pytest.mark.subprocess
+def test_a_step_compiled_in_the_background_waits_for_slow_processes(tmp_path: pathlib.Path) -> None:
+    """No process runs a later stage's step before all have compiled it: a collective may not wait for long."""
+    codes, said = two_processes("one_of_two", tmp_path, devices=1, program=__file__)
+    assert codes == [0, 0], said
+    assert [text.splitlines()[-1] for text in said] == 2 * ["after the slow one: 12.0"]
+
+
+def one_of_two(directory: pathlib.Path, address: str, index: int) -> None:
+    """For `test_a_step_compiled_in_the_background_waits_for_slow_processes`."""
+    compiled = directory / "compiled"
+    with processes.joined(address, 2, index):
+        mesh = make_mesh(MeshConfig(data=1, fsdp=2))
+        processes.meet(mesh)
+
+        def sums(state, frozen, batch, key):  # over both processes
+            return TrainState(step=state.step + 1, params=state.params + jnp.sum(batch["x"]), opt_state=()), {}
+
+        def alone(state, frozen, batch, key):  # meets no other process, so that nothing but the barrier waits
+            return TrainState(step=state.step + 1, params=2 * state.params, opt_state=()), {}
+
+        def slowly(batch):
+            if index == 1:
+                time.sleep(2)
+                compiled.touch()
+            return jax.jit(alone, out_shardings=replicated(mesh))
+
+        steps = [(1, lambda batch: jax.jit(sums, out_shardings=replicated(mesh))), (2, slowly)]
+        with jax.set_mesh(mesh), Stages(steps, {}, mesh=mesh) as stages:
+            now = jax.device_put(TrainState(jnp.int32(0), jnp.float32(0), ()), replicated(mesh))
+            batch = put_batch(mesh, {"x": np.array([2.0 + 2 * index], np.float32)})
+            assert batch["x"].sharding == batch_sharding(mesh)
+            key = jax.device_put(jax.random.key(0), replicated(mesh))
+            for number in range(2):
+                now, _ = stages.step(number)(now, batch, key)
+            when = "after" if compiled.exists() else "before"
+            print(f"{when} the slow one: {float(now.params)}")
+
+
+if __name__ == "__main__":
+    one_of_two(pathlib.Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
