@@ -125,7 +125,8 @@ class Checkpoints:
     def restore(self, abstract_state: TrainState, iterator: grain.DatasetIterator) -> TrainState:
         """Returns the state of the newest intact checkpoint, and sets `iterator` to its next batch.
 
-        Damaged ones before it are set aside, with a line about each.
+        Damaged ones before it are set aside, with a line about each. Files that had no checksums get them in the
+        background.
 
         `abstract_state` is a tree of jax.ShapeDtypeStruct (as of jax.eval_shape); the state comes back with their
         shardings, or on one device where they have none. If it has an EMA of the parameters (`ema`) and the
@@ -138,11 +139,17 @@ class Checkpoints:
                 self._set_aside(f"{newest} is damaged: {damage}")
                 continue
             try:
-                return self._restore(abstract_state, iterator)
+                unlisted = checksums.unlisted(newest)
+                state = self._restore(abstract_state, iterator)
             except DamagedCheckpoint as error:
                 if jax.process_count() > 1:  # the others do not know of it, and read on
                     raise
                 self._set_aside(str(error))
+                continue
+            if unlisted:
+                say(f"{newest} had no checksums of {len(unlisted)} files, {unlisted[0]} first; they get them now")
+                self._summing = self._pool.submit(checksums.write_unlisted, newest, unlisted)
+            return state
 
     def _restore(self, abstract_state: TrainState, iterator: grain.DatasetIterator) -> TrainState:
         step = self.latest()

@@ -1,5 +1,6 @@
 """What the processes of a run agree on: all go on, or all end with the same sentence, soon."""
 
+import json
 import pathlib
 import sys
 import time
@@ -18,7 +19,7 @@ from varedit_jax.config import MeshConfig
 from varedit_jax.errors import TEMPORARY, UserError
 from varedit_jax.parallel import agreement, processes
 from varedit_jax.parallel.mesh import make_mesh
-from varedit_jax.training import checkpoint, run_config
+from varedit_jax.training import checkpoint, checksums, run_config
 from varedit_jax.training.state import TrainState
 from varedit_jax.weights import blocks, native
 
@@ -115,6 +116,18 @@ def damage(workdir: pathlib.Path, mesh: jax.sharding.Mesh, index: int) -> None:
         own_part = np.asarray(state.params["x"].addressable_shards[0].data)
         np.testing.assert_array_equal(own_part, np.arange(4000.0)[2000 * index : 2000 * (index + 1)] + 2)
     assert checkpoint.agreed_steps(workdir) == [1, 2] and (workdir / "damaged" / "3").is_dir()
+    newest = workdir / "checkpoints" / "2"
+    if index == 0:  # as if process 1 had been killed before its checksums
+        (newest / "manifest_1-of-2.json").unlink()
+    processes.wait_for_all("killed")
+    missing = checksums.unlisted(newest)
+    assert "data/process_1-of-2.json" in missing and "data/process_0-of-2.json" not in missing
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+        assert int(checkpoints.restore(abstract, batches()).step) == 2
+    processes.wait_for_all("checksums of what was restored")
+    assert checksums.unlisted(newest) == [] and checksums.find_damage(newest) == ""
+    written = [json.loads((newest / f"manifest_resumed_{i}-of-2.json").read_text())["files"] for i in range(2)]
+    assert all(written) and sorted([*written[0], *written[1]]) == missing
 
 
 def listings(workdir: pathlib.Path, index: int) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints that changed on the disk: noticed, set aside, and the run goes on from the one before."""
 
+import json
 import pathlib
 from collections.abc import Callable
 
@@ -105,9 +106,43 @@ def test_a_checkpoint_without_checksums_is_read(tmp_path: pathlib.Path, capsys: 
     for step in (1, 2):
         (tmp_path / "checkpoints" / str(step) / "manifest_0-of-1.json").unlink()
     assert_same(restore(tmp_path)[0], make_state(seed=2))
+    (tmp_path / "checkpoints" / "2" / "manifest_resumed_0-of-1.json").unlink()
     (tmp_path / "checkpoints" / "2" / "state" / "_METADATA").write_text("{")
     assert_same(restore(tmp_path)[0], make_state(seed=1))
     assert "checkpoints/2 cannot be read" in capsys.readouterr().err
+
+
+def test_files_without_checksums_get_them_when_they_have_been_restored(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A process was killed before it wrote its manifest: what others wrote is compared, and then there is all of it."""
+    save(tmp_path, 1, 2)
+    checkpoint = tmp_path / "checkpoints" / "2"
+    manifest = checkpoint / "manifest_0-of-1.json"
+    entries = json.loads(manifest.read_text())
+    missing = {name: entries["files"].pop(name) for name in sorted(entries["files"])[::2]}
+    manifest.write_text(json.dumps(entries))
+    assert missing and entries["files"]
+    assert_same(restore(tmp_path)[0], make_state(seed=2))
+    said = f"checkpoints/2 had no checksums of {len(missing)} files, {min(missing)} first; they get them now"
+    assert said in capsys.readouterr().err
+    assert json.loads((checkpoint / "manifest_resumed_0-of-1.json").read_text())["files"] == missing
+    assert not checksums.unlisted(checkpoint)
+    assert_same(restore(tmp_path)[0], make_state(seed=2))
+    assert not capsys.readouterr().err
+    (checkpoint / min(missing)).unlink()
+    assert checksums.find_damage(checkpoint) == f"{min(missing)} is missing"
+
+
+def test_checksums_that_were_written_in_part_are_kept(tmp_path: pathlib.Path) -> None:
+    """A process is killed again, and later ones write the rest to the manifest of the same name."""
+    save(tmp_path, 1)
+    checkpoint = tmp_path / "checkpoints" / "1"
+    (checkpoint / "manifest_0-of-1.json").unlink()
+    names = checksums.unlisted(checkpoint)
+    for part in (names[:2], names[2:]):
+        checksums.write_unlisted(checkpoint, part)
+    assert not checksums.unlisted(checkpoint)
 
 
 def test_a_run_with_a_damaged_checkpoint_ends_as_if_nothing_had_been(tmp_path: pathlib.Path, whole: Outcome) -> None:
