@@ -28,6 +28,7 @@ from experiments.benchmarks import harness
 from varedit_jax import command
 from varedit_jax.errors import UserError
 from varedit_jax.storage.lock import LOCK_FILE
+from varedit_jax.training import checksums
 from varedit_jax.training.goodput import run_shares
 from varedit_jax.training.metrics import read_metrics
 from varedit_jax.weights import run_directory
@@ -81,6 +82,7 @@ PHASES: dict[str, tuple[int, Callable[[Watched], bool], float]] = {
     "saving": (6, Watched.saves, 0.25),
     "removing": (2, Watched.removes, 0.02),
 }
+_PHASE = flags.DEFINE_multi_enum("phase", [], list(PHASES), "in which to kill, one per flag; all by default")
 
 
 def metric_lines(workdir: pathlib.Path) -> int:
@@ -132,13 +134,22 @@ def kill(workdir: pathlib.Path, phase: str, rng: np.random.Generator) -> dict[st
     after = compare_runs.newest(workdir)
     if after < before:
         raise UserError(f"a checkpoint was lost: {before} was there before the kill, and {after} is the newest now")
+    unlisted = []
     if after:
         state, _ = compare_runs.read(workdir)
         if int(state.step) != after:
             raise UserError(f"the checkpoint of step {after} holds step {int(state.step)}")
+        unlisted = checksums.unlisted(workdir / run_directory.CHECKPOINTS / str(after))
     logged = max((line["step"] + 1 for line in read_metrics(workdir)), default=0)
     left = len(unfinished(workdir))
-    return {"phase": phase, "seconds after": round(delay, 3), "checkpoint": after, "steps": logged, "left": left}
+    return {
+        "phase": phase,
+        "seconds after": round(delay, 3),
+        "checkpoint": after,
+        "steps": logged,
+        "left": left,
+        "no checksums": len(unlisted),
+    }
 
 
 def report(rows: list[dict[str, Any]], directory: pathlib.Path, seconds: dict[str, float]) -> str:
@@ -146,16 +157,26 @@ def report(rows: list[dict[str, Any]], directory: pathlib.Path, seconds: dict[st
     shares = ", ".join(f"{kind} {share:.1%}" for kind, share in run_shares(directory / "killed").items() if share)
     left = sum(row["left"] > 0 for row in rows)
     counts = collections.Counter(row["phase"] for row in rows)
-    phases = ", ".join(f"{counts[phase]} while {phase}" for phase in PHASES)
+    phases = ", ".join(f"{counts[phase]} while {phase}" for phase in PHASES if counts[phase])
+    early = sum(row["no checksums"] > 0 for row in rows)
     repeated = sum(row["steps"] - row["checkpoint"] for row in rows)
-    head = ("kill", "phase", "seconds into it", "newest checkpoint", "steps logged", "unfinished saves")
+    head = (
+        "kill",
+        "phase",
+        "seconds into it",
+        "newest checkpoint",
+        "steps logged",
+        "unfinished saves",
+        "files without checksums",
+    )
     return harness.report(
         "Killed at random times",
-        harness.command_line("experiments.kill_test", _DIRECTORY, _KILLS, _STEPS, _SEED, _OUTPUT),
+        harness.command_line("experiments.kill_test", _DIRECTORY, _KILLS, _STEPS, _PHASE, _SEED, _OUTPUT),
         f"A run of `{CONFIG}` with {_STEPS.value} steps and a checkpoint every {SAVE_EVERY} steps got SIGKILL "
         f"{len(rows)} times, and was started again each time:\n{phases}.",
         f"After every kill the newest checkpoint could be read and was no older than the one before it; {left} kills "
-        "left an\nunfinished save behind, which the next process removed. At the end all arrays of the state, the "
+        "left an\nunfinished save behind, which the next process removed, and "
+        f"{early} a newest checkpoint without all of its checksums,\nwhich the next process wrote. At the end all arrays of the state, the "
         f"position of the data\niterator and the metrics of all {_STEPS.value} steps are equal to those of the "
         "uninterrupted run, bit for bit.",
         f"{repeated} logged steps had to be repeated. The uninterrupted run took {seconds['whole']:.0f} s, with all "
@@ -173,7 +194,8 @@ def main(argv: list[str]) -> None:
     seconds = {"whole": harness.timed(finish, whole)[0]}
     print(f"the uninterrupted run took {seconds['whole']:.0f} s")
     rng = np.random.default_rng(_SEED.value)
-    all_phases = [phase for phase, (count, _, _) in PHASES.items() for _ in range(count)]
+    aimed = _PHASE.value or list(PHASES)
+    all_phases = [phase for phase, (count, _, _) in PHASES.items() for _ in range(count) if phase in aimed]
     phases = [phase for _ in range(-(-_KILLS.value // len(all_phases))) for phase in rng.permutation(all_phases)]
     rows = []
     begin = time.monotonic()
