@@ -160,15 +160,7 @@ def report(rows: list[dict[str, Any]], directory: pathlib.Path, seconds: dict[st
     phases = ", ".join(f"{counts[phase]} while {phase}" for phase in PHASES if counts[phase])
     early = sum(row["no checksums"] > 0 for row in rows)
     repeated = sum(row["steps"] - row["checkpoint"] for row in rows)
-    head = (
-        "kill",
-        "phase",
-        "seconds into it",
-        "newest checkpoint",
-        "steps logged",
-        "unfinished saves",
-        "files without checksums",
-    )
+    head = ("kill", "phase", "seconds into it", "newest checkpoint", "steps logged", "unfinished saves", "no checksums")
     return harness.report(
         "Killed at random times",
         harness.command_line("experiments.kill_test", _DIRECTORY, _KILLS, _STEPS, _PHASE, _SEED, _OUTPUT),
@@ -176,9 +168,9 @@ def report(rows: list[dict[str, Any]], directory: pathlib.Path, seconds: dict[st
         f"{len(rows)} times, and was started again each time:\n{phases}.",
         f"After every kill the newest checkpoint could be read and was no older than the one before it; {left} kills "
         "left an\nunfinished save behind, which the next process removed, and "
-        f"{early} a newest checkpoint without all of its checksums,\nwhich the next process wrote. At the end all arrays of the state, the "
-        f"position of the data\niterator and the metrics of all {_STEPS.value} steps are equal to those of the "
-        "uninterrupted run, bit for bit.",
+        f"{early} a complete one without checksums of all its files,\nwhich was restored. At the end all arrays of the "
+        f"state, the position of the data iterator and the metrics of all {_STEPS.value} steps\nare equal to those of "
+        "the uninterrupted run, bit for bit.",
         f"{repeated} logged steps had to be repeated. The uninterrupted run took {seconds['whole']:.0f} s, with all "
         f"compilation;\nthe killed one took {seconds['killed']:.0f} s, of which {shares}.",
         harness.table(head, [(number + 1, *row.values()) for number, row in enumerate(rows)]),
