@@ -41,6 +41,7 @@ from varedit_jax.training.optimizer import learning_rate
 from varedit_jax.training.replay import replay
 from varedit_jax.training.setup import MeshRun
 from varedit_jax.training.trainer import Job, Trainer
+from varedit_jax.training.watchdog import Watchdog
 from varedit_jax.weights.directory import save_weights
 
 _CONFIG = program.ConfigFlag(RunConfig)
@@ -67,7 +68,7 @@ def _replay(run: MeshRun, step_fn: Callable[[int], Any]) -> None:
         print(json.dumps(values))
 
 
-def _train(config: RunConfig) -> None:
+def _train(config: RunConfig, watchdog: Watchdog) -> None:
     """Sets up data, weights and step, and runs the loop."""
     mesh = make_mesh(config.mesh)
     processes.meet(mesh)
@@ -141,7 +142,7 @@ def _train(config: RunConfig) -> None:
             work=run.work,
             ids_field=EXAMPLE_IDS,
         )
-        state = Trainer(job, run_flags.launch()).run()
+        state = Trainer(job, run_flags.launch(), watchdog).run()
     if run_flags.EXPORT.value and int(state.step) == config.steps:
         params = {**frozen, **state.params}
         save_weights(run_flags.EXPORT.value, config.model, params, run_flags.EXPORT_TYPE.value, config.sampling)
@@ -151,7 +152,10 @@ def main(argv: list[str]) -> None:
     """Joins the other processes and trains."""
     del argv
     config: RunConfig = _CONFIG.value
-    with processes.joined(_COORDINATOR.value, _PROCESS_COUNT.value, _PROCESS_INDEX.value):
+    with (
+        processes.joined(_COORDINATOR.value, _PROCESS_COUNT.value, _PROCESS_INDEX.value),
+        Watchdog(config.guard, run_flags.WORKDIR.value) as watchdog,
+    ):
         program.share_compiled(run_flags.WORKDIR.value)
         if run_flags.EXPORT.value and jax.process_count() > 1:
             raise UserError(
@@ -163,7 +167,7 @@ def main(argv: list[str]) -> None:
             for directory in dict.fromkeys((config.tokenizer_weights, config.text_weights, config.init_from)):
                 if directory:
                     print(f"{convert.verify(directory)} tensors of {directory} are as they were written")
-        _train(config)
+        _train(config, watchdog)
 
 
 if __name__ == "__main__":

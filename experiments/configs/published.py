@@ -18,6 +18,7 @@ from varedit_jax.config import (
     Cadence,
     DataConfig,
     EditorConfig,
+    GuardConfig,
     LossConfig,
     MeshConfig,
     OptimizerConfig,
@@ -95,6 +96,11 @@ VARIANTS = ("", "tiny", *MACHINES)
 # Checkpoints that a run keeps forever, at most: with the newest 3 and one being written, ten are on the disk. A float32
 # parameter and its two moments are 12 bytes: 10 x 101 GB for 8B, 10 x 26 GB for 2B.
 KEPT = 6
+# Without a finished step, after which a run ends itself with the stacks of all threads and a code that is restarted
+# (guard.hang_minutes). A pod that hangs is paid for until somebody looks, a whole night of 128 chips; a false alarm costs
+# a restart and the steps since the last save. At 40 % of peak the longest step of the layouts takes 38 s
+# (results/compile_ahead.md).
+HANG_MINUTES = 30.0
 # Outputs of data_pipelines.prepare for the recipe's training data, each example once per epoch.
 MIXTURE = (("seed_data_edit", 1.0), ("imgedit", 1.0))
 
@@ -140,6 +146,7 @@ def make_run(
         ),
         steps=steps,
         cadence=Cadence(keep_every=_keep_every(steps)),
+        guard=GuardConfig(hang_minutes=HANG_MINUTES),
         text_dtype="bfloat16",
         tokenizer_precision="high",
     )

@@ -27,4 +27,4 @@ exec xpk workload create --workload="$RUN" --cluster="$CLUSTER" --project="$PROJ
     --config.tokenizer_weights=$BUCKET/weights/bsq_14bit --config.text_weights=$BUCKET/weights/flan_t5_xl \
     --config.init_from=$BUCKET/weights/infinity_8b --config.data.directory=$BUCKET/data \
     --config.data.cache_directory=$CACHE \
-    --config.cadence.save_minutes=15 --config.guard.hang_minutes=30"
+    --config.cadence.save_minutes=15"

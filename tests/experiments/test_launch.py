@@ -37,7 +37,7 @@ def test_configs_variants_and_fields_exist(name: str) -> None:
     for config in configs:
         assert isinstance(program.load_config(str(ROOT / config), RunConfig), RunConfig)
     fields = set(re.findall(r"--config\.([\w.]*\w)=", text))
-    assert {"init_from", "cadence.save_minutes", "guard.hang_minutes"} <= fields
+    assert {"init_from", "cadence.save_minutes"} <= fields
     assert fields <= set(field_types(RunConfig))
 
 
@@ -47,7 +47,7 @@ def test_a_page_shows_the_command_of_its_script(script: str, page: str) -> None:
         command = (DIRECTORY / name).read_text().partition("experiments.train")[2]
         return set(re.findall(r"--(?:config\.)?[\w.]*\w=", command.partition("\n\n")[0]))
 
-    assert flags(page) <= flags(script) and len(flags(page)) == 9
+    assert flags(page) <= flags(script) and len(flags(page)) == 8
 
 
 def test_only_what_a_restart_helps_is_restarted() -> None:

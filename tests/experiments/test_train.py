@@ -5,6 +5,7 @@ import json
 import pathlib
 import subprocess
 import sys
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,10 @@ import pytest
 import safetensors.numpy
 
 from data_pipelines.shapes.edits import KINDS
+from tests.experiments.conftest import Answer
 from varedit_jax.config import RunConfig, from_dict
 from varedit_jax.conversion import convert
+from varedit_jax.errors import TEMPORARY
 from varedit_jax.training import setup
 from varedit_jax.training.metrics import read_metrics
 from varedit_jax.training.optimizer import make_optimizer
@@ -162,3 +165,27 @@ def test_tokenizer_program_trains_and_exports(tmp_path: pathlib.Path, data: str)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "weights" / "tokenizer.safetensors").is_file()
     assert read_metrics(tmp_path / "run")[-1]["step"] == 3
+
+
+def test_weights_that_do_not_come_end_the_run(
+    tmp_path: pathlib.Path, run_program: Callable[..., dict[str, Answer]]
+) -> None:
+    """The watchdog covers the start, with the limit of what takes long; two hours pass by its clock alone."""
+    setup = """
+import threading, time, types
+from varedit_jax.training import watchdog
+
+def where_it_hangs(run):
+    watchdog.time = types.SimpleNamespace(monotonic=lambda: time.monotonic() + 3 * 3600)
+    threading.Event().wait()
+
+module.loader.open_examples = lambda *_: None
+module.MeshRun.load_frozen = where_it_hangs
+"""
+    flags = [f"--config={CONFIG}", f"--workdir={tmp_path / 'run'}", "--config.guard.hang_minutes=0.1"]
+    code, out, err = run_program("train", {"hangs": flags}, setup)["hangs"]
+    assert (code, out) == (TEMPORARY, "")
+    (file,) = (tmp_path / "run").glob("hang_*.txt")
+    for text in (err, file.read_text()):
+        assert "minutes (guard.long_minutes is 120) while starting; the stacks of all threads are in" in text
+        assert "in where_it_hangs" in text

@@ -93,9 +93,13 @@ class Trainer:
     The batch of a step that was skipped because it was not finite is written to `workdir`/replay (replay.py).
     """
 
-    def __init__(self, job: Job, launch: Launch) -> None:
-        """Reads and writes nothing before `run`."""
+    def __init__(self, job: Job, launch: Launch, watchdog: Watchdog | None = None) -> None:
+        """Reads and writes nothing before `run`.
+
+        `watchdog` is one that has watched since before the job was set up; without it, `run` starts one.
+        """
         self.job, self.launch = job, launch
+        self._given_watchdog = watchdog
         self.state: TrainState
         self.step = 0  # number of the next update
         self._clock = Stopwatch()
@@ -129,6 +133,7 @@ class Trainer:
     def _open(self, stack: contextlib.ExitStack) -> None:
         """Locks and checks the work directory, and starts watching for signals and hangs."""
         job, workdir = self.job, resolve(self.launch.workdir)
+        self._watchdog = self._given_watchdog or stack.enter_context(Watchdog(job.guard, workdir))
         check_directory(workdir)
         with together():
             stack.enter_context(Lock(workdir, held=jax.process_index() == 0))
@@ -138,7 +143,6 @@ class Trainer:
         with together():
             run_config.check_config(workdir, job.record)
             checkpoint.check_resume(workdir, self.launch.resume)
-        self._watchdog = stack.enter_context(Watchdog(job.guard.hang_minutes, workdir, job.guard.long_minutes))
         self._stop = stack.enter_context(StopSignal(self._watchdog.beat))
         self._checkpoints = stack.enter_context(
             checkpoint.Checkpoints(workdir, keep=job.cadence.keep_checkpoints, keep_every=job.cadence.keep_every)

@@ -10,6 +10,7 @@ import threading
 import time
 from typing import Self, TextIO
 
+from varedit_jax.config import GuardConfig
 from varedit_jax.errors import TEMPORARY
 from varedit_jax.storage.paths import PathLike, is_remote, resolve
 
@@ -31,13 +32,13 @@ class Watchdog:
     faulthandler's C thread writes the stacks, to standard error alone, and exits somewhat later with code 1.
     """
 
-    def __init__(self, minutes: float, workdir: PathLike, long_minutes: float = 0.0) -> None:
-        """Does nothing if `minutes` is 0. Stacks go to `workdir`/hang_PID.txt and to standard error.
+    def __init__(self, config: GuardConfig, workdir: PathLike) -> None:
+        """Does nothing if `config.hang_minutes` is 0. Stacks go to `workdir`/hang_PID.txt and to standard error.
 
-        `long_minutes` is the limit of `LONG_PHASES`, if it is more than `minutes`.
+        `config.long_minutes` is the limit of `LONG_PHASES`, if it is more than `hang_minutes`.
         """
-        self._seconds = minutes * 60
-        self._long_seconds = max(long_minutes, minutes) * 60
+        self._seconds = config.hang_minutes * 60
+        self._long_seconds = max(config.long_minutes, config.hang_minutes) * 60
         directory = resolve(workdir)
         # The network may be what hangs: with an object store the file is local.
         directory = pathlib.Path(tempfile.gettempdir()) if is_remote(directory) else directory
@@ -90,8 +91,10 @@ class Watchdog:
             f"no sign of life for {idle / 60:.3g} minutes (guard.{field} is {self._limit() / 60:g}) while "
             f"{self._phase}; the stacks of all threads are in {self._path}; exit code {TEMPORARY}\n"
         )
-        with contextlib.suppress(OSError, ValueError), self._path.open("w") as file:
-            _write(file, sentence)
+        with contextlib.suppress(OSError, ValueError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)  # a run that starts may not have made it
+            with self._path.open("w") as file:
+                _write(file, sentence)
         with contextlib.suppress(OSError, ValueError):
             _write(sys.__stderr__ or sys.stderr, sentence)
         os._exit(TEMPORARY)  # nothing else ends a thread that hangs in C

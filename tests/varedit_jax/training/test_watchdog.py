@@ -7,17 +7,19 @@ import time
 
 import pytest
 
+from varedit_jax.config import GuardConfig
 from varedit_jax.errors import TEMPORARY
 from varedit_jax.training.watchdog import Watchdog
 
 HANGING = """
 import ctypes, sys, threading
+from varedit_jax.config import GuardConfig
 from varedit_jax.training.watchdog import Watchdog
 
 def where_it_hangs():
     {hang}
 
-with Watchdog(1 / 60, sys.argv[1]) as watchdog:
+with Watchdog(GuardConfig(hang_minutes=1 / 60, long_minutes=0.0), sys.argv[1]) as watchdog:
     watchdog.beat("step")
     threading.Thread(target=where_it_hangs if {in_thread} else print, daemon=True).start()
     where_it_hangs()
@@ -56,10 +58,10 @@ def test_a_hang_that_holds_the_interpreter(tmp_path: pathlib.Path) -> None:
 def test_a_run_that_lives_is_left_alone(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ends: list[int] = []
     monkeypatch.setattr("os._exit", ends.append)
-    with Watchdog(0.3 / 60, tmp_path) as watchdog:
+    with Watchdog(GuardConfig(hang_minutes=0.3 / 60), tmp_path) as watchdog:
         for _ in range(8):
             time.sleep(0.1)
             watchdog.beat()
     assert ends == [] and list(tmp_path.iterdir()) == []
-    with Watchdog(0, tmp_path):
+    with Watchdog(GuardConfig(), tmp_path):
         assert list(tmp_path.iterdir()) == []
