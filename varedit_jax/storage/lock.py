@@ -18,6 +18,7 @@ from varedit_jax.errors import TemporaryError, UserError
 from varedit_jax.storage import disk
 from varedit_jax.storage.files import make_directory, write_json
 from varedit_jax.storage.paths import PathLike, is_remote, resolve
+from varedit_jax.storage.ranges import read_whole
 
 LOCK_FILE = "lock"
 HEARTBEAT_SECONDS = 20.0
@@ -147,6 +148,6 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     Raises the storage's error if the file cannot be read: it may name a holder.
     """
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(read_whole(path)))
     except (FileNotFoundError, ValueError, TypeError):
         return {}

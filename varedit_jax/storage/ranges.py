@@ -1,4 +1,4 @@
-"""Reads ranges of bytes of a file, of any kind of storage: the parts that are needed, and nothing else."""
+"""Reads ranges of bytes of a file of any kind of storage: the parts that are needed, and nothing else. Or all of it."""
 
 import os
 import pathlib
@@ -19,6 +19,17 @@ def read_ranges(path: pathlib.Path, ranges: Sequence[Range]) -> list[bytes]:
         return list(fsspec.filesystem(scheme).cat_ranges([place] * len(ranges), starts, ends, on_error="raise"))
     with path.open("rb", buffering=0) as file:
         return [_read(file.fileno(), start, length) for start, length in ranges]
+
+
+def read_whole(path: pathlib.Path) -> bytes:
+    """Returns a file that another process may be replacing: what was there before or after. Raises the storage's error.
+
+    A file that s3fs (2026.9) opens is read in later requests, which fail if the object has been replaced since.
+    """
+    if is_remote(path):
+        scheme, _, place = os.fspath(path).partition("://")
+        return bytes(fsspec.filesystem(scheme).cat_file(place))
+    return path.read_bytes()
 
 
 def _read(file: int, start: int, length: int) -> bytes:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 
@@ -69,7 +70,27 @@ def test_a_lease_expires_with_its_holder(
         time.sleep(3.5)
         with pytest.raises(UserError, match=f"is in use by {ME}"):
             Lock(directory).__enter__()
-        assert json.loads((directory / "lock").read_text())["pid"] == os.getpid()
+        assert lock._read(directory / "lock")["pid"] == os.getpid()  # while it is renewed
+
+
+def test_a_lease_is_read_while_it_is_renewed(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its object is replaced between any request that came before and the one that reads it."""
+    import s3fs
+
+    directory = lock.resolve(s3_bucket + "/run")
+    old, new = ({"host": "far", "pid": pid, "id": "x", "renewed": time.time()} for pid in (7, 8))
+    (directory / "lock").write_text(json.dumps(old))
+    call = s3fs.S3FileSystem._call_s3
+
+    async def renewed_before(self: s3fs.S3FileSystem, method: str, *arguments: Any, **options: Any) -> Any:
+        if method == "get_object":
+            place = {name: options[name] for name in ("Bucket", "Key")}
+            await call(self, "put_object", **place, Body=json.dumps(new).encode())
+        return await call(self, method, *arguments, **options)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", renewed_before)
+    with pytest.raises(UserError, match="is in use by process 8 on far"):
+        Lock(directory).__enter__()
 
 
 def test_a_lost_lease_ends_the_holder(gs_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +146,7 @@ def test_a_lease_that_cannot_be_read_is_not_taken(gs_bucket: str, monkeypatch: p
         raise TimeoutError("timed out")
 
     directory = lock.resolve(gs_bucket + "/run")
-    monkeypatch.setattr(type(directory), "read_text", refuse)
+    monkeypatch.setattr(lock, "read_whole", refuse)
     with pytest.raises(UserError, match="writing the lock failed in gs://.*: timed out; put that right"):
         Lock(directory).__enter__()
     monkeypatch.undo()

@@ -58,7 +58,7 @@ def test_a_hang_that_holds_the_interpreter(tmp_path: pathlib.Path) -> None:
 def test_a_run_that_lives_is_left_alone(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ends: list[int] = []
     monkeypatch.setattr("os._exit", ends.append)
-    with Watchdog(GuardConfig(hang_minutes=0.3 / 60), tmp_path) as watchdog:
+    with Watchdog(GuardConfig(hang_minutes=0.3 / 60, long_minutes=0.0), tmp_path) as watchdog:
         for _ in range(8):
             time.sleep(0.1)
             watchdog.beat()
