@@ -1,6 +1,7 @@
 """Which process of a run is slow: each reports its times at logged steps, and process 0 compares them.
 
-A late host shows here, for its own waits differ from those of the others. A slow chip does not: all wait for it.
+A late host shows here, for its own waits differ from those of the others. A slow chip does not: within a step all wait
+for it in collectives, the last of which comes after nearly all of the work, so that it is ready everywhere at once.
 """
 
 import math
