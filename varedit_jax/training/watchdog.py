@@ -51,7 +51,10 @@ class Watchdog:
     def beat(self, phase: str = "") -> None:
         """Records that the run is alive, and its phase, if that changes."""
         self._last = time.monotonic()
+        before = self._limit()
         self._phase = phase or self._phase
+        if self._thread is not None and self._limit() < before:  # the thread may not run again before it hangs
+            self._arm()
 
     def __enter__(self) -> Self:
         """Starts watching."""
@@ -64,23 +67,26 @@ class Watchdog:
     def __exit__(self, *exception: object) -> None:
         """Ends watching."""
         self._ended.set()
-        if self._thread is None:
+        thread, self._thread = self._thread, None
+        if thread is None:
             return
-        self._thread.join()
+        thread.join()
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
         interval = self._seconds / _CHECKS
         while True:
-            # In case this thread does not run again.
-            faulthandler.dump_traceback_later(
-                self._limit() + 2 * interval, exit=True, file=sys.__stderr__ or sys.stderr
-            )
+            self._arm()
             if self._ended.wait(interval):
                 return
             idle = time.monotonic() - self._last
             if idle > self._limit():
                 self._end(idle)
+
+    def _arm(self) -> None:
+        """Has C's thread end the run somewhat after the limit, in case no other thread runs again."""
+        seconds = self._limit() + 2 * self._seconds / _CHECKS
+        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or sys.stderr)
 
     def _limit(self) -> float:
         return self._long_seconds if self._phase in LONG_PHASES else self._seconds

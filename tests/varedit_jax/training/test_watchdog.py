@@ -19,7 +19,7 @@ from varedit_jax.training.watchdog import Watchdog
 def where_it_hangs():
     {hang}
 
-with Watchdog(GuardConfig(hang_minutes=1 / 60, long_minutes=0.0), sys.argv[1]) as watchdog:
+with Watchdog(GuardConfig(hang_minutes=1 / 60), sys.argv[1]) as watchdog:
     watchdog.beat("step")
     threading.Thread(target=where_it_hangs if {in_thread} else print, daemon=True).start()
     where_it_hangs()
@@ -49,7 +49,7 @@ def test_a_hang_writes_the_stacks_of_all_threads_and_exits(tmp_path: pathlib.Pat
 
 @pytest.mark.subprocess
 def test_a_hang_that_holds_the_interpreter(tmp_path: pathlib.Path) -> None:
-    """C code that never releases the interpreter stops the watchdog's thread, too."""
+    """C code that never releases the interpreter stops the watchdog's thread, too, here just after a long phase."""
     done = hang(tmp_path, "ctypes.PyDLL(None).sleep(60)")
     assert done.returncode == 1
     assert "in where_it_hangs" in done.stderr
