@@ -179,7 +179,7 @@ def scratch_directory(path: str) -> Iterator[pathlib.Path]:
 
 def command_line(module: str, *given: flags.FlagHolder[Any]) -> str:
     """Returns the command for a report: the flags that were given, without paths of this machine."""
-    shown = [flag.serialize() for flag in given if flag.present]
+    shown = [text for flag in given if flag.present for text in flag.serialize().splitlines()]  # one per value
     hidden = [re.sub(r"^--(directory|output|curves|peer_python)=.*", r"--\1=...", text) for text in shown]
     return " ".join([f"python -m {module}", *hidden])
 
