@@ -15,6 +15,7 @@ from data_pipelines.record import EXAMPLE_IDS
 from experiments import program, run_flags
 from varedit_jax.config import TokenizerRunConfig, to_dict
 from varedit_jax.contact_sheet import SheetRow, contact_sheet
+from varedit_jax.parallel.compiler_options import options_everywhere
 from varedit_jax.text.vocabulary import Vocabulary
 from varedit_jax.training import tokenizer_step
 from varedit_jax.training.optimizer import learning_rate, make_optimizer
@@ -42,7 +43,11 @@ def main(argv: list[str]) -> None:
         return {"reconstructions": np.asarray(contact_sheet(rows, ["original", "reconstruction"]))}
 
     init = tokenizer_step.make_init(config, optimizer)
-    step = jax.jit(tokenizer_step.make_step(config, optimizer, perceptual), donate_argnums=0)
+    step = jax.jit(
+        tokenizer_step.make_step(config, optimizer, perceptual),
+        donate_argnums=0,
+        compiler_options=options_everywhere(jax.devices()[0]) or None,
+    )
     job = Job(
         steps=config.steps,
         key=jax.random.key(config.seed),

@@ -5,11 +5,14 @@ compiler with the step, so that XLA_FLAGS and LIBTPU_INIT_ARGS need not be set.
 """
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
 
 from varedit_jax import hardware
 from varedit_jax.errors import UserError
@@ -44,7 +47,13 @@ _GPU: dict[str, Value] = {
     "xla_gpu_reduce_scatter_combine_threshold_bytes": 1 << 30,
 }
 
+# Matmuls alone go to the library YNNPACK. By default XLA of jaxlib 0.10.2 hands it sums, too, with all that is computed in
+# front of them, some of which come out wrong: jax-ml/jax issue 39103, whose example is right with this option. Tried with
+# jaxlib 0.10.2 (results/benchmark_cpu.md).
+_CPU: dict[str, Value] = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+
 CHIP_OPTIONS: dict[str, dict[str, Value]] = {
+    "CPU": _CPU,
     "TPU v4": _ASYNC_GATHERS,
     "TPU v5e": _ASYNC_GATHERS,
     "TPU v5p": _ASYNC_GATHERS,
@@ -60,7 +69,7 @@ def compiler_options(device: Any, own: Sequence[str] = ()) -> dict[str, Value]:
     Raises UserError for an entry of another form.
     """
     chip = hardware.chip_of(device)
-    options = dict(CHIP_OPTIONS.get(chip.name, {})) if chip else {}
+    options = dict(CHIP_OPTIONS.get(chip.name, {})) if chip else options_everywhere(device)
     for entry in own:
         name, equals, text = entry.partition("=")
         if not equals or not re.fullmatch(r"\w+", name):
@@ -69,6 +78,24 @@ def compiler_options(device: Any, own: Sequence[str] = ()) -> dict[str, Value]:
         if text:
             options[name] = _value(text)
     return options
+
+
+def options_everywhere(device: Any) -> dict[str, Value]:
+    """Returns the options for any program on `device`, not the training step alone: those of CPUs, else none."""
+    return dict(_known_on_cpus()) if getattr(device, "platform", "") == "cpu" else {}
+
+
+@functools.cache
+def _known_on_cpus() -> dict[str, Value]:
+    """Returns the options of CPUs that this version of jaxlib takes; they are experimental, and may go again."""
+    known = {}
+    for name, value in CHIP_OPTIONS["CPU"].items():
+        sharding = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+        argument = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding)
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            jax.jit(jnp.negative, compiler_options={name: value}).lower(argument).compile()
+            known[name] = value
+    return known
 
 
 def _value(text: str) -> Value:

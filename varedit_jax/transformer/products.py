@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from varedit_jax.config import TransformerConfig
+from varedit_jax.transformer.kernels import matmuls_order_heads
 
 # Types of tokens and kernels, and of gradients, which need the range more than the digits.
 _TYPES: dict[str, tuple[DTypeLike, DTypeLike]] = {
@@ -113,7 +114,7 @@ def product(x: jax.Array, kernel_IO: jax.Array, config: TransformerConfig) -> ja
 def to_heads(x_BLC: jax.Array, kernel_CHD: jax.Array, config: TransformerConfig) -> jax.Array:
     """`product` with a kernel of heads: [B, H, L, D]. The plain one is written in that order by the matmul itself."""
     width, heads, head_size = kernel_CHD.shape
-    if _is_plain(config):
+    if _is_plain(config) and matmuls_order_heads():
         return jnp.einsum("blc,chd->bhld", x_BLC, kernel_CHD.astype(x_BLC.dtype))
     out_BLC = product(x_BLC, kernel_CHD.reshape(width, -1), config)
     return jnp.swapaxes(out_BLC.reshape(*x_BLC.shape[:2], heads, head_size), 1, 2)
@@ -121,7 +122,7 @@ def to_heads(x_BLC: jax.Array, kernel_CHD: jax.Array, config: TransformerConfig)
 
 def from_heads(x_BHLD: jax.Array, kernel_HDC: jax.Array, config: TransformerConfig) -> jax.Array:
     """`product` of all heads: [B, L, C]."""
-    if _is_plain(config):
+    if _is_plain(config) and matmuls_order_heads():
         return jnp.einsum("bhld,hdc->blc", x_BHLD, kernel_HDC.astype(x_BHLD.dtype))
     x_BLHD = jnp.swapaxes(x_BHLD, 1, 2)
     return product(x_BLHD.reshape(*x_BLHD.shape[:2], -1), kernel_HDC.reshape(-1, kernel_HDC.shape[-1]), config)

@@ -33,6 +33,15 @@ def apart(x: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(x) if platform() == "tpu" else x
 
 
+def matmuls_order_heads() -> bool:
+    """Returns True where matmuls are to take and give [B, H, L, D] themselves, as anywhere but on CPUs.
+
+    XLA for CPUs computes such a matmul as [H D, B L] and turns that afterwards, forward and backward: a copy with
+    strides. From [B L, H D] whole rows of a head are moved.
+    """
+    return platform() != "cpu"
+
+
 def _obstacle(kernel: Kernel, head_size: int, dtype: DTypeLike) -> str:
     """The reason that `kernel` cannot work on such heads; empty if it can."""
     if kernel == "splash" and head_size % 128 and platform() == "tpu":

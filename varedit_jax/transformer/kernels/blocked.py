@@ -66,6 +66,13 @@ def _product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
 
 
+def _sum_over_queries(x_BHLM: jax.Array, y_BHLD: jax.Array) -> jax.Array:
+    """Returns x' y per head, float32 [B, H, M, D]."""
+    # As (y' x)', whose right operand is in memory as the matmul reads it: 1.5 times as fast for 512 keys on a CPU.
+    turned_BHDM = jax.lax.optimization_barrier(_product("bhld,bhlm->bhdm", y_BHLD, x_BHLM))
+    return jnp.swapaxes(turned_BHDM, 2, 3)
+
+
 def _scores(q_BHLD: jax.Array, k_BHMD: jax.Array, mask_BM: jax.Array | None, keys: tuple[Span, ...]) -> jax.Array:
     """Returns q k^T, float32 [B, H, L, M], HIDDEN where a key is padding."""
     scores_BHLM = _product("bhld,bhmd->bhlm", q_BHLD, k_BHMD)
@@ -114,8 +121,8 @@ def _backward(groups: tuple[Group, ...], name: str, residuals: Any, gradient_BHL
         dweights_BHLM = _product("bhld,bhmd->bhlm", gradient, v)
         dscores_BHLM = (weights_BHLM * (dweights_BHLM - dot)).astype(q.dtype)
         dqs.append(_product("bhlm,bhmd->bhld", dscores_BHLM, k).astype(q.dtype))
-        dk = _product("bhlm,bhld->bhmd", dscores_BHLM, q)
-        dv = _product("bhlm,bhld->bhmd", weights_BHLM.astype(v.dtype), gradient)
+        dk = _sum_over_queries(dscores_BHLM, q)
+        dv = _sum_over_queries(weights_BHLM.astype(v.dtype), gradient)
         done = 0
         for start, stop in keys:
             rows = slice(done, done + stop - start)
