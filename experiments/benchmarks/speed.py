@@ -14,6 +14,7 @@ A program that does not fit into memory becomes a row that says so.
 
 import dataclasses
 import json
+import resource
 from typing import Any, get_args
 
 import jax
@@ -25,6 +26,7 @@ from varedit_jax import config as config_lib
 from varedit_jax.analysis.benchmark import Benchmark, Row, environment
 from varedit_jax.config import ComputeType, DataConfig, RunConfig
 from varedit_jax.errors import UserError
+from varedit_jax.hardware import GIB
 from varedit_jax.parallel.mesh import check_batch, make_mesh, parse_mesh
 from varedit_jax.scales import editor_pyramid, image_size
 from varedit_jax.storage import files, paths
@@ -47,8 +49,12 @@ _FIELDS = program.FieldFlags(
         "moments": "optimizer.moment_dtype",
         "precision": "tokenizer_precision",
         "remat": "model.transformer.remat",
+        "saved": "model.transformer.remat_saved",
         "attention": "model.transformer.attention",
     },
+)
+_TEXT_FEATURES = flags.DEFINE_bool(
+    "text_features", False, "texts are features, too: no frozen encoder runs; with --features=precomputed"
 )
 _DTYPE: flags.FlagHolder[Any] = flags.DEFINE_enum(
     "dtype",
@@ -96,6 +102,7 @@ def _about(run: RunConfig) -> Row:
         "text_tokens": run.data.text_tokens,
         "dtype": run.model.transformer.dtype,
         "features": run.data.features,
+        "text_features": _TEXT_FEATURES.value,
         "accumulation": run.optimizer.accumulation,
         "tflop_per_example": flops.training / 1e12,
         "tflop_per_example_with_encoders": flops.training_with_encoders / 1e12,
@@ -129,6 +136,8 @@ def _line(row: Row) -> str:
         return f"| {' | '.join(map(str, cells))} | {row['note']} | | | | |"
     low, high = row["quartiles_s"]
     cells.append(f"{row['median_s']:.4g} ({row['min_s']:.4g}, {low:.4g} to {high:.4g})")
+    if "processor_s" in row:
+        cells[-1] += f", of processors {row['processor_s']:.4g}"
     cells.append(f"{row['examples_per_s']:.4g}")
     cells.append(f"{row['tflops_per_chip']:.4g}" if "tflops_per_chip" in row else "")
     cells.append(f"{row['mfu']:.1%}, with encoders {row['mfu_with_encoders']:.1%}" if "mfu" in row else "")
@@ -148,7 +157,9 @@ def main(argv: list[str]) -> None:
     run = _run()
     mesh = make_mesh(parse_mesh(_MESH.value))
     check_batch(mesh, run.data.batch_size, run.optimizer.accumulation)
-    bench = Benchmark(run=run, mesh=mesh, repeats=_REPEATS.value)
+    if _TEXT_FEATURES.value and run.data.features != "precomputed":
+        raise UserError(f"--text_features needs --features=precomputed, not {run.data.features}")
+    bench = Benchmark(run=run, mesh=mesh, repeats=_REPEATS.value, text_features=_TEXT_FEATURES.value)
     about, device = _about(run), environment(mesh)
     _say(about, device)
     rows: list[Row] = []
@@ -169,6 +180,8 @@ def main(argv: list[str]) -> None:
         if job in _WHAT.value:
             for row in getattr(bench, job)():
                 measured(row)
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"\nmost memory of this process on its host: {resident / GIB:.3g} GiB")
 
 
 if __name__ == "__main__":

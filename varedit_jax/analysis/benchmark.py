@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from varedit_jax import hardware
@@ -17,7 +18,7 @@ from varedit_jax.config import RunConfig
 from varedit_jax.parallel.mesh import put_batch
 from varedit_jax.parameters import init_text, init_tokenizer, init_transformer
 from varedit_jax.sampling import sampler
-from varedit_jax.scales import editor_pyramid, image_size
+from varedit_jax.scales import Pyramid, editor_pyramid, image_size
 from varedit_jax.training.compile_step import (
     abstract_arguments,
     abstract_frozen,
@@ -44,6 +45,7 @@ class Benchmark:
     mesh: Mesh
     repeats: int = 10
     warmup: int = 2  # calls before, which are not measured
+    text_features: bool = False  # the batch has the features of images and text, and no frozen encoder runs
     _measured: dict[RunConfig, Row] = dataclasses.field(
         default_factory=dict
     )  # a step that several rows share is measured once
@@ -122,13 +124,13 @@ class Benchmark:
             check_attention(run)
         pyramid = editor_pyramid(run.model)
         optimizer = make_optimizer(run.optimizer, run.steps)
-        abstract = abstract_arguments(run, pyramid, optimizer, self.mesh)
+        abstract = self._abstract(run, pyramid, optimizer)
         with jax.set_mesh(self.mesh):
             began = time.perf_counter()
             step = sharded_step(run, pyramid, optimizer, self.mesh).lower(*abstract).compile()
             compiling = time.perf_counter() - began
-            state, frozen = self._initial["state"](), self._initial["frozen"]()
-            batch = put_batch(self.mesh, _random_batch(dict(abstract[2])))
+            state, frozen = self._initial["state"](), {} if self.text_features else self._initial["frozen"]()
+            batch = put_batch(self.mesh, _random_batch(abstract[2]))
             key = jax.device_put(jax.random.key(0), abstract[3].sharding)
 
             def once() -> Any:
@@ -136,19 +138,31 @@ class Benchmark:
                 state, metrics = step(state, frozen, batch, key)
                 return metrics
 
+            processor = time.process_time()
             seconds = self._times(once)
+            processor = (time.process_time() - processor) / (self.warmup + self.repeats)
         flops = run_flops(run, pyramid)
         work = Work.of(flops, self.mesh.devices.flat)
         median = float(np.median(seconds))
         examples = run.data.batch_size
         return {
             **_spread(seconds),
+            "processor_s": processor,  # of all cores of this machine, a call
             "compile_s": compiling,
             "examples_per_s": examples / median,
             "tokens_per_s": examples * flops.tokens / median,
             **work.speed(examples, median),
             **self._memory(step, before),
         }
+
+    def _abstract(self, run: RunConfig, pyramid: Pyramid, optimizer: optax.GradientTransformation) -> tuple[Any, ...]:
+        """The arguments of the step, abstract."""
+        state, frozen, batch, key = abstract_arguments(run, pyramid, optimizer, self.mesh)
+        if self.text_features:
+            ids, width = batch["text_ids"], run.model.text.width
+            batch["text_features"] = jax.ShapeDtypeStruct((*ids.shape, width), jnp.bfloat16, sharding=ids.sharding)
+            frozen = {}
+        return state, frozen, batch, key
 
     def _edit(self, batch: int) -> Row:
         before, run = _peak(), self.run

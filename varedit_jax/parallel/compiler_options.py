@@ -47,9 +47,9 @@ _GPU: dict[str, Value] = {
     "xla_gpu_reduce_scatter_combine_threshold_bytes": 1 << 30,
 }
 
-# Matmuls alone go to the library YNNPACK. By default XLA of jaxlib 0.10.2 hands it sums, too, with all that is computed in
-# front of them, some of which come out wrong: jax-ml/jax issue 39103, whose example is right with this option. Tried with
-# jaxlib 0.10.2 (results/benchmark_cpu.md).
+# Matmuls alone go to the library YNNPACK. By default XLA of jaxlib 0.10.2 hands it sums, too, with all that is computed
+# in front of them, some of which come out wrong: jax-ml/jax issue 39103, whose example is right with this option. Tried
+# with jaxlib 0.10.2 (results/benchmark_cpu.md).
 _CPU: dict[str, Value] = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
 CHIP_OPTIONS: dict[str, dict[str, Value]] = {
