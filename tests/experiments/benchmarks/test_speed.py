@@ -1,6 +1,8 @@
 """The speed benchmark at the smallest preset: what it prints and writes, and a user's mistakes."""
 
+import dataclasses
 import json
+import re
 import types
 
 import jax
@@ -13,6 +15,8 @@ from varedit_jax.config import DataConfig, MeshConfig, RunConfig, preset
 from varedit_jax.parallel.mesh import make_mesh
 from varedit_jax.scales import editor_pyramid
 from varedit_jax.training.flops import CONVENTION, example_flops
+from varedit_jax.training.optimizer import make_optimizer
+from varedit_jax.training.step import make_step
 
 pytestmark = pytest.mark.subprocess
 
@@ -30,6 +34,7 @@ def answers(run_program, tmp_path_factory):
         "text": ["--preset=2b", "--text=huge"],
         "accumulation": ["--accumulation=2"],
         "attention": ["--attention=cudnn", "--what=train"],
+        "text features": ["--text_features"],
     }
     # A third of the time to compile; the programs run but a few times.
     quick = "import os; os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=0'"
@@ -47,6 +52,7 @@ def test_figures(answers):
         assert 0 < row["min_s"] <= row["quartiles_s"][0] <= row["median_s"] <= row["quartiles_s"][1]
         assert row["repeats"] == 2 and row["planned_gib"] > 0 and row["peak_gib"] is None and "mfu" not in row
         assert row["batch"] == 1 and row["examples_per_s"] == pytest.approx(1 / row["median_s"])
+    assert train["processor_s"] > 0
     flops = example_flops(preset("tiny"), editor_pyramid(preset("tiny")), 16)
     about = figures["about"]
     assert about["tokens"] == flops.tokens == 37
@@ -83,10 +89,24 @@ def test_remat_policies(bench):
     assert 0.9 < full < 1.1  # the blocks' forward pass, with RoPE's product
 
 
+def test_features_of_texts_take_the_place_of_frozen_encoders(bench):
+    """The step takes them, and no frozen weights."""
+    run = bench[0].run
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, features="precomputed"))
+    bench = dataclasses.replace(bench[0], run=run, text_features=True)
+    optimizer, pyramid = make_optimizer(run.optimizer, run.steps), editor_pyramid(run.model)
+    arguments = bench._abstract(run, pyramid, optimizer)
+    assert arguments[1] == {} and arguments[2]["text_features"].shape == (1, 5, run.model.text.width)
+    with jax.set_mesh(bench.mesh):
+        state, metrics = jax.eval_shape(make_step(run, pyramid, optimizer), *arguments)
+    assert metrics["loss"].shape == () and jax.tree.structure(state) == jax.tree.structure(arguments[0])
+
+
 def test_what_is_printed(answers):
     """The size, a reduced depth, the convention, and one line per row."""
     out = answers[0]["good"][1]
     assert "tiny: depth 1 of 3 (REDUCED DEPTH), 16 x 16 px, 37 tokens" in out
+    assert re.search(r"of processors \d.*\n\nmost memory of this process on its host: \d.* GiB\n$", out, re.DOTALL)
     assert CONVENTION in out and "unknown, so no MFU" in out
     assert [line.split(" | ")[0] for line in out.splitlines() if line.startswith("| ")][1:] == ["| train", "| edit"]
 
@@ -100,6 +120,7 @@ def test_what_is_printed(answers):
         ("mesh", "mesh data 1 x fsdp 3 x tensor 1 does not fit 1 devices"),
         ("text", "unknown text encoder 'huge'; known are small, base, large, xl, xxl"),
         ("accumulation", "data.batch_size 1 does not divide into optimizer.accumulation=2 microbatches"),
+        ("text features", "--text_features needs --features=precomputed, not online"),
         ("attention", "attention is 'cudnn', which needs a compute type of 16 bits, as bfloat16, not float32"),
     ],
 )

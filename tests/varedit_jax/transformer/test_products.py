@@ -260,3 +260,25 @@ if __name__ == "__main__":
             for _leaf, _value in {"fc1": _params["fc1"]["kernel"], "fc2": _params["fc2"]["kernel"], "x": _x}.items():
                 _found[f"{_name}/{_mesh}/{_leaf}"] = _value
     np.savez(sys.argv[1], **_found)
+
+
+def test_heads_are_the_same_whether_matmuls_order_them_or_a_copy(operands, monkeypatch):
+    """As on TPUs and GPUs, and as on CPUs; gradients, too."""
+    x_BLC = operands[0]
+    draw = np.random.default_rng(1)
+    kernel_CHD = draw.normal(size=(WIDTH, 2, 8)).astype(np.float32)
+    kernel_HDC = draw.normal(size=(2, 8, WIDTH)).astype(np.float32)
+
+    def both(*arguments):
+        x_BLC, kernel_CHD, kernel_HDC = arguments
+        x_BHLD = to_heads(x_BLC, kernel_CHD, CONFIG)
+        return x_BHLD, from_heads(x_BHLD, kernel_HDC, CONFIG)
+
+    def outputs(by_matmuls):
+        monkeypatch.setattr(products_lib, "matmuls_order_heads", lambda: by_matmuls)
+        found, pull = jax.vjp(both, x_BLC, kernel_CHD, kernel_HDC)
+        return jax.tree.leaves((found, pull(found)))
+
+    assert outputs(True)[0].shape == (2, 2, TOKENS, 8)
+    for one, other in zip(outputs(True), outputs(False), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5 * np.abs(one).max())
