@@ -19,9 +19,10 @@ from varedit_jax.parallel.constrain import gathered
 from varedit_jax.parallel.mesh import BATCH, make_mesh
 from varedit_jax.parallel.rules import gather, param_shardings
 from varedit_jax.parallel.topology import topology_devices
+from varedit_jax.transformer import products as products_lib
 from varedit_jax.transformer.attention import kernel_init
 from varedit_jax.transformer.block import MLP
-from varedit_jax.transformer.products import Dense, add_bias, product, rounded
+from varedit_jax.transformer.products import Dense, add_bias, from_heads, product, rounded, to_heads
 
 CONFIG = TransformerConfig(width=16, heads=2, depth=2, text_width=16)
 TOKENS, WIDTH, OUT = 6, 16, 12
