@@ -53,7 +53,7 @@ def _spread(images: jax.Array) -> jax.Array:
 
 
 def make_text_features(config: RunConfig) -> Callable[[Params, Params, Batch], jax.Array]:
-    """Returns `(params, frozen, batch) -> features_BTE`: precomputed ones as float32, else those of the text encoder."""
+    """Returns `(params, frozen, batch) -> features_BTE`: precomputed ones in float32, else the encoder's."""
     dtype = jnp.dtype("float32" if config.train_text else config.text_dtype)
     encoder = T5Encoder(config.model.text, dtype, functools.partial(gather, "text"))
 

@@ -37,8 +37,8 @@ from varedit_jax.types import Batch, Params
 
 _MOST_NAMES = 4  # arrays or devices that a sentence names
 _ADVICE = (
-    "a chip, its memory or a link computes wrongly; this step is not saved, but earlier ones may be wrong, too: run the "
-    "same command again without that host"
+    "a chip, its memory or a link computes wrongly; this step is not saved, but earlier ones may be wrong, too: run "
+    "the same command again without that host"
 )
 
 
