@@ -1,9 +1,10 @@
 """Finds numbers that are wrong without an error, as a faulty chip makes them: `guard.verify_every`.
 
-Bits are compared of what has been computed twice from the same arrays by the same program, in two ways:
+Bits are compared of what has to be equal:
 
   - a step of the run is repeated on the same devices: what a device does not always get wrong
   - examples of its batch are worked on by other devices: what a device always gets wrong, too
+  - copies of a part of the state on several devices, as over `data`: what went wrong in an update since they were alike
 
 Where two differ, a third run decides. A whole step on other devices would not do: sums over devices are added in the
 order of the chips, and for TPUs the compiler takes other rings, so that sound chips would differ.
@@ -57,6 +58,26 @@ class Digests(NamedTuple):
     devices: list[Any]
     names: list[str]
     values: np.ndarray  # uint32 [devices, arrays]
+    parts: np.ndarray  # int [devices, arrays]: devices with the same number hold copies of the same part of an array
+
+    def apart(self) -> np.ndarray:
+        """Returns True, [devices, arrays], where a device's copy is not that of most; of two that differ, for both."""
+        found = np.zeros(self.values.shape, bool)
+        for column, (values, parts) in enumerate(zip(self.values.T, self.parts.T, strict=True)):
+            for part in np.unique(parts):
+                held, counts = np.unique(values[parts == part], return_counts=True)
+                if len(held) > 1:
+                    usual = held[counts == counts.max()]
+                    found[parts == part, column] = (values[parts == part] != usual[0]) | (len(usual) > 1)
+        return found
+
+    def where(self, differs: Any) -> str:
+        """Returns in words the arrays and devices for which `differs` [devices, arrays] is True; a collective call."""
+        arrays = [name for name, row in zip(self.names, differs.any(axis=0), strict=True) if row]
+        devices = [device for device, row in zip(self.devices, differs.any(axis=1), strict=True) if row]
+        everywhere = len(devices) == len(self.devices) > 1
+        places = f"all {len(devices)} devices, as after a sum over them" if everywhere else _devices_text(devices)
+        return f"{_listed(arrays)} on {places}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,21 +127,25 @@ class Repeated:
     other: Digests  # of new state and metrics
 
     def compare(self, state: TrainState, metrics: Any) -> None:
-        """Raises Corrupted if the state after the step of the run, or its metrics, differ in a bit from the copy's."""
+        """Raises Corrupted if the state after the step of the run, or its metrics, differ in a bit from the copy's.
+
+        So it does if devices differ that hold the same part of an array.
+        """
         first = _results(state, metrics)
+        apart = first.apart()
+        if apart.any():
+            raise Corrupted(
+                f"after step {self.step} copies of the same numbers differ: {first.where(apart)}; {_ADVICE}",
+                self.before,
+            )
         if np.array_equal(first.values, self.other.values):
             return
         third = _results(*self.run(copied(self.before), self.batch, self.key))
         agrees = [np.array_equal(third.values, each.values) for each in (first, self.other)]
         verdict = "the step of the run" if agrees[0] else "the repetition" if agrees[1] else "neither"
-        differs = first.values != self.other.values
-        arrays = [name for name, row in zip(first.names, differs.any(axis=0), strict=True) if row]
-        devices = [device for device, row in zip(first.devices, differs.any(axis=1), strict=True) if row]
-        everywhere = len(devices) == len(first.devices) > 1
-        where = f"all {len(devices)} devices, as after a sum over them" if everywhere else _devices_text(devices)
         raise Corrupted(
-            f"step {self.step} gave other bits when it was repeated: {_listed(arrays)} on {where}; a third run agrees "
-            f"with {verdict}; {_ADVICE}",
+            f"step {self.step} gave other bits when it was repeated: "
+            f"{first.where(first.values != self.other.values)}; a third run agrees with {verdict}; {_ADVICE}",
             self.before,
         )
 
@@ -156,10 +181,19 @@ def digests(tree: Any) -> Digests:
     names, arrays = [path_name(path) for path, _ in leaves], tuple(leaf for _, leaf in leaves)
     shardings = [leaf.sharding for leaf in arrays]
     if not isinstance(shardings[0], NamedSharding):
-        return Digests(list(shardings[0].device_set), names, jax.device_get(_digests(arrays)))
+        values = jax.device_get(_digests(arrays))
+        return Digests(list(shardings[0].device_set), names, values, np.zeros(values.shape, int))
     mesh = shardings[0].mesh
     run = _on_mesh(mesh, tuple(sharding.spec for sharding in shardings))
-    return Digests(list(mesh.devices.flat), names, jax.device_get(run(arrays)))
+    parts = np.stack([_parts(sharding, leaf.shape) for sharding, leaf in zip(shardings, arrays, strict=True)], axis=1)
+    return Digests(list(mesh.devices.flat), names, jax.device_get(run(arrays)), parts)
+
+
+@functools.cache
+def _parts(sharding: NamedSharding, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns the number of the part of an array that each device of the mesh holds, [devices]."""
+    places = sharding.devices_indices_map(shape)
+    return np.unique([str(places[device]) for device in sharding.mesh.devices.flat], return_inverse=True)[1]
 
 
 @functools.cache

@@ -28,7 +28,7 @@ from varedit_jax.training.replay import replay
 from varedit_jax.training.setup import MeshRun
 from varedit_jax.training.stages import SingleStage
 from varedit_jax.training.state import TrainState
-from varedit_jax.training.verify import Corrupted, Examples, digest, disagreeing
+from varedit_jax.training.verify import Corrupted, Digests, Examples, digest, digests, disagreeing
 from varedit_jax.weights.run_directory import checkpoint_steps
 
 GUARD = GuardConfig(verify_every=4)
@@ -130,6 +130,27 @@ def test_a_wrong_step_ends_the_run_unsaved(tmp_path: pathlib.Path, wrong: tuple[
     assert float(metrics["loss"]) == next(line["loss"] for line in lines if line["step"] == 8 and "loss" in line)
 
 
+@pytest.mark.parametrize(
+    ("held", "expected"),
+    [([5, 5, 5, 9], []), ([5, 6, 5, 9], [1]), ([5, 5, 6, 8], [2]), ([5, 5, 5, 8], []), ([4, 5, 6, 8], [0, 1, 2])],
+)
+def test_the_copy_that_is_not_that_of_most(held: list[int], expected: list[int]) -> None:
+    """The fourth device holds another part of the array."""
+    values = np.array(held, np.uint32)[:, None]
+    found = Digests(["a", "b", "c", "d"], ["x"], values, np.array([0, 0, 0, 1])[:, None])
+    assert np.flatnonzero(found.apart()).tolist() == expected
+
+
+def copies() -> None:
+    """For `test_four_devices`: one of two copies of a part changes."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2))
+    place = jax.NamedSharding(mesh, jax.P("fsdp"))
+    x = jax.device_put(jnp.arange(8.0), place)
+    assert not digests({"x": x}).apart().any()
+    found = digests({"x": flipped(x, mesh.devices[1, 0, 0])})
+    assert found.apart()[:, 0].tolist() == [device in mesh.devices[:, 0].flat for device in found.devices]
+
+
 def of_shares(count: int, wrong: Callable[[int, int], bool]) -> Examples:
     """Examples of which `wrong(device, run)` says whether a device computes them wrongly."""
     runs = 0
@@ -160,7 +181,7 @@ def test_two_of_three_devices_are_right(count: int, wrong: Callable, expected: l
 
 
 def editor() -> None:
-    """For `test_examples_of_an_editor`: one device of four holds another bias than the others."""
+    """For `test_four_devices`: one device of four holds another bias than the others."""
     r, run = dataclasses.replace, test_compile_step.RUN
     transformer = r(run.model.transformer, dtype="bfloat16", depth=2)
     config = r(run, train_text=False, text_dtype="bfloat16", model=r(run.model, transformer=transformer))
@@ -212,8 +233,8 @@ def test_two_processes(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.subprocess
-def test_examples_of_an_editor() -> None:
-    """Bits do not depend on the device; where one has a wrong number, it is named."""
+def test_four_devices() -> None:
+    """Bits do not depend on the device; where one has a wrong number, it is named. Of two copies both are."""
     environment = os.environ | {"XLA_FLAGS": test_compile_step.FLAGS.replace("count=8", "count=4")}
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -223,4 +244,5 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         broken_of_two(pathlib.Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
     else:
+        copies()
         editor()
