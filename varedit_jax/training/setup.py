@@ -252,7 +252,7 @@ class MeshRun:
         """Returns the function of `verify.make_numbers` for batches of a pyramid."""
         if pyramid not in self._numbers_of:
             function = jax.jit(make_numbers(self.config, pyramid), out_shardings=replicated(self.mesh))
-            self._numbers_of[pyramid] = Programs("numbers of examples", function, self.mesh)
+            self._numbers_of[pyramid] = Programs("numbers of examples", function.lower, self.mesh)
         return self._numbers_of[pyramid]
 
     def examples(self, frozen: Params) -> Examples:

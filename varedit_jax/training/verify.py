@@ -7,7 +7,7 @@ Bits are compared of what has to be equal:
   - copies of a part of the state on several devices, as over `data`: what went wrong in an update since they were alike
 
 Where two differ, a third run decides. A whole step on other devices would not do: sums over devices are added in the
-order of the chips, and for TPUs the compiler takes other rings, so that sound chips would differ.
+order of the chips, and for TPUs the compiler takes other collectives, so that sound chips could differ.
 
 A digest of an array is the sum, modulo 2^32, of its elements' bits, each mixed with its index. One element that changes
 always changes it; several leave it as it was once in 2^32 cases.
