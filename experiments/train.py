@@ -115,11 +115,15 @@ def _train(config: RunConfig, watchdog: Watchdog) -> None:
                 params = {**frozen, **run.abstract_state.params}
                 prepare_sheet(Editor(config.model, params, config.sampling), shown)
 
+    def prepare_numbers() -> None:
+        if config.guard.verify_every:
+            run.prepare_numbers()
+
     quarantine = paths.resolve(run_flags.WORKDIR.value) / "quarantine" / f"process_{jax.process_index()}.jsonl"
     batches = loader.training_batches(
         config.data, vocabulary, train, train_features, *part, quarantine=quarantine, amendments=amendments
     )
-    with jax.set_mesh(mesh), run.stages(frozen, (prepare_evaluation, prepare_sample)) as stages:
+    with jax.set_mesh(mesh), run.stages(frozen, (prepare_evaluation, prepare_sample, prepare_numbers)) as stages:
         if _REPLAY.value:
             return _replay(run, stages.step)
         processes.wait_for_all("the run to begin")
@@ -139,6 +143,7 @@ def _train(config: RunConfig, watchdog: Watchdog) -> None:
             sample=sample,
             learning_rate=learning_rate(config.optimizer, config.steps),
             guard=config.guard,
+            examples=run.examples(frozen),
             work=run.work,
             ids_field=EXAMPLE_IDS,
         )

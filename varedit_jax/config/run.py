@@ -167,6 +167,12 @@ class GuardConfig(Checked):
     hang_minutes: float = 0.0  # without a finished step, after which the process dumps its stacks and exits; 0 = never
     # The same for what takes long by itself: starting, restoring, the first batch, compiling, evaluating, saving.
     long_minutes: float = 120.0
+    # Steps between two that are computed twice and compared, to find chips that compute wrongly (training/verify.py).
+    verify_every: int = 0  # 0 = never
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, 0, "guard.verify_every")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ A line has the seconds since the start of its process, by kind:
   checkpoint   saving and restoring
   evaluate     evaluation and sampled images
   startup      from the start of the process to the first step, without the kinds above
-  other        anything else, such as writing metrics
+  other        anything else, such as writing metrics, and steps computed twice to verify them
   lost         skipped steps (not finite); everything that an earlier process did after its last checkpoint; and the
                time from the last line of a process to the start of the next
 
@@ -49,7 +49,7 @@ Seconds = dict[str, float]  # by kind
 
 
 class Stopwatch:
-    """Seconds spent in each part of a run: data, step, skipped, compile, evaluate, sample, save, restore."""
+    """Seconds spent in each part of a run: data, step, skipped, compile, evaluate, sample, save, restore, verify."""
 
     def __init__(self) -> None:
         """Starts now."""

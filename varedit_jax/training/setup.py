@@ -28,6 +28,7 @@ from varedit_jax.training.stages import Stages
 from varedit_jax.training.state import TrainState, make_init
 from varedit_jax.training.step import BATCH_FIELDS, make_loss, sum_over_microbatches
 from varedit_jax.training.stop import poll
+from varedit_jax.training.verify import Examples, make_numbers
 from varedit_jax.types import Batch, Metrics, Params
 from varedit_jax.weights import names, native
 
@@ -175,6 +176,7 @@ class MeshRun:
             )
         )
         self._evaluations: dict[tuple[Pyramid, int], Programs] = {}
+        self._numbers_of: dict[Pyramid, Programs] = {}
 
     def load_frozen(self) -> Params:
         """Returns the frozen weights on the mesh. Raises UserError as `load_frozen`."""
@@ -250,6 +252,37 @@ class MeshRun:
                 (self.config.data.batch_size,), np.int32, sharding=batch_sharding(self.mesh)
             )
         self._evaluation(self.pyramid, kinds).prepare(self.abstract_state.params, frozen, batch)
+
+    def _numbers(self, pyramid: Pyramid) -> Programs:
+        """Returns the function of `verify.make_numbers` for batches of a pyramid."""
+        if pyramid not in self._numbers_of:
+            function = jax.jit(make_numbers(self.config, pyramid), out_shardings=replicated(self.mesh))
+            self._numbers_of[pyramid] = Programs("numbers of examples", function.lower, self.mesh)
+        return self._numbers_of[pyramid]
+
+    def examples(self, frozen: Params) -> Examples:
+        """Returns what the devices compute of the examples of a batch, to be compared."""
+        shares = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        sharding = batch_sharding(self.mesh)
+
+        @functools.partial(jax.jit, out_shardings=sharding)
+        def moved(batch: Batch) -> Batch:
+            return jax.tree.map(lambda x: jnp.roll(x, len(x) // shares, axis=0), batch)
+
+        def numbers(state: TrainState, batch: Batch, places: int) -> np.ndarray:
+            run = self._numbers(self._pyramid_of(batch))
+            for _ in range(places):
+                batch = moved(batch)
+            found = jax.device_get(run(state.params, frozen, batch))
+            return np.roll(found, -places * len(found) // shares, axis=0)
+
+        return Examples(shares=self.mesh.devices.reshape(shares, -1).tolist(), numbers=numbers)
+
+    def prepare_numbers(self) -> None:
+        """Compiles what `examples` calls, for batches of the model's first aspect."""
+        frozen = compile_step.abstract_frozen(self.config, self.mesh)
+        batch = compile_step.abstract_batch(self.config, self.pyramid, self.mesh)
+        self._numbers(self.pyramid).prepare(self.abstract_state.params, frozen, batch)
 
     def evaluate(
         self,

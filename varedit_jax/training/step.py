@@ -52,6 +52,21 @@ def _spread(images: jax.Array) -> jax.Array:
     return constrain(images, (*BATCH, "tensor"))
 
 
+def make_text_features(config: RunConfig) -> Callable[[Params, Params, Batch], jax.Array]:
+    """Returns `(params, frozen, batch) -> features_BTE`: precomputed ones in float32, else the encoder's."""
+    dtype = jnp.dtype("float32" if config.train_text else config.text_dtype)
+    encoder = T5Encoder(config.model.text, dtype, functools.partial(gather, "text"))
+
+    def text_features(params: Params, frozen: Params, batch: Batch) -> jax.Array:
+        if "text_features" in batch:
+            return batch["text_features"].astype(jnp.float32)
+        own = params["text"] if config.train_text else frozen["text"]
+        with jax.named_scope("text"):
+            return encoder.apply({"params": own}, batch["text_ids"], batch["text_length"])
+
+    return text_features
+
+
 def make_loss(
     config: RunConfig, pyramid: Pyramid, training: bool, by_example: bool = False
 ) -> Callable[[Params, Params, Batch, jax.Array], tuple[jax.Array, Metrics]]:
@@ -69,8 +84,7 @@ def make_loss(
     """
     model = config.model
     transformer = Transformer(model.transformer, pyramid, functools.partial(gather, "transformer"))
-    text_dtype = jnp.dtype("float32" if config.train_text else config.text_dtype)
-    text_encoder = T5Encoder(model.text, text_dtype, functools.partial(gather, "text"))
+    text_features = make_text_features(config)
     cells = pyramid.cells(model.patchify)
     loss_config = config.loss if training else dataclasses.replace(config.loss, label_smoothing=0.0)
 
@@ -96,12 +110,7 @@ def make_loss(
             unconditional_B = jax.random.bernoulli(drop_key, config.loss.text_drop, (len(target),))
         # Tokens are small before the first block, which shards them over `tensor`.
         tokens = jax.tree.map(batch_only, make_tokens(source, target, model, pyramid, flips))
-        if "text_features" in batch:  # precomputed
-            features_BTE = batch["text_features"].astype(jnp.float32)
-        else:
-            text_params = params["text"] if config.train_text else frozen["text"]
-            with jax.named_scope("text"):
-                features_BTE = text_encoder.apply({"params": text_params}, batch["text_ids"], batch["text_length"])
+        features_BTE = text_features(params, frozen, batch)
         hidden_BLC, cond_BC = transformer.apply(
             {"params": params["transformer"]},
             tokens.source_BSN,

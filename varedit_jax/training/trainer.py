@@ -27,6 +27,7 @@ from varedit_jax.training.replay import Inputs
 from varedit_jax.training.stages import SingleStage, Stages
 from varedit_jax.training.state import TrainState
 from varedit_jax.training.stop import Stopped, StopSignal, poll
+from varedit_jax.training.verify import Corrupted, Examples, Repeated, Verifier
 from varedit_jax.training.watchdog import FIRST_BATCH, Watchdog
 from varedit_jax.types import Metrics
 
@@ -47,6 +48,7 @@ class Job:
     record: Mapping[str, Any]  # the configuration of the run as a dict, for config.json
     cadence: Cadence
     guard: GuardConfig = GuardConfig()
+    examples: Examples | None = None  # of a batch, for `guard.verify_every`
     evaluate: Callable[[TrainState], Metrics] | None = None  # metrics on held-out data: eval/NAME
     sample: Callable[[TrainState, int], Mapping[str, np.ndarray]] | None = None  # uint8 [y, x, 3] by name
     learning_rate: Callable[[int], float] | None = None  # of a step, for the log
@@ -172,6 +174,7 @@ class Trainer:
         elif logged:
             self._writer.say(f"a run in {workdir} ended before it saved a checkpoint; it starts from nothing again")
         self._inputs = Inputs(workdir)
+        self._verifier = Verifier(job.examples)
         self._guard = Guard(job.guard, self._writer.say)
         self._guard.recall(line for line in logged if line["step"] < step)
         self._report = StepReport(
@@ -249,14 +252,40 @@ class Trainer:
         if step == self.launch.dump_step:
             self._inputs.dump(step, "requested", self.state)
         self._profiler.step(step, self.state)
-        run = job.stages.step(step)
+        run, repeated = job.stages.step(step), self._repeat(batch)
         with self._phase("step" if shapes in self._compiled else "compile"), jax.transfer_guard("disallow"):
             self.state, metrics = run(self.state, batch, jax.random.fold_in(self._key, self.state.step))
         self._compiled.add(shapes)
+        if repeated is not None:
+            with self._verifying():
+                repeated.compare(self.state, metrics)
         self._watchdog.beat("step")
         work = job.work(step, batch) if callable(job.work) else job.work
         self._report.later(step, metrics, len(jax.tree.leaves(batch)[0]), ids, work)
         self.step += 1
+
+    def _repeat(self, batch: Any) -> Repeated | None:
+        """Makes the step on a copy of the state where it is due to be verified."""
+        step, every = self.step, self.job.guard.verify_every
+        if step == 0 or not _due(step, every, 0):
+            return None
+        self._report.finish()
+        with self._verifying():
+            key = jax.random.fold_in(self._key, self.state.step)
+            return self._verifier.begin(step, self.job.stages.step(step), self.state, batch, key)
+
+    @contextlib.contextmanager
+    def _verifying(self) -> Iterator[None]:
+        """Dumps the inputs of the step if the block finds it to be corrupted; the run ends, and is not saved."""
+        try:
+            with self._phase("verify"):
+                yield
+        except Corrupted as error:
+            try:
+                self._inputs.dump(self.step, "corrupted", error.state)
+            except UserError as failure:  # what was found matters more
+                self._writer.say(str(failure))
+            raise
 
     def finish(self) -> None:
         """Evaluates, samples and saves after the last step, and reports where the run ended."""

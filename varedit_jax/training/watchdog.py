@@ -17,7 +17,7 @@ from varedit_jax.storage.paths import PathLike, is_remote, resolve
 _CHECKS = 20  # per allowed time
 STARTING, FIRST_BATCH = "starting", "first batch"
 # Reading weights or making them, restoring, waiting for the first data, compiling, and what compiles something.
-LONG_PHASES = frozenset({STARTING, "restore", FIRST_BATCH, "compile", "evaluate", "sample", "save"})
+LONG_PHASES = frozenset({STARTING, "restore", FIRST_BATCH, "compile", "evaluate", "sample", "save", "verify"})
 
 
 class Watchdog:
