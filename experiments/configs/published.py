@@ -59,22 +59,23 @@ class MachineLayout:
     options: tuple[str, ...] = ()  # of the compiler, over those of the chip (parallel/compiler_options.py)
 
 
-# By config and machine. Spare memory saves activations: on v5p and H100, and for 2B on v6e, all named ones, so that the
-# backward pass recomputes attention scores alone. v5e chips reduce-scatter over a part of the slice only, so their
-# `tensor` exceeds 1. On 128 v5p chips, gradients of 8B in 128 shards would be all-reduced: hence two replicas of 64.
+# By config and machine. Spare memory saves activations: on v5p and H100, and for 2B, all named ones, so that the backward
+# pass recomputes attention scores alone. 8B has 64 shards: 128 or 256 pieces of its 3,584 rows are no whole number of
+# tiles of 8 rows, and their gradients are not scattered; v5e chips scatter over a part of the slice only. The rest of the
+# chips are replicas, or share examples over `tensor` where activations are too large or the batch does not divide.
 LAYOUTS = {
     "varedit_2b_256": {
         "v5p_128": MachineLayout(1, saved=REMAT_NAMES),
         "v5p_256": MachineLayout(1, saved=REMAT_NAMES),
         "v6e_256": MachineLayout(1, saved=REMAT_NAMES),
-        "v5e_256": MachineLayout(4, tensor=4),
+        "v5e_256": MachineLayout(2, data=4, saved=REMAT_NAMES),
         "h100_64": MachineLayout(2, saved=REMAT_NAMES),
     },
     "varedit_2b_512": {
         "v5p_128": MachineLayout(3, saved=REMAT_NAMES),
         "v5p_256": MachineLayout(3, tensor=2, saved=REMAT_NAMES),
         "v6e_256": MachineLayout(3, tensor=4, saved=REMAT_NAMES),
-        "v5e_256": MachineLayout(15, tensor=4),
+        "v5e_256": MachineLayout(5, tensor=4, saved=REMAT_NAMES),
         "h100_64": MachineLayout(5, saved=REMAT_NAMES),
     },
     "varedit_8b_512": {
@@ -87,7 +88,7 @@ LAYOUTS = {
     "varedit_8b_1024": {
         "v5p_128": MachineLayout(8, saved=REMAT_NAMES),
         "v5p_256": MachineLayout(4, data=2, saved=REMAT_NAMES),
-        "v6e_256": MachineLayout(4, tensor=2),
+        "v6e_256": MachineLayout(4, tensor=2, data=2),
         "v5e_256": MachineLayout(8, tensor=4),
         "h100_64": MachineLayout(8),
     },
