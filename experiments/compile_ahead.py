@@ -14,10 +14,12 @@ gives a line, too.
 `predicted` is the step's time by varedit_jax/analysis/predict.py, which standard error has in words; `collectives`
 there are per chip, too. --program keeps the program's text, and --read_program predicts from such a file in seconds,
 given the same flags otherwise. --max_moves and --max_exposed_gathers are bounds: a program beyond one still gives its
-line, then a sentence and exit code 1.
+line, then a sentence and exit code 1. --memory_only ends a compilation before code is generated, which takes most of
+its time: memory (without the code's) and collectives are there by then, `predicted` is not.
 """
 
 import dataclasses
+import functools
 import json
 import os
 
@@ -31,13 +33,14 @@ from varedit_jax import command
 from varedit_jax.analysis import predict
 from varedit_jax.analysis.ahead import (
     StepFigures,
-    Target,
     compile_evaluation,
     compile_sampling,
     compile_step,
     find_batch,
+    in_seconds,
     read_step,
 )
+from varedit_jax.analysis.jobs import Target
 from varedit_jax.config import RunConfig
 from varedit_jax.errors import UserError
 from varedit_jax.parallel.mesh import parse_mesh
@@ -63,6 +66,9 @@ _WHAT = flags.DEFINE_enum(
 )
 _IMAGES = flags.DEFINE_integer("images", 8, "of a sheet of samples", lower_bound=1)
 _FIND_BATCH = flags.DEFINE_bool("find_batch", False, "find the largest batch per chip that fits")
+_MEMORY_ONLY = flags.DEFINE_bool(
+    "memory_only", False, "end before code is generated: memory and collectives without the step's time, much sooner"
+)
 _PROGRAM = command.DEFINE_path("program", "", "file that the compiled program's text is written to")
 _READ_PROGRAM = command.DEFINE_path("read_program", "", "file of --program to predict the step's time of, uncompiled")
 _HBM_GIB = flags.DEFINE_float("hbm_gib", 0.0, "memory per chip, instead of the actual one", lower_bound=0.0)
@@ -87,6 +93,8 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--find_batch is for the step, and --what is {_WHAT.value}; leave one of them out")
         data = dataclasses.replace(config.data, batch_size=config.optimizer.accumulation)
         config = dataclasses.replace(config, data=data)
+    if _MEMORY_ONLY.value:
+        _check_alone()
     if _MESH.value:
         config = dataclasses.replace(config, mesh=parse_mesh(_MESH.value))
     target = Target(
@@ -94,14 +102,14 @@ def main(argv: list[str]) -> None:
     )
     compilations = {
         "step": lambda: _step(config, target),
-        "evaluation": lambda: compile_evaluation(config, target),
-        "sampling": lambda: compile_sampling(config, target, _IMAGES.value),
+        "evaluation": lambda: compile_evaluation(config, target, _MEMORY_ONLY.value),
+        "sampling": lambda: compile_sampling(config, target, _IMAGES.value, _MEMORY_ONLY.value),
     }
     rows = []
     for what, compiling in compilations.items():
         if _WHAT.value in (what, "all"):
             rows.append(compiling())
-            for line in predict.lines(rows[-1]["predicted"]) if "predicted" in rows[-1] else ():
+            for line in _lines(rows[-1]):
                 say(line)
             print(json.dumps(rows[-1]), flush=True)
     for row in rows:
@@ -109,18 +117,36 @@ def main(argv: list[str]) -> None:
             predict.check(row["predicted"], _MAX_MOVES.value, _MAX_EXPOSED_GATHERS.value)
 
 
+def _check_alone() -> None:
+    """Raises UserError if a flag needs what --memory_only leaves out."""
+    others = (_PROGRAM, _READ_PROGRAM, _MAX_MOVES, _MAX_EXPOSED_GATHERS)
+    for flag in others:
+        if flag.value not in ("", None):
+            raise UserError(f"--{flag.name} is about the step's time, which --memory_only leaves out; give one of them")
+
+
+def _lines(row: StepFigures) -> list[str]:
+    """What standard error says of a line."""
+    if row.get("compiled") == "memory":
+        return [
+            f"{row['what']}: {in_seconds(row)}; its time needs the whole compilation, without --memory_only; "
+            "`needed_gib` lacks the code, and is what the compiler itself compares with the memory"
+        ]
+    return predict.lines(row["predicted"]) if "predicted" in row else []
+
+
 def _step(config: RunConfig, target: Target) -> StepFigures:
     """The line of the step, of one compilation, of several, or of a program that was kept."""
     if sum(map(bool, (_FIND_BATCH.value, _PROGRAM.value, _READ_PROGRAM.value))) > 1:
         raise UserError("--find_batch, --program and --read_program each exclude the others; give one of them")
     if _FIND_BATCH.value:
-        return find_batch(config, target, say)
+        return find_batch(config, target, say, functools.partial(compile_step, memory_only=_MEMORY_ONLY.value))
     if _READ_PROGRAM.value:
         return read_step(config, target, _read_program(_READ_PROGRAM.value))
     if _PROGRAM.value:
         place = paths.resolve(_PROGRAM.value)
         return compile_step(config, target, lambda text: files.write_text(place, text))
-    return compile_step(config, target)
+    return compile_step(config, target, memory_only=_MEMORY_ONLY.value)
 
 
 def _read_program(text: str) -> str:

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import functools
 import math
 import re
 import time
@@ -13,98 +12,43 @@ import jax
 from jax.sharding import Mesh
 
 from varedit_jax import hardware
-from varedit_jax.analysis import compiled, hlo, predict, predict_gpu
+from varedit_jax.analysis import compiled, hlo, passes, predict, predict_gpu
+from varedit_jax.analysis.jobs import Job, Target
 from varedit_jax.analysis.operations import count_step, recomputed_share
 from varedit_jax.config import RunConfig
-from varedit_jax.errors import UserError
 from varedit_jax.parallel.compiler_options import compiler_options, options_explained
 from varedit_jax.parallel.mesh import make_mesh
-from varedit_jax.parallel.topology import topology_devices
-from varedit_jax.sampling.editor import abstract_request, jitted_edit
 from varedit_jax.scales import editor_pyramid
-from varedit_jax.training.compile_step import (
-    abstract_arguments,
-    abstract_frozen,
-    abstract_state,
-    check_attention,
-    sharded_step,
-)
+from varedit_jax.training.compile_step import abstract_state
 from varedit_jax.training.flops import CONVENTION, run_flops
 from varedit_jax.training.optimizer import make_optimizer
-from varedit_jax.training.setup import jitted_evaluation
-from varedit_jax.training.state import TrainState
 from varedit_jax.transformer.attention import Visibility, visibility_mask
 
 StepFigures = dict[str, Any]  # of a compiled step, ready for JSON
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Target:
-    """A TPU topology that a step is compiled for."""
-
-    topology: str  # as in "v5p:4x4x4"
-    slices: int = 1
-    hbm_gib: float = 0.0  # limit on a program's memory per chip; 0: that of the chip
-    stand_in_for: str = ""  # the JAX `device_kind` of a GPU that the chips stand in for
-
-    @functools.cached_property
-    def devices(self) -> list[Any]:
-        """Its JAX devices, on which nothing can run. Raises UserError as `topology_devices`."""
-        return topology_devices(self.topology, self.slices)
-
-    @property
-    def chip(self) -> hardware.Chip:
-        """The accelerator."""
-        found = hardware.chip_of(self.devices[0])
-        if found is None:
-            raise UserError(f"topology {self.topology!r}: varedit_jax/hardware.py does not know its chip")
-        return found
-
-    @property
-    def gpu(self) -> hardware.Chip | None:
-        """What the chips stand in for. Raises UserError for a GPU that varedit_jax/hardware.py does not know."""
-        found = hardware.chip(self.stand_in_for)
-        if self.stand_in_for and not (found and self.stand_in_for.startswith("NVIDIA")):
-            raise UserError(
-                f"--stand_in_for={self.stand_in_for}: varedit_jax/hardware.py knows no such GPU; give JAX's name of "
-                "one, such as 'NVIDIA H100 80GB HBM3'"
-            )
-        return found
-
-    @property
-    def hbm_bytes(self) -> int:
-        """HBM that a program gets on one device."""
-        return int(self.hbm_gib * hardware.GIB) if self.hbm_gib else self.chip.device_hbm
-
-
-def compile_step(config: RunConfig, target: Target, keep: Callable[[str], object] | None = None) -> StepFigures:
+def compile_step(
+    config: RunConfig, target: Target, keep: Callable[[str], object] | None = None, memory_only: bool = False
+) -> StepFigures:
     """Compiles the step of a run, images and token ids in, for `target`; `keep` gets the program's text.
 
+    With `memory_only` no code is generated: the figures have `compiled` "memory", and nothing of the step's time.
     Figures of a program that is too large for the memory have `fits` false. Raises UserError for a topology, mesh,
     batch or attention kernel that do not go together.
     """
-    mesh = make_mesh(config.mesh, target.devices)
     target.gpu  # noqa: B018  a mistake in it is said before minutes of compiling
-    with jax.set_mesh(mesh):
-        check_attention(config)
-    pyramid = editor_pyramid(config.model)
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    arguments = abstract_arguments(config, pyramid, optimizer, mesh)
-    row = {"what": "step"} | _about(config, target, mesh) | _flops(config, mesh)
-    with jax.set_mesh(mesh):
-        program, requirements = _compile(sharded_step(config, pyramid, optimizer, mesh), arguments, target)
-    if program is None:
+    job = Job("step", config, target)
+    row = _about(job) | _flops(config, job.mesh)
+    text, requirements = _compile(job, memory_only)
+    if text is None:
         return row | requirements
-    text = program.as_text()
     if keep:
         keep(text)
-    module = hlo.parse(text)
+    mesh, module, arguments = job.mesh, hlo.parse(text), job.function_and_arguments[1]
     found = compiled.collectives(module, mesh)
-    width, tokens = config.model.transformer.width, run_flops(config, pyramid).tokens
+    width, tokens = config.model.transformer.width, run_flops(config, editor_pyramid(config.model)).tokens
     sizes = compiled.parameter_sizes((arguments[0].params, arguments[1]))
-    return {
-        **row,
-        **requirements,
+    row |= requirements | {
         "collectives": compiled.summary(found, sizes, tokens * width // mesh.shape["tensor"]),
         "link_seconds_at_least": float(f"{compiled.link_seconds(found, target.chip):.4g}"),
         "compiled_tflop_per_device": _tera(hlo.matmul_flops(module)),
@@ -114,39 +58,29 @@ def compile_step(config: RunConfig, target: Target, keep: Callable[[str], object
             if instruction.opcode == "custom-call" and "tpu_custom_call" in instruction.text
         ),
         "loops_counted_once": module.loops_counted_once(),
-        "predicted": _predicted(config, target, mesh, module),
     }
+    return row if memory_only else row | {"predicted": _predicted(config, target, mesh, module)}
 
 
-def compile_evaluation(config: RunConfig, target: Target) -> StepFigures:
+def compile_evaluation(config: RunConfig, target: Target, memory_only: bool = False) -> StepFigures:
     """Compiles the evaluation of a held-out batch, in the microbatches of the step; figures and errors as above."""
-    mesh, pyramid = make_mesh(config.mesh, target.devices), editor_pyramid(config.model)
-    row = {"what": "evaluation"} | _about(config, target, mesh)
-    state, frozen, batch, _ = abstract_arguments(config, pyramid, make_optimizer(config.optimizer, config.steps), mesh)
-    with jax.set_mesh(mesh):
-        check_attention(config)
-        function = jitted_evaluation(config, pyramid, mesh)
-        return row | _beside(state, _compile(function, (state.params, frozen, batch), target)[1])
+    job = Job("evaluation", config, target)
+    return _about(job) | _beside(job, _compile(job, memory_only)[1])
 
 
-def compile_sampling(config: RunConfig, target: Target, images: int) -> StepFigures:
+def compile_sampling(config: RunConfig, target: Target, images: int, memory_only: bool = False) -> StepFigures:
     """Compiles the sampling of a sheet of so many images, one on each device of data x fsdp at least.
 
     The texts have `data.text_tokens`. Figures and errors as above.
     """
-    mesh, pyramid = make_mesh(config.mesh, target.devices), editor_pyramid(config.model)
-    state = abstract_state(config, make_optimizer(config.optimizer, config.steps), mesh)
-    params = abstract_frozen(config, mesh) | state.params
-    request = abstract_request(config.model, pyramid, mesh, images, config.data.text_tokens)
-    row = {"what": "sampling"} | _about(config, target, mesh) | {"images": request[0].shape[0]}
-    with jax.set_mesh(mesh):
-        check_attention(config)
-        function = jitted_edit(config.model, pyramid, config.sampling, True, mesh)
-        return row | _beside(state, _compile(function, (params, *request), target)[1])
+    job = Job("sampling", config, target, images)
+    images = job.function_and_arguments[1][1].shape[0]
+    return _about(job) | {"images": images} | _beside(job, _compile(job, memory_only)[1])
 
 
-def _beside(state: TrainState, requirements: StepFigures) -> StepFigures:
+def _beside(job: Job, requirements: StepFigures) -> StepFigures:
     """Returns requirements with what of the state lies on a device beside the program: moments and EMA."""
+    state = abstract_state(job.config, make_optimizer(job.config.optimizer, job.config.steps), job.mesh)
     leaves = jax.tree.leaves((state.opt_state, state.ema))
     held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves) / hardware.GIB
     memory = requirements["memory"]
@@ -154,32 +88,40 @@ def _beside(state: TrainState, requirements: StepFigures) -> StepFigures:
     return requirements | {"fits": fits, "memory": memory | {"beside_gib": round(held, 3)}}
 
 
-def _compile(function: Any, arguments: tuple[Any, ...], target: Target) -> tuple[Any, StepFigures]:
-    """Returns the program of a jitted function, None if it is too large, and its memory and the time it took."""
+def _compile(job: Job, memory_only: bool) -> tuple[str | None, StepFigures]:
+    """Returns the text of a job's program, None if it is too large, and its memory and the time it took."""
+    job.function_and_arguments  # noqa: B018  mistakes are said before
     began = time.perf_counter()
-    lowered = function.lower(*arguments)
-    traced = time.perf_counter()
+    text: str | None = None
+    spent: dict[str, float] = {}
     try:
         with options_explained():
-            program = lowered.compile()
+            if memory_only:
+                assigned = passes.run(job.to_dict())
+                text, memory = assigned.text, _assigned_memory(assigned, job.target)
+            else:
+                lowered = job.lower()
+                spent["lower_seconds"], began = time.perf_counter() - began, time.perf_counter()
+                program = lowered.compile()
+                text, memory = program.as_text(), _memory(program, job.target)
     except jax.errors.JaxRuntimeError as error:
-        program, memory = None, _too_large(str(error), target)
-        if memory is None:
+        refused = _too_large(str(error), job.target)
+        if refused is None:
             raise
-    else:
-        memory = _memory(program, target)
-    return program, {
-        "fits": program is not None and memory["needed_gib"] <= memory["hbm_gib"],
+        memory = refused
+    spent["memory_seconds" if memory_only else "compile_seconds"] = time.perf_counter() - began
+    return text, {
+        "compiled": "memory" if memory_only else "all",
+        "fits": text is not None and memory["needed_gib"] <= memory["hbm_gib"],
         "memory": memory,
-        "lower_seconds": round(traced - began, 1),
-        "compile_seconds": round(time.perf_counter() - traced, 1),
+        **{name: round(seconds, 1) for name, seconds in spent.items()},
     }
 
 
 def read_step(config: RunConfig, target: Target, text: str) -> StepFigures:
     """Figures of a program that `compile_step` kept the text of, compiled for the same config and target."""
     mesh = make_mesh(config.mesh, target.devices)
-    row = {"what": "step"} | _about(config, target, mesh)
+    row = _about(Job("step", config, target))
     return row | {"predicted": _predicted(config, target, mesh, hlo.parse(text))}
 
 
@@ -218,7 +160,7 @@ def find_batch(
         needed = "more than all" if memory["needed_gib"] is None else f"{memory['needed_gib']:.2f}"
         log(
             f"{count} per device: {'fits' if row['fits'] else 'does not fit'}, "
-            f"{needed} of {memory['hbm_gib']:.2f} GiB, compiled in {row['compile_seconds']:.0f} s"
+            f"{needed} of {memory['hbm_gib']:.2f} GiB, {in_seconds(row)}"
         )
         return row["fits"]
 
@@ -231,6 +173,13 @@ def find_batch(
             bad = count
         count = _next(rows, good, bad)
     return rows[good or 1] | {"batch_per_device": good, "tried": sorted(rows)}
+
+
+def in_seconds(row: StepFigures) -> str:
+    """How long a compilation took, in words that say whether it was one of the whole program."""
+    if row["compiled"] == "memory":
+        return f"memory alone in {row['memory_seconds']:.0f} s"
+    return f"compiled in {row['compile_seconds']:.0f} s"
 
 
 def _next(rows: dict[int, StepFigures], good: int, bad: int) -> int:
@@ -248,10 +197,12 @@ def _next(rows: dict[int, StepFigures], good: int, bad: int) -> int:
     return min(max(guess, good + 1), bad - 1) if bad else max(guess, good + 1)
 
 
-def _about(config: RunConfig, target: Target, mesh: Mesh) -> StepFigures:
+def _about(job: Job) -> StepFigures:
+    config, target, mesh = job.config, job.target, job.mesh
     transformer = config.model.transformer
     remat = transformer.remat
     return {
+        "what": job.what,
         "name": config.name,
         "depth": transformer.depth,
         "topology": target.topology,
@@ -292,16 +243,32 @@ def _memory(program: Any, target: Target) -> StepFigures:
     sizes = program.memory_analysis()
     kept = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     needed = kept + sizes.temp_size_in_bytes + sizes.generated_code_size_in_bytes
-    values = {
-        "arguments": sizes.argument_size_in_bytes,
-        "outputs": sizes.output_size_in_bytes,
-        "donated": sizes.alias_size_in_bytes,
-        "temporaries": sizes.temp_size_in_bytes,
-        "code": sizes.generated_code_size_in_bytes,
-        "peak": sizes.peak_memory_in_bytes,
-        "needed": needed,
-        "hbm": target.hbm_bytes,
-    }
+    return _gib(
+        arguments=sizes.argument_size_in_bytes,
+        outputs=sizes.output_size_in_bytes,
+        donated=sizes.alias_size_in_bytes,
+        temporaries=sizes.temp_size_in_bytes,
+        code=sizes.generated_code_size_in_bytes,
+        peak=sizes.peak_memory_in_bytes,
+        needed=needed,
+        hbm=target.hbm_bytes,
+    )
+
+
+def _assigned_memory(assigned: passes.Assigned, target: Target) -> StepFigures:
+    """GiB of one device of a program without its code."""
+    kept = assigned.arguments + assigned.outputs - assigned.donated
+    return _gib(
+        arguments=assigned.arguments,
+        outputs=assigned.outputs,
+        donated=assigned.donated,
+        temporaries=assigned.total - kept,
+        needed=assigned.total,
+        hbm=target.hbm_bytes,
+    )
+
+
+def _gib(**values: int) -> StepFigures:
     return {f"{name}_gib": round(value / hardware.GIB, 3) for name, value in values.items()}
 
 
