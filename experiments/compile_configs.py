@@ -6,7 +6,8 @@ A layout takes three to six minutes on two free cores. Its line goes to --rows a
 compiled again, so that an interrupted program resumes: remove lines to recompile them. Layouts for GPUs cannot be
 compiled without one: they are compiled for as many v5p chips with the GPU's memory, and marked as a stand-in; the
 prediction of their step is by formula (varedit_jax/analysis/predict_gpu.py). Lines of before there were predictions
-have empty cells for them.
+have empty cells for them. --memory_only ends each compilation before code is generated (compile_ahead); a line from it
+says so, has no prediction, and does not keep the layout from being compiled as a whole later.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ from varedit_jax.storage import files, jsonl, paths
 _ROWS = command.DEFINE_path("rows", "results/compile_ahead.jsonl", "JSONL file of the lines")
 _TABLE = command.DEFINE_path("table", "", "Markdown file for the table; standard output by default")
 _ONLY = flags.DEFINE_list("only", [], "parts of CONFIG:MACHINE, any of which must match; everything by default")
+_MEMORY_ONLY = flags.DEFINE_bool("memory_only", False, "memory and collectives alone, without the step's time")
 
 STAND_IN = "v5p:4x4x4"  # 64 devices, as h100_64
 GPU = "NVIDIA H100 80GB HBM3"
@@ -38,11 +40,11 @@ HEAD = (
     "config:machine", "mesh", "batch (microbatches x per device)", "needed of HBM, GiB", "arguments + temporaries",
     "recomputed", "parameters gathered, GiB (count)", "gradients scattered + reduced", "over `tensor`",
     "activations gathered", "links, s at least", "predicted step, s", "MFU with encoders",
-    "moves", "exposed collectives, s", "compiled, s",
+    "moves", "exposed collectives, s", "compiled, s (or up to memory alone)",
 )  # fmt: skip
 
 
-def compile_layout(config: str, machine: str) -> dict[str, Any]:
+def compile_layout(config: str, machine: str, memory_only: bool) -> dict[str, Any]:
     """Returns the row of one layout. Raises UserError with the output of compile_ahead if that fails."""
     command = [sys.executable, "-m", "experiments.compile_ahead"]
     command += [f"--config=experiments/configs/{config}.py:{machine}"]
@@ -52,6 +54,8 @@ def compile_layout(config: str, machine: str) -> dict[str, Any]:
         gpu = hardware.chip(GPU)
         assert gpu is not None
         command += [f"--hbm_gib={GPU_SHARE * gpu.hbm_bytes / hardware.GIB:.2f}", f"--stand_in_for={GPU}"]
+    if memory_only:
+        command += ["--memory_only"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"{' '.join(command[1:])} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
@@ -91,7 +95,13 @@ def table_row(row: dict[str, Any]) -> list[str]:
         ]
     else:
         cells += ["", again, *[""] * 5]
-    return [*cells, *_predicted_cells(row.get("predicted")), f"{row['compile_seconds']:.0f}"]
+    seconds = f"memory alone: {row['memory_seconds']:.0f}" if _is_memory(row) else f"{row['compile_seconds']:.0f}"
+    return [*cells, *_predicted_cells(row.get("predicted")), seconds]
+
+
+def _is_memory(row: dict[str, Any]) -> bool:
+    """Returns True for a line of --memory_only."""
+    return row.get("compiled") == "memory"
 
 
 def _predicted_cells(predicted: dict[str, Any] | None) -> list[str]:
@@ -122,9 +132,10 @@ def main(argv: list[str]) -> None:
     path = paths.resolve(_ROWS.value)
     rows = {row["layout"]: row for row in jsonl.read_lines(path)}
     for config, machine in Progress(wanted, desc="layouts", unit="layout"):
-        if f"{config}:{machine}" in rows:
+        known = rows.get(f"{config}:{machine}")
+        if known and (_MEMORY_ONLY.value or not _is_memory(known)):
             continue
-        row = rows[f"{config}:{machine}"] = compile_layout(config, machine)
+        row = rows[f"{config}:{machine}"] = compile_layout(config, machine, _MEMORY_ONLY.value)
         with contextlib.closing(jsonl.LineWriter(path)) as lines:
             lines.append(row)
         say(f"{row['layout']}: {'fits' if row['fits'] else 'does not fit'}")

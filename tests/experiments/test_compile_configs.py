@@ -14,8 +14,8 @@ pytestmark = pytest.mark.subprocess
 SETUP = """
 from varedit_jax.errors import UserError
 
-def compile_layout(config, machine):
-    print("compiled", machine)
+def compile_layout(config, machine, memory_only):
+    print("compiled", machine, *(["alone"] if memory_only else []))
     if machine == "v6e_256":
         raise UserError("compile_ahead ended with 1: no such chip")
     memory = {"needed_gib": None, "hbm_gib": 16.0}
@@ -35,6 +35,9 @@ def compile_layout(config, machine):
             "mfu_with_encoders_range": [0.3671, 0.4014], "moves_share": 0.209,
             "seconds_by_kind": {"move": 4.923, "exposed collectives": 0.9518},
         }
+    if memory_only:
+        del row["compile_seconds"]
+        row |= {"compiled": "memory", "memory_seconds": 93.2}
     return row | {"memory": memory}
 
 module.compile_layout = compile_layout
@@ -72,3 +75,25 @@ def test_layouts_are_compiled_once_and_make_a_table(run_program: Callable, tmp_p
     )
     assert lines[1].endswith("| 0.52 | 23.6 (22.9 .. 25.1) | 39.0 % (36.7 .. 40.1) | 20.9 % | 0.95 | 155 |")
     assert "more of 16.0: **does not fit**" in lines[2] and "(as v5p:4x4x4)" in lines[3]
+
+
+def test_memory_alone_is_said_and_does_not_stand_for_the_whole(run_program: Callable, tmp_path: pathlib.Path) -> None:
+    """A layout with a line of either kind needs no more memory alone; one with that alone is compiled as a whole."""
+    rows, table = tmp_path / "rows.jsonl", tmp_path / "table.md"
+    common = [f"--rows={rows}", "--only=varedit_8b_512:v5p"]
+    answers = run_program(
+        "compile_configs",
+        {
+            "alone": [*common, f"--table={table}", "--memory_only"],
+            "again": [*common, f"--table={tmp_path / 'other.md'}", "--memory_only"],
+            "whole": [*common, f"--table={tmp_path / 'whole.md'}"],
+            "done": [*common, f"--table={tmp_path / 'other.md'}", "--memory_only"],
+        },
+        setup=SETUP,
+    )
+    assert [code for code, _, _ in answers.values()] == [0] * 4
+    said = {case: out.splitlines() for case, (_, out, _) in answers.items()}
+    assert said["alone"] == ["compiled v5p_128 alone", "compiled v5p_256 alone"]
+    assert said["whole"] == ["compiled v5p_128", "compiled v5p_256"] and said["again"] == said["done"] == []
+    assert all(line.endswith("| memory alone: 93 |") for line in table.read_text().splitlines()[2:])
+    assert [line.split("|")[-2].strip() for line in (tmp_path / "whole.md").read_text().splitlines()[2:]] == ["155"] * 2
