@@ -49,6 +49,7 @@ def answers(run_program, tmp_path_factory):
         "read": [*good, "--mesh=fsdp=4", "--accumulation=2", "--text_tokens=8", f"--read_program={text}"],
         "gathers": [*good, "--mesh=fsdp=4", "--accumulation=2", "--text_tokens=8", f"--read_program={text}"]
         + ["--max_exposed_gathers=0"],
+        "memory": [*good, "--mesh=fsdp=4", "--accumulation=2", "--text_tokens=8", "--memory_only"],
         "gpu": [*good, "--mesh=fsdp=4", "--accumulation=2", "--text_tokens=8", f"--read_program={text}"]
         + [f"--stand_in_for={H100}"],
         "data": [*features, "--mesh=data=4", "--hbm_gib=0.001"],
@@ -65,6 +66,8 @@ def answers(run_program, tmp_path_factory):
         "attention": [*good, "--config.model.transformer.attention=cudnn"],
         "slices": [*good, "--slices=2", "--mesh=fsdp=8"],
         "what": [*good, "--find_batch", "--what=sampling"],
+        "alone": [*good, f"--program={text}", "--memory_only"],
+        "bound": [*good, "--max_moves=0.1", "--memory_only"],
     }
     return run_program("compile_ahead", lines)
 
@@ -124,6 +127,58 @@ def test_prediction(answers):
     assert 0 < share < 1 and code == 1 and f"error: {share:.3f} of the gathered bytes do not move under compute" in said
 
 
+def test_memory_alone(answers):
+    """What is there before the code is as in the whole compilation; what is not is left out, and said.
+
+    libtpu counts more temporaries for the executable than it assigned memory for.
+    """
+    alone, whole = row(answers["memory"]), rows(answers["fsdp"], code=1)["step"]
+    time = {"predicted", "lower_seconds", "compile_seconds"}
+    assert set(whole) - set(alone) == time and set(alone) - set(whole) == {"memory_seconds"}
+    assert (alone["compiled"], whole["compiled"]) == ("memory", "all")
+    other = {*time, "compiled", "memory"}
+    assert {name: alone[name] for name in set(whole) - other} == {name: whole[name] for name in set(whole) - other}
+    assert set(whole["memory"]) - set(alone["memory"]) == {"code_gib", "peak_gib"}
+    for name in ("arguments_gib", "outputs_gib", "donated_gib", "hbm_gib"):
+        assert alone["memory"][name] == whole["memory"][name]
+    assert 0 < alone["memory"]["temporaries_gib"] <= whole["memory"]["temporaries_gib"]
+    assert alone["memory"]["needed_gib"] == pytest.approx(
+        alone["memory"]["arguments_gib"] + alone["memory"]["temporaries_gib"], abs=0.002
+    )
+    said = answers["memory"][2]
+    assert "step: memory alone in " in said and "needs the whole compilation" in said and "predicted" not in said
+
+
+def test_memory_alone_of_batches(run_program, tmp_path):
+    """Every attempt ends there; a refusal of the compiler has a line as of a whole compilation."""
+    config = tmp_path / "config.py"
+    config.write_text(CONFIG)
+    setup = r"""
+import jax
+from varedit_jax.analysis import ahead, passes
+
+def run(job):
+    batch = job["config"]["data"]["batch_size"]
+    if batch > 12:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 20.5G of 15.75G hbm")
+    text = "HloModule a\n\nENTRY %a (p: f32[8]) -> f32[8] {\n  ROOT %p = f32[8]{0} parameter(0)\n}\n"
+    return passes.Assigned(text, 2**30, 2**29, 2**29, 2**30 * (1 + batch))
+
+passes.run = run
+"""
+    line = [f"--config={config}", "--topology=v5e:2x2", "--mesh=fsdp=4", "--find_batch", "--memory_only"]
+    (answer,) = run_program("compile_ahead", {"batches": line}, setup=setup).values()
+    figures = row(answer)
+    assert (figures["batch_per_device"], figures["compiled"], figures["fits"]) == (3, "memory", True)
+    assert figures["memory"] == {
+        "arguments_gib": 1.0, "outputs_gib": 0.5, "donated_gib": 0.5, "temporaries_gib": 12.0, "needed_gib": 13.0,
+        "hbm_gib": 15.75,
+    }  # fmt: skip
+    said = answer[2].splitlines()
+    assert said[0].startswith("1 per device: fits, 5.00 of 15.75 GiB, memory alone in ")
+    assert any(text.startswith("4 per device: does not fit, 20.50 of 15.75 GiB, memory alone in ") for text in said)
+
+
 def test_prediction_for_a_gpu(answers):
     figures = row(answers["gpu"])
     assert figures["predicted"]["method"].startswith("by formula, for 4 H100, from the program")
@@ -167,6 +222,8 @@ def test_copied_parameters(answers):
         ("stand_in", "--stand_in_for=H100: varedit_jax/hardware.py knows no such GPU"),
         ("no_program", "nowhere.hlo"),
         ("no_hlo", "config.py is no text of a compiled program"),
+        ("alone", "--program is about the step's time, which --memory_only leaves out"),
+        ("bound", "--max_moves is about the step's time, which --memory_only leaves out"),
         ("what", "--find_batch is for the step, and --what is sampling"),
     ],
 )
