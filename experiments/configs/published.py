@@ -59,10 +59,11 @@ class MachineLayout:
     options: tuple[str, ...] = ()  # of the compiler, over those of the chip (parallel/compiler_options.py)
 
 
-# By config and machine. Spare memory saves activations: on v5p and H100, and for 2B, all named ones, so that the backward
-# pass recomputes attention scores alone. 8B has 64 shards: 128 or 256 pieces of its 3,584 rows are no whole number of
-# tiles of 8 rows, and their gradients are not scattered; v5e chips scatter over a part of the slice only. The rest of the
-# chips are replicas, or share examples over `tensor` where activations are too large or the batch does not divide.
+# By config and machine. Spare memory saves activations: on v5p and H100, and for 2B, all named ones, so that the
+# backward pass recomputes attention scores alone. 8B has 64 shards: 128 or 256 pieces of its 3,584 rows are no whole
+# number of tiles of 8 rows, and their gradients are not scattered; v5e chips scatter over a part of the slice only. The
+# rest of the chips are replicas, or share examples over `tensor` where activations are too large for one, or the batch
+# does not divide.
 LAYOUTS = {
     "varedit_2b_256": {
         "v5p_128": MachineLayout(1, saved=REMAT_NAMES),

@@ -214,7 +214,10 @@ def _about(job: Job) -> StepFigures:
         "accumulation": config.optimizer.accumulation,
         "remat": remat if remat != "named" else f"named: {', '.join(transformer.remat_saved)}",
         "attention": transformer.attention,
-        "compiler_options": compiler_options(target.devices[0], config.compiler_options),
+        # An edit is compiled with the compiler's defaults.
+        "compiler_options": {}
+        if job.what == "sampling"
+        else compiler_options(target.devices[0], config.compiler_options),
     }
 
 

@@ -81,7 +81,7 @@ def compiler_options(device: Any, own: Sequence[str] = ()) -> dict[str, Value]:
 
 
 def options_everywhere(device: Any) -> dict[str, Value]:
-    """Returns the options for any program on `device`, not the training step alone: those of CPUs, else none."""
+    """Returns the options for any program on `device`, not a run's step and evaluation alone: of CPUs, else none."""
     return dict(_known_on_cpus()) if getattr(device, "platform", "") == "cpu" else {}
 
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from varedit_jax.config import RunConfig
 from varedit_jax.errors import UserError
-from varedit_jax.parallel.compiler_options import options_everywhere
+from varedit_jax.parallel.compiler_options import compiler_options
 from varedit_jax.parallel.mesh import batch_sharding, check_batch, put_batch, replicated
 from varedit_jax.parallel.processes import say
 from varedit_jax.parallel.programs import Programs
@@ -140,11 +140,11 @@ def make_evaluate(config: RunConfig, pyramid: Pyramid, kinds: int = 0) -> Callab
 
 
 def jitted_evaluation(config: RunConfig, pyramid: Pyramid, mesh: Mesh, kinds: int = 0) -> Any:
-    """Returns the jitted function of `make_evaluate`, whose metrics all processes get."""
+    """Returns the jitted function of `make_evaluate`, whose metrics all processes get; compiled as the step is."""
     return jax.jit(
         make_evaluate(config, pyramid, kinds),
         out_shardings=replicated(mesh),
-        compiler_options=options_everywhere(mesh.devices.flat[0]) or None,
+        compiler_options=compiler_options(mesh.devices.flat[0], config.compiler_options) or None,
     )
 
 
