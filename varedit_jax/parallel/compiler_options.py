@@ -4,6 +4,7 @@ A run adds its own by `RunConfig.compiler_options`, as NAME=VALUE; "NAME=" leave
 compiler with the step, so that XLA_FLAGS and LIBTPU_INIT_ARGS need not be set.
 """
 
+import concurrent.futures
 import contextlib
 import functools
 import re
@@ -88,6 +89,11 @@ def options_everywhere(device: Any) -> dict[str, Value]:
 @functools.cache
 def _known_on_cpus() -> dict[str, Value]:
     """Returns the options of CPUs that this version of jaxlib takes; they are experimental, and may go again."""
+    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:  # in which no mesh is set
+        return thread.submit(_tried_on_cpus).result()
+
+
+def _tried_on_cpus() -> dict[str, Value]:
     known = {}
     for name, value in CHIP_OPTIONS["CPU"].items():
         sharding = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])

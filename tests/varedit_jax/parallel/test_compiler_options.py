@@ -9,6 +9,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import SingleDeviceSharding
 
+from varedit_jax.config import MeshConfig
 from varedit_jax.errors import UserError
 from varedit_jax.parallel import compiler_options as compiler_options_lib
 from varedit_jax.parallel.compiler_options import (
@@ -17,6 +18,7 @@ from varedit_jax.parallel.compiler_options import (
     options_everywhere,
     options_explained,
 )
+from varedit_jax.parallel.mesh import make_mesh
 from varedit_jax.parallel.topology import topology_devices
 
 
@@ -49,6 +51,13 @@ def test_options_of_cpus_are_for_any_program_and_may_be_left_out():
     assert compiler_options(cpu) == options_everywhere(cpu) == CHIP_OPTIONS["CPU"]
     assert compiler_options(cpu, tuple(f"{name}=" for name in CHIP_OPTIONS["CPU"])) == {}
     assert options_everywhere(V6E) == {}
+
+
+def test_options_of_cpus_are_found_on_a_mesh_too():
+    """The first call of a run is made where its mesh is set."""
+    compiler_options_lib._known_on_cpus.cache_clear()
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=4), jax.devices()[:4])):
+        assert options_everywhere(jax.devices()[0]) == CHIP_OPTIONS["CPU"]
 
 
 def test_an_option_that_another_jaxlib_may_not_know_is_left_out(monkeypatch):
