@@ -1,5 +1,8 @@
 """Options of the compiler: by chip, changed by a run; every one is known to the compiler they are for."""
 
+import os
+import subprocess
+import sys
 import types
 
 import jax
@@ -9,7 +12,6 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import SingleDeviceSharding
 
-from varedit_jax.config import MeshConfig
 from varedit_jax.errors import UserError
 from varedit_jax.parallel import compiler_options as compiler_options_lib
 from varedit_jax.parallel.compiler_options import (
@@ -18,7 +20,6 @@ from varedit_jax.parallel.compiler_options import (
     options_everywhere,
     options_explained,
 )
-from varedit_jax.parallel.mesh import make_mesh
 from varedit_jax.parallel.topology import topology_devices
 
 
@@ -53,11 +54,16 @@ def test_options_of_cpus_are_for_any_program_and_may_be_left_out():
     assert options_everywhere(V6E) == {}
 
 
+@pytest.mark.subprocess
 def test_options_of_cpus_are_found_on_a_mesh_too():
     """The first call of a run is made where its mesh is set."""
-    compiler_options_lib._known_on_cpus.cache_clear()
-    with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=4), jax.devices()[:4])):
-        assert options_everywhere(jax.devices()[0]) == CHIP_OPTIONS["CPU"]
+    code = """
+import jax
+from varedit_jax.parallel.compiler_options import CHIP_OPTIONS, options_everywhere
+with jax.set_mesh(jax.make_mesh((4,), ("fsdp",))):
+    assert options_everywhere(jax.devices()[0]) == CHIP_OPTIONS["CPU"]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "JAX_NUM_CPU_DEVICES": "4"})
 
 
 def test_an_option_that_another_jaxlib_may_not_know_is_left_out(monkeypatch):
