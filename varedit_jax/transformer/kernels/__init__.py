@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from varedit_jax import hardware
+from varedit_jax.parallel.constrain import has_mesh
+
 Kernel = Literal["plain", "blocked", "splash", "cudnn"]
 
 _FAST: dict[str, Kernel] = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}  # by platform
@@ -21,6 +24,19 @@ def platform() -> str:
     if not mesh.empty and mesh.abstract_device is not None:
         return mesh.abstract_device.platform
     return jax.default_backend()
+
+
+def chip() -> hardware.Chip | None:
+    """The chip that is compiled for, as `platform`; None for CPUs, and for kinds that `hardware` does not know."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = jax.devices()[0] if mesh.empty or mesh.abstract_device is None else mesh.abstract_device
+    return hardware.chip_of(device)
+
+
+def cores() -> int:
+    """Tensor cores of a device that is compiled for, which share a kernel; 1 where that is not known."""
+    found = chip()
+    return found.cores // found.devices if found else 1
 
 
 def apart(x: jax.Array) -> jax.Array:
@@ -40,6 +56,17 @@ def matmuls_order_heads() -> bool:
     strides. From [B L, H D] whole rows of a head are moved.
     """
     return platform() != "cpu"
+
+
+def scatters_matrices() -> bool:
+    """Returns True where gradients of kernels of heads are to be made as matrices, [C, H D], before devices sum them.
+
+    libtpu (0.0.42) scatters such a sum; of [C, H, D] every device gets all, twice the bytes, unless H is a multiple of
+    eight. A matrix takes a copy of the gradient of q, k or v. On three dimensions of links sums are not scattered
+    anyway (parallel/compiler_options.py).
+    """
+    found = chip()
+    return has_mesh() and found is not None and found.name in ("TPU v5e", "TPU v6e")
 
 
 def _obstacle(kernel: Kernel, head_size: int, dtype: DTypeLike) -> str:

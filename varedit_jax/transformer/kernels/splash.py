@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes, SegmentIds, make_splash_mha
 
+from varedit_jax.transformer.kernels import cores
+
 LANES = 128  # lengths and block sizes are multiples of it
 LARGEST_BLOCK = 1024  # tokens; of larger ones, too few tiles can be skipped
 LARGEST_COMPUTED = 512  # keys of a block whose scores are computed at once, if there are as many that divide it
@@ -176,8 +178,8 @@ def masked_attention(
     # A row without keys has no softmax, so padded queries see what the last one does.
     mask_LM = np.pad(mask_LM, ((0, rows - len(mask_LM)), (0, 0)), mode="edge")
     mask_LM = np.pad(mask_LM, ((0, 0), (0, keys - mask_LM.shape[1])))
-    # A TPU of two cores splits a kernel over the batch, and over two groups of heads where the batch is odd.
-    groups = 2 if batch % 2 and heads % 2 == 0 else 1
+    # Two cores split a kernel over the batch, and over two groups of heads where the batch is odd.
+    groups = cores() if batch % cores() and heads % cores() == 0 else 1
     kernel = make_splash_mha(
         np.broadcast_to(mask_LM, (heads // groups, rows, keys)),
         block_sizes=block_sizes(mask_LM),
