@@ -348,9 +348,9 @@ def kernel_init(scale: float = 1.0) -> Callable[..., jax.Array]:
     return init
 
 
-def _to_heads(x_BLC: jax.Array, kernel_CHD: jax.Array, name: str, config: TransformerConfig) -> jax.Array:
-    """Matmul with a kernel, split by heads, under a name for `jax.checkpoint`: [B, H, L, D]."""
-    return checkpoint_name(constrain(to_heads(x_BLC, kernel_CHD, config), BATCH, "tensor"), name)
+def _to_heads(x_BLC: jax.Array, kernel: jax.Array, name: str, config: TransformerConfig) -> jax.Array:
+    """`to_heads`, split by heads, under a name for `jax.checkpoint`: [B, H, L, D]."""
+    return checkpoint_name(constrain(to_heads(x_BLC, kernel, config), BATCH, "tensor"), name)
 
 
 class ToHeads(nn.Module):
@@ -362,11 +362,10 @@ class ToHeads(nn.Module):
     def __call__(self, x_BLC: jax.Array) -> jax.Array:
         """[B, L, C] -> [B, H, L, D]."""
         config = self.config
-        shape = (config.heads, config.head_size)
         kernel = self.param("kernel", kernel_init(), (config.width, config.width))
         bias = self.param("bias", nn.initializers.zeros, (config.width,))
-        out_BHLD = _to_heads(x_BLC, kernel.reshape(-1, *shape), "cross_q", config)
-        return add_bias(out_BHLD, bias.reshape(shape))
+        out_BHLD = _to_heads(x_BLC, kernel, "cross_q", config)
+        return add_bias(out_BHLD, bias.reshape(config.heads, config.head_size))
 
 
 class FromHeads(nn.Module):
@@ -381,8 +380,7 @@ class FromHeads(nn.Module):
         init = kernel_init((2 * config.depth) ** -0.5)
         kernel = self.param("kernel", init, (config.width, config.width))
         bias = self.param("bias", nn.initializers.zeros, (config.width,))
-        kernel_HDC = kernel.reshape(config.heads, config.head_size, -1)
-        return add_bias(from_heads(constrain(x_BHLD, BATCH, "tensor"), kernel_HDC, config), bias)
+        return add_bias(from_heads(constrain(x_BHLD, BATCH, "tensor"), kernel, config), bias)
 
 
 class SelfAttention(nn.Module):

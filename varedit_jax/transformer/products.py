@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from varedit_jax.config import TransformerConfig
-from varedit_jax.parallel.constrain import Axis, constrain
 from varedit_jax.transformer.kernels import apart, matmuls_order_heads, scatters_matrices
 
 # Types of tokens and kernels, and of gradients, which need the range more than the digits.
@@ -113,60 +112,52 @@ def product(x: jax.Array, kernel_IO: jax.Array, config: TransformerConfig) -> ja
 
 
 def _rows_of_heads(x_BHLD: jax.Array) -> jax.Array:
-    """[B, L, H D]."""
+    """[B, L, H D], as an array of its own where sums of gradients are scattered by it."""
     x_BLHD = jnp.swapaxes(x_BHLD, 1, 2)
-    return x_BLHD.reshape(*x_BLHD.shape[:2], -1)
+    rows_BLI = x_BLHD.reshape(*x_BLHD.shape[:2], -1)
+    # Else the compiler would take the heads back into the matmul.
+    return apart(rows_BLI) if scatters_matrices() else rows_BLI
 
 
-def _kernel_gradient(x_BLI: jax.Array, gradient_BLO: jax.Array, *axes: Axis) -> jax.Array:
-    """The gradient of a matrix [I, O], in pieces over the axes of its dimensions."""
-    gradient_IO = jax.lax.dot_general(x_BLI, gradient_BLO, (((0, 1), (0, 1)), ((), ())))
-    return constrain(gradient_IO, *axes)
+@jax.custom_vjp
+def _to_heads_by_matrix(x_BLC: jax.Array, kernel_CHD: jax.Array) -> jax.Array:
+    """`_to_heads`, differentiated as JAX does it, but for the shape in which devices sum the gradient of the kernel."""
+    return _to_heads(x_BLC, kernel_CHD)
+
+
+def _to_heads_backward(saved: tuple[jax.Array, jax.Array], gradient_BHLD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x_BLC, kernel_CHD = saved
+    gradient_CI = jnp.einsum("blc,bli->ci", x_BLC, _rows_of_heads(gradient_BHLD))
+    return jnp.einsum("bhld,chd->blc", gradient_BHLD, kernel_CHD), gradient_CI.reshape(kernel_CHD.shape)
+
+
+_to_heads_by_matrix.defvjp(lambda x, kernel: (_to_heads(x, kernel), (x, kernel)), _to_heads_backward)
 
 
 def _to_heads(x_BLC: jax.Array, kernel_CHD: jax.Array) -> jax.Array:
     return jnp.einsum("blc,chd->bhld", x_BLC, kernel_CHD)
 
 
-def _to_heads_backward(saved: tuple[jax.Array, jax.Array], gradient_BHLD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x_BLC, kernel_CHD = saved
-    # Apart, or the compiler would take the heads back into the matmul, and sum [C, H, D].
-    gradient_CO = _kernel_gradient(x_BLC, apart(_rows_of_heads(gradient_BHLD)), "fsdp", "tensor")
-    return jnp.einsum("bhld,chd->blc", gradient_BHLD, kernel_CHD), gradient_CO.reshape(kernel_CHD.shape)
+def to_heads(x_BLC: jax.Array, kernel: jax.Array, config: TransformerConfig) -> jax.Array:
+    """`product` with a kernel [C, H, D] or a matrix [C, H D]: [B, H, L, D].
 
-
-def _from_heads(x_BHLD: jax.Array, kernel_HDC: jax.Array) -> jax.Array:
-    return jnp.einsum("bhld,hdc->blc", x_BHLD, kernel_HDC)
-
-
-def _from_heads_backward(saved: tuple[jax.Array, jax.Array], gradient_BLC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x_BHLD, kernel_HDC = saved
-    gradient_IC = _kernel_gradient(apart(_rows_of_heads(x_BHLD)), gradient_BLC, "tensor", "fsdp")
-    return jnp.einsum("blc,hdc->bhld", gradient_BLC, kernel_HDC), gradient_IC.reshape(kernel_HDC.shape)
-
-
-# As JAX differentiates them, but for the shape in which devices sum the gradient of the kernel.
-_to_heads_by_matrix, _from_heads_by_matrix = jax.custom_vjp(_to_heads), jax.custom_vjp(_from_heads)
-_to_heads_by_matrix.defvjp(lambda x, kernel: (_to_heads(x, kernel), (x, kernel)), _to_heads_backward)
-_from_heads_by_matrix.defvjp(lambda x, kernel: (_from_heads(x, kernel), (x, kernel)), _from_heads_backward)
-
-
-def to_heads(x_BLC: jax.Array, kernel_CHD: jax.Array, config: TransformerConfig) -> jax.Array:
-    """`product` with a kernel of heads: [B, H, L, D]. The plain one is written in that order by the matmul itself."""
-    width, heads, head_size = kernel_CHD.shape
-    if _is_plain(config) and matmuls_order_heads():
+    The plain one is written in that order by the matmul itself, where that is the faster way.
+    """
+    width, shape = kernel.shape[0], (config.heads, config.head_size)
+    if _is_plain(config) and matmuls_order_heads() and not (kernel.ndim == 2 and scatters_matrices()):
         function = _to_heads_by_matrix if scatters_matrices() else _to_heads
-        return function(x_BLC, kernel_CHD.astype(x_BLC.dtype))
-    out_BLC = product(x_BLC, kernel_CHD.reshape(width, -1), config)
-    return jnp.swapaxes(out_BLC.reshape(*x_BLC.shape[:2], heads, head_size), 1, 2)
+        return function(x_BLC, kernel.reshape(width, *shape).astype(x_BLC.dtype))
+    rows_BLI = product(x_BLC, kernel.reshape(width, -1), config)
+    rows_BLI = apart(rows_BLI) if scatters_matrices() else rows_BLI
+    return jnp.swapaxes(rows_BLI.reshape(*x_BLC.shape[:2], *shape), 1, 2)
 
 
-def from_heads(x_BHLD: jax.Array, kernel_HDC: jax.Array, config: TransformerConfig) -> jax.Array:
-    """`product` of all heads: [B, L, C]."""
-    if _is_plain(config) and matmuls_order_heads():
-        function = _from_heads_by_matrix if scatters_matrices() else _from_heads
-        return function(x_BHLD, kernel_HDC.astype(x_BHLD.dtype))
-    return product(_rows_of_heads(x_BHLD), kernel_HDC.reshape(-1, kernel_HDC.shape[-1]), config)
+def from_heads(x_BHLD: jax.Array, kernel_IC: jax.Array, config: TransformerConfig) -> jax.Array:
+    """`product` of all heads with a matrix [H D, C]: [B, L, C]."""
+    if _is_plain(config) and matmuls_order_heads() and not scatters_matrices():
+        kernel_HDC = kernel_IC.reshape(config.heads, config.head_size, -1)
+        return jnp.einsum("bhld,hdc->blc", x_BHLD, kernel_HDC.astype(x_BHLD.dtype))
+    return product(_rows_of_heads(x_BHLD), kernel_IC, config)
 
 
 def _aligned(bias: jax.Array, dimensions: int) -> jax.Array:

@@ -59,11 +59,12 @@ def matmuls_order_heads() -> bool:
 
 
 def scatters_matrices() -> bool:
-    """Returns True where gradients of kernels of heads are to be made as matrices, [C, H D], before devices sum them.
+    """Returns True where kernels of heads are to meet the devices as matrices, [C, H D]: on v5e and v6e.
 
-    libtpu (0.0.42) scatters such a sum; of [C, H, D] every device gets all, twice the bytes, unless H is a multiple of
-    eight. A matrix takes a copy of the gradient of q, k or v. On three dimensions of links sums are not scattered
-    anyway (parallel/compiler_options.py).
+    libtpu (0.0.42) scatters sums of gradients of that shape; of [C, H, D] every device gets all, twice the bytes, where
+    H is no multiple of eight. And it gathers kernels of that shape under compute, if a matmul takes them as they are.
+    The price are copies that turn heads into rows. On v5p, whose chips sum over three dimensions of links instead
+    (parallel/compiler_options.py), and hold several examples, they take longer than what they save.
     """
     found = chip()
     return has_mesh() and found is not None and found.name in ("TPU v5e", "TPU v6e")
