@@ -26,7 +26,7 @@ from varedit_jax.transformer.attention import (
     splash_attention,
     visibility_mask,
 )
-from varedit_jax.transformer.kernels import choose
+from varedit_jax.transformer.kernels import choose, cores, scatters_matrices
 from varedit_jax.transformer.model import Transformer
 
 GRIDS = ((1, 1), (3, 2), (7, 9))
@@ -167,12 +167,18 @@ def test_what_follows_the_tokens_is_not_seen():
         assert not np.any(gradient[:, :, tokens:]) and np.any(gradient[:, :, :tokens])
 
 
-def test_one_example_is_split_over_groups_of_heads():
+@pytest.mark.parametrize("cores", [1, 2])
+def test_one_example_is_split_over_groups_of_heads(monkeypatch, cores):
     """A chip of two cores splits a kernel over its examples, of which there may be one."""
+    monkeypatch.setattr(kernels.splash, "cores", lambda: cores)
+    split = []
+    make = kernels.splash.make_splash_mha
+    monkeypatch.setattr(kernels.splash, "make_splash_mha", lambda mask, **more: split.append(mask) or make(mask, **more))
     draw = np.random.default_rng(0)
     q, k, v = draw.normal(size=(3, 1, 4, 24, SIZE)).astype(np.float32)
     mask = np.tril(np.ones((24, 24), bool))
     found = kernels.splash.masked_attention(q, k, v, mask, interpret=True)
+    assert [len(heads) for heads in split] == [4 // cores]
     np.testing.assert_allclose(found, attend(q, k, v, mask_LM=mask), rtol=0, atol=1e-5)
 
 
@@ -220,11 +226,12 @@ def test_a_sequence_is_padded_where_larger_blocks_pay():
 def compile_for():
     """Pretends that a mesh of some platform's devices is set."""
 
-    def mesh(platform):
-        device = jax.sharding.AbstractDevice(device_kind="some", num_cores=1, platform=platform)
+    def mesh(platform, kind="some", num_cores=1, devices=1):
+        device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=num_cores, platform=platform)
         axes = ("data", "fsdp", "tensor")
         types = (jax.sharding.AxisType.Auto,) * 3
-        return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1, 1, 1), axes, types, abstract_device=device))
+        mesh = jax.sharding.AbstractMesh((1, devices, 1), axes, types, abstract_device=device)
+        return jax.sharding.use_abstract_mesh(mesh)
 
     return mesh
 
@@ -246,6 +253,19 @@ def test_auto_is_the_fast_kernel_that_can_work(compile_for, platform, head_size,
     with compile_for(platform):
         assert choose("auto", head_size, dtype) == wanted
         assert choose("plain", head_size, dtype) == "plain"
+
+
+def test_what_depends_on_the_chip_that_is_compiled_for(compile_for):
+    assert cores() == 1 and not scatters_matrices()
+    with compile_for("tpu", "TPU v5", num_cores=2, devices=4):
+        assert cores() == 2 and not scatters_matrices()
+    with compile_for("tpu", "TPU v5", num_cores=1):  # each core is a device
+        assert cores() == 1
+    for kind in ("TPU v5 lite", "TPU v6 lite"):
+        with compile_for("tpu", kind, devices=4):
+            assert cores() == 1 and scatters_matrices()
+        with compile_for("tpu", kind):  # nothing is scattered
+            assert not scatters_matrices()
 
 
 def test_a_kernel_that_was_asked_for_and_cannot_work_is_an_error(compile_for):

@@ -1,5 +1,6 @@
 """Products with kernels: eight bits against float64, gradients, and that scales are the same on a mesh."""
 
+import collections
 import dataclasses
 import functools
 import os
@@ -17,7 +18,7 @@ from varedit_jax.analysis import compiled, hlo
 from varedit_jax.config import MeshConfig, TransformerConfig
 from varedit_jax.parallel.constrain import gathered
 from varedit_jax.parallel.mesh import BATCH, make_mesh
-from varedit_jax.parallel.rules import gather, param_shardings
+from varedit_jax.parallel.rules import gather, param_shardings, with_shardings
 from varedit_jax.parallel.topology import topology_devices
 from varedit_jax.transformer import products as products_lib
 from varedit_jax.transformer.attention import kernel_init
@@ -190,6 +191,38 @@ def test_the_type_of_reduce_scatters_on_a_tpu(sums, type_name):
     assert len(gathers) >= 2 and {entry.array.dtype for entry in gathers} == {"bf16"}
 
 
+@pytest.mark.tpu
+@pytest.mark.usefixtures("unkept")
+@pytest.mark.parametrize("by_matrix", [True, False])
+def test_sums_of_kernels_of_heads_are_scattered_on_a_tpu(monkeypatch, by_matrix):
+    """As matrices; libtpu reduces them in every device if they are left as they come."""
+    monkeypatch.setattr(products_lib, "scatters_matrices", lambda: by_matrix)
+    mesh = make_mesh(MeshConfig(data=4, fsdp=64), topology_devices("v5e:16x16"))
+    config = dataclasses.replace(CONFIG, width=3584, heads=28, dtype="bfloat16")
+    shapes = {"qkv_kernel": (3584, 3, 28, 128), "proj": {"kernel": (3584, 3584)}}
+    params = {"transformer": {"block_0": {"self_attention": shapes}}}
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x, jnp.float32), params, is_leaf=lambda x: type(x) is tuple)
+    params = with_shardings(params, param_shardings(params, mesh))
+
+    def loss(params, x_BLC):
+        gathered = gather("transformer", "block_0", jnp.bfloat16, jnp.bfloat16, {"params": params})["params"]
+        kernels = gathered["self_attention"]
+        q, k, v = (to_heads(x_BLC, kernels["qkv_kernel"][:, part], config) for part in range(3))
+        out_BLC = from_heads(q * jnp.tanh(k) * jnp.sin(v), kernels["proj"]["kernel"], config)
+        return jnp.sum(jnp.square(out_BLC.astype(jnp.float32)))
+
+    with jax.set_mesh(mesh):
+        x = jax.ShapeDtypeStruct((256, 128, 3584), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec(BATCH)))
+        block = params["transformer"]["block_0"]
+        places = jax.tree.map(lambda leaf: leaf.sharding, block)
+        program = jax.jit(jax.grad(loss), out_shardings=places).lower(block, x).compile()
+    found = compiled.collectives(hlo.parse(program.as_text()), mesh)
+    sums = collections.Counter()
+    for entry in found:
+        sums[entry.kind] += entry.times * (entry.array.size // 3584**2)
+    assert (sums["reduce-scatter"], sums["all-reduce"]) == ((4, 0) if by_matrix else (0, 4)), found
+
+
 ONE, FSDP, ALL = {"data": 1}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}
 SHARDED = {
     "int8": {"products": "int8", "products_backward": True},
@@ -263,23 +296,24 @@ if __name__ == "__main__":
     np.savez(sys.argv[1], **_found)
 
 
-def test_heads_are_the_same_whether_matmuls_order_them_or_a_copy(operands, monkeypatch):
-    """As on TPUs and GPUs, and as on CPUs; gradients, too."""
+@pytest.mark.parametrize("by_matrix", [False, True])
+def test_heads_are_the_same_whether_matmuls_order_them_or_a_copy(operands, monkeypatch, by_matrix):
+    """As on CPUs, and as on GPUs and TPUs, some of which scatter matrices; gradients, too."""
     x_BLC = operands[0]
     draw = np.random.default_rng(1)
     kernel_CHD = draw.normal(size=(WIDTH, 2, 8)).astype(np.float32)
-    kernel_HDC = draw.normal(size=(2, 8, WIDTH)).astype(np.float32)
+    kernel_CI, kernel_IC = draw.normal(size=(2, WIDTH, WIDTH)).astype(np.float32)
 
-    def both(*arguments):
-        x_BLC, kernel_CHD, kernel_HDC = arguments
-        x_BHLD = to_heads(x_BLC, kernel_CHD, CONFIG)
-        return x_BHLD, from_heads(x_BHLD, kernel_HDC, CONFIG)
+    def both(x_BLC, *kernels):
+        x_BHLD, y_BHLD = (to_heads(x_BLC, kernel, CONFIG) for kernel in kernels[:2])
+        return x_BHLD, y_BHLD, from_heads(x_BHLD * y_BHLD, kernels[2], CONFIG)
 
-    def outputs(by_matmuls):
+    def outputs(by_matmuls, by_matrix):
         monkeypatch.setattr(products_lib, "matmuls_order_heads", lambda: by_matmuls)
-        found, pull = jax.vjp(both, x_BLC, kernel_CHD, kernel_HDC)
+        monkeypatch.setattr(products_lib, "scatters_matrices", lambda: by_matrix)
+        found, pull = jax.vjp(both, x_BLC, kernel_CHD, kernel_CI, kernel_IC)
         return jax.tree.leaves((found, pull(found)))
 
-    assert outputs(True)[0].shape == (2, 2, TOKENS, 8)
-    for one, other in zip(outputs(True), outputs(False), strict=True):
+    assert outputs(True, by_matrix)[0].shape == (2, 2, TOKENS, 8)
+    for one, other in zip(outputs(True, by_matrix), outputs(False, False), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5 * np.abs(one).max())
