@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
+from varedit_jax import hardware
 from varedit_jax.parallel.mesh import BATCH
 from varedit_jax.types import Params
 
@@ -24,6 +25,30 @@ def has_mesh() -> bool:
     """Returns True if a mesh of more than one device is set."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1
+
+
+def chip() -> hardware.Chip | None:
+    """The chip of the mesh that is set, else of the default device; None for CPUs, and kinds that are not known."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = jax.devices()[0] if mesh.empty or mesh.abstract_device is None else mesh.abstract_device
+    return hardware.chip_of(device)
+
+
+def scatters_matrices() -> bool:
+    """Returns True where kernels of heads are to meet the devices as matrices, [C, H D]: on v5e and v6e.
+
+    libtpu (0.0.42) scatters sums of gradients of that shape; of [C, H, D] every device gets all, twice the bytes, where
+    H is no multiple of eight. And it gathers kernels of that shape under compute, if a matmul takes them as they are.
+    The price are copies that turn heads into rows. On v5p, whose chips sum over three dimensions of links instead
+    (parallel/compiler_options.py), and hold several examples, they take longer than what they save.
+    """
+    found = chip()
+    return has_mesh() and found is not None and found.name in ("TPU v5e", "TPU v6e")
+
+
+def merges_keys_and_values() -> bool:
+    """Returns True where the text's kernel [C, 2, H, D] is one matrix: `scatters_matrices`, with heads not split."""
+    return scatters_matrices() and jax.sharding.get_abstract_mesh().shape["tensor"] == 1
 
 
 def constrain(x: jax.Array, *axes: Axis) -> jax.Array:

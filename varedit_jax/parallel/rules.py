@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from varedit_jax.errors import UserError
+from varedit_jax.parallel.constrain import merges_keys_and_values
 from varedit_jax.types import Params
 
 WHOLE = "..."  # small: every device has all of it
@@ -57,6 +58,7 @@ RULES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"(encoder|decoder)/.*(bias|scale)", WHOLE),
     ),
 }
+_TEXT_KERNEL = "/cross_attention/kv_kernel"
 _STACKS = re.compile(r"(transformer/blocks|text/layers)/")
 
 
@@ -207,6 +209,12 @@ def gather(part: str, module: str, dtype: DTypeLike, sums: DTypeLike, variables:
             axes = ParamAxes(axes.path, axes.dimensions[1:])
         split = axes.spec(leaf.shape, sizes)
         whole = axes.spec(leaf.shape, sizes, without=("fsdp",))
-        return leaf if split == whole else _gather(leaf, dtype, sums, (split, whole))
+        if split == whole:
+            return leaf
+        if axes.path.endswith(_TEXT_KERNEL) and merges_keys_and_values():
+            matrix = leaf.reshape(len(leaf), -1)
+            split, whole = PartitionSpec(split[0], None), PartitionSpec(None, None)
+            return _gather(matrix, dtype, sums, (split, whole)).reshape(leaf.shape)
+        return _gather(leaf, dtype, sums, (split, whole))
 
     return jax.tree_util.tree_map_with_path(make_whole, variables)

@@ -22,7 +22,7 @@ from varedit_jax.parallel.mesh import BATCH
 from varedit_jax.resize import area_resize
 from varedit_jax.scales import Pyramid
 from varedit_jax.transformer.kernels import Kernel, apart, blocked, choose, cudnn, platform, splash
-from varedit_jax.transformer.products import add_bias, from_heads, to_heads
+from varedit_jax.transformer.products import add_bias, from_heads, to_heads, to_keys_and_values
 from varedit_jax.transformer.rope import rotate
 
 MAX_LOG_SCALE = float(np.log(100.0))
@@ -348,9 +348,9 @@ def kernel_init(scale: float = 1.0) -> Callable[..., jax.Array]:
     return init
 
 
-def _to_heads(x_BLC: jax.Array, kernel: jax.Array, name: str, config: TransformerConfig) -> jax.Array:
-    """`to_heads`, split by heads, under a name for `jax.checkpoint`: [B, H, L, D]."""
-    return checkpoint_name(constrain(to_heads(x_BLC, kernel, config), BATCH, "tensor"), name)
+def _by_heads(x_BHLD: jax.Array, name: str) -> jax.Array:
+    """Splits it by heads, under a name for `jax.checkpoint`."""
+    return checkpoint_name(constrain(x_BHLD, BATCH, "tensor"), name)
 
 
 class ToHeads(nn.Module):
@@ -364,7 +364,7 @@ class ToHeads(nn.Module):
         config = self.config
         kernel = self.param("kernel", kernel_init(), (config.width, config.width))
         bias = self.param("bias", nn.initializers.zeros, (config.width,))
-        out_BHLD = _to_heads(x_BLC, kernel, "cross_q", config)
+        out_BHLD = _by_heads(to_heads(x_BLC, kernel, config), "cross_q")
         return add_bias(out_BHLD, bias.reshape(config.heads, config.head_size))
 
 
@@ -420,7 +420,7 @@ class SelfAttention(nn.Module):
         x_BLC, tokens = apart(gather_tokens(x_BLC.astype(dtype))), rotation_2LD.shape[1]
         rotation_2LD = jnp.pad(rotation_2LD, ((0, 0), (0, x_BLC.shape[1] - tokens), (0, 0)))
         # One matmul each: their concatenation could not be split over heads.
-        q, k, v = (_to_heads(x_BLC, qkv_kernel[:, part], "qkv", config) for part in range(3))
+        q, k, v = (_by_heads(to_heads(x_BLC, qkv_kernel[:, part], config), "qkv") for part in range(3))
         q_scale = jnp.exp(jnp.minimum(scale_mul, MAX_LOG_SCALE))[None, :, None, None]
         q = _normalized(add_bias(q, q_bias)) * q_scale
         k = _normalized(k)
@@ -463,7 +463,8 @@ class CrossAttention(nn.Module):
         kernel: Kernel = "plain"
         if cache is None:
             kernel = choose(config.attention, head_size, dtype)
-            k, v = (_to_heads(memory_BTC.astype(dtype), kv_kernel[:, part], "cross_kv", config) for part in range(2))
+            both = to_keys_and_values(memory_BTC.astype(dtype), kv_kernel, config)
+            k, v = (_by_heads(x_BHTD, "cross_kv") for x_BHTD in both)
             v = add_bias(v, v_bias)
         else:
             k, v = cache.text_k, cache.text_v

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from varedit_jax.config import TransformerConfig
-from varedit_jax.transformer.kernels import apart, matmuls_order_heads, scatters_matrices
+from varedit_jax.parallel.constrain import merges_keys_and_values, scatters_matrices
+from varedit_jax.transformer.kernels import apart, matmuls_order_heads
 
 # Types of tokens and kernels, and of gradients, which need the range more than the digits.
 _TYPES: dict[str, tuple[DTypeLike, DTypeLike]] = {
@@ -147,9 +148,21 @@ def to_heads(x_BLC: jax.Array, kernel: jax.Array, config: TransformerConfig) -> 
     if _is_plain(config) and matmuls_order_heads() and not (kernel.ndim == 2 and scatters_matrices()):
         function = _to_heads_by_matrix if scatters_matrices() else _to_heads
         return function(x_BLC, kernel.reshape(width, *shape).astype(x_BLC.dtype))
-    rows_BLI = product(x_BLC, kernel.reshape(width, -1), config)
-    rows_BLI = apart(rows_BLI) if scatters_matrices() else rows_BLI
-    return jnp.swapaxes(rows_BLI.reshape(*x_BLC.shape[:2], *shape), 1, 2)
+    return jnp.swapaxes(_rows(x_BLC, kernel, config).reshape(*x_BLC.shape[:2], *shape), 1, 2)
+
+
+def _rows(x_BLC: jax.Array, kernel: jax.Array, config: TransformerConfig) -> jax.Array:
+    """`product` with the matrix of a kernel [C, ...], as an array of its own as `_rows_of_heads`."""
+    rows_BLI = product(x_BLC, kernel.reshape(len(kernel), -1), config)
+    return apart(rows_BLI) if scatters_matrices() else rows_BLI
+
+
+def to_keys_and_values(x_BLC: jax.Array, kernel_C2HD: jax.Array, config: TransformerConfig) -> list[jax.Array]:
+    """`to_heads` of both parts of a kernel: [B, H, L, D] each."""
+    if not merges_keys_and_values():
+        return [to_heads(x_BLC, kernel_C2HD[:, part], config) for part in range(2)]
+    rows = _rows(x_BLC, kernel_C2HD, config).reshape(*x_BLC.shape[:2], *kernel_C2HD.shape[1:])
+    return [jnp.swapaxes(rows[:, :, part], 1, 2) for part in range(2)]
 
 
 def from_heads(x_BHLD: jax.Array, kernel_IC: jax.Array, config: TransformerConfig) -> jax.Array:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from varedit_jax.config import MeshConfig, TransformerConfig
+from varedit_jax.parallel.constrain import merges_keys_and_values, scatters_matrices
 from varedit_jax.parallel.mesh import make_mesh
 from varedit_jax.scales import Pyramid, published_pyramid
 from varedit_jax.transformer import kernels
@@ -26,7 +27,7 @@ from varedit_jax.transformer.attention import (
     splash_attention,
     visibility_mask,
 )
-from varedit_jax.transformer.kernels import choose, cores, scatters_matrices
+from varedit_jax.transformer.kernels import choose, cores
 from varedit_jax.transformer.model import Transformer
 
 GRIDS = ((1, 1), (3, 2), (7, 9))
@@ -171,14 +172,15 @@ def test_what_follows_the_tokens_is_not_seen():
 def test_one_example_is_split_over_groups_of_heads(monkeypatch, cores):
     """A chip of two cores splits a kernel over its examples, of which there may be one."""
     monkeypatch.setattr(kernels.splash, "cores", lambda: cores)
-    split = []
-    make = kernels.splash.make_splash_mha
-    monkeypatch.setattr(kernels.splash, "make_splash_mha", lambda mask, **more: split.append(mask) or make(mask, **more))
+    masks, make = [], kernels.splash.make_splash_mha
+    monkeypatch.setattr(
+        kernels.splash, "make_splash_mha", lambda mask, **more: masks.append(mask) or make(mask, **more)
+    )
     draw = np.random.default_rng(0)
     q, k, v = draw.normal(size=(3, 1, 4, 24, SIZE)).astype(np.float32)
     mask = np.tril(np.ones((24, 24), bool))
     found = kernels.splash.masked_attention(q, k, v, mask, interpret=True)
-    assert [len(heads) for heads in split] == [4 // cores]
+    assert [len(mask) for mask in masks] == [4 // cores]
     np.testing.assert_allclose(found, attend(q, k, v, mask_LM=mask), rtol=0, atol=1e-5)
 
 
@@ -226,11 +228,11 @@ def test_a_sequence_is_padded_where_larger_blocks_pay():
 def compile_for():
     """Pretends that a mesh of some platform's devices is set."""
 
-    def mesh(platform, kind="some", num_cores=1, devices=1):
+    def mesh(platform, kind="some", num_cores=1, devices=1, tensor=1):
         device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=num_cores, platform=platform)
         axes = ("data", "fsdp", "tensor")
         types = (jax.sharding.AxisType.Auto,) * 3
-        mesh = jax.sharding.AbstractMesh((1, devices, 1), axes, types, abstract_device=device)
+        mesh = jax.sharding.AbstractMesh((1, devices, tensor), axes, types, abstract_device=device)
         return jax.sharding.use_abstract_mesh(mesh)
 
     return mesh
@@ -263,7 +265,9 @@ def test_what_depends_on_the_chip_that_is_compiled_for(compile_for):
         assert cores() == 1
     for kind in ("TPU v5 lite", "TPU v6 lite"):
         with compile_for("tpu", kind, devices=4):
-            assert cores() == 1 and scatters_matrices()
+            assert cores() == 1 and scatters_matrices() and merges_keys_and_values()
+        with compile_for("tpu", kind, devices=4, tensor=2):
+            assert scatters_matrices() and not merges_keys_and_values()
         with compile_for("tpu", kind):  # nothing is scattered
             assert not scatters_matrices()
 

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from varedit_jax.analysis import compiled, hlo
 from varedit_jax.config import MeshConfig, TransformerConfig
+from varedit_jax.parallel import rules
 from varedit_jax.parallel.constrain import gathered
 from varedit_jax.parallel.mesh import BATCH, make_mesh
 from varedit_jax.parallel.rules import gather, param_shardings, with_shardings
@@ -23,7 +24,7 @@ from varedit_jax.parallel.topology import topology_devices
 from varedit_jax.transformer import products as products_lib
 from varedit_jax.transformer.attention import kernel_init
 from varedit_jax.transformer.block import MLP
-from varedit_jax.transformer.products import Dense, add_bias, from_heads, product, rounded, to_heads
+from varedit_jax.transformer.products import Dense, add_bias, from_heads, product, rounded, to_heads, to_keys_and_values
 
 CONFIG = TransformerConfig(width=16, heads=2, depth=2, text_width=16)
 TOKENS, WIDTH, OUT = 6, 16, 12
@@ -196,19 +197,31 @@ def test_the_type_of_reduce_scatters_on_a_tpu(sums, type_name):
 @pytest.mark.parametrize("by_matrix", [True, False])
 def test_sums_of_kernels_of_heads_are_scattered_on_a_tpu(monkeypatch, by_matrix):
     """As matrices; libtpu reduces them in every device if they are left as they come."""
-    monkeypatch.setattr(products_lib, "scatters_matrices", lambda: by_matrix)
+    for module, name in (
+        (products_lib, "scatters_matrices"),
+        (products_lib, "merges_keys_and_values"),
+        (rules, "merges_keys_and_values"),
+    ):
+        monkeypatch.setattr(module, name, lambda: by_matrix)
     mesh = make_mesh(MeshConfig(data=4, fsdp=64), topology_devices("v5e:16x16"))
     config = dataclasses.replace(CONFIG, width=3584, heads=28, dtype="bfloat16")
-    shapes = {"qkv_kernel": (3584, 3, 28, 128), "proj": {"kernel": (3584, 3584)}}
-    params = {"transformer": {"block_0": {"self_attention": shapes}}}
+    square = {"kernel": (3584, 3584)}
+    shapes = {
+        "self_attention": {"qkv_kernel": (3584, 3, 28, 128), "proj": square},
+        "cross_attention": {"q": square, "kv_kernel": (3584, 2, 28, 128)},
+    }
+    params = {"transformer": {"block_0": shapes}}
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x, jnp.float32), params, is_leaf=lambda x: type(x) is tuple)
     params = with_shardings(params, param_shardings(params, mesh))
 
     def loss(params, x_BLC):
         gathered = gather("transformer", "block_0", jnp.bfloat16, jnp.bfloat16, {"params": params})["params"]
-        kernels = gathered["self_attention"]
+        kernels, others = gathered["self_attention"], gathered["cross_attention"]
         q, k, v = (to_heads(x_BLC, kernels["qkv_kernel"][:, part], config) for part in range(3))
-        out_BLC = from_heads(q * jnp.tanh(k) * jnp.sin(v), kernels["proj"]["kernel"], config)
+        other_q = to_heads(x_BLC, others["q"]["kernel"], config)
+        other_k, other_v = to_keys_and_values(x_BLC, others["kv_kernel"], config)
+        x_BHLD = q * jnp.tanh(k) * jnp.sin(v) + other_q * jnp.tanh(other_k) * jnp.cos(other_v)
+        out_BLC = from_heads(x_BHLD, kernels["proj"]["kernel"], config)
         return jnp.sum(jnp.square(out_BLC.astype(jnp.float32)))
 
     with jax.set_mesh(mesh):
@@ -220,7 +233,7 @@ def test_sums_of_kernels_of_heads_are_scattered_on_a_tpu(monkeypatch, by_matrix)
     sums = collections.Counter()
     for entry in found:
         sums[entry.kind] += entry.times * (entry.array.size // 3584**2)
-    assert (sums["reduce-scatter"], sums["all-reduce"]) == ((4, 0) if by_matrix else (0, 4)), found
+    assert (sums["reduce-scatter"], sums["all-reduce"]) == ((7, 0) if by_matrix else (0, 7)), found
 
 
 ONE, FSDP, ALL = {"data": 1}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}
@@ -303,15 +316,18 @@ def test_heads_are_the_same_whether_matmuls_order_them_or_a_copy(operands, monke
     draw = np.random.default_rng(1)
     kernel_CHD = draw.normal(size=(WIDTH, 2, 8)).astype(np.float32)
     kernel_CI, kernel_IC = draw.normal(size=(2, WIDTH, WIDTH)).astype(np.float32)
+    kernel_C2HD = draw.normal(size=(WIDTH, 2, 2, 8)).astype(np.float32)
 
-    def both(x_BLC, *kernels):
+    def all_kinds(x_BLC, *kernels):
         x_BHLD, y_BHLD = (to_heads(x_BLC, kernel, CONFIG) for kernel in kernels[:2])
-        return x_BHLD, y_BHLD, from_heads(x_BHLD * y_BHLD, kernels[2], CONFIG)
+        k_BHLD, v_BHLD = to_keys_and_values(x_BLC, kernels[2], CONFIG)
+        return x_BHLD, y_BHLD, k_BHLD, v_BHLD, from_heads(x_BHLD * y_BHLD + k_BHLD * v_BHLD, kernels[3], CONFIG)
 
     def outputs(by_matmuls, by_matrix):
         monkeypatch.setattr(products_lib, "matmuls_order_heads", lambda: by_matmuls)
-        monkeypatch.setattr(products_lib, "scatters_matrices", lambda: by_matrix)
-        found, pull = jax.vjp(both, x_BLC, kernel_CHD, kernel_CI, kernel_IC)
+        for name in ("scatters_matrices", "merges_keys_and_values"):
+            monkeypatch.setattr(products_lib, name, lambda: by_matrix)
+        found, pull = jax.vjp(all_kinds, x_BLC, kernel_CHD, kernel_CI, kernel_C2HD, kernel_IC)
         return jax.tree.leaves((found, pull(found)))
 
     assert outputs(True, by_matrix)[0].shape == (2, 2, TOKENS, 8)

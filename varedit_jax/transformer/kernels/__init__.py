@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from varedit_jax import hardware
-from varedit_jax.parallel.constrain import has_mesh
+from varedit_jax.parallel.constrain import chip
 
 Kernel = Literal["plain", "blocked", "splash", "cudnn"]
 
@@ -24,13 +23,6 @@ def platform() -> str:
     if not mesh.empty and mesh.abstract_device is not None:
         return mesh.abstract_device.platform
     return jax.default_backend()
-
-
-def chip() -> hardware.Chip | None:
-    """The chip that is compiled for, as `platform`; None for CPUs, and for kinds that `hardware` does not know."""
-    mesh = jax.sharding.get_abstract_mesh()
-    device = jax.devices()[0] if mesh.empty or mesh.abstract_device is None else mesh.abstract_device
-    return hardware.chip_of(device)
 
 
 def cores() -> int:
@@ -56,18 +48,6 @@ def matmuls_order_heads() -> bool:
     strides. From [B L, H D] whole rows of a head are moved.
     """
     return platform() != "cpu"
-
-
-def scatters_matrices() -> bool:
-    """Returns True where kernels of heads are to meet the devices as matrices, [C, H D]: on v5e and v6e.
-
-    libtpu (0.0.42) scatters sums of gradients of that shape; of [C, H, D] every device gets all, twice the bytes, where
-    H is no multiple of eight. And it gathers kernels of that shape under compute, if a matmul takes them as they are.
-    The price are copies that turn heads into rows. On v5p, whose chips sum over three dimensions of links instead
-    (parallel/compiler_options.py), and hold several examples, they take longer than what they save.
-    """
-    found = chip()
-    return has_mesh() and found is not None and found.name in ("TPU v5e", "TPU v6e")
 
 
 def _obstacle(kernel: Kernel, head_size: int, dtype: DTypeLike) -> str:
