@@ -11,6 +11,7 @@ from data_pipelines.datasets import ExampleSource, image_sizes
 from data_pipelines.features import EncodeImages, EncodeText, Features, MadeBy, precompute
 from varedit_jax.config import RunConfig
 from varedit_jax.parallel import processes
+from varedit_jax.parallel.compiler_options import jit_everywhere
 from varedit_jax.parameters import abstract_params
 from varedit_jax.text.t5 import T5Encoder
 from varedit_jax.text.vocabulary import Vocabulary
@@ -63,7 +64,7 @@ def open_features(config: RunConfig, source: ExampleSource, split: str) -> Featu
 
 def encoders(config: RunConfig, tokenizer: Params, text: Params | None) -> tuple[EncodeImages, EncodeText | None]:
     """Returns the functions that compute features on the first device."""
-    encode = jax.jit(lambda params, images: encode_images(params, images, config.model))
+    encode = jit_everywhere(lambda params, images: encode_images(params, images, config.model))
 
     def encode_pixels(images: np.ndarray) -> jax.Array:
         with jax.default_matmul_precision(config.tokenizer_precision):
@@ -73,7 +74,7 @@ def encoders(config: RunConfig, tokenizer: Params, text: Params | None) -> tuple
         return encode_pixels, None
     dtype = jnp.dtype(config.text_dtype)
     weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), text)
-    apply = jax.jit(T5Encoder(config.model.text, dtype).apply)
+    apply = jit_everywhere(T5Encoder(config.model.text, dtype).apply)
     vocabulary = Vocabulary.load()
 
     def encode_text(instructions: Sequence[str]) -> tuple[jax.Array, np.ndarray]:

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -13,6 +12,7 @@ from data_pipelines.shapes.edits import KINDS
 from data_pipelines.shapes.judge import Verdict, judge_batch
 from data_pipelines.shapes.scene import Scene
 from varedit_jax.contact_sheet import SheetRow, contact_sheet
+from varedit_jax.parallel.compiler_options import jit_everywhere
 from varedit_jax.sampling.editor import Editor
 from varedit_jax.training.tokenizer_step import make_reconstruct
 
@@ -116,7 +116,7 @@ def evaluate(editor: Editor, records: Sequence[Any], edited: NDArray[np.uint8]) 
 
 def reconstruct_records(editor: Editor, records: Sequence[Any], side: str) -> NDArray[np.uint8]:
     """Returns one image of each example through the editor's tokenizer, uint8 [n, y, x, 3]."""
-    reconstruct = jax.jit(make_reconstruct(editor.config))
+    reconstruct = jit_everywhere(make_reconstruct(editor.config))
     parts = []
     for start in range(0, len(records), BATCH):
         images = np.stack([record[side] for record in records[start : start + BATCH]])

@@ -15,7 +15,7 @@ from data_pipelines.record import EXAMPLE_IDS
 from experiments import program, run_flags
 from varedit_jax.config import TokenizerRunConfig, to_dict
 from varedit_jax.contact_sheet import SheetRow, contact_sheet
-from varedit_jax.parallel.compiler_options import options_everywhere
+from varedit_jax.parallel.compiler_options import jit_everywhere
 from varedit_jax.text.vocabulary import Vocabulary
 from varedit_jax.training import tokenizer_step
 from varedit_jax.training.optimizer import learning_rate, make_optimizer
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     perceptual = load_perceptual(config.perceptual_weights) if config.perceptual_weight else None
     optimizer = make_optimizer(config.optimizer, config.steps)
     shown = [loader.open_split(config.data, "test")[index]["source"] for index in range(8)]
-    reconstruct = jax.jit(tokenizer_step.make_reconstruct(config.model))
+    reconstruct = jit_everywhere(tokenizer_step.make_reconstruct(config.model))
 
     def sample(state: Any, step: int) -> dict[str, np.ndarray]:
         del step
@@ -43,11 +43,7 @@ def main(argv: list[str]) -> None:
         return {"reconstructions": np.asarray(contact_sheet(rows, ["original", "reconstruction"]))}
 
     init = tokenizer_step.make_init(config, optimizer)
-    step = jax.jit(
-        tokenizer_step.make_step(config, optimizer, perceptual),
-        donate_argnums=0,
-        compiler_options=options_everywhere(jax.devices()[0]) or None,
-    )
+    step = jit_everywhere(tokenizer_step.make_step(config, optimizer, perceptual), donate_argnums=0)
     job = Job(
         steps=config.steps,
         key=jax.random.key(config.seed),

@@ -22,6 +22,7 @@ from experiments.configs import shapes
 from varedit_jax import command, hardware
 from varedit_jax.analysis import sums
 from varedit_jax.config import RunConfig
+from varedit_jax.parallel.compiler_options import jit_everywhere
 from varedit_jax.sampling.editor import Editor
 from varedit_jax.scales import editor_pyramid
 from varedit_jax.storage import paths
@@ -52,7 +53,7 @@ def _gradients(devices: int) -> np.ndarray:
         shapes.DATA, batch_size=examples, features="online", train_examples=1, eval_examples=devices * examples
     )
     run = dataclasses.replace(run, model=editor.config, data=data, train_text=False)
-    gradient = jax.jit(jax.grad(make_loss(run, editor_pyramid(run.model), training=True), has_aux=True))
+    gradient = jit_everywhere(jax.grad(make_loss(run, editor_pyramid(run.model), training=True), has_aux=True))
     batches = loader.evaluation_batches(data, Vocabulary.load(), loader.open_split(data, "test"))
     trained, frozen = {"transformer": editor.params["transformer"]}, editor.params
     draw, rows = np.random.default_rng(_CHOSEN), []

@@ -25,6 +25,7 @@ from varedit_jax import command
 from varedit_jax.analysis import parity
 from varedit_jax.analysis.precision import bits_at, changed_bits
 from varedit_jax.config import ComputeType, DataConfig, EditorConfig, RunConfig
+from varedit_jax.parallel.compiler_options import jit_everywhere
 from varedit_jax.sampling.editor import Editor
 from varedit_jax.scales import Pyramid, editor_pyramid
 from varedit_jax.text.t5 import T5Encoder
@@ -62,10 +63,10 @@ def _text_rows(editor: Editor, data: DataConfig, batch: dict[str, jax.Array]) ->
         run = RunConfig(name="precision", model=editor.config, data=data, text_dtype=dtype)
         text = optax.tree.cast(editor.params["text"], dtype)
         encoder = T5Encoder(editor.config.text, jnp.dtype(dtype))
-        features_BTE = jax.jit(encoder.apply)({"params": text}, batch["text_ids"], batch["text_length"])
+        features_BTE = jit_everywhere(encoder.apply)({"params": text}, batch["text_ids"], batch["text_length"])
         exact_BTE = features_BTE if exact_BTE is None else exact_BTE
         error = float(jnp.linalg.norm(features_BTE - exact_BTE) / jnp.linalg.norm(exact_BTE))
-        evaluate = jax.jit(make_evaluate(run, editor_pyramid(editor.config)))
+        evaluate = jit_everywhere(make_evaluate(run, editor_pyramid(editor.config)))
         loss = float(evaluate(editor.params, {**editor.params, "text": text}, batch)["loss"])
         yield "shapes", dtype, f"{error:.2g}", f"{loss:.5f}"
 

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from varedit_jax import hardware
 from varedit_jax.analysis.operations import recomputed_share
 from varedit_jax.config import RunConfig
+from varedit_jax.parallel.compiler_options import jit_everywhere
 from varedit_jax.parallel.mesh import put_batch
 from varedit_jax.parameters import init_text, init_tokenizer, init_transformer
 from varedit_jax.sampling import sampler
@@ -181,7 +182,7 @@ class Benchmark:
             keys = jax.vmap(jax.random.key)(np.arange(batch, dtype=np.uint32))
             arguments = (params, *jax.device_put((images, ids, lengths), self._device), keys)
             began = time.perf_counter()
-            edit = jax.jit(function).lower(*arguments).compile()
+            edit = jit_everywhere(function, self._device).lower(*arguments).compile()
             compiling = time.perf_counter() - began
             seconds = self._times(lambda: edit(*arguments))
         row = _spread(seconds)

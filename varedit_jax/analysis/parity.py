@@ -15,6 +15,7 @@ import numpy as np
 
 from varedit_jax.config import EditorConfig, LossConfig, SamplingConfig, TextConfig, TokenizerConfig, TransformerConfig
 from varedit_jax.errors import UserError
+from varedit_jax.parallel.compiler_options import jit_everywhere
 from varedit_jax.parameters import abstract_params
 from varedit_jax.sampling.sampler import sample_bits
 from varedit_jax.scales import Pyramid, nearest_aspect, published_pyramid
@@ -173,8 +174,8 @@ def compute(golden: Golden) -> Iterator[tuple[str, np.ndarray]]:
     config, pyramid, tensors = golden.config, golden.pyramid, golden.tensors
     autoencoder = Autoencoder(config.tokenizer)
     cells = pyramid.cells(config.patchify)
-    encode = jax.jit(lambda p, x: autoencoder.apply({"params": p}, x, method=autoencoder.encode))
-    decode = jax.jit(lambda p, x: autoencoder.apply({"params": p}, x, method=autoencoder.decode))
+    encode = jit_everywhere(lambda p, x: autoencoder.apply({"params": p}, x, method=autoencoder.encode))
+    decode = jit_everywhere(lambda p, x: autoencoder.apply({"params": p}, x, method=autoencoder.decode))
 
     features = {}
     for side in ("src", "tgt"):
@@ -189,7 +190,7 @@ def compute(golden: Golden) -> Iterator[tuple[str, np.ndarray]]:
     yield "reconstruction_f16", _nchw(decode(golden.tokenizer, quantized))
 
     text_BTE, lengths_B = _padded_text(golden)
-    forward = jax.jit(Transformer(config.transformer, pyramid).apply)
+    forward = jit_everywhere(Transformer(config.transformer, pyramid).apply)
     logits = forward({"params": golden.transformer}, made.source_BSN, made.inputs_BLN, text_BTE, lengths_B)
     yield "train_logits", _flat_logits(logits)
     for name, power in (("loss_plain", 0.0), ("loss_reweighted", 0.5)):
@@ -200,7 +201,7 @@ def compute(golden: Golden) -> Iterator[tuple[str, np.ndarray]]:
         keys = jax.random.split(jax.random.key(0), len(lengths))
         return sample_bits(params, source, text, lengths, keys, config, pyramid, golden.sampling)
 
-    sample = jax.jit(draw)(golden.transformer, features["src"][:1], text_BTE[:1, : lengths_B[0]], lengths_B[:1])
+    sample = jit_everywhere(draw)(golden.transformer, features["src"][:1], text_BTE[:1, : lengths_B[0]], lengths_B[:1])
     for scale, (logits_k, bits_k) in enumerate(zip(sample.logits, sample.bits, strict=True)):
         yield f"infer_logits_{scale:02d}", _flat_logits(logits_k)
         yield f"infer_bits_{scale:02d}", np.asarray(bits_k)[:, None]

@@ -8,7 +8,7 @@ import concurrent.futures
 import contextlib
 import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -35,10 +35,10 @@ _ASYNC_GATHERS: dict[str, Value] = {
 # scatter (8B at 512 px on 4x4x4: 0.37 s a step in place of 0.47 s, by the links' formula). v5e has no SparseCores.
 _SCATTERS: dict[str, Value] = {"xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter": True}
 # VMEM that one fusion may take, KiB, which larger tiles of matmuls need. Source of the option: as above,
-# "DENSE_VMEM_LIMIT_FLAG", 98304 for Trillium. Tried with libtpu 0.0.42.1 on the feed-forward part of 8B at 512 px, forward
-# and backward: matmuls take 67.1, 60.6, 59.2 and 58.9 ms on v5p with 16 (the default), 24, 32 and 48 MiB, and the
-# compilation 1, 1.3, 2 and 7 times as long; 45.8 and 38.7 ms on v6e with 32 (the default) and 48 MiB. With 96 MiB the
-# step of 8B had not compiled on v6e after 40 minutes of processor time. v5e gains 1.5 %, for twice the compilation.
+# "DENSE_VMEM_LIMIT_FLAG", 98304 for Trillium. Tried with libtpu 0.0.42.1 on the feed-forward part of 8B at 512 px,
+# forward and backward: matmuls take 67.1, 60.6, 59.2 and 58.9 ms on v5p with 16 (the default), 24, 32 and 48 MiB, and
+# the compilation 1, 1.3, 2 and 7 times as long; 45.8 and 38.7 ms on v6e with 32 (the default) and 48 MiB. With 96 MiB
+# the step of 8B had not compiled on v6e after 40 minutes of processor time. v5e gains 1.5 %, for twice the compilation.
 _VMEM_24: dict[str, Value] = {"xla_tpu_scoped_vmem_limit_kib": 24 * 1024}
 _VMEM_48: dict[str, Value] = {"xla_tpu_scoped_vmem_limit_kib": 48 * 1024}
 
@@ -89,6 +89,11 @@ def compiler_options(device: Any, own: Sequence[str] = ()) -> dict[str, Value]:
 def options_everywhere(device: Any) -> dict[str, Value]:
     """Returns the options for any program on `device`, not a run's step and evaluation alone: of CPUs, else none."""
     return dict(_known_on_cpus()) if getattr(device, "platform", "") == "cpu" else {}
+
+
+def jit_everywhere(function: Callable[..., Any], device: Any = None, **more: Any) -> Any:
+    """Returns `jax.jit(function, **more)` with the options for any program on `device`, by default the default one."""
+    return jax.jit(function, compiler_options=options_everywhere(device or jax.devices()[0]) or None, **more)
 
 
 @functools.cache

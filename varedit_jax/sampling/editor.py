@@ -12,6 +12,7 @@ import numpy as np
 from varedit_jax.config import EditorConfig, RunConfig, SamplingConfig, from_dict, per_scale
 from varedit_jax.errors import UserError
 from varedit_jax.images import ImageSource, Placement, fit, read_image, restore
+from varedit_jax.parallel.compiler_options import jit_everywhere
 from varedit_jax.parallel.constrain import batch_only
 from varedit_jax.parallel.mesh import replicated, whole_batch
 from varedit_jax.parallel.programs import Programs
@@ -222,7 +223,9 @@ def jitted_edit(
             every_scale=every_scale,
         )
 
-    return jax.jit(edit, out_shardings=None if mesh.empty else replicated(mesh))
+    if mesh.empty:
+        return jit_everywhere(edit)
+    return jit_everywhere(edit, mesh.devices.flat[0], out_shardings=replicated(mesh))
 
 
 def abstract_request(

@@ -115,3 +115,16 @@ def test_an_option_that_the_compiler_does_not_take_is_a_sentence(name, value):
         options_explained(),
     ):
         jax.jit(lambda x: x + 1, compiler_options={name: value}).lower(argument).compile()
+
+
+def test_any_program_has_the_options_of_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    for platform, name in (("cpu", "xla_not_known"), ("tpu", "")):
+        monkeypatch.setitem(CHIP_OPTIONS, "CPU", {"xla_not_known": True})
+        monkeypatch.setattr(compiler_options_lib, "_known_on_cpus", lambda: CHIP_OPTIONS["CPU"])
+        device = types.SimpleNamespace(platform=platform, device_kind=platform)
+        jitted = jit_everywhere(jnp.negative, device)
+        if not name:
+            assert jitted(1.0) == -1.0
+            continue
+        with pytest.raises(jax.errors.JaxRuntimeError, match=f"No such compile option: '{name}"):
+            jitted(1.0)
