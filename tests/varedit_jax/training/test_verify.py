@@ -193,7 +193,9 @@ def editor() -> None:
         state = state.replace(params=test_compile_step.lively(abstract.params))
         state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, abstract))
         frozen = jax.device_put(test_compile_step.lively(frozen), jax.tree.map(lambda leaf: leaf.sharding, frozen))
-        examples, batch = on_mesh.examples(frozen), on_mesh.put(test_compile_step.images_and_texts())
+        rows = np.split(np.arange(test_compile_step.BATCH), jax.process_count())[jax.process_index()]
+        batch = on_mesh.put({name: x[rows] for name, x in test_compile_step.images_and_texts().items()})
+        examples = on_mesh.examples(frozen)
         assert disagreeing(examples, state, batch) == []
         numbers = examples.numbers(state, batch, 0)
         assert numbers.shape == (8, 2) and all(len(np.unique(column)) == 8 for column in numbers.T)
@@ -219,6 +221,21 @@ def broken_of_two(directory: pathlib.Path, address: str, index: int) -> None:
         print(error.value)
 
 
+def editor_of_two(directory: pathlib.Path, address: str, index: int) -> None:
+    """`editor` on the devices of two processes; it is the second's that errs."""
+    with processes.joined(address, 2, index):
+        editor()
+        print(f"process {index} is done")
+
+
+@pytest.mark.slow
+@pytest.mark.subprocess
+def test_examples_of_two_processes(tmp_path: pathlib.Path) -> None:
+    """Examples are worked on by devices of the other process, too."""
+    codes, said = two_processes("editor_of_two", tmp_path, devices=2, program=__file__)
+    assert codes == [0, 0] and all(f"process {index} is done" in said[index] for index in range(2)), said
+
+
 @pytest.mark.slow
 @pytest.mark.subprocess
 def test_two_processes(tmp_path: pathlib.Path) -> None:
@@ -242,7 +259,8 @@ def test_four_devices() -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        broken_of_two(pathlib.Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
+        functions = {"broken_of_two": broken_of_two, "editor_of_two": editor_of_two}
+        functions[sys.argv[1]](pathlib.Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
     else:
         copies()
         editor()
