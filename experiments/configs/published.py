@@ -57,6 +57,7 @@ class MachineLayout:
     data: int = 1  # replicas of the parameters
     saved: tuple[RematName, ...] = TransformerConfig.remat_saved  # of a block's activations; the others are recomputed
     options: tuple[str, ...] = ()  # of the compiler, over those of the chip (parallel/compiler_options.py)
+    samples: bool = True  # a sheet of samples fits beside the state (results/compile_ahead.md)
 
 
 # By config and machine. Spare memory saves activations: on v5p and H100, and for 2B, all named ones, so that the
@@ -69,29 +70,29 @@ LAYOUTS = {
         "v5p_128": MachineLayout(1, saved=REMAT_NAMES),
         "v5p_256": MachineLayout(1, saved=REMAT_NAMES),
         "v6e_256": MachineLayout(1, saved=REMAT_NAMES),
-        "v5e_256": MachineLayout(2, data=4, saved=REMAT_NAMES),
+        "v5e_256": MachineLayout(2, data=4, saved=REMAT_NAMES, samples=False),
         "h100_64": MachineLayout(2, saved=REMAT_NAMES),
     },
     "varedit_2b_512": {
         "v5p_128": MachineLayout(3, saved=REMAT_NAMES),
         "v5p_256": MachineLayout(3, tensor=2, saved=REMAT_NAMES),
         "v6e_256": MachineLayout(3, tensor=4, saved=REMAT_NAMES),
-        "v5e_256": MachineLayout(5, tensor=4, saved=REMAT_NAMES),
+        "v5e_256": MachineLayout(5, tensor=4, saved=REMAT_NAMES, samples=False),
         "h100_64": MachineLayout(5, saved=REMAT_NAMES),
     },
     "varedit_8b_512": {
         "v5p_128": MachineLayout(6, saved=REMAT_NAMES),
         "v5p_256": MachineLayout(3, data=2, saved=REMAT_NAMES),
-        "v6e_256": MachineLayout(3, data=4),
-        "v5e_256": MachineLayout(6, data=4),
+        "v6e_256": MachineLayout(3, data=4, samples=False),
+        "v5e_256": MachineLayout(6, data=4, samples=False),
         "h100_64": MachineLayout(8, saved=REMAT_NAMES),
     },
     "varedit_8b_1024": {
-        "v5p_128": MachineLayout(8, saved=REMAT_NAMES),
-        "v5p_256": MachineLayout(4, data=2, saved=REMAT_NAMES),
-        "v6e_256": MachineLayout(4, tensor=2, data=2),
-        "v5e_256": MachineLayout(8, tensor=4),
-        "h100_64": MachineLayout(8),
+        "v5p_128": MachineLayout(8, saved=REMAT_NAMES, samples=False),
+        "v5p_256": MachineLayout(4, data=2, saved=REMAT_NAMES, samples=False),
+        "v6e_256": MachineLayout(4, tensor=2, data=2, samples=False),
+        "v5e_256": MachineLayout(8, tensor=4, samples=False),
+        "h100_64": MachineLayout(8, samples=False),
     },
 }
 VARIANTS = ("", "tiny", *MACHINES)
@@ -175,8 +176,10 @@ def on_machine(run: RunConfig, machine: str) -> RunConfig:
     """Returns a run in the layout of a machine."""
     layout = LAYOUTS[run.name][machine]
     transformer = dataclasses.replace(run.model.transformer, remat="named", remat_saved=layout.saved)
+    sample_every = run.cadence.sample_every if layout.samples else 0
     return dataclasses.replace(
         run,
+        cadence=dataclasses.replace(run.cadence, sample_every=sample_every),
         model=dataclasses.replace(run.model, transformer=transformer),
         optimizer=dataclasses.replace(run.optimizer, accumulation=layout.accumulation),
         compiler_options=layout.options,
