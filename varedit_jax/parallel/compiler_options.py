@@ -37,8 +37,9 @@ _SCATTERS: dict[str, Value] = {"xla_tpu_enable_sparse_core_collective_offload_nd
 # VMEM that one fusion may take, KiB, which larger tiles of matmuls need. Source of the option: as above,
 # "DENSE_VMEM_LIMIT_FLAG", 98304 for Trillium. Tried with libtpu 0.0.42.1 on the feed-forward part of 8B at 512 px,
 # forward and backward: matmuls take 67.1, 60.6, 59.2 and 58.9 ms on v5p with 16 (the default), 24, 32 and 48 MiB, and
-# the compilation 1, 1.3, 2 and 7 times as long; 45.8 and 38.7 ms on v6e with 32 (the default) and 48 MiB. With 96 MiB
-# the step of 8B had not compiled on v6e after 40 minutes of processor time. v5e gains 1.5 %, for twice the compilation.
+# the compilation 1, 1.3, 2 and 7 times as long; 141.6, 139.4 and 139.5 ms on v5e with 16, 24 and 32 MiB; 45.8 and 38.7
+# ms on v6e with 32 (the default) and 48 MiB. With 96 MiB the step of 8B had not compiled on v6e after 40 minutes of
+# processor time.
 _VMEM_24: dict[str, Value] = {"xla_tpu_scoped_vmem_limit_kib": 24 * 1024}
 _VMEM_48: dict[str, Value] = {"xla_tpu_scoped_vmem_limit_kib": 48 * 1024}
 
@@ -61,7 +62,7 @@ _CPU: dict[str, Value] = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSIO
 CHIP_OPTIONS: dict[str, dict[str, Value]] = {
     "CPU": _CPU,
     "TPU v4": _ASYNC_GATHERS,
-    "TPU v5e": _ASYNC_GATHERS,
+    "TPU v5e": _ASYNC_GATHERS | _VMEM_24,
     "TPU v5p": _ASYNC_GATHERS | _VMEM_24,
     "TPU v6e": _ASYNC_GATHERS | _SCATTERS | _VMEM_48,
     "H100": _GPU,
