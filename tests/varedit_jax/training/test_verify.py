@@ -252,7 +252,10 @@ def test_two_processes(tmp_path: pathlib.Path) -> None:
 @pytest.mark.subprocess
 def test_four_devices() -> None:
     """Bits do not depend on the device; where one has a wrong number, it is named. Of two copies both are."""
-    environment = os.environ | {"XLA_FLAGS": test_compile_step.FLAGS.replace("count=8", "count=4")}
+    environment = os.environ | {
+        "XLA_FLAGS": test_compile_step.FLAGS.replace("count=8", "count=4"),
+        "PYTHONPATH": str(pathlib.Path(__file__).parents[3]),
+    }
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
 
