@@ -40,7 +40,7 @@ def scatters_matrices() -> bool:
     libtpu (0.0.42) scatters sums of gradients of that shape; of [C, H, D] every device gets all, twice the bytes, where
     H is no multiple of eight. And it gathers kernels of that shape under compute, if a matmul takes them as they are.
     The price are copies that turn heads into rows. On v5p, whose chips sum over three dimensions of links instead
-    (parallel/compiler_options.py), and hold several examples, they take longer than what they save.
+    (parallel/compiler_options.py), and hold several examples, they would take longer, by arithmetic, than what they save.
     """
     found = chip()
     return has_mesh() and found is not None and found.name in ("TPU v5e", "TPU v6e")
