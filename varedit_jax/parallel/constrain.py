@@ -27,11 +27,18 @@ def has_mesh() -> bool:
     return not mesh.empty and mesh.size > 1
 
 
-def chip() -> hardware.Chip | None:
-    """The chip of the mesh that is set, else of the default device; None for CPUs, and kinds that are not known."""
+def device() -> Any:
+    """A device of those that are compiled for: that of the mesh that is set, else the first one.
+
+    Ahead-of-time compilation sets a mesh of devices of another platform.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    device = jax.devices()[0] if mesh.empty or mesh.abstract_device is None else mesh.abstract_device
-    return hardware.chip_of(device)
+    return jax.devices()[0] if mesh.empty or mesh.abstract_device is None else mesh.abstract_device
+
+
+def chip() -> hardware.Chip | None:
+    """The chip that is compiled for; None for CPUs, and kinds that are not known."""
+    return hardware.chip_of(device())
 
 
 def scatters_matrices() -> bool:
@@ -40,7 +47,7 @@ def scatters_matrices() -> bool:
     libtpu (0.0.42) scatters sums of gradients of that shape; of [C, H, D] every device gets all, twice the bytes, where
     H is no multiple of eight. And it gathers kernels of that shape under compute, if a matmul takes them as they are.
     The price are copies that turn heads into rows. On v5p, whose chips sum over three dimensions of links instead
-    (parallel/compiler_options.py), and hold several examples, they would take longer, by arithmetic, than what they save.
+    (parallel/compiler_options.py), and hold several examples, they would cost more than they save, by arithmetic.
     """
     found = chip()
     return has_mesh() and found is not None and found.name in ("TPU v5e", "TPU v6e")

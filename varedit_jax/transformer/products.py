@@ -112,12 +112,19 @@ def product(x: jax.Array, kernel_IO: jax.Array, config: TransformerConfig) -> ja
     return _product(x, kernel_IO, config.products, config.products_backward)
 
 
+def _as_rows(x_BLI: jax.Array) -> jax.Array:
+    """Keeps rows of heads from being taken back into the matmul beside them, where matrices are scattered."""
+    return apart(x_BLI) if scatters_matrices() else x_BLI
+
+
 def _rows_of_heads(x_BHLD: jax.Array) -> jax.Array:
-    """[B, L, H D], as an array of its own where sums of gradients are scattered by it."""
+    """[B, L, H D]."""
     x_BLHD = jnp.swapaxes(x_BHLD, 1, 2)
-    rows_BLI = x_BLHD.reshape(*x_BLHD.shape[:2], -1)
-    # Else the compiler would take the heads back into the matmul.
-    return apart(rows_BLI) if scatters_matrices() else rows_BLI
+    return _as_rows(x_BLHD.reshape(*x_BLHD.shape[:2], -1))
+
+
+def _to_heads(x_BLC: jax.Array, kernel_CHD: jax.Array) -> jax.Array:
+    return jnp.einsum("blc,chd->bhld", x_BLC, kernel_CHD)
 
 
 @jax.custom_vjp
@@ -135,10 +142,6 @@ def _to_heads_backward(saved: tuple[jax.Array, jax.Array], gradient_BHLD: jax.Ar
 _to_heads_by_matrix.defvjp(lambda x, kernel: (_to_heads(x, kernel), (x, kernel)), _to_heads_backward)
 
 
-def _to_heads(x_BLC: jax.Array, kernel_CHD: jax.Array) -> jax.Array:
-    return jnp.einsum("blc,chd->bhld", x_BLC, kernel_CHD)
-
-
 def to_heads(x_BLC: jax.Array, kernel: jax.Array, config: TransformerConfig) -> jax.Array:
     """`product` with a kernel [C, H, D] or a matrix [C, H D]: [B, H, L, D].
 
@@ -152,9 +155,8 @@ def to_heads(x_BLC: jax.Array, kernel: jax.Array, config: TransformerConfig) -> 
 
 
 def _rows(x_BLC: jax.Array, kernel: jax.Array, config: TransformerConfig) -> jax.Array:
-    """`product` with the matrix of a kernel [C, ...], as an array of its own as `_rows_of_heads`."""
-    rows_BLI = product(x_BLC, kernel.reshape(len(kernel), -1), config)
-    return apart(rows_BLI) if scatters_matrices() else rows_BLI
+    """`product` with the matrix of a kernel [C, ...]: [B, L, I]."""
+    return _as_rows(product(x_BLC, kernel.reshape(len(kernel), -1), config))
 
 
 def to_keys_and_values(x_BLC: jax.Array, kernel_C2HD: jax.Array, config: TransformerConfig) -> list[jax.Array]:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from varedit_jax.parallel.constrain import chip
+from varedit_jax.parallel.constrain import chip, device
 
 Kernel = Literal["plain", "blocked", "splash", "cudnn"]
 
@@ -14,15 +14,13 @@ _FAST: dict[str, Kernel] = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}  #
 
 
 def platform() -> str:
-    """The platform that is compiled for: that of the mesh that is set, else the default backend's.
+    """The platform that is compiled for.
 
-    Ahead-of-time compilation sets a mesh of devices of another platform. The kernel is chosen here rather than by
-    `jax.lax.platform_dependent`, which would trace and shard a branch for every platform.
+    The kernel is chosen by it rather than by `jax.lax.platform_dependent`, which would trace and shard a branch for
+    every platform.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.abstract_device is not None:
-        return mesh.abstract_device.platform
-    return jax.default_backend()
+    platform: str = device().platform
+    return platform
 
 
 def cores() -> int:
