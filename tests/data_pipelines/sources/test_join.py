@@ -150,14 +150,14 @@ def test_a_full_disk_is_told_to_the_user(tmp_path: pathlib.Path, monkeypatch: py
 
 def test_memory_does_not_grow_with_the_number_of_pairs(tmp_path: pathlib.Path) -> None:
     peaks = []
-    for count in (500, 1100):  # the smaller already fills all buffers
+    for count in (500, 2000):  # the smaller already fills all buffers
         streams = _streams(tmp_path, count, shuffled=False)
         pairs = (Wanted(f"{i}", ((0, f"s{i}"), (1, f"t{i}"))) for i in range(count))
         tracemalloc.start()
         assert sum(1 for _ in join(streams, pairs, 20 * SIZE, 0)) == count
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < peaks[0] + 60_000  # bytes; names of the pairs alone would take twice that
+    assert peaks[1] < peaks[0] + 150_000  # bytes: threads vary by half of it; names of the pairs alone take twice that
 
 
 def test_what_waits_keeps_its_bounds(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
