@@ -111,7 +111,8 @@ def per_shard(attention: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Ar
 
     Args:
       attention: from arrays as below to an array [B, H, L, D].
-      arrays: [B, H, L, D], split over examples and heads, or others of [B, ...], split over examples alone.
+      arrays: [B, H, L, D], the first of them, or [layers, B, H, L, D], split over examples and heads; others of
+        [B, ...], split over examples alone; scalars.
     """
     if not has_mesh():
         return attention(*arrays)
@@ -119,5 +120,6 @@ def per_shard(attention: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Ar
     # The few images of a sampling batch need not divide.
     batch = BATCH if arrays[0].shape[0] % (sizes["data"] * sizes["fsdp"]) == 0 else None
     heads = PartitionSpec(batch, "tensor")
-    specs = tuple(heads if x.ndim == 4 else PartitionSpec(batch) for x in arrays)
+    by_rank = {0: PartitionSpec(), 4: heads, 5: PartitionSpec(None, *heads)}
+    specs = tuple(by_rank.get(x.ndim, PartitionSpec(batch)) for x in arrays)
     return jax.shard_map(attention, in_specs=specs, out_specs=heads, check_vma=False)(*arrays)

@@ -1,38 +1,79 @@
 """From logits to bits: temperature, classifier-free guidance, top-p, greedy (model.md, section 8)."""
 
+from collections.abc import Sequence
+
+import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from varedit_jax.config import SamplingConfig
+from varedit_jax.config import SamplingConfig, per_scale
+
+
+@flax.struct.dataclass
+class Controls:
+    """What a `SamplingConfig` says, as arrays with a row per image: no program depends on their values."""
+
+    guidance_BK: jax.Array  # float32 cfg
+    without_BK: jax.Array  # float32 1 - cfg, rounded once
+    temperature_BK: jax.Array  # float32 tau
+    removed_B: jax.Array  # float32, largest probability of a bit value that top-p removes
+    greedy_B: jax.Array  # bool
+
+
+def controls(sampling: Sequence[SamplingConfig], scales: int) -> Controls:
+    """The controls of images, one config each. Raises ValueError for a list of more numbers than scales."""
+    guidance_BK, temperature_BK = (
+        np.array([per_scale(getattr(config, name), scales) for config in sampling], np.float64)
+        for name in ("guidance", "temperature")
+    )
+    return Controls(
+        guidance_BK=np.float32(guidance_BK),
+        without_BK=np.float32(1 - guidance_BK),
+        temperature_BK=np.float32(temperature_BK),
+        # The likelier value always stays.
+        removed_B=np.float32([min(1 - config.top_p, 0.5) if config.top_p else 0 for config in sampling]),
+        greedy_B=np.array([config.greedy for config in sampling]),
+    )
+
+
+def guided_scales(sampling: Sequence[SamplingConfig], scales: int) -> int:
+    """How many of the first scales run the unconditional half: up to the last that any image guides."""
+    guided = [
+        [scale for scale, value in enumerate(per_scale(config.guidance, scales), 1) if value != 1]
+        for config in sampling
+    ]
+    return max((last for found in guided for last in found[-1:]), default=0)
 
 
 def guided_margin(
-    conditional_BLN2: jax.Array, unconditional_BLN2: jax.Array | None, guidance: float, temperature: float
+    conditional_BLN2: jax.Array, unconditional_BLN2: jax.Array | None, controls: Controls, scale: int
 ) -> jax.Array:
-    """Log-odds of every bit, float32 [B, L, N]: cfg * cond + (1 - cfg) * uncond on logits divided by tau.
+    """Log-odds of every bit of a scale, float32 [B, L, N]: cfg * cond + (1 - cfg) * uncond on logits divided by tau.
 
     Two logits matter only by their difference, so guidance works on differences.
     """
     margin = conditional_BLN2[..., 1] - conditional_BLN2[..., 0]
     if unconditional_BLN2 is not None:
-        without = unconditional_BLN2[..., 1] - unconditional_BLN2[..., 0]
-        margin = guidance * margin + (1 - guidance) * without
-    return margin / temperature
+        other = unconditional_BLN2[..., 1] - unconditional_BLN2[..., 0]
+        margin = _column(controls.guidance_BK, scale) * margin + _column(controls.without_BK, scale) * other
+    return margin / _column(controls.temperature_BK, scale)
 
 
-def choose_bits(margin_BLN: jax.Array, config: SamplingConfig, keys_B: jax.Array) -> jax.Array:
+def _column(x_BK: jax.Array, scale: int) -> jax.Array:
+    return x_BK[:, scale, None, None]
+
+
+def choose_bits(margin_BLN: jax.Array, controls: Controls, keys_B: jax.Array) -> jax.Array:
     """Bits, bool [B, L, N], drawn independently from their log-odds.
 
     Args:
       margin_BLN: float32 log-odds.
-      config: `greedy` takes the likelier value; `top_p` removes a value of probability <= 1 - top_p.
+      controls: where `greedy_B` is set, the likelier value is taken; of the others top-p removes the unlikely one.
       keys_B: one PRNG key per sample: an image's stream does not depend on its position in the batch.
     """
-    if config.greedy:
-        return margin_BLN > 0
     one_BLN = jax.nn.sigmoid(margin_BLN)
-    if config.top_p > 0:
-        removed = min(1 - config.top_p, 0.5)  # the likelier value always stays
-        one_BLN = jnp.where(one_BLN <= removed, 0, jnp.where(one_BLN >= 1 - removed, 1, one_BLN))
+    removed_B11 = controls.removed_B[:, None, None]
+    one_BLN = jnp.where(one_BLN <= removed_B11, 0, jnp.where(one_BLN >= 1 - removed_B11, 1, one_BLN))
     uniform_BLN = jax.vmap(lambda key: jax.random.uniform(key, margin_BLN.shape[1:]))(keys_B)
-    return uniform_BLN < one_BLN
+    return jnp.where(controls.greedy_B[:, None, None], margin_BLN > 0, uniform_BLN < one_BLN)

@@ -1,4 +1,7 @@
-"""The scale loop: `(params, request, keys) -> bits`, one static-shape pass per scale (model.md, section 8)."""
+"""From features to bits in stages, each a pure function of explicit trees (model.md, section 8).
+
+`prefill` runs the source through the transformer once; `sample_scale` draws the bits of one scale, coarse to fine.
+"""
 
 import functools
 
@@ -6,15 +9,35 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from varedit_jax.config import EditorConfig, SamplingConfig, per_scale
+from varedit_jax.config import EditorConfig
 from varedit_jax.parallel.rules import gather
-from varedit_jax.sampling.guidance import choose_bits, guided_margin
+from varedit_jax.sampling.guidance import Controls, choose_bits, guided_margin
 from varedit_jax.scales import Pyramid
 from varedit_jax.text.t5 import T5Encoder
 from varedit_jax.tokenizer import quantizer
 from varedit_jax.tokenizer.tokens import decode_bits, encode_images, source_tokens
-from varedit_jax.transformer.model import Transformer
+from varedit_jax.transformer.model import Caches, TextMemory, Transformer
 from varedit_jax.types import Params
+
+
+@flax.struct.dataclass
+class Prefilled:
+    """A source and a text as the scale loop begins with them; with guidance the unconditional half comes last."""
+
+    text: TextMemory
+    caches: Caches
+
+    def first_samples(self, count: int) -> "Prefilled":
+        """That of the first `count` samples of the batch."""
+        return Prefilled(jax.tree.map(lambda x: x[:count], self.text), self.caches.first_samples(count))
+
+
+@flax.struct.dataclass
+class Drawn:
+    """The state between two scales."""
+
+    prefilled: Prefilled  # with the keys and values of the scales that are drawn
+    accumulated_BhwZ: jax.Array  # float32, what their bits add up to, at the last grid
 
 
 @flax.struct.dataclass
@@ -25,61 +48,117 @@ class SampledBits:
     logits: tuple[jax.Array, ...]  # float32 [B or 2 B, L_k, N, 2], the unconditional half last
 
 
+def encode_text(params: Params, ids_BT: jax.Array, length_B: jax.Array, config: EditorConfig) -> jax.Array:
+    """Features of instructions, float32 [B, T, E], by the text encoder's parameters, in the type that these have."""
+    dtype = params["layers"]["attention"]["out"]["kernel"].dtype
+    encoder = T5Encoder(config.text, dtype, functools.partial(gather, "text"))
+    return encoder.apply({"params": params}, ids_BT, length_B)
+
+
+def prefill(
+    params: Params,
+    source_BhwZ: jax.Array,
+    features_BTE: jax.Array,
+    length_B: jax.Array,
+    config: EditorConfig,
+    pyramid: Pyramid,
+    guided: bool,
+) -> Prefilled:
+    """Runs sources and texts through the transformer once.
+
+    Args:
+      params: of the transformer.
+      source_BhwZ: float32 raw source features at the last grid.
+      features_BTE, length_B: text features and how many of their rows are real.
+      config, pyramid: static.
+      guided: static; if some scale is to be guided, the batch is doubled by an unconditional half.
+    """
+    source_BSN, unconditional_B = source_tokens(source_BhwZ, config, pyramid), None
+    if guided:
+        batch = len(source_BSN)
+        source_BSN, features_BTE, length_B = (jnp.concatenate([x, x]) for x in (source_BSN, features_BTE, length_B))
+        unconditional_B = jnp.arange(2 * batch) >= batch
+    model = _model(config, pyramid)
+    arguments = source_BSN, features_BTE, length_B, unconditional_B
+    return Prefilled(*model.apply({"params": params}, *arguments, method=model.prefill))
+
+
+def begin(prefilled: Prefilled, batch: int, config: EditorConfig, pyramid: Pyramid) -> Drawn:
+    """The state before the first scale of `batch` images."""
+    rows, columns = pyramid.cells(config.patchify).last
+    return Drawn(prefilled, jnp.zeros((batch, rows, columns, config.tokenizer.bits), jnp.float32))
+
+
+def sample_scale(
+    params: Params,
+    drawn: Drawn,
+    controls: Controls,
+    keys_B: jax.Array,
+    scale: int,
+    config: EditorConfig,
+    pyramid: Pyramid,
+    guided: bool,
+) -> tuple[Drawn, jax.Array, jax.Array]:
+    """Draws the bits of one scale.
+
+    Args:
+      params: of the transformer.
+      drawn: the state behind the scales before it.
+      controls: guidance, temperature and the like.
+      keys_B: one PRNG key per image; unused where greedy.
+      scale, config, pyramid: static.
+      guided: static; if not, an unconditional half is dropped first.
+
+    Returns:
+      (the state behind it, bits bool [B, h_k, w_k, Z], logits float32 [B or 2 B, L_k, N, 2]).
+    """
+    cells, batch = pyramid.cells(config.patchify), len(drawn.accumulated_BhwZ)
+    prefilled = drawn.prefilled
+    if not guided and len(prefilled.text.cond_BC) > batch:
+        prefilled = prefilled.first_samples(batch)
+    inputs_BLN = None
+    if scale > 0:
+        inputs_BLN = quantizer.to_tokens(quantizer.next_input(drawn.accumulated_BhwZ, scale, cells), config.patchify)
+        if guided:
+            inputs_BLN = jnp.concatenate([inputs_BLN, inputs_BLN])
+    model = _model(config, pyramid)
+    logits, caches = model.apply(
+        {"params": params}, scale, inputs_BLN, prefilled.text, prefilled.caches, method=model.decode_scale
+    )
+    margin_BLN = guided_margin(logits[:batch], logits[batch:] if guided else None, controls, scale)
+    scale_keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, scale)
+    bits_BLN = choose_bits(margin_BLN, controls, scale_keys_B)
+    bits_BhwZ = quantizer.to_cells(bits_BLN, pyramid.grids[scale], config.patchify)
+    accumulated_BhwZ = quantizer.accumulate(drawn.accumulated_BhwZ, bits_BhwZ, cells)
+    return Drawn(prefilled.replace(caches=caches), accumulated_BhwZ), bits_BhwZ, logits
+
+
+def _model(config: EditorConfig, pyramid: Pyramid) -> Transformer:
+    return Transformer(config.transformer, pyramid, functools.partial(gather, "transformer"))
+
+
 def sample_bits(
     params: Params,
     source_BhwZ: jax.Array,
     features_BTE: jax.Array,
     length_B: jax.Array,
     keys_B: jax.Array,
+    controls: Controls,
     config: EditorConfig,
     pyramid: Pyramid,
-    sampling: SamplingConfig,
+    guided_scales: int,
 ) -> SampledBits:
-    """Draws the bits of every scale.
+    """Draws the bits of every scale: `prefill`, then `sample_scale` for each; arguments as theirs.
 
-    Args:
-      params: of the transformer.
-      source_BhwZ: float32 raw source features at the last grid.
-      features_BTE, length_B: text features and how many of their rows are real.
-      keys_B: one PRNG key per image; unused when greedy.
-      config, pyramid, sampling: static.
-
-    The unconditional half of the batch runs only as long as some later scale has guidance other than 1.
+    guided_scales: static; how many of the first scales run the unconditional half.
     """
-    model = Transformer(config.transformer, pyramid, functools.partial(gather, "transformer"))
-    variables = {"params": params}
-    guidance = per_scale(sampling.guidance, pyramid.scales)
-    temperature = per_scale(sampling.temperature, pyramid.scales)
-    cells = pyramid.cells(config.patchify)
-    batch = source_BhwZ.shape[0]
-    source_BSN = source_tokens(source_BhwZ, config, pyramid)
-
-    doubled = any(value != 1 for value in guidance)
-    unconditional_B = None
-    if doubled:
-        source_BSN, features_BTE, length_B = (jnp.concatenate([x, x]) for x in (source_BSN, features_BTE, length_B))
-        unconditional_B = jnp.arange(2 * batch) >= batch
-    text, caches = model.apply(variables, source_BSN, features_BTE, length_B, unconditional_B, method=model.prefill)
-    accumulated_BhwZ = jnp.zeros(source_BhwZ.shape, jnp.float32)
+    prefilled = prefill(params, source_BhwZ, features_BTE, length_B, config, pyramid, guided_scales > 0)
+    drawn = begin(prefilled, len(source_BhwZ), config, pyramid)
     all_bits, all_logits = [], []
-    for scale, grid in enumerate(pyramid.grids):
-        if doubled and all(value == 1 for value in guidance[scale:]):
-            doubled = False
-            text = jax.tree.map(lambda x: x[:batch], text)
-            caches = caches.first_samples(batch)
-        inputs_BLN = None
-        if scale > 0:
-            inputs_BLN = quantizer.to_tokens(quantizer.next_input(accumulated_BhwZ, scale, cells), config.patchify)
-            if doubled:
-                inputs_BLN = jnp.concatenate([inputs_BLN, inputs_BLN])
-        logits, caches = model.apply(variables, scale, inputs_BLN, text, caches, method=model.decode_scale)
-        margin_BLN = guided_margin(
-            logits[:batch], logits[batch:] if doubled else None, guidance[scale], temperature[scale]
+    for scale in range(pyramid.scales):
+        drawn, bits_BhwZ, logits = sample_scale(
+            params, drawn, controls, keys_B, scale, config, pyramid, guided=scale < guided_scales
         )
-        scale_keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, scale)
-        bits_BLN = choose_bits(margin_BLN, sampling, scale_keys_B)
-        bits_BhwZ = quantizer.to_cells(bits_BLN, grid, config.patchify)
-        accumulated_BhwZ = quantizer.accumulate(accumulated_BhwZ, bits_BhwZ, cells)
         all_bits.append(bits_BhwZ)
         all_logits.append(logits)
     return SampledBits(tuple(all_bits), tuple(all_logits))
@@ -91,24 +170,36 @@ def edit(
     ids_BT: jax.Array,
     length_B: jax.Array,
     keys_B: jax.Array,
+    controls: Controls,
     *,
     config: EditorConfig,
     pyramid: Pyramid,
-    sampling: SamplingConfig,
+    guided_scales: int,
     every_scale: bool = False,
 ) -> jax.Array:
-    """Edited images, uint8 [1, B, y, x, 3]; with `every_scale` also the image after each scale, [K, B, y, x, 3].
+    """Edited images in one program, uint8 [1, B, y, x, 3]; with `every_scale` the image after each, [K, B, y, x, 3].
 
     Args:
       params: {"tokenizer", "text", "transformer"}.
       images_uint8: [B, y, x, 3] of the pyramid's size.
       ids_BT, length_B: instructions as token ids, padded, and their lengths.
       keys_B: one PRNG key per image.
-      config, pyramid, sampling, every_scale: static.
+      controls: a row per image.
+      config, pyramid, guided_scales, every_scale: static.
     """
     source_BhwZ = encode_images(params["tokenizer"], images_uint8, config)
-    encoder = T5Encoder(config.text, gather=functools.partial(gather, "text"))
-    features_BTE = encoder.apply({"params": params["text"]}, ids_BT, length_B)
-    sample = sample_bits(params["transformer"], source_BhwZ, features_BTE, length_B, keys_B, config, pyramid, sampling)
+    features_BTE = encode_text(params["text"], ids_BT, length_B, config)
+    request = source_BhwZ, features_BTE, length_B, keys_B, controls
+    sample = sample_bits(params["transformer"], *request, config, pyramid, guided_scales)
+    return decode(params["tokenizer"], sample.bits, config, pyramid, every_scale)
+
+
+def decode(
+    params: Params, bits: tuple[jax.Array, ...], config: EditorConfig, pyramid: Pyramid, every_scale: bool
+) -> jax.Array:
+    """Images of the bits of all scales, uint8 [1, B, y, x, 3]; with `every_scale` as of `edit`.
+
+    params: of the tokenizer.
+    """
     shown = range(1, pyramid.scales + 1) if every_scale else [pyramid.scales]
-    return jnp.stack([decode_bits(params["tokenizer"], sample.bits[:stop], config, pyramid) for stop in shown])
+    return jnp.stack([decode_bits(params, bits[:stop], config, pyramid) for stop in shown])

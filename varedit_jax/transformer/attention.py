@@ -21,7 +21,7 @@ from varedit_jax.parallel.constrain import constrain, gather_tokens, per_shard, 
 from varedit_jax.parallel.mesh import BATCH
 from varedit_jax.resize import area_resize
 from varedit_jax.scales import Pyramid
-from varedit_jax.transformer.kernels import Kernel, apart, blocked, choose, cudnn, platform, splash
+from varedit_jax.transformer.kernels import Kernel, apart, blocked, cached, choose, cudnn, platform, splash
 from varedit_jax.transformer.products import add_bias, from_heads, to_heads, to_keys_and_values
 from varedit_jax.transformer.rope import rotate
 
@@ -30,29 +30,33 @@ SMALL_GROUP = 256  # queries; with cuDNN, neighboring groups below it share one 
 
 
 @flax.struct.dataclass
-class LayerCache:
-    """Keys and values of one block, [B, H, tokens, D]; those of a scanned stack have a leading axis of layers."""
+class Cache:
+    """Keys and values of a stack of blocks, [layers, B, H, tokens, D]."""
 
-    k: jax.Array  # of source tokens and of the target tokens so far
+    k: jax.Array  # of source tokens and of the target tokens so far, with room for more
     v: jax.Array
     text_k: jax.Array
     text_v: jax.Array
 
-    def with_room(self, tokens: int) -> "LayerCache":
-        """The cache padded with zeros for `tokens` more tokens."""
+    def with_room(self, tokens: int) -> "Cache":
+        """The cache padded with zeros up to `tokens`."""
+        return dataclasses.replace(self, **{name: _padded(getattr(self, name), tokens) for name in ("k", "v")})
 
-        def pad(x: jax.Array) -> jax.Array:
-            return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, tokens), (0, 0)])
-
-        return dataclasses.replace(self, k=pad(self.k), v=pad(self.v))
-
-    def write(self, new: "LayerCache", start: int) -> "LayerCache":
-        """The cache with the keys and values of `new` at token `start`."""
+    def write(self, k: jax.Array, v: jax.Array, start: int) -> "Cache":
+        """The cache with the keys and values of new tokens, as those that it has, at token `start`."""
 
         def put(buffer: jax.Array, x: jax.Array) -> jax.Array:
             return jax.lax.dynamic_update_slice_in_dim(buffer, x, start, axis=-2)
 
-        return dataclasses.replace(self, k=put(self.k, new.k), v=put(self.v, new.v))
+        return dataclasses.replace(self, k=put(self.k, k), v=put(self.v, v))
+
+    def first_samples(self, count: int) -> "Cache":
+        """The cache of the first `count` samples of the batch."""
+        return jax.tree.map(lambda x: x[:, :count], self)
+
+    def text(self, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of the text in one block, [B, H, T, D] each."""
+        return self.text_k[layer], self.text_v[layer]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,13 +84,18 @@ class Visibility:
         x_BHMD is the buffer [source S][targets ...]; the result is [B, H, visible, D].
         """
         source = self.source_tokens
+        if self.is_prefix:
+            return x_BHMD[:, :, : source + target_stop]
         if self.scale_aligned:
             reference = self._reference(x_BHMD[:, :, :source], scale)  # SAR
-        elif self.conditioning == "full":
-            reference = x_BHMD[:, :, : self.pyramid.offsets[scale + 1]]
         else:
-            return x_BHMD[:, :, : source + target_stop]
+            reference = x_BHMD[:, :, : self.pyramid.offsets[scale + 1]]
         return jnp.concatenate([reference, x_BHMD[:, :, source : source + target_stop]], axis=2)
+
+    @property
+    def is_prefix(self) -> bool:
+        """What every scale sees is a prefix of [source S][targets L]."""
+        return not self.scale_aligned and self.conditioning != "full"
 
     def all_keys(self, x_BHMD: jax.Array) -> jax.Array:
         """Keys (or values) of the whole sequence that any of its tokens sees, in the order of `visibility_mask`.
@@ -285,9 +294,40 @@ def self_attention(
     return _padded(per_shard(functools.partial(functions[kernel], visibility=visibility), *real), q_BHLD.shape[2])
 
 
-def _padded(x_BHLD: jax.Array, tokens: int) -> jax.Array:
-    """Zeros behind the tokens, until there are `tokens`."""
-    return jnp.pad(x_BHLD, ((0, 0), (0, 0), (0, tokens - x_BHLD.shape[2]), (0, 0)))
+def _padded(x: jax.Array, tokens: int) -> jax.Array:
+    """Zeros behind the tokens [..., L, D], until there are `tokens`."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, tokens - x.shape[-2]), (0, 0)])
+
+
+def scale_attention(
+    q_BHLD: jax.Array,
+    k_BHLD: jax.Array,
+    v_BHLD: jax.Array,
+    cache: Cache,
+    layer: jax.Array,
+    visibility: Visibility,
+    scale: int,
+    kernel: Kernel,
+) -> jax.Array:
+    """Attention of the tokens of one scale to themselves and to what they see of a cache, by `kernel`: [B, H, L, D].
+
+    Each device works on the examples and heads that it holds.
+    """
+    cache_k, cache_v, seen = cache.k, cache.v, visibility.source_tokens + visibility.pyramid.offsets[scale]
+    if not visibility.is_prefix:  # a copy of what one layer sees
+        stop = visibility.pyramid.offsets[scale]
+        keys, values = (visibility.keys(x[layer], scale, stop) for x in (cache_k, cache_v))
+        seen, layer = keys.shape[2], jnp.int32(0)
+        room = cached.cache_tokens(seen) if kernel == "splash" else seen
+        cache_k, cache_v = (_padded(x, room)[None] for x in (keys, values))
+    functions: dict[Kernel, Callable[..., jax.Array]] = {
+        "plain": cached.by_parts,
+        "blocked": cached.by_parts,
+        "splash": functools.partial(cached.by_pallas, interpret=platform() != "tpu"),
+        "cudnn": cached.by_cudnn,
+    }
+    attention = functools.partial(functions[kernel], seen=seen)
+    return per_shard(attention, q_BHLD, k_BHLD, v_BHLD, cache_k, cache_v, layer)
 
 
 def cross_attention(
@@ -394,7 +434,8 @@ class SelfAttention(nn.Module):
         self,
         x_BLC: jax.Array,
         rotation_2LD: jax.Array,
-        cache: LayerCache | None = None,
+        cache: Cache | None = None,
+        layer: jax.Array | None = None,
         scale: int | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Attends within the whole sequence, or from one scale to the cache and itself.
@@ -403,7 +444,8 @@ class SelfAttention(nn.Module):
           x_BLC: tokens: [source, targets] without a cache; the source alone to prefill one; one scale with a cache.
             Padding may follow, which nothing sees.
           rotation_2LD: RoPE cosines and sines of these tokens, without the padding.
-          cache: keys and values of the tokens before, with room for all scales but the last.
+          cache: keys and values of the tokens before, of a stack of blocks.
+          layer: place of this block in the stack, an int32 scalar; only with a cache.
           scale: which scale x_BLC is; only with a cache.
 
         Returns:
@@ -427,14 +469,12 @@ class SelfAttention(nn.Module):
         v = add_bias(v, v_bias)
         q, k = rotate(q, rotation_2LD, dtype), rotate(k, rotation_2LD, dtype)
 
-        if cache is not None and scale is not None:
-            seen = self.visibility.pyramid.offsets[scale]
-            q, k, v = (x[:, :, :tokens] for x in (q, k, v))
-            keys = jnp.concatenate([self.visibility.keys(cache.k, scale, seen), k], axis=2)
-            values = jnp.concatenate([self.visibility.keys(cache.v, scale, seen), v], axis=2)
-            output_BHLD = _padded(attend(q, keys, values), x_BLC.shape[1])
+        kernel = choose(config.attention, head_size, dtype)
+        if cache is not None and layer is not None and scale is not None:
+            new = (x[:, :, :tokens] for x in (q, k, v))
+            attended_BHLD = scale_attention(*new, cache, layer, self.visibility, scale, kernel)
+            output_BHLD = _padded(attended_BHLD, x_BLC.shape[1])
         else:
-            kernel = choose(config.attention, head_size, dtype)
             output_BHLD = self_attention(q, k, v, self.visibility, tokens, kernel, remat=config.remat != "none")
         output_BLC = apart(FromHeads(config, name="proj")(output_BHLD))
         return checkpoint_name(scatter_tokens(output_BLC), "proj"), k[:, :, :tokens], v[:, :, :tokens]
@@ -451,7 +491,8 @@ class CrossAttention(nn.Module):
         x_BLC: jax.Array,
         memory_BTC: jax.Array,
         mask_BT: jax.Array,
-        cache: LayerCache | None = None,
+        cache: Cache | None = None,
+        layer: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """[B, L, C] and text [B, T, C] -> ([B, L, C], keys and values of the text, [B, H, T, D] each)."""
         config = self.config
@@ -460,14 +501,13 @@ class CrossAttention(nn.Module):
         q = ToHeads(config, name="q")(apart(gather_tokens(x_BLC.astype(dtype)))) * jnp.asarray(head_size**-0.5, dtype)
         kv_kernel = self.param("kv_kernel", kernel_init(), (width, 2, heads, head_size))
         v_bias = self.param("v_bias", nn.initializers.zeros, (heads, head_size))
-        kernel: Kernel = "plain"
-        if cache is None:
-            kernel = choose(config.attention, head_size, dtype)
+        if cache is None or layer is None:
             both = to_keys_and_values(memory_BTC.astype(dtype), kv_kernel, config)
             k, v = (_by_heads(x_BHTD, "cross_kv") for x_BHTD in both)
             v = add_bias(v, v_bias)
         else:
-            k, v = cache.text_k, cache.text_v
+            k, v = cache.text(layer)
+        kernel = choose(config.attention, head_size, dtype)
         output_BHLD = cross_attention(q, k, v, mask_BT, kernel, remat=config.remat != "none")
         output_BLC = apart(FromHeads(config, name="proj")(output_BHLD))
         return checkpoint_name(scatter_tokens(output_BLC), "cross_proj"), k, v

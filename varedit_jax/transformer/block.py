@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from varedit_jax.config import TransformerConfig
 from varedit_jax.parallel.constrain import constrain, gather_tokens, scatter_tokens, tokens_between_blocks
 from varedit_jax.parallel.mesh import BATCH
-from varedit_jax.transformer.attention import CrossAttention, LayerCache, SelfAttention, Visibility, kernel_init
+from varedit_jax.transformer.attention import CrossAttention, Cache, SelfAttention, Visibility, kernel_init
 from varedit_jax.transformer.kernels import apart
 from varedit_jax.transformer.products import Dense
 
@@ -45,6 +45,9 @@ def _initial_ada(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float3
     return jnp.zeros(shape, dtype).at[:2].set(1)
 
 
+LayerKeys = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # k, v, text_k, text_v of one block, [B, H, tokens, D]
+
+
 class Block(nn.Module):
     """x += gamma1 SA(..); x += CA(..); x += gamma2 MLP(..) (model.md, section 6), the residual stream in float32."""
 
@@ -58,18 +61,20 @@ class Block(nn.Module):
         self,
         x_BLC: jax.Array,
         drop_rate: jax.Array,
-        cache: LayerCache | None,
+        layer: jax.Array | None,
+        cache: Cache | None,
         ada_B6C: jax.Array,
         memory_BTC: jax.Array,
         mask_BT: jax.Array,
         rotation_2LD: jax.Array,
-    ) -> tuple[jax.Array, LayerCache]:
+    ) -> tuple[jax.Array, LayerKeys]:
         """One block over the whole sequence, over the source to prefill a cache, or over one scale with a cache.
 
         Args:
           x_BLC: float32 tokens.
           drop_rate: scalar, probability of leaving out a branch (stochastic depth) of a sample; training only.
-          cache: of what came before, with room for these tokens; None if there is none.
+          layer: place of the block in its stack, an int32 scalar; None without a cache.
+          cache: of what came before in all blocks of the stack; None if there is none.
           ada_B6C: SiLU(cond) through the linear map all blocks share: gamma1, gamma2, scale1, scale2, shift1, shift2.
           memory_BTC, mask_BT: text to attend to, and which of its rows are real.
           rotation_2LD: RoPE of these tokens.
@@ -90,14 +95,16 @@ class Block(nn.Module):
             return jnp.where(keep, branch_BLC / (1 - drop_rate), 0)
 
         attention = SelfAttention(config, self.visibility, name="self_attention")
-        h_BLC, k, v = attention(plain_norm()(x_BLC) * (1 + scale1) + shift1, rotation_2LD, cache, self.scale)
+        h_BLC, k, v = attention(
+            plain_norm()(x_BLC) * (1 + scale1) + shift1, rotation_2LD, cache, layer, self.scale
+        )
         x_BLC += drop_path(h_BLC.astype(jnp.float32) * gamma1)
 
         cross_norm = nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, name="cross_norm")
         cross = CrossAttention(config, name="cross_attention")
-        h_BLC, text_k, text_v = cross(cross_norm(x_BLC), memory_BTC, mask_BT, cache)
+        h_BLC, text_k, text_v = cross(cross_norm(x_BLC), memory_BTC, mask_BT, cache, layer)
         x_BLC += h_BLC.astype(jnp.float32)
 
         h_BLC = MLP(config, name="mlp")(plain_norm()(x_BLC) * (1 + scale2) + shift2)
         x_BLC += drop_path(h_BLC.astype(jnp.float32) * gamma2)
-        return tokens_between_blocks(x_BLC), LayerCache(k, v, text_k, text_v)
+        return tokens_between_blocks(x_BLC), (k, v, text_k, text_v)

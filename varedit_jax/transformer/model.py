@@ -12,22 +12,30 @@ from varedit_jax.config import TransformerConfig
 from varedit_jax.parallel.constrain import Gather, batch_only, constrain, gathered, pad_tokens, tokens_between_blocks
 from varedit_jax.scales import Grid, Pyramid
 from varedit_jax.transformer import rope
-from varedit_jax.transformer.attention import LayerCache, Visibility, attend, kernel_init
+from varedit_jax.transformer.attention import Cache, Visibility, attend, kernel_init
 from varedit_jax.transformer.block import Block, plain_norm
-from varedit_jax.transformer.kernels import choose, splash
+from varedit_jax.transformer.kernels import cached, choose, splash
 
 
 @flax.struct.dataclass
 class Caches:
     """Keys and values of all blocks."""
 
-    block_0: LayerCache
-    blocks: LayerCache | None  # of the scanned stack; None where the depth is 1
+    block_0: Cache  # a stack of one
+    blocks: Cache | None  # of the scanned stack; None where the depth is 1
 
     def first_samples(self, count: int) -> "Caches":
         """The cache of the first `count` samples of the batch."""
-        block_0 = jax.tree.map(lambda x: x[:count], self.block_0)
-        return Caches(block_0, jax.tree.map(lambda x: x[:, :count], self.blocks))
+        return Caches(self.block_0.first_samples(count), self.blocks and self.blocks.first_samples(count))
+
+    def with_room(self, tokens: int) -> "Caches":
+        """The caches padded with zeros up to `tokens`."""
+        return Caches(self.block_0.with_room(tokens), self.blocks and self.blocks.with_room(tokens))
+
+    def write(self, new: "Caches", start: int) -> "Caches":
+        """The caches with the keys and values of the tokens of `new` from `start` on."""
+        blocks = self.blocks and new.blocks and self.blocks.write(new.blocks.k, new.blocks.v, start)
+        return Caches(self.block_0.write(new.block_0.k, new.block_0.v, start), blocks)
 
 
 @flax.struct.dataclass
@@ -187,10 +195,13 @@ class Transformer(nn.Module):
         unconditional_B: jax.Array | None = None,
     ) -> tuple[TextMemory, Caches]:
         """Runs the source through all blocks once: the text memory, and caches with room for all but the last scale."""
+        config = self.config
         text = self.embed_text(features_BTE, length_B, unconditional_B)
         _, caches = self._blocks(self._embed_source(source_BSN), text, None, slice(0, source_BSN.shape[1]))
-        room = self.pyramid.offsets[-2]
-        return text, jax.tree.map(lambda cache: cache.with_room(room), caches, is_leaf=_is_cache)
+        tokens = source_BSN.shape[1] + self.pyramid.offsets[-2]
+        if choose(config.attention, config.head_size, config.dtype) == "splash":
+            tokens = cached.cache_tokens(tokens)
+        return text, caches.with_room(tokens)
 
     def decode_scale(
         self, scale: int, inputs_BLN: jax.Array | None, text: TextMemory, caches: Caches
@@ -202,7 +213,7 @@ class Transformer(nn.Module):
         start, stop = (source + offset for offset in self.pyramid.offsets[scale : scale + 2])
         x_BLC, new = self._blocks(x_BLC, text, caches, slice(start, stop), scale=scale)
         if scale < self.pyramid.scales - 1:  # nobody reads the last scale's keys and values
-            caches = jax.tree.map(lambda old, added: old.write(added, start), caches, new, is_leaf=_is_cache)
+            caches = caches.write(new, start)
         return self.logits(x_BLC, text.cond_BC), caches
 
     def _embed_source(self, source_BSN: jax.Array) -> jax.Array:
@@ -261,20 +272,22 @@ class Transformer(nn.Module):
         splash_tokens = caches is None and choose(config.attention, config.head_size, config.dtype) == "splash"
         padded = splash.padded_tokens(count, config.width) if splash_tokens else count
         x_BLC = tokens_between_blocks(pad_tokens(x_BLC, padded))
-        x_BLC, new_0 = first(x_BLC, drop_rates[0], caches and caches.block_0, *shared)
-        new = None
+        x_BLC, new_0 = first(x_BLC, drop_rates[0], caches and jnp.int32(0), caches and caches.block_0, *shared)
+        first_cache, cache = Cache(*(x[None] for x in new_0)), None
         if config.depth > 1:
             plain = Visibility(pyramid, config.conditioning, scale_aligned=False)
             scanned = nn.scan(
                 self._block("blocks", remat),
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "drop_path": True},
-                in_axes=(0, 0, *[nn.broadcast] * len(shared)),
+                in_axes=(0, 0, nn.broadcast, *[nn.broadcast] * len(shared)),
                 length=config.depth - 1,
             )
             rest = scanned(config, plain, scale, deterministic, name="blocks")
-            x_BLC, new = rest(x_BLC, drop_rates[1:], caches and caches.blocks, *shared)
-        return x_BLC[:, :count], Caches(new_0, new)
+            layers = caches and jnp.arange(config.depth - 1, dtype=jnp.int32)
+            x_BLC, new = rest(x_BLC, drop_rates[1:], layers, caches and caches.blocks, *shared)
+            cache = Cache(*new)
+        return x_BLC[:, :count], Caches(first_cache, cache)
 
     def _block(self, name: str, remat: str) -> type[Block]:
         """The class of the blocks `name`: parameters gathered on a mesh, activations rematerialized as `remat` says."""
@@ -288,7 +301,3 @@ class Transformer(nn.Module):
         policy = jax.checkpoint_policies.save_only_these_names(*config.remat_saved) if remat == "named" else None
         # Outside of a scan the compiler would eliminate the recomputation as a common subexpression.
         return nn.remat(block, prevent_cse=name == "block_0", policy=policy)
-
-
-def _is_cache(node: Any) -> bool:
-    return isinstance(node, LayerCache)

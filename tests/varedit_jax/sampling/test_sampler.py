@@ -11,6 +11,7 @@ import pytest
 
 from varedit_jax.config import EditorConfig, SamplingConfig, preset
 from varedit_jax.parameters import abstract_params
+from varedit_jax.sampling.guidance import controls, guided_scales
 from varedit_jax.sampling.sampler import SampledBits, sample_bits
 from varedit_jax.scales import Pyramid
 from varedit_jax.tokenizer import quantizer
@@ -80,9 +81,12 @@ def run(request: pytest.FixtureRequest, lively: Callable, quick_jit: Callable) -
     params = lively(abstract_params(config, "transformer", PYRAMID))
     sampling = SamplingConfig(guidance=guidance, temperature=(0.5, 2.0), greedy=True)
 
+    configs = [sampling] * BATCH
+    rest = controls(configs, PYRAMID.scales), config, PYRAMID, guided_scales(configs, PYRAMID.scales)
+
     @quick_jit
     def both(params: Any, *inputs: Any) -> tuple[SampledBits, jax.Array]:
-        sample = sample_bits(params, *inputs, keys(0, 1), config, PYRAMID, sampling)
+        sample = sample_bits(params, *inputs, keys(0, 1), *rest)
         return sample, forced_logits(params, sample, inputs, config)
 
     return Run(guidance, (0.5, 2.0, 2.0), *jax.device_get(both(params, *request_of(config))))
@@ -117,7 +121,8 @@ def test_a_seed_belongs_to_a_image_not_to_its_place(lively: Callable, quick_jit:
     config = editor("sar", False)
     params = lively(abstract_params(config, "transformer", PYRAMID))
     sampling = SamplingConfig(guidance=1.0, temperature=1.0)
-    draw = quick_jit(lambda *inputs: sample_bits(params, *inputs, config, PYRAMID, sampling).bits)
+    rest = controls([sampling] * BATCH, PYRAMID.scales), config, PYRAMID, 0
+    draw = quick_jit(lambda *inputs: sample_bits(params, *inputs, *rest).bits)
     request = request_of(config)
     turned = tuple(x[::-1] for x in request)
     forth, back, again = draw(*request, keys(5, 6)), draw(*turned, keys(6, 5)), draw(*request, keys(5, 7))
