@@ -4,6 +4,8 @@ import dataclasses
 import re
 from typing import Any
 
+import psutil
+
 GIB = 2**30
 
 
@@ -110,3 +112,11 @@ def memory(devices: list[Any]) -> dict[str, int]:
         for name, key in names.items()
         if stats and all(key in entry for entry in stats)
     }
+
+
+def free_memory(device: Any) -> int:
+    """Bytes that a device has left, or the machine where the backend does not say, as on a CPU."""
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return int(stats["bytes_limit"] - stats["bytes_in_use"])
+    return int(psutil.virtual_memory().available)

@@ -1,7 +1,8 @@
 """`Editor`: load once, edit images by instructions."""
 
 import collections
-import functools
+import concurrent.futures
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -9,15 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from varedit_jax import hardware
 from varedit_jax.config import EditorConfig, RunConfig, SamplingConfig, from_dict, per_scale
 from varedit_jax.errors import UserError
 from varedit_jax.images import ImageSource, Placement, fit, read_image, restore
-from varedit_jax.parallel.compiler_options import jit_everywhere
-from varedit_jax.parallel.constrain import batch_only
-from varedit_jax.parallel.mesh import replicated, whole_batch
-from varedit_jax.parallel.programs import Programs
 from varedit_jax.parameters import abstract_params
-from varedit_jax.sampling import sampler
+from varedit_jax.sampling import pipeline
+from varedit_jax.sampling.guidance import guided_scales
+from varedit_jax.sampling.pipeline import Pairs, Source, Text
 from varedit_jax.scales import Pyramid, editor_pyramid, image_size, nearest_aspect
 from varedit_jax.storage.paths import PathLike, resolve
 from varedit_jax.text.vocabulary import Vocabulary
@@ -26,20 +26,30 @@ from varedit_jax.weights import run_directory
 from varedit_jax.weights.directory import PARTS, VOCABULARY, is_weights_directory, read_editor_config
 from varedit_jax.weights.native import load_part
 
+MOST_IMAGES = 64  # that are edited together, whatever the memory
+
 
 class Editor:
     """A tokenizer, a text encoder and a transformer, ready to edit.
 
-    Compiled programs are cached by number of images, size and sampling configuration.
+    Programs are compiled for numbers of images and of text tokens, each padded to a power of two, and for the scales
+    that are guided, whatever the guidance, temperature, top-p and seed (sampling/pipeline.py). Calls from several
+    threads give what each would give alone.
     """
 
-    def __init__(self, config: EditorConfig, params: Params, sampling: SamplingConfig | None = None) -> None:
-        """Takes parameters {"tokenizer", "text", "transformer"}, or abstract ones to compile for, and the sampling."""
+    def __init__(
+        self, config: EditorConfig, params: Params, sampling: SamplingConfig | None = None, max_batch: int = 0
+    ) -> None:
+        """Takes parameters {"tokenizer", "text", "transformer"}, or abstract ones to compile for, and the sampling.
+
+        max_batch: images that are edited together at most; 0: as many as there is memory for.
+        """
         self.config = config
         # jax.Arrays keep their sharding, which may include devices of other processes.
         placed = (jax.Array, jax.ShapeDtypeStruct)
         self.params = jax.tree.map(lambda leaf: leaf if isinstance(leaf, placed) else jax.device_put(leaf), params)
         self.sampling = sampling or SamplingConfig()
+        self.max_batch = max_batch
         self.vocabulary = Vocabulary.load()
 
     @classmethod
@@ -91,7 +101,7 @@ class Editor:
         images: Sequence[ImageSource],
         instructions: Sequence[str],
         seeds: Sequence[int] | None = None,
-        sampling: SamplingConfig | None = None,
+        sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
     ) -> list[np.ndarray]:
         """Edited images, each at the size of its source: uint8 [height, width, 3].
 
@@ -99,7 +109,7 @@ class Editor:
           images: paths, PIL images or uint8 arrays, of any sizes.
           instructions: one per image.
           seeds: one per image; a seed gives the same result alone and in any batch. 0, 1, 2, ... by default.
-          sampling: instead of the editor's own.
+          sampling: instead of the editor's own: one, or one per image.
 
         Raises:
           UserError: an image, instruction or seed that cannot be used, or numbers of them that differ.
@@ -123,7 +133,7 @@ class Editor:
                 np.stack([fitted for _, fitted, _ in members]),
                 [instructions[index] for index in order],
                 [seeds[index] for index in order],
-                sampling,
+                [sampling[index] for index in order] if isinstance(sampling, Sequence) else sampling,
                 pyramid,
             )
             for (index, _, placement), image in zip(members, edited[-1], strict=True):
@@ -135,7 +145,7 @@ class Editor:
         images: np.ndarray,
         instructions: Sequence[str],
         seeds: Sequence[int],
-        sampling: SamplingConfig | None = None,
+        sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
         pyramid: Pyramid | None = None,
         every_scale: bool = False,
     ) -> np.ndarray:
@@ -144,43 +154,147 @@ class Editor:
         With `every_scale` the first axis holds the image after each scale, otherwise the final one alone. On a mesh the
         images are split over its devices, all processes call it with the same ones, and each gets all results.
         """
-        run, request = self._program(images, instructions, seeds, sampling, pyramid, every_scale)
-        return np.asarray(run(self.params, *request))[:, : len(images)]
+        pyramid = pyramid or editor_pyramid(self.config)
+        each = self._sampling(sampling, len(images), pyramid)
+        self._check(instructions, seeds)
+        most = self._most_images(pyramid, guided_scales(each, pyramid.scales) > 0)
+        parts = []
+        for start in range(0, len(images), most):
+            part = slice(start, start + most)
+            request = images[part], instructions[part], seeds[part], each[part]
+            parts.append(np.asarray(self._edit(pipeline.run, *request, pyramid, every_scale))[:, : len(images[part])])
+        return np.concatenate(parts, axis=1)
 
     def prepare(
-        self, images: np.ndarray, instructions: Sequence[str], seeds: Sequence[int], every_scale: bool = False
-    ) -> None:
-        """Compiles the program that `edit_fitted` needs for such a request, with these or other parameters."""
-        run, request = self._program(images, instructions, seeds, every_scale=every_scale)
-        run.prepare(self.params, *request)
-
-    def _program(
         self,
         images: np.ndarray,
         instructions: Sequence[str],
         seeds: Sequence[int],
-        sampling: SamplingConfig | None = None,
+        sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
         pyramid: Pyramid | None = None,
         every_scale: bool = False,
-    ) -> tuple[Programs, tuple[Any, ...]]:
-        """Returns the program of a request, and its arguments after the parameters."""
+    ) -> None:
+        """Compiles the programs that `edit_fitted` needs for such a request, with these or other parameters."""
         pyramid = pyramid or editor_pyramid(self.config)
-        sampling = sampling or self.sampling
-        for value in (sampling.guidance, sampling.temperature):
-            try:
-                per_scale(value, pyramid.scales)
-            except ValueError as error:
-                raise UserError(str(error)) from error
-        self._check(instructions, seeds)
-        limit = self._most_tokens
-        ids_BT, length_B = self.vocabulary.encode(instructions, limit)
-        # Padded to a power of two, so that few programs are compiled.
-        room = min(limit, max(16, 1 << int(length_B.max() - 1).bit_length()))
-        request: tuple[np.ndarray, ...] = (images, ids_BT[:, :room], length_B, np.asarray(seeds, np.uint32))
+        each = self._sampling(sampling, len(images), pyramid)
+        self._edit(pipeline.preparing(), images, instructions, seeds, each, pyramid, every_scale)
+
+    def warm_up(
+        self,
+        images: Sequence[int] = (1,),
+        text_tokens: int = 1,
+        sampling: SamplingConfig | None = None,
+        pyramids: Sequence[Pyramid] = (),
+    ) -> None:
+        """Compiles all programs of edits ahead, several at a time, so that none is compiled while somebody waits.
+
+        Args:
+          images: numbers of images that are edited together.
+          text_tokens: of the longest instruction; shorter ones of the same bucket need nothing else.
+          sampling: one with guidance in the same scales as those to come; the editor's own by default.
+          pyramids: of the aspects; the square alone by default.
+        """
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            for pyramid in pyramids or (editor_pyramid(self.config),):
+                for count in images:
+                    fitted = np.zeros((count, *image_size(self.config, pyramid), 3), np.uint8)
+                    ids_BT, length_B = np.ones((count, text_tokens), np.int32), np.full((count,), text_tokens, np.int32)
+                    each = self._sampling(sampling, count, pyramid)
+                    self._stages(pipeline.preparing(pool), fitted, ids_BT, length_B, range(count), each, pyramid, False)
+
+    # --- the stages, whose results a caller may keep
+
+    def encode_source(self, images: np.ndarray, pyramid: Pyramid | None = None) -> Source:
+        """Encodes images that already have the model's size, uint8 [n, y, x, 3]."""
+        pyramid = pyramid or editor_pyramid(self.config)
+        return pipeline.encode_source(pipeline.run, self.params["tokenizer"], images, self.config, pyramid)
+
+    def encode_text(self, instructions: Sequence[str]) -> Text:
+        """Encodes instructions. Raises UserError for one that cannot be used."""
+        self._check(instructions, ())
+        return pipeline.encode_text(pipeline.run, self.params["text"], *self._tokens(instructions), self.config)
+
+    def prefill(self, source: Source, text: Text, guided: bool = True) -> Pairs:
+        """Each source with the instruction at its place; a single one of either goes with all of the other.
+
+        Without `guided` half the memory and time; then no sampling from it can have guidance.
+        """
+        return pipeline.prefill(pipeline.run, self.params["transformer"], source, text, self.config, guided)
+
+    def sample(
+        self,
+        pairs: Pairs,
+        seeds: Sequence[int],
+        sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
+    ) -> np.ndarray:
+        """Edits of pairs, or several of a single pair, one for each seed: uint8 [n, y, x, 3]."""
+        self._check((), seeds)
+        each = self._sampling(sampling, len(seeds), pairs.pyramid)
+        bits = pipeline.sample(pipeline.run, self.params["transformer"], pairs, seeds, each, self.config)
+        images = pipeline.decode(pipeline.run, self.params["tokenizer"], bits, self.config, pairs.pyramid, False)
+        return np.asarray(images)[-1, : len(seeds)]
+
+    def _edit(
+        self,
+        run: pipeline.Run,
+        images: np.ndarray,
+        instructions: Sequence[str],
+        seeds: Sequence[int],
+        sampling: Sequence[SamplingConfig],
+        pyramid: Pyramid,
+        every_scale: bool,
+    ) -> Any:
+        return self._stages(run, images, *self._tokens(instructions), seeds, sampling, pyramid, every_scale)
+
+    def _stages(
+        self,
+        run: pipeline.Run,
+        images: np.ndarray,
+        ids_BT: np.ndarray,
+        length_B: np.ndarray,
+        seeds: Sequence[int],
+        sampling: Sequence[SamplingConfig],
+        pyramid: Pyramid,
+        every_scale: bool,
+    ) -> Any:
+        """All stages by `run`: the images, with padding."""
+        config, params = self.config, self.params
+        guided = guided_scales(sampling, pyramid.scales) > 0
+        source = pipeline.encode_source(run, params["tokenizer"], images, config, pyramid)
+        text = pipeline.encode_text(run, params["text"], ids_BT, length_B, config)
+        pairs = pipeline.prefill(run, params["transformer"], source, text, config, guided)
+        bits = pipeline.sample(run, params["transformer"], pairs, seeds, sampling, config, keep=False)
+        return pipeline.decode(run, params["tokenizer"], bits, config, pyramid, every_scale)
+
+    def _tokens(self, instructions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids padded to a bucket, and their lengths."""
+        ids_BT, length_B = self.vocabulary.encode(instructions, self._most_tokens)
+        return ids_BT[:, : pipeline.text_bucket(int(length_B.max()), self._most_tokens)], length_B
+
+    def _sampling(
+        self, sampling: SamplingConfig | Sequence[SamplingConfig] | None, count: int, pyramid: Pyramid
+    ) -> list[SamplingConfig]:
+        """One config for each image. Raises UserError for one that does not fit the pyramid, or another number."""
+        each = sampling if isinstance(sampling, Sequence) else [sampling or self.sampling] * count
+        if len(each) != count:
+            raise UserError(f"{len(each)} sampling configs for {count} images: give one, or one of each")
+        for config in each:
+            for value in (config.guidance, config.temperature):
+                try:
+                    per_scale(value, pyramid.scales)
+                except ValueError as error:
+                    raise UserError(str(error)) from error
+        return list(each)
+
+    def _most_images(self, pyramid: Pyramid, guided: bool) -> int:
+        """How many images are edited together: `max_batch`, or what the device has memory for."""
+        if self.max_batch:
+            return self.max_batch
         mesh = jax.sharding.get_mesh()
-        more = whole_batch(mesh, len(images)) - len(images)  # copies of the last image
-        request = tuple(np.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1), mode="edge") for x in request)
-        return _compiled(self.config, pyramid, sampling, every_scale, mesh), request
+        if not mesh.empty:  # all processes have to say the same
+            return MOST_IMAGES
+        most = hardware.free_memory(jax.local_devices()[0]) // pipeline.image_bytes(self.config, pyramid, guided)
+        return min(MOST_IMAGES, 1 << max(int(most).bit_length() - 1, 0))
 
     @property
     def _most_tokens(self) -> int:
@@ -194,49 +308,3 @@ class Editor:
             if not 0 <= seed < 2**32:
                 raise UserError(f"the seed {seed} cannot be used; give a whole number from 0 to {2**32 - 1}")
 
-
-@functools.cache
-def _compiled(
-    config: EditorConfig, pyramid: Pyramid, sampling: SamplingConfig, every_scale: bool, mesh: jax.sharding.Mesh
-) -> Programs:
-    """Returns the programs of such calls."""
-    return Programs("edit", jitted_edit(config, pyramid, sampling, every_scale, mesh).lower, mesh)
-
-
-def jitted_edit(
-    config: EditorConfig, pyramid: Pyramid, sampling: SamplingConfig, every_scale: bool, mesh: jax.sharding.Mesh
-) -> Any:
-    """Returns the jitted function of the parameters and of a request: images, token ids, lengths and seeds."""
-
-    def edit(params: Params, images: jax.Array, ids_BT: jax.Array, length_B: jax.Array, seeds_B: jax.Array) -> Any:
-        images, ids_BT, length_B, seeds_B = map(batch_only, (images, ids_BT, length_B, seeds_B))
-        keys_B = jax.vmap(jax.random.key)(seeds_B)
-        return sampler.edit(
-            params,
-            images,
-            ids_BT,
-            length_B,
-            keys_B,
-            config=config,
-            pyramid=pyramid,
-            sampling=sampling,
-            every_scale=every_scale,
-        )
-
-    if mesh.empty:
-        return jit_everywhere(edit)
-    return jit_everywhere(edit, mesh.devices.flat[0], out_shardings=replicated(mesh))
-
-
-def abstract_request(
-    config: EditorConfig, pyramid: Pyramid, mesh: jax.sharding.Mesh, images: int, text_tokens: int
-) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Returns the arguments of `jitted_edit` after the parameters, for so many images, as abstract arrays."""
-    batch = whole_batch(mesh, images)
-    shapes = (
-        ((batch, *image_size(config, pyramid), 3), np.uint8),
-        ((batch, text_tokens), np.int32),
-        ((batch,), np.int32),
-        ((batch,), np.uint32),
-    )
-    return tuple(jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh)) for shape, dtype in shapes)
