@@ -19,6 +19,7 @@ from varedit_jax.parallel.compiler_options import jit_everywhere
 from varedit_jax.parallel.mesh import put_batch
 from varedit_jax.parameters import init_text, init_tokenizer, init_transformer
 from varedit_jax.sampling import sampler
+from varedit_jax.sampling.guidance import controls, guided_scales
 from varedit_jax.scales import Pyramid, editor_pyramid, image_size
 from varedit_jax.training.compile_step import (
     abstract_arguments,
@@ -174,13 +175,17 @@ class Benchmark:
         ids = draw.integers(1, model.text.vocabulary_size, (batch, tokens), np.int32)
         lengths = np.full((batch,), tokens, np.int32)
 
+        sampling = [run.sampling] * batch
+        guided = guided_scales(sampling, pyramid.scales)
+
         def function(*arguments: Any) -> jax.Array:
-            return sampler.edit(*arguments, config=model, pyramid=pyramid, sampling=run.sampling)
+            return sampler.edit(*arguments, config=model, pyramid=pyramid, guided_scales=guided)
 
         with jax.default_device(self._device):
             params = self._initial["editor"]()
             keys = jax.vmap(jax.random.key)(np.arange(batch, dtype=np.uint32))
-            arguments = (params, *jax.device_put((images, ids, lengths), self._device), keys)
+            choices = controls(sampling, pyramid.scales)
+            arguments = (params, *jax.device_put((images, ids, lengths), self._device), keys, choices)
             began = time.perf_counter()
             edit = jit_everywhere(function, self._device).lower(*arguments).compile()
             compiling = time.perf_counter() - began

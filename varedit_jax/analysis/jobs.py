@@ -5,15 +5,19 @@ import functools
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from varedit_jax import hardware
 from varedit_jax.config import RunConfig, from_dict, to_dict
 from varedit_jax.errors import UserError
-from varedit_jax.parallel.mesh import make_mesh
+from varedit_jax.parallel.compiler_options import jit_everywhere
+from varedit_jax.parallel.constrain import batch_only
+from varedit_jax.parallel.mesh import make_mesh, replicated, whole_batch
 from varedit_jax.parallel.topology import topology_devices
-from varedit_jax.sampling.editor import abstract_request, jitted_edit
-from varedit_jax.scales import editor_pyramid
+from varedit_jax.sampling import sampler
+from varedit_jax.sampling.guidance import Controls, controls, guided_scales
+from varedit_jax.scales import Pyramid, editor_pyramid, image_size
 from varedit_jax.training.compile_step import (
     abstract_arguments,
     abstract_frozen,
@@ -23,6 +27,7 @@ from varedit_jax.training.compile_step import (
 )
 from varedit_jax.training.optimizer import make_optimizer
 from varedit_jax.training.setup import jitted_evaluation
+from varedit_jax.types import Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,8 +92,7 @@ class Job:
             check_attention(config)
         if self.what == "sampling":
             params = abstract_frozen(config, mesh) | abstract_state(config, optimizer, mesh).params
-            request = abstract_request(config.model, pyramid, mesh, self.images, config.data.text_tokens)
-            return jitted_edit(config.model, pyramid, config.sampling, True, mesh), (params, *request)
+            return _jitted_edit(config, pyramid, mesh, self.images, params)
         arguments = abstract_arguments(config, pyramid, optimizer, mesh)
         if self.what == "evaluation":
             state, frozen, batch, _ = arguments
@@ -115,3 +119,27 @@ class Job:
         """The job of `to_dict`."""
         config, target = from_dict(RunConfig, values["config"]), Target(**values["target"])
         return cls(values["what"], config, target, values["images"])
+
+
+def _jitted_edit(
+    config: RunConfig, pyramid: Pyramid, mesh: Mesh, images: int, params: Params
+) -> tuple[Any, tuple[Any, ...]]:
+    """A whole edit as one program, and its abstract arguments for so many images."""
+    batch = whole_batch(mesh, images)
+    sampling = [config.sampling] * batch
+    guided = guided_scales(sampling, pyramid.scales)
+
+    def edit(params: Params, images: jax.Array, ids_BT: jax.Array, length_B: jax.Array, seeds_B: jax.Array, choices: Controls) -> jax.Array:
+        images, ids_BT, length_B, seeds_B = map(batch_only, (images, ids_BT, length_B, seeds_B))
+        request = params, images, ids_BT, length_B, jax.vmap(jax.random.key)(seeds_B), choices
+        return sampler.edit(*request, config=config.model, pyramid=pyramid, guided_scales=guided, every_scale=True)
+
+    request = (
+        np.zeros((batch, *image_size(config.model, pyramid), 3), np.uint8),
+        np.zeros((batch, config.data.text_tokens), np.int32),
+        np.zeros((batch,), np.int32),
+        np.zeros((batch,), np.uint32),
+        controls(sampling, pyramid.scales),
+    )
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), request)
+    return jit_everywhere(edit, mesh.devices.flat[0], out_shardings=replicated(mesh)), (params, *abstract)

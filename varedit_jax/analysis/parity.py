@@ -17,6 +17,7 @@ from varedit_jax.config import EditorConfig, LossConfig, SamplingConfig, TextCon
 from varedit_jax.errors import UserError
 from varedit_jax.parallel.compiler_options import jit_everywhere
 from varedit_jax.parameters import abstract_params
+from varedit_jax.sampling.guidance import controls, guided_scales
 from varedit_jax.sampling.sampler import sample_bits
 from varedit_jax.scales import Pyramid, nearest_aspect, published_pyramid
 from varedit_jax.storage.files import read_json
@@ -197,9 +198,12 @@ def compute(golden: Golden) -> Iterator[tuple[str, np.ndarray]]:
         loss, _ = bitwise_loss(logits, made.residuals_BLN, pyramid, LossConfig(scale_power=power))
         yield name, np.asarray(loss)
 
+    sampling = [golden.sampling]
+    how = controls(sampling, pyramid.scales), config, pyramid, guided_scales(sampling, pyramid.scales)
+
     def draw(params: Any, source: jax.Array, text: jax.Array, lengths: jax.Array) -> Any:
         keys = jax.random.split(jax.random.key(0), len(lengths))
-        return sample_bits(params, source, text, lengths, keys, config, pyramid, golden.sampling)
+        return sample_bits(params, source, text, lengths, keys, *how)
 
     sample = jit_everywhere(draw)(golden.transformer, features["src"][:1], text_BTE[:1, : lengths_B[0]], lengths_B[:1])
     for scale, (logits_k, bits_k) in enumerate(zip(sample.logits, sample.bits, strict=True)):

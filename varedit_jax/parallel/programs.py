@@ -39,7 +39,7 @@ class Programs:
 
         With `pool` it returns at once, and the program is compiled there.
         """
-        shapes = _shapes(arguments)
+        shapes = shapes_of(arguments)
         with self._lock:
             if shapes in self._programs:
                 return
@@ -52,6 +52,10 @@ class Programs:
         except BaseException as error:
             program.set_exception(error)
 
+    def has(self, *arguments: Any) -> bool:
+        """Returns True if the program of arguments of these shapes is compiled, or being so."""
+        return shapes_of(arguments) in self._programs
+
     def _compile(self, arguments: tuple[Any, ...]) -> jax.stages.Compiled:
         mesh = self._mesh or jax.sharding.get_mesh()
         with contextlib.nullcontext() if mesh.empty else jax.set_mesh(mesh), options_explained():
@@ -62,7 +66,7 @@ class Programs:
 
         Raises UserError for an option that the compiler does not take.
         """
-        shapes = _shapes(arguments)
+        shapes = shapes_of(arguments)
         self.prepare(*arguments)
         program = self._programs[shapes].result()
         if shapes not in self._called:
@@ -71,6 +75,7 @@ class Programs:
         return program(*arguments)
 
 
-def _shapes(arguments: Any) -> Any:
+def shapes_of(arguments: Any) -> Any:
+    """A key of the structure, the shapes and the types of arguments, which may be abstract."""
     leaves, structure = jax.tree.flatten(arguments)
     return structure, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)

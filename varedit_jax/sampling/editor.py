@@ -1,8 +1,6 @@
 """`Editor`: load once, edit images by instructions."""
 
 import collections
-import concurrent.futures
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -161,8 +159,10 @@ class Editor:
         parts = []
         for start in range(0, len(images), most):
             part = slice(start, start + most)
-            request = images[part], instructions[part], seeds[part], each[part]
-            parts.append(np.asarray(self._edit(pipeline.run, *request, pyramid, every_scale))[:, : len(images[part])])
+            request = images[part], *self._tokens(instructions[part]), seeds[part], each[part], pyramid, every_scale
+            with pipeline.compiling() as prepare:
+                self._stages(prepare, *request)
+            parts.append(np.asarray(self._stages(pipeline.run, *request))[:, : len(images[part])])
         return np.concatenate(parts, axis=1)
 
     def prepare(
@@ -177,7 +177,8 @@ class Editor:
         """Compiles the programs that `edit_fitted` needs for such a request, with these or other parameters."""
         pyramid = pyramid or editor_pyramid(self.config)
         each = self._sampling(sampling, len(images), pyramid)
-        self._edit(pipeline.preparing(), images, instructions, seeds, each, pyramid, every_scale)
+        with pipeline.compiling() as prepare:
+            self._stages(prepare, images, *self._tokens(instructions), seeds, each, pyramid, every_scale)
 
     def warm_up(
         self,
@@ -194,13 +195,13 @@ class Editor:
           sampling: one with guidance in the same scales as those to come; the editor's own by default.
           pyramids: of the aspects; the square alone by default.
         """
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        with pipeline.compiling() as prepare:
             for pyramid in pyramids or (editor_pyramid(self.config),):
                 for count in images:
                     fitted = np.zeros((count, *image_size(self.config, pyramid), 3), np.uint8)
                     ids_BT, length_B = np.ones((count, text_tokens), np.int32), np.full((count,), text_tokens, np.int32)
                     each = self._sampling(sampling, count, pyramid)
-                    self._stages(pipeline.preparing(pool), fitted, ids_BT, length_B, range(count), each, pyramid, False)
+                    self._stages(prepare, fitted, ids_BT, length_B, range(count), each, pyramid, False)
 
     # --- the stages, whose results a caller may keep
 
@@ -233,18 +234,6 @@ class Editor:
         bits = pipeline.sample(pipeline.run, self.params["transformer"], pairs, seeds, each, self.config)
         images = pipeline.decode(pipeline.run, self.params["tokenizer"], bits, self.config, pairs.pyramid, False)
         return np.asarray(images)[-1, : len(seeds)]
-
-    def _edit(
-        self,
-        run: pipeline.Run,
-        images: np.ndarray,
-        instructions: Sequence[str],
-        seeds: Sequence[int],
-        sampling: Sequence[SamplingConfig],
-        pyramid: Pyramid,
-        every_scale: bool,
-    ) -> Any:
-        return self._stages(run, images, *self._tokens(instructions), seeds, sampling, pyramid, every_scale)
 
     def _stages(
         self,

@@ -8,10 +8,12 @@ A stage is one program for each size of batch and text, of which there are few: 
 top-p, greedy and seeds are its arguments. Arrays are handed on without waiting for them.
 """
 
+import contextlib
 import functools
+import os
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -24,7 +26,7 @@ from varedit_jax.errors import UserError
 from varedit_jax.parallel.compiler_options import jit_everywhere
 from varedit_jax.parallel.constrain import batch_only
 from varedit_jax.parallel.mesh import BATCH, replicated, whole_batch
-from varedit_jax.parallel.programs import Programs
+from varedit_jax.parallel.programs import Programs, shapes_of
 from varedit_jax.sampling import sampler
 from varedit_jax.sampling.guidance import Controls, controls, guided_scales
 from varedit_jax.sampling.sampler import Drawn, Prefilled
@@ -83,13 +85,6 @@ class Pairs(NamedTuple):
     guided: bool
 
 
-class Program(NamedTuple):
-    """A stage's function; `run(*arguments)` compiles it on first use."""
-
-    jitted: Any
-    run: Programs
-
-
 def bucket(mesh: Mesh, count: int) -> int:
     """Returns how many samples a batch of `count` is padded to: a power of two that divides over the mesh."""
     return whole_batch(mesh, 1 << max(count - 1, 0).bit_length())
@@ -100,48 +95,46 @@ def text_bucket(longest: int, limit: int) -> int:
     return min(limit, max(_LEAST_TEXT, 1 << (longest - 1).bit_length()))
 
 
+class Program:
+    """A stage's function, with the program of its arguments' shapes; more than one where the parameters differ."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        self._function, self._donated = _function(stage)
+        self._jitted = jit_everywhere(self._function, donate_argnums=self._donated)
+        self._known: dict[Any, tuple[Any, Any]] = {}
+        self.run = Programs(f"edit, {stage.title}", lambda *arguments: self._for(arguments)[0].lower(*arguments), stage.mesh)
+
+    def results(self, *arguments: Any) -> Any:
+        """Abstract results for arguments, which may be abstract."""
+        return self._for(arguments)[1]
+
+    def _for(self, arguments: tuple[Any, ...]) -> tuple[Any, Any]:
+        key = shapes_of(arguments)
+        if key not in self._known:
+            self._known[key] = self._traced(arguments)
+        return self._known[key]
+
+    def _traced(self, arguments: tuple[Any, ...]) -> tuple[Any, Any]:
+        """The jitted function, whose results are split over a mesh as the next stage takes them, and these."""
+        mesh = self._stage.mesh
+        if mesh.empty:
+            return self._jitted, self._jitted.eval_shape(*arguments)
+        results = jax.eval_shape(self._function, *arguments)
+        places = jax.tree.map(functools.partial(_place, self._stage), results)
+        more: dict[str, Any] = {"donate_argnums": self._donated, "out_shardings": places}
+        jitted = jit_everywhere(self._function, mesh.devices.flat[0], **more)
+        return jitted, jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), results, places)
+
+
 _lock = threading.Lock()
+_programs = functools.lru_cache(maxsize=MOST_PROGRAMS)(Program)
 
 
 def program(stage: Stage) -> Program:
     """Returns the program of a stage, of which the last `MOST_PROGRAMS` are kept."""
     with _lock:
-        return _program(stage)
-
-
-@functools.lru_cache(maxsize=MOST_PROGRAMS)
-def _program(stage: Stage) -> Program:
-    function, donated = _function(stage)
-    mesh = stage.mesh
-    if mesh.empty:
-        jitted = jit_everywhere(function, donate_argnums=donated)
-    else:
-        jitted = _OnMesh(function, donated, stage)
-    return Program(jitted, Programs(f"edit, {stage.title}", jitted.lower, mesh))
-
-
-class _OnMesh:
-    """A jitted function whose results are split over the mesh as the next stage takes them."""
-
-    def __init__(self, function: Callable[..., Any], donated: tuple[int, ...], stage: Stage) -> None:
-        self._function, self._donated, self._stage = function, donated, stage
-        self._jitted: dict[Any, Any] = {}
-
-    def _for(self, arguments: tuple[Any, ...]) -> tuple[Any, Any]:
-        mesh = self._stage.mesh
-        shapes = jax.eval_shape(self._function, *arguments)
-        places = jax.tree.map(lambda x: _place(self._stage, x), shapes)
-        jitted = jit_everywhere(
-            self._function, mesh.devices.flat[0], donate_argnums=self._donated, out_shardings=places
-        )
-        placed = jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), shapes, places)
-        return jitted, placed
-
-    def lower(self, *arguments: Any) -> jax.stages.Lowered:
-        return self._for(arguments)[0].lower(*arguments)
-
-    def eval_shape(self, *arguments: Any) -> Any:
-        return self._for(arguments)[1]
+        return _programs(stage)
 
 
 def _place(stage: Stage, x: jax.ShapeDtypeStruct) -> NamedSharding:
@@ -207,16 +200,27 @@ def run(stage: Stage, *arguments: Any) -> Any:
     return program(stage).run(*arguments)
 
 
-def preparing(pool: Executor | None = None) -> Run:
-    """Returns a function in place of `run` that compiles, in `pool` if given, and gives abstract results."""
+@contextlib.contextmanager
+def compiling() -> Iterator[Run]:
+    """A function in place of `run` that has programs compiled, several at a time, and gives abstract results.
+
+    All are compiled at the end of the block; what fails comes up when it runs.
+    """
+    begun: list[tuple[Programs, tuple[Any, ...]]] = []
 
     def prepare(stage: Stage, *arguments: Any) -> Any:
         found = program(stage)
-        results = found.jitted.eval_shape(*arguments)
-        found.run.prepare(*arguments, pool=pool)
-        return results
+        if not found.run.has(*arguments):
+            begun.append((found.run, arguments))
+        return found.results(*arguments)
 
-    return prepare
+    yield prepare
+    if len(begun) == 1:
+        begun[0][0].prepare(*begun[0][1])
+    elif begun:
+        with ThreadPoolExecutor(min(len(begun), os.cpu_count() or 1)) as pool:
+            for programs, arguments in begun:
+                programs.prepare(*arguments, pool=pool)
 
 
 def encode_source(run: Run, params: Params, images: np.ndarray, config: EditorConfig, pyramid: Pyramid) -> Source:

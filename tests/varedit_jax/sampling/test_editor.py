@@ -1,5 +1,6 @@
 """`Editor`: images of any size in one call, loading from directories and runs, and what it says to a mistake."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -13,15 +14,19 @@ import optax
 import pytest
 
 from tests.emulators import gs_bucket, gs_server
+from varedit_jax import hardware
 from varedit_jax.config import DataConfig, EditorConfig, RunConfig, SamplingConfig, TokenizerRunConfig, preset, to_dict
 from varedit_jax.errors import UserError
 from varedit_jax.parameters import abstract_params
-from varedit_jax.sampling import editor as editor_module
+from varedit_jax.sampling import pipeline
 from varedit_jax.sampling.editor import Editor
+from varedit_jax.sampling.sampler import Prefilled
+from varedit_jax.scales import editor_pyramid
 from varedit_jax.storage.paths import resolve
 from varedit_jax.training.checkpoint import Checkpoints
 from varedit_jax.training.run_config import write_config
 from varedit_jax.training.state import TrainState
+from varedit_jax.transformer.model import TextMemory
 from varedit_jax.weights import names
 from varedit_jax.weights.directory import PARTS, save_weights
 from varedit_jax.weights.export_source import open_source
@@ -65,25 +70,49 @@ def test_greedy_edits_are_equal_alone_and_batched_and_have_their_own_sizes(monke
 
 
 class Call:
-    """Stands for the compiled program: remembers what it was given, and gives the images back."""
+    """Stands for the compiled stages: remembers what they are given, and gives the images back."""
 
     def __init__(self) -> None:
         self.batches: list[tuple[tuple[int, ...], list[tuple[float, list[int], int]]]] = []
 
-    def __call__(self, params: Any, images: Any, ids: Any, lengths: Any, seeds: np.ndarray) -> np.ndarray:
+    def __call__(self, stage: pipeline.Stage, *arguments: Any) -> Any:
+        if stage.name == "source":
+            self.images = arguments[1]
+            return self.images
+        if stage.name == "text":
+            self.ids, self.lengths = arguments[1:]
+            return self.ids
+        if stage.name == "prefill":
+            mask = np.zeros(arguments[2].shape)
+            return Prefilled(TextMemory(mask, mask, mask), None)
+        if stage.name == "begin":
+            return None
+        if stage.name == "scale":
+            if stage.scale == 0:
+                self._remember(arguments[-1])
+            return None, np.zeros((stage.batch,))
+        return np.stack([np.zeros_like(self.images), self.images])
+
+    def _remember(self, seeds: np.ndarray) -> None:
         rows = [
             (float(image.min()), row[:length].tolist(), int(seed))
-            for image, row, length, seed in zip(images, ids, lengths, seeds, strict=True)
+            for image, row, length, seed in zip(self.images, self.ids, self.lengths, seeds, strict=True)
         ]
-        self.batches.append((images.shape, rows))
-        return np.stack([np.zeros_like(images), images])
+        self.batches.append((self.images.shape, rows))
+
+
+def calls(monkeypatch) -> Call:
+    """What stands for the stages from now on."""
+    call = Call()
+    monkeypatch.setattr(pipeline, "run", call)
+    monkeypatch.setattr(pipeline, "compiling", lambda: contextlib.nullcontext(Call()))
+    return call
 
 
 def test_sizes_and_aspects_mix_in_one_call(monkeypatch, params):
     """One batch for each aspect; every image keeps its instruction, its seed and its place."""
     config = dataclasses.replace(TINY, grids=(), pixel_budget="0.06M")  # 16 x 16 tokens of 4 px, and other aspects
-    editor, call = Editor(config, params), Call()
-    monkeypatch.setattr(editor_module, "_compiled", lambda *_: call)
+    editor, call = Editor(config, params), calls(monkeypatch)
     shapes = [(40, 40), (120, 60), (64, 64), (30, 60), (60, 30), (500, 500)]
     images = [np.full((*shape, 3), 10 * (index + 1), np.uint8) for index, shape in enumerate(shapes)]
     instructions = [f"make it {word}" for word in ("red", "blue", "green", "dark", "round", "small")]
@@ -104,19 +133,35 @@ def test_sizes_and_aspects_mix_in_one_call(monkeypatch, params):
 def test_default_seeds_and_text_room(monkeypatch, params):
     """Seeds 0, 1, 2, ...; text is padded to 16 tokens, or to the next power of two that holds it."""
     wide = dataclasses.replace(TINY, transformer=dataclasses.replace(TINY.transformer, unconditional_rows=100))
-    editor, rooms = Editor(wide, params), []
-
-    def compiled(*_):
-        def run(params, images, ids, lengths, seeds):
-            rooms.append((ids.shape[1], int(lengths.max()), seeds.tolist()))
-            return images[None]
-
-        return run
-
-    monkeypatch.setattr(editor_module, "_compiled", compiled)
+    editor, call = Editor(wide, params), calls(monkeypatch)
+    rooms = []
     for words in (1, 15, 16, 40, 99):
         editor.edit([noise(16, 16)] * 2, [" ".join(["red"] * words)] * 2)
+        rooms.append((call.ids.shape[1], int(call.lengths.max()), [row[2] for row in call.batches[-1][1]]))
     assert rooms == [(16, 2, [0, 1]), (16, 16, [0, 1]), (32, 17, [0, 1]), (64, 41, [0, 1]), (100, 100, [0, 1])]
+
+
+@pytest.mark.parametrize("images, most, wanted", [
+    (1, 4, [1]), (2, 4, [2]), (3, 4, [4]), (4, 4, [4]), (7, 4, [4, 4]), (5, 4, [4, 1]), (3, 1, [1, 1, 1]), (6, 8, [8])
+])  # fmt: skip
+def test_batches_are_padded_and_split(monkeypatch, params, images, most, wanted):
+    """Powers of two, the last image again as padding; at most `max_batch` at a time, each with its own seed."""
+    editor, call = Editor(TINY, params, GREEDY, max_batch=most), calls(monkeypatch)
+    results = editor.edit([np.full((16, 16, 3), index, np.uint8) for index in range(images)], [ADD] * images)
+    assert [int(result[0, 0, 0]) for result in results] == list(range(images))
+    assert [shape[0] for shape, _ in call.batches] == wanted
+    seeds = [row[2] for _, rows in call.batches for row in rows]
+    assert seeds[:images] == list(range(images)) if len(wanted) == 1 else set(seeds) == set(range(images))
+
+
+def test_a_batch_is_what_there_is_memory_for(monkeypatch, params):
+    editor, call = Editor(TINY, params, GREEDY), calls(monkeypatch)
+    each = pipeline.image_bytes(TINY, editor_pyramid(TINY), guided=False)
+    for free, wanted in ((0, 1), (each, 1), (3 * each, 2), (5 * each, 4), (1e15, 8)):
+        monkeypatch.setattr(hardware, "free_memory", lambda device, free=free: int(free))
+        call.batches.clear()
+        editor.edit([noise(16, 16)] * 8, [ADD] * 8)
+        assert {shape[0] for shape, _ in call.batches} == {wanted}
 
 
 def test_no_images_give_no_images(tiny):
@@ -134,7 +179,7 @@ def test_no_images_give_no_images(tiny):
 ])  # fmt: skip
 def test_instructions_that_cannot_be_used(monkeypatch, tiny, instruction, sentence):
     """They are refused before the first image is edited, wherever they stand."""
-    monkeypatch.setattr(editor_module, "_compiled", lambda *_: pytest.fail("edited"))
+    monkeypatch.setattr(pipeline, "run", lambda *_: pytest.fail("edited"))
     with pytest.raises(UserError, match=sentence):
         tiny.edit([noise(16, 16), noise(40, 16)], [ADD, instruction])
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from varedit_jax.config import SamplingConfig
-from varedit_jax.sampling.guidance import choose_bits, guided_margin
+from varedit_jax.sampling.guidance import Controls, choose_bits, controls, guided_margin, guided_scales
 
 SHAPE = (3, 5, 4)  # B, L, N
 
@@ -16,6 +16,10 @@ def logits(seed: int) -> np.ndarray:
 
 def keys(*seeds: int) -> jax.Array:
     return jax.vmap(jax.random.key)(np.array(seeds, np.uint32))
+
+
+def one_scale(count: int = SHAPE[0], **values) -> Controls:
+    return controls([SamplingConfig(**values)] * count, 1)
 
 
 def log_odds(probability: float) -> np.ndarray:
@@ -29,26 +33,26 @@ def test_guided_margin_against_probabilities(guidance, temperature):
     guided = guidance * conditional + (1 - guidance) * unconditional
     weights = np.exp(guided)
     wanted = weights[..., 1] / weights.sum(axis=-1)
-    margin = guided_margin(logits(0), logits(1), guidance, temperature)
+    margin = guided_margin(logits(0), logits(1), one_scale(guidance=guidance, temperature=temperature), 0)
     np.testing.assert_allclose(jax.nn.sigmoid(margin), wanted, rtol=0, atol=2e-6)
 
 
 def test_guidance_one_is_no_guidance():
     for temperature in (0.5, 1.0):
-        np.testing.assert_array_equal(
-            guided_margin(logits(0), logits(1), 1.0, temperature), guided_margin(logits(0), None, 1.0, temperature)
-        )
+        off = one_scale(guidance=1.0, temperature=temperature)
+        with_half, without = (guided_margin(logits(0), other, off, 0) for other in (logits(1), None))
+        np.testing.assert_array_equal(with_half, without)
 
 
 def test_greedy_takes_the_likelier_value():
     margin = np.array([[[-3.0, -1e-6, 0.0, 1e-6, 3.0]]], np.float32)
-    found = choose_bits(margin, SamplingConfig(greedy=True), keys(0))
+    found = choose_bits(margin, one_scale(1, greedy=True), keys(0))
     assert found.tolist() == [[[False, False, False, True, True]]]  # a tie is bit 0
 
 
 @pytest.mark.parametrize("probability", [0.02, 0.3, 0.5, 0.9])
 def test_bits_are_one_with_their_probability(probability):
-    found = np.asarray(choose_bits(log_odds(probability), SamplingConfig(), keys(0)))
+    found = np.asarray(choose_bits(log_odds(probability), one_scale(1), keys(0)))
     deviation = (probability * (1 - probability) / 10_000) ** 0.5
     assert abs(found.mean() - probability) < 4 * deviation
     both = (found[:, :, 1:] & found[:, :, :-1]).mean()  # neighbors are independent
@@ -70,7 +74,7 @@ def test_bits_are_one_with_their_probability(probability):
     ],
 )
 def test_top_p_removes_an_unlikely_value(top_p, probability, wanted):
-    found = np.asarray(choose_bits(log_odds(probability), SamplingConfig(top_p=top_p), keys(0)))
+    found = np.asarray(choose_bits(log_odds(probability), one_scale(1, top_p=top_p), keys(0)))
     if wanted in (0.0, 1.0):
         assert (found == bool(wanted)).all()
     else:
@@ -79,12 +83,38 @@ def test_top_p_removes_an_unlikely_value(top_p, probability, wanted):
 
 def test_a_key_gives_the_same_bits_at_any_place_of_a_batch():
     margin = np.broadcast_to(logits(0)[:1, ..., 0], SHAPE)
-    found = np.asarray(choose_bits(margin, SamplingConfig(), keys(7, 8, 9)))
-    turned = np.asarray(choose_bits(margin, SamplingConfig(), keys(9, 7, 8)))
-    alone = np.asarray(choose_bits(margin[:1], SamplingConfig(), keys(8)))
+    found = np.asarray(choose_bits(margin, one_scale(), keys(7, 8, 9)))
+    turned = np.asarray(choose_bits(margin, one_scale(), keys(9, 7, 8)))
+    alone = np.asarray(choose_bits(margin[:1], one_scale(1), keys(8)))
     np.testing.assert_array_equal(turned, found[[2, 0, 1]])
     np.testing.assert_array_equal(alone[0], found[1])
     assert len({row.tobytes() for row in found}) == 3
+
+
+def test_images_of_a_batch_have_their_own_controls():
+    """Each as in a batch of its own; other scales have other numbers."""
+    configs = [
+        SamplingConfig(guidance=(3.0, 1.5), temperature=(0.5, 2.0)),
+        SamplingConfig(greedy=True),
+        SamplingConfig(guidance=1.0, top_p=0.9),
+    ]
+    both = controls(configs, 3)
+    for scale in range(3):
+        margin = guided_margin(logits(0), logits(1), both, scale)
+        bits = choose_bits(margin, both, keys(7, 8, 9))
+        for row, config in enumerate(configs):
+            part, own = slice(row, row + 1), controls([config], 3)
+            alone = guided_margin(logits(0)[part], logits(1)[part], own, scale)
+            np.testing.assert_array_equal(margin[part], alone)
+            np.testing.assert_array_equal(bits[part], choose_bits(alone, own, keys(7 + row)))
+    assert np.asarray(both.guidance_BK[0]).tolist() == [3.0, 1.5, 1.5]
+
+
+@pytest.mark.parametrize("guidance, wanted", [
+    ([4.0], 3), ([1.0], 0), ([(2.0, 1.0)], 1), ([(1.0, 2.0, 1.0)], 2), ([1.0, (3.0, 3.0, 1.0)], 2)
+])  # fmt: skip
+def test_scales_that_run_the_unconditional_half(guidance, wanted):
+    assert guided_scales([SamplingConfig(guidance=value) for value in guidance], 3) == wanted
 
 
 @pytest.mark.parametrize(
