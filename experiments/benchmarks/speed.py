@@ -33,11 +33,10 @@ from varedit_jax.storage import files, paths
 from varedit_jax.training.flops import CONVENTION, run_flops
 
 WHAT = ("train", "edit", "attention", "remat")
-BUDGETS: dict[int, config_lib.PixelBudget] = {256: "0.06M", 512: "0.25M", 768: "0.60M", 1024: "1M"}
 
 _PRESET = flags.DEFINE_enum("preset", "tiny", config_lib.PRESETS, "size of the editor")
 _TEXT = flags.DEFINE_string("text", "", "Flan-T5 encoder: small, base, large, xl, xxl; the preset's own by default")
-_PIXELS = flags.DEFINE_integer("pixels", None, f"side of the images: {', '.join(map(str, BUDGETS))}; 512 by default")
+_PIXELS = flags.DEFINE_integer("pixels", None, f"side of the images: {', '.join(map(str, program.BUDGETS))}; 512 by default")
 _FIELDS = program.FieldFlags(
     RunConfig,
     {
@@ -70,20 +69,14 @@ _JSON = command.DEFINE_path("json", "", "file for the figures")
 
 def _run() -> RunConfig:
     """Returns a run of the preset with the changes of the flags. Raises UserError if they contradict each other."""
-    model = config_lib.preset(_PRESET.value)
-    pixels, budget = _PIXELS.value, model.pixel_budget
-    if pixels is not None:
-        if model.grids or pixels not in BUDGETS:
-            known = ", ".join(map(str, BUDGETS))
-            raise UserError(f"--pixels is {pixels}; give one of {known}, and none with --preset=tiny")
-        budget = BUDGETS[pixels]
+    model = program.preset_model(_PRESET.value, _PIXELS.value)
     try:
         text = config_lib.text_preset(_TEXT.value) if _TEXT.value else model.text
     except ValueError as error:
         raise UserError(str(error)) from error
     dtype: Any = _DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     transformer = dataclasses.replace(model.transformer, text_width=text.width, dtype=dtype, remat="named")
-    model = dataclasses.replace(model, text=text, transformer=transformer, pixel_budget=budget)
+    model = dataclasses.replace(model, text=text, transformer=transformer)
     data = DataConfig(batch_size=1, text_tokens=transformer.unconditional_rows)
     return _FIELDS.override(RunConfig(name="benchmark", model=model, data=data, text_dtype=dtype))
 

@@ -103,11 +103,16 @@ class Program:
         self._function, self._donated = _function(stage)
         self._jitted = jit_everywhere(self._function, donate_argnums=self._donated)
         self._known: dict[Any, tuple[Any, Any]] = {}
-        self.run = Programs(f"edit, {stage.title}", lambda *arguments: self._for(arguments)[0].lower(*arguments), stage.mesh)
+        self.run = Programs(f"edit, {stage.title}", self.lower, stage.mesh)
 
     def results(self, *arguments: Any) -> Any:
         """Abstract results for arguments, which may be abstract."""
         return self._for(arguments)[1]
+
+    def lower(self, *arguments: Any) -> jax.stages.Lowered:
+        """Traces the program for arguments, which may be abstract."""
+        lowered: jax.stages.Lowered = self._for(arguments)[0].lower(*arguments)
+        return lowered
 
     def _for(self, arguments: tuple[Any, ...]) -> tuple[Any, Any]:
         key = shapes_of(arguments)
@@ -287,6 +292,27 @@ def sample(
         drawn, drawn_bits = run(stage, params, drawn, choices, seeds_B)
         bits.append(drawn_bits)
     return tuple(bits)
+
+
+def edit(
+    run: Run,
+    params: Params,
+    images: np.ndarray,
+    ids_BT: np.ndarray,
+    length_B: np.ndarray,
+    seeds: Sequence[int],
+    sampling: Sequence[SamplingConfig],
+    config: EditorConfig,
+    pyramid: Pyramid,
+    every_scale: bool = False,
+) -> Any:
+    """All stages of an edit, one after the other: the images of `decode`, with padding. `params`: of all parts."""
+    guided = guided_scales(sampling, pyramid.scales) > 0
+    source = encode_source(run, params["tokenizer"], images, config, pyramid)
+    text = encode_text(run, params["text"], ids_BT, length_B, config)
+    pairs = prefill(run, params["transformer"], source, text, config, guided)
+    bits = sample(run, params["transformer"], pairs, seeds, sampling, config, keep=False)
+    return decode(run, params["tokenizer"], bits, config, pyramid, every_scale)
 
 
 def decode(

@@ -159,10 +159,22 @@ def by_pallas(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
         ),
+        cost_estimate=_cost(q_BHLD, k_BHLD, seen=seen, tokens=tokens, rows=rows),
         interpret=interpret,
         name="cached_attention",
     )(layer.reshape(1).astype(jnp.int32), q_BHLD, k_BHLD, v_BHLD, cache_k, cache_v)
     return out_BHLD[:, :, :tokens]
+
+
+def _cost(q_BHLD: jax.Array, k_BHLD: jax.Array, *, seen: int, tokens: int, rows: int) -> pl.CostEstimate:
+    """For the compiler's schedule, and for whoever counts: operations without padding, and what is read and written."""
+    batch, heads, padded, head_size = q_BHLD.shape
+    keys = padded // rows * (k_BHLD.shape[2] + -(-seen // BLOCK) * BLOCK)  # for each block of queries
+    return pl.CostEstimate(
+        flops=batch * heads * tokens * (seen + tokens) * 4 * head_size,
+        transcendentals=batch * heads * tokens * (seen + tokens),
+        bytes_accessed=batch * heads * (2 * padded + 2 * keys) * head_size * q_BHLD.dtype.itemsize,
+    )
 
 
 def _heads_at_once(heads: int, rows: int, keys: int, head_size: int, itemsize: int) -> int:
