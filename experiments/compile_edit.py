@@ -52,13 +52,17 @@ _TEXT_TOKENS = flags.DEFINE_integer("text_tokens", 32, "of an instruction; padde
 _GUIDANCE = flags.DEFINE_float("guidance", None, "the config's by default; 1: off, without the unconditional half")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "of the blocks' matrices and the text encoder")
 _DEPTH = flags.DEFINE_integer("depth", None, "blocks, instead of all: quicker, with memory and sums that are too small")
-_STAGES = flags.DEFINE_list("stages", ["all"], "stages, such as prefill, scale_3, last (the last scale), decode; or all")
+_STAGES = flags.DEFINE_list(
+    "stages", ["all"], "stages, such as prefill, scale_3, last (the last scale), decode; or all"
+)
 _MEMORY_ONLY = flags.DEFINE_bool("memory_only", False, "end before code is generated: all but the estimated seconds")
 _HBM_GIB = flags.DEFINE_float("hbm_gib", 0.0, "memory per chip, instead of the actual one", lower_bound=0.0)
 _JSON = command.DEFINE_path("json", "", "JSONL file that the figures of each stage are appended to")
 _PROGRAMS = command.DEFINE_path("programs", "", "directory for the text of each stage's program")
 _MAX_HBM_GIB = flags.DEFINE_float("max_hbm_gib", None, "bound: memory of the fullest stage, with what lies beside it")
-_MAX_OPERATIONS = flags.DEFINE_float("max_operations", None, "bound: operations of the transformer, of those by formula")
+_MAX_OPERATIONS = flags.DEFINE_float(
+    "max_operations", None, "bound: operations of the transformer, of those by formula"
+)
 _MAX_WEIGHT_READS = flags.DEFINE_float(
     "max_weight_reads", None, "bound: bytes of the transformer's stages, of those of reading its weights in each"
 )
@@ -139,7 +143,9 @@ def _sums(total: StepFigures) -> list[str]:
         f"{floor['seconds']:.3f} s"
     ]
     if "gb" in total:
-        lines.append(f"compiled: {total['tflop']:.2f} TFLOP, {total['gb']:.1f} GB, {total['kernel_calls']} kernel calls")
+        lines.append(
+            f"compiled: {total['tflop']:.2f} TFLOP, {total['gb']:.1f} GB, {total['kernel_calls']} kernel calls"
+        )
     if "gb_to_reads" in part:
         lines.append(
             f"transformer, {part['stages']} stages: {part['tflop']:.2f} TFLOP, {part['tflop_to_floor']:.3f} of the formula's; "
@@ -147,7 +153,9 @@ def _sums(total: StepFigures) -> list[str]:
             f"({part['reads_of_all_weights_gb']:.1f} GB)"
         )
     if "estimated_s" in total:
-        lines.append(f"estimated by the compiler, kernels at {edit_ahead.KERNEL_SHARE:.0%} of peak: {total['estimated_s']:.3f} s")
+        lines.append(
+            f"estimated by the compiler, kernels at {edit_ahead.KERNEL_SHARE:.0%} of peak: {total['estimated_s']:.3f} s"
+        )
     return lines
 
 

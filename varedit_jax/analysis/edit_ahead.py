@@ -112,7 +112,9 @@ def total(rows: Sequence[StepFigures], job: Job) -> StepFigures:
         "of_stages": len(job.stages),
         "fits": all(row["fits"] for row in rows),
         "weights_gib": weight_bytes(job) / hardware.GIB,
-        "needed_gib": None if None in needed else max(row["memory"]["needed_gib"] + row["memory"]["beside_gib"] for row in rows),
+        "needed_gib": None
+        if None in needed
+        else max(row["memory"]["needed_gib"] + row["memory"]["beside_gib"] for row in rows),
         "hbm_gib": rows[0]["memory"]["hbm_gib"],
         "floor": _floor(floor, job),
         "transformer": _transformer(rows, job),
@@ -150,7 +152,9 @@ def check(
                 f"{memory['hbm_gib']:.2f} GiB; give more chips, a smaller --batch, or a narrower --dtype"
             )
     if max_hbm_gib is not None and total["needed_gib"] > max_hbm_gib:
-        raise UserError(f"the fullest stage needs {total['needed_gib']:.2f} GiB, more than --max_hbm_gib={max_hbm_gib:g}")
+        raise UserError(
+            f"the fullest stage needs {total['needed_gib']:.2f} GiB, more than --max_hbm_gib={max_hbm_gib:g}"
+        )
     part = total["transformer"]
     for name, key, bound in (
         ("max_operations", "tflop_to_floor", max_operations),
@@ -163,7 +167,9 @@ def check(
             if row.get(name):
                 raise UserError(f"{row['stage']} has {name.replace('_', ' ')}, which --strict refuses: {row[name][0]}")
         if "scores" in row and not row["kernel_calls"]:
-            raise UserError(f"{row['stage']} calls no kernel, which --strict refuses; give --config.model.transformer.attention=auto")
+            raise UserError(
+                f"{row['stage']} calls no kernel, which --strict refuses; give --config.model.transformer.attention=auto"
+            )
 
 
 def _transformer(rows: Sequence[StepFigures], job: Job) -> StepFigures:
@@ -177,7 +183,10 @@ def _transformer(rows: Sequence[StepFigures], job: Job) -> StepFigures:
         if chosen and all(name in row for row in chosen):
             result[name] = sum(row[name] for row in chosen)
     if "gb" in result and reads:
-        result |= {"tflop_to_floor": result["tflop"] * 1e12 / whole.operations, "gb_to_reads": result["gb"] * 1e9 / reads}
+        result |= {
+            "tflop_to_floor": result["tflop"] * 1e12 / whole.operations,
+            "gb_to_reads": result["gb"] * 1e9 / reads,
+        }
     return result
 
 

@@ -20,7 +20,11 @@ from varedit_jax.types import Params
 
 # Parts of the transformer's tree that a stage has no use for, by path.
 _NOT_IN_PREFILL = ("head", "pos_start")
-_NOT_IN_SCALES = ("text_", "cross_attention/kv_kernel", "cross_attention/v_bias")  # of the text, whose keys and values are cached
+_NOT_IN_SCALES = (
+    "text_",
+    "cross_attention/kv_kernel",
+    "cross_attention/v_bias",
+)  # of the text, whose keys and values are cached
 
 
 class Floor(NamedTuple):
@@ -68,9 +72,7 @@ def _text(stage: Stage, params: Params) -> Floor:
     table = params["embedding"]["embedding"]
     weights = _bytes(params) - table.size * table.dtype.itemsize
     rows = stage.batch * tokens * config.width
-    return Floor(
-        stage.batch * text_flops(config, tokens), weights + rows * (table.dtype.itemsize + 4), weights
-    )
+    return Floor(stage.batch * text_flops(config, tokens), weights + rows * (table.dtype.itemsize + 4), weights)
 
 
 def _transformer(stage: Stage, params: Params, features: int) -> Floor:
@@ -84,7 +86,9 @@ def _transformer(stage: Stage, params: Params, features: int) -> Floor:
     aligned = int(config.conditioning == "sar")
     pairs = [_pairs(stage, scale_aligned=True)] * aligned + [_pairs(stage, scale_aligned=False)] * (depth - aligned)
     # qkv 3, proj 1, the text's q 1 and proj 1, feed-forward 4 + 4: C x C matrices each.
-    operations = depth * queries * 2 * 14 * width**2 + 4 * width * sum(pairs) + depth * 4 * width * queries * text_tokens
+    operations = (
+        depth * queries * 2 * 14 * width**2 + 4 * width * sum(pairs) + depth * 4 * width * queries * text_tokens
+    )
     operations += 2 * width * (6 if filling else 8) * width + queries * 2 * config.token_bits * width
     if filling:
         operations += depth * 4 * width**2 * text_tokens

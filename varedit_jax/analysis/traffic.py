@@ -17,7 +17,7 @@ from varedit_jax.transformer.kernels import cached
 _SILENT = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "while", "call", "conditional"}
 _SILENT |= {"after-all", "partition-id", "replica-id", "opt-barrier", "add-dependency"}
 _SLICES = {"dynamic-slice", "slice", "gather"}
-_SAME = {"bitcast", "reshape", "copy", "convert"}  # in a fusion: what reads their result reads their operand
+_SAME = {"bitcast", "reshape"}  # the same bytes
 
 
 def hbm_bytes(module: Module) -> int:
@@ -78,28 +78,48 @@ def _read(module: Module, body: dict[str, Instruction], index: int, found: tuple
 
 def _part(module: Module, body: dict[str, Instruction], name: str) -> int | None:
     """Bytes of the slices of an instruction's result that are used; None if all of it is, or may be."""
+    if name == next(reversed(body)):  # the result
+        return None
     total = 0
     for user in body.values():
         if name not in user.operands:
             continue
         if user.opcode in _SLICES and user.operands[0] == name:
-            total += user.results[0].bytes
+            part: int | None = user.results[0].bytes
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
-            total += 0
-        elif user.opcode in ("bitcast", "reshape") or user.opcode == "fusion":
-            inner = module.computations[_fused(user)] if user.opcode == "fusion" else body
-            names = [user.name]
-            if user.opcode == "fusion":
-                places = [str(place) for place, operand in enumerate(user.operands) if operand == name]
-                names = [x.name for x in inner.values() if x.opcode == "parameter" and x.text in places]
-            for inner_name in names:
-                part = _part(module, inner, inner_name)
-                if part is None:
-                    return None
-                total += part
+            part = 0
+        elif user.opcode in _SAME:
+            part = _part(module, body, user.name)
+        elif user.opcode == "fusion":
+            part = _part_of_fusion(module, body, user, name)
         else:
+            part = None
+        if part is None:
             return None
+        total += part
     return total
+
+
+def _part_of_fusion(module: Module, body: dict[str, Instruction], fusion: Instruction, name: str) -> int | None:
+    """The same of an operand of a fusion in a fusion, which may hand it on as it is."""
+    inner = module.computations[_fused(fusion)]
+    total = 0
+    for parameter in inner.values():
+        if parameter.opcode == "parameter" and fusion.operands[int(parameter.text)] == name:
+            made = parameter.name
+            while (user := _only_user(inner, made)) and user.opcode in _SAME:
+                made = user.name
+            whole = made == next(reversed(inner))
+            part = _part(module, body, fusion.name) if whole else _part(module, inner, parameter.name)
+            if part is None:
+                return None
+            total += part
+    return total
+
+
+def _only_user(body: dict[str, Instruction], name: str) -> Instruction | None:
+    users = [user for user in body.values() if name in user.operands]
+    return users[0] if len(users) == 1 else None
 
 
 def _written(module: Module, body: dict[str, Instruction], results: tuple[Array, ...]) -> int:
@@ -117,7 +137,7 @@ def _written(module: Module, body: dict[str, Instruction], results: tuple[Array,
 
 def _update(module: Module, body: dict[str, Instruction], made: Instruction) -> Array | None:
     """The array that a result of a fusion is an operand's update by; None if it is another one."""
-    while made.opcode in ("bitcast", "reshape"):
+    while made.opcode in _SAME:
         made = body[made.operands[0]]
     if made.opcode == "dynamic-update-slice":
         return body[made.operands[1]].results[0]

@@ -133,7 +133,9 @@ def visible_pairs(visibility: Visibility) -> int:
 
 def source_pairs(visibility: Visibility) -> int:
     """Returns the visible pairs of the source tokens."""
-    return sum((queries.stop - queries.start) * (keys.stop - keys.start) for queries, keys in visibility.source_groups())
+    return sum(
+        (queries.stop - queries.start) * (keys.stop - keys.start) for queries, keys in visibility.source_groups()
+    )
 
 
 def scale_keys(visibility: Visibility, scale: int) -> int:
