@@ -129,7 +129,9 @@ def _jitted_edit(
     sampling = [config.sampling] * batch
     guided = guided_scales(sampling, pyramid.scales)
 
-    def edit(params: Params, images: jax.Array, ids_BT: jax.Array, length_B: jax.Array, seeds_B: jax.Array, choices: Controls) -> jax.Array:
+    def edit(
+        params: Params, images: jax.Array, ids_BT: jax.Array, length_B: jax.Array, seeds_B: jax.Array, choices: Controls
+    ) -> jax.Array:
         images, ids_BT, length_B, seeds_B = map(batch_only, (images, ids_BT, length_B, seeds_B))
         request = params, images, ids_BT, length_B, jax.vmap(jax.random.key)(seeds_B), choices
         return sampler.edit(*request, config=config.model, pyramid=pyramid, guided_scales=guided, every_scale=True)
