@@ -8,7 +8,6 @@ runs/demo (runs/demo-full).
 """
 
 import json
-import os
 import pathlib
 import time
 
@@ -136,7 +135,6 @@ def main(argv: list[str]) -> None:
     del argv
     directory = paths.local(_DIRECTORY.value or ("runs/demo-full" if _FULL.value else "runs/demo"), "--directory")
     directory.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(".cache/jax").absolute()))
     (_full if _FULL.value else _demo)(directory)
 
 

@@ -28,7 +28,6 @@ import importlib.util
 import inspect
 import logging
 import os
-import pathlib
 import re
 import sys
 import types
@@ -41,14 +40,13 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import jax
 from absl import flags
-from jax.experimental.compilation_cache import compilation_cache
 
 from varedit_jax import command
 from varedit_jax.config import EditorConfig, PixelBudget, from_dict, preset, to_dict
 from varedit_jax.config.annotations import allows, field_types, in_words
 from varedit_jax.config.serialize import tuples
 from varedit_jax.errors import UserError
-from varedit_jax.parallel import processes
+from varedit_jax.parallel import compilation_cache, processes
 from varedit_jax.storage import paths
 
 BUDGETS: dict[int, PixelBudget] = {256: "0.06M", 512: "0.25M", 768: "0.60M", 1024: "1M"}  # by side of the images
@@ -81,9 +79,9 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
 
 
 def setup_jax() -> None:
-    """Sets the compilation cache to .cache/jax of the working directory, unless JAX_COMPILATION_CACHE_DIR is set.
+    """Has compiled programs kept (parallel/compilation_cache.py), and prepares JAX for programs.
 
-    It also silences JAX's messages about missing accelerators, and those of Orbax's threads when a checkpoint cannot be
+    It silences JAX's messages about missing accelerators, and those of Orbax's threads when a checkpoint cannot be
     read or written, which an error reports. Without a TPU, JAX does not try libtpu, which is there to compile for one.
     """
     if not (os.environ.get("JAX_PLATFORMS") or processes.has_tpu() or importlib.util.find_spec("jax_plugins")):
@@ -91,8 +89,7 @@ def setup_jax() -> None:
     logging.getLogger("jax").setLevel(logging.WARNING)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     sys.unraisablehook = _without_late_reports
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(".cache/jax").absolute()))
+    compilation_cache.keep_programs()
 
 
 def share_compiled(workdir: paths.PathLike) -> None:
@@ -102,8 +99,8 @@ def share_compiled(workdir: paths.PathLike) -> None:
     cache by a lock that all processes would wait for: a run has one program for each stage and layout.
     """
     if jax.process_count() > 1 and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        compilation_cache.reset_cache()  # what was compiled to find the others may have opened another
-        compilation_cache.set_cache_dir(str(paths.resolve(workdir) / "compiled"))
+        # What was compiled to find the others may have opened another.
+        compilation_cache.move_to(str(paths.resolve(workdir) / "compiled"))
 
 
 def _check_platforms(cause: Exception) -> None:

@@ -13,8 +13,6 @@ OWN_PATHS = {
     "data_pipelines/browse.py": "__file__",
     "data_pipelines/sources/join.py": "pathlib.Path(name)",  # a temporary directory
     "experiments/benchmarks/harness.py": "/proc/",
-    "experiments/demo.py": ".cache/jax",
-    "experiments/program.py": ".cache/jax",
     "varedit_jax/training/goodput.py": "/proc/",
     "varedit_jax/training/metrics.py": "self._local.name",
     "varedit_jax/training/profile.py": "self._local.name",

@@ -311,8 +311,7 @@ def test_several_processes_keep_compiled_steps_in_the_work_directory(
 ) -> None:
     """One process alone does not; a directory that is set is kept."""
     sets: list[str] = []
-    monkeypatch.setattr(program.compilation_cache, "set_cache_dir", sets.append)
-    monkeypatch.setattr(program.compilation_cache, "reset_cache", lambda: None)
+    monkeypatch.setattr(program.compilation_cache, "move_to", sets.append)
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     program.share_compiled(tmp_path)
     monkeypatch.setattr("jax.process_count", lambda: 2)

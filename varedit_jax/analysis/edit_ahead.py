@@ -89,8 +89,8 @@ def shapes_of(job: Job, stage: Stage) -> traffic.Shapes | None:
         keys=keys,
         stacks=frozenset(
             math.prod(leaf.sharding.shard_shape(leaf.shape))
-            for leaf in jax.tree.leaves(job.editor_params["transformer"].get("blocks", {}))
-            if leaf.ndim > 2
+            for path, leaf in jax.tree_util.tree_leaves_with_path(job.editor_params["transformer"].get("blocks", {}))
+            if "kernel" in jax.tree_util.keystr(path)
         ),
         samples=max(samples // (sizes["data"] * sizes["fsdp"]), 1),
         cache_tokens=cache.shape[3],

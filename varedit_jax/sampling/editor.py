@@ -12,6 +12,7 @@ from varedit_jax import hardware
 from varedit_jax.config import EditorConfig, RunConfig, SamplingConfig, from_dict, per_scale
 from varedit_jax.errors import UserError
 from varedit_jax.images import ImageSource, Placement, fit, read_image, restore
+from varedit_jax.parallel.compilation_cache import keep_programs
 from varedit_jax.parameters import abstract_params
 from varedit_jax.sampling import pipeline
 from varedit_jax.sampling.guidance import guided_scales
@@ -42,6 +43,7 @@ class Editor:
 
         max_batch: images that are edited together at most; 0: as many as there is memory for.
         """
+        keep_programs()
         self.config = config
         # jax.Arrays keep their sharding, which may include devices of other processes.
         placed = (jax.Array, jax.ShapeDtypeStruct)
@@ -195,11 +197,12 @@ class Editor:
           sampling: one with guidance in the same scales as those to come; the editor's own by default.
           pyramids: of the aspects; the square alone by default.
         """
+        room = pipeline.text_bucket(text_tokens, self._most_tokens)
         with pipeline.compiling() as prepare:
             for pyramid in pyramids or (editor_pyramid(self.config),):
                 for count in images:
                     fitted = np.zeros((count, *image_size(self.config, pyramid), 3), np.uint8)
-                    ids_BT, length_B = np.ones((count, text_tokens), np.int32), np.full((count,), text_tokens, np.int32)
+                    ids_BT, length_B = np.ones((count, room), np.int32), np.full((count,), text_tokens, np.int32)
                     each = self._sampling(sampling, count, pyramid)
                     self._stages(prepare, fitted, ids_BT, length_B, range(count), each, pyramid, False)
 
@@ -291,4 +294,3 @@ class Editor:
         for seed in seeds:
             if not 0 <= seed < 2**32:
                 raise UserError(f"the seed {seed} cannot be used; give a whole number from 0 to {2**32 - 1}")
-

@@ -9,16 +9,18 @@ import numpy as np
 
 from varedit_jax.config import SamplingConfig, per_scale
 
+Array = jax.Array | np.ndarray
+
 
 @flax.struct.dataclass
 class Controls:
     """What a `SamplingConfig` says, as arrays with a row per image: no program depends on their values."""
 
-    guidance_BK: jax.Array  # float32 cfg
-    without_BK: jax.Array  # float32 1 - cfg, rounded once
-    temperature_BK: jax.Array  # float32 tau
-    removed_B: jax.Array  # float32, largest probability of a bit value that top-p removes
-    greedy_B: jax.Array  # bool
+    guidance_BK: Array  # float32 cfg
+    without_BK: Array  # float32 1 - cfg, rounded once
+    temperature_BK: Array  # float32 tau
+    removed_B: Array  # float32, largest probability of a bit value that top-p removes
+    greedy_B: Array  # bool
 
 
 def controls(sampling: Sequence[SamplingConfig], scales: int) -> Controls:
@@ -28,11 +30,11 @@ def controls(sampling: Sequence[SamplingConfig], scales: int) -> Controls:
         for name in ("guidance", "temperature")
     )
     return Controls(
-        guidance_BK=np.float32(guidance_BK),
-        without_BK=np.float32(1 - guidance_BK),
-        temperature_BK=np.float32(temperature_BK),
+        guidance_BK=guidance_BK.astype(np.float32),
+        without_BK=(1 - guidance_BK).astype(np.float32),
+        temperature_BK=temperature_BK.astype(np.float32),
         # The likelier value always stays.
-        removed_B=np.float32([min(1 - config.top_p, 0.5) if config.top_p else 0 for config in sampling]),
+        removed_B=np.array([min(1 - config.top_p, 0.5) if config.top_p else 0 for config in sampling], np.float32),
         greedy_B=np.array([config.greedy for config in sampling]),
     )
 
@@ -60,8 +62,8 @@ def guided_margin(
     return margin / _column(controls.temperature_BK, scale)
 
 
-def _column(x_BK: jax.Array, scale: int) -> jax.Array:
-    return x_BK[:, scale, None, None]
+def _column(x_BK: Array, scale: int) -> jax.Array:
+    return jnp.asarray(x_BK)[:, scale, None, None]
 
 
 def choose_bits(margin_BLN: jax.Array, controls: Controls, keys_B: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ top-p, greedy and seeds are its arguments. Arrays are handed on without waiting 
 """
 
 import contextlib
+import dataclasses
 import functools
 import os
 import threading
@@ -30,7 +31,7 @@ from varedit_jax.parallel.programs import Programs, shapes_of
 from varedit_jax.sampling import sampler
 from varedit_jax.sampling.guidance import Controls, controls, guided_scales
 from varedit_jax.sampling.sampler import Drawn, Prefilled
-from varedit_jax.scales import Pyramid, image_size
+from varedit_jax.scales import Pyramid, editor_pyramid, image_size
 from varedit_jax.tokenizer.tokens import encode_images
 from varedit_jax.types import Params
 
@@ -45,7 +46,7 @@ class Stage(NamedTuple):
 
     name: StageName
     config: EditorConfig
-    pyramid: Pyramid | None  # None for texts
+    pyramid: Pyramid  # of texts, which have none, that of the square
     mesh: Mesh
     batch: int
     text_tokens: int = 0
@@ -60,7 +61,8 @@ class Stage(NamedTuple):
         return f"scale {self.scale}" if self.name == "scale" else self.name
 
 
-class Source(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Source:
     """Encoded images."""
 
     features_BhwZ: jax.Array
@@ -68,7 +70,8 @@ class Source(NamedTuple):
     pyramid: Pyramid
 
 
-class Text(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Text:
     """Encoded instructions."""
 
     features_BTE: jax.Array
@@ -76,7 +79,8 @@ class Text(NamedTuple):
     count: int
 
 
-class Pairs(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Pairs:
     """Sources with instructions, as the transformer has seen them."""
 
     prefilled: Prefilled
@@ -238,7 +242,7 @@ def encode_source(run: Run, params: Params, images: np.ndarray, config: EditorCo
 def encode_text(run: Run, params: Params, ids_BT: np.ndarray, length_B: np.ndarray, config: EditorConfig) -> Text:
     """Encodes instructions as token ids, padded, with their lengths. `params`: of the text encoder."""
     mesh = jax.sharding.get_mesh()
-    stage = Stage("text", config, None, mesh, bucket(mesh, len(ids_BT)), ids_BT.shape[1])
+    stage = Stage("text", config, editor_pyramid(config), mesh, bucket(mesh, len(ids_BT)), ids_BT.shape[1])
     length_B = _rows(length_B, stage.batch)
     return Text(run(stage, params, _rows(ids_BT, stage.batch), length_B), length_B, len(ids_BT))
 
@@ -249,6 +253,8 @@ def prefill(run: Run, params: Params, source: Source, text: Text, config: Editor
     `params`: of the transformer. `guided`: with the unconditional half that guidance needs.
     """
     mesh, count = jax.sharding.get_mesh(), max(source.count, text.count)
+    if min(source.count, text.count) not in (1, count):
+        raise UserError(f"{source.count} sources and {text.count} instructions: give one of either, or as many of both")
     batch = bucket(mesh, count)
     stage = Stage("prefill", config, source.pyramid, mesh, batch, text.features_BTE.shape[1], guided=guided)
     rows_2B = np.stack([_places(values.count, batch) for values in (source, text)])
@@ -271,6 +277,8 @@ def sample(
     """
     mesh, pyramid = jax.sharding.get_mesh(), pairs.pyramid
     batch, last = bucket(mesh, len(seeds)), guided_scales(sampling, pyramid.scales)
+    if pairs.count not in (1, len(seeds)):
+        raise UserError(f"{len(seeds)} seeds for {pairs.count} pairs: give one of each, or seeds for a single pair")
     if last and not pairs.guided:
         raise UserError(
             f"guidance is {[config.guidance for config in sampling]}, but the pairs were prefilled without the "

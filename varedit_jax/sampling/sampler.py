@@ -130,7 +130,7 @@ def sample_scale(
     bits_BLN = choose_bits(margin_BLN, controls, scale_keys_B)
     bits_BhwZ = quantizer.to_cells(bits_BLN, pyramid.grids[scale], config.patchify)
     accumulated_BhwZ = quantizer.accumulate(drawn.accumulated_BhwZ, bits_BhwZ, cells)
-    return Drawn(prefilled.replace(caches=caches), accumulated_BhwZ), bits_BhwZ, logits
+    return Drawn(Prefilled(prefilled.text, caches), accumulated_BhwZ), bits_BhwZ, logits
 
 
 def _model(config: EditorConfig, pyramid: Pyramid) -> Transformer:

@@ -471,8 +471,8 @@ class SelfAttention(nn.Module):
 
         kernel = choose(config.attention, head_size, dtype)
         if cache is not None and layer is not None and scale is not None:
-            new = (x[:, :, :tokens] for x in (q, k, v))
-            attended_BHLD = scale_attention(*new, cache, layer, self.visibility, scale, kernel)
+            q, k, v = (x[:, :, :tokens] for x in (q, k, v))
+            attended_BHLD = scale_attention(q, k, v, cache, layer, self.visibility, scale, kernel)
             output_BHLD = _padded(attended_BHLD, x_BLC.shape[1])
         else:
             output_BHLD = self_attention(q, k, v, self.visibility, tokens, kernel, remat=config.remat != "none")

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from varedit_jax.config import TransformerConfig
 from varedit_jax.parallel.constrain import constrain, gather_tokens, scatter_tokens, tokens_between_blocks
 from varedit_jax.parallel.mesh import BATCH
-from varedit_jax.transformer.attention import CrossAttention, Cache, SelfAttention, Visibility, kernel_init
+from varedit_jax.transformer.attention import Cache, CrossAttention, SelfAttention, Visibility, kernel_init
 from varedit_jax.transformer.kernels import apart
 from varedit_jax.transformer.products import Dense
 
@@ -95,9 +95,7 @@ class Block(nn.Module):
             return jnp.where(keep, branch_BLC / (1 - drop_rate), 0)
 
         attention = SelfAttention(config, self.visibility, name="self_attention")
-        h_BLC, k, v = attention(
-            plain_norm()(x_BLC) * (1 + scale1) + shift1, rotation_2LD, cache, layer, self.scale
-        )
+        h_BLC, k, v = attention(plain_norm()(x_BLC) * (1 + scale1) + shift1, rotation_2LD, cache, layer, self.scale)
         x_BLC += drop_path(h_BLC.astype(jnp.float32) * gamma1)
 
         cross_norm = nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, name="cross_norm")

@@ -1,7 +1,5 @@
 """The transformer of VAREdit: sequence, blocks, head; teacher-forced or scale by scale (model.md, sections 4 to 6)."""
 
-from typing import Any
-
 import flax.linen as nn
 import flax.struct
 import jax

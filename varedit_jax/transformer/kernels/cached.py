@@ -5,6 +5,7 @@ are read that have been written.
 """
 
 import functools
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -78,26 +79,30 @@ def by_cudnn(
     layer: jax.Array,
     *,
     seen: int,
-    implementation: str = "cudnn",
+    implementation: Literal["xla", "cudnn"] = "cudnn",
 ) -> jax.Array:
     """`by_parts` by two calls of cuDNN, joined by their log-sum-exps. `implementation`: as of cudnn.full_attention."""
     batch = q_BHLD.shape[0]
     # The whole layer with a length: its first tokens alone would be a copy.
-    before = [_of_layer(x, layer, x.shape[3]) for x in (cache_k, cache_v)]
+    keys, values = (_of_layer(x, layer, x.shape[3]) for x in (cache_k, cache_v))
+    seen_B = jnp.full((batch,), seen, jnp.int32)
     outputs, sums = [], []
-    for k, v, length in ((*before, seen), (k_BHLD, v_BHLD, None)):
-        arrays_BLHD = [jnp.swapaxes(x, 1, 2) for x in (q_BHLD, k, v)]
+    parts: list[tuple[jax.Array, jax.Array, jax.Array | None]] = [(keys, values, seen_B), (k_BHLD, v_BHLD, None)]
+    for k, v, length_B in parts:
+        q_BLHD, k_BMHD, v_BMHD = (jnp.swapaxes(x, 1, 2) for x in (q_BHLD, k, v))
         out_BLHD, sum_BLH = jax.nn.dot_product_attention(
-            *arrays_BLHD,
+            q_BLHD,
+            k_BMHD,
+            v_BMHD,
             scale=1.0,
-            key_value_seq_lengths=None if length is None else jnp.full((batch,), length, jnp.int32),
-            implementation=implementation,  # type: ignore[arg-type]
+            key_value_seq_lengths=length_B,
+            implementation=implementation,
             return_residual=True,
         )
         outputs.append(out_BLHD.astype(jnp.float32))
         sums.append(sum_BLH.astype(jnp.float32)[..., None])
     total = jnp.logaddexp(*sums)
-    out_BLHD = sum(out * jnp.exp(part - total) for out, part in zip(outputs, sums, strict=True))
+    out_BLHD = outputs[0] * jnp.exp(sums[0] - total) + outputs[1] * jnp.exp(sums[1] - total)
     return jnp.swapaxes(out_BLHD, 1, 2).astype(q_BHLD.dtype)
 
 
@@ -181,11 +186,27 @@ def _heads_at_once(heads: int, rows: int, keys: int, head_size: int, itemsize: i
     """Returns how many heads a step works on: as many as fit, for a step of few queries takes longer to begin."""
     blocks = 2 * (2 * rows + 2 * keys + 2 * BLOCK) * head_size * itemsize  # twice: the next ones are on their way
     scores = 2 * rows * BLOCK * 4 + rows * (2 * LANES + head_size) * 4
-    return max(size for size in range(1, heads + 1) if heads % size == 0 and (size == 1 or size * (blocks + scores) <= _VMEM))
+    return max(
+        size for size in range(1, heads + 1) if heads % size == 0 and (size == 1 or size * (blocks + scores) <= _VMEM)
+    )
 
 
-def _kernel(  # type: ignore[no-untyped-def]
-    layer, q_ref, k_ref, v_ref, cache_k_ref, cache_v_ref, out_ref, top_ref, sum_ref, acc_ref, *, seen, before, own, tokens
+def _kernel(
+    layer: Any,
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    cache_k_ref: Any,
+    cache_v_ref: Any,
+    out_ref: Any,
+    top_ref: Any,
+    sum_ref: Any,
+    acc_ref: Any,
+    *,
+    seen: int,
+    before: int,
+    own: int,
+    tokens: int,
 ) -> None:
     """One block of queries of some heads, and one of keys: those of the cache come first."""
     del layer
@@ -197,11 +218,9 @@ def _kernel(  # type: ignore[no-untyped-def]
         sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
         acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
 
-    def add(k, v, first, real) -> None:  # type: ignore[no-untyped-def]
+    def add(k: jax.Array, v: jax.Array, first: jax.Array, real: int) -> None:
         """The keys from `first` on, of which those before `real` are there."""
-        scores = jax.lax.dot_general(
-            q_ref[0], k, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32
-        )
+        scores = jax.lax.dot_general(q_ref[0], k, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32)
         place = first + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 2)
         scores = jnp.where(place < real, scores, _NOTHING)
         top = jnp.maximum(top_ref[:, :, :1], jnp.max(scores, axis=2, keepdims=True))
