@@ -148,8 +148,7 @@ def to_heads(x_BLC: jax.Array, kernel: jax.Array, config: TransformerConfig) -> 
     The plain one is written in that order by the matmul itself, where that is the faster way.
     """
     width, shape = kernel.shape[0], (config.heads, config.head_size)
-    import os
-    if not os.environ.get("EB_ROWS") and _is_plain(config) and matmuls_order_heads() and not (kernel.ndim == 2 and scatters_matrices()):
+    if _is_plain(config) and matmuls_order_heads() and not (kernel.ndim == 2 and scatters_matrices()):
         function = _to_heads_by_matrix if scatters_matrices() else _to_heads
         return function(x_BLC, kernel.reshape(width, *shape).astype(x_BLC.dtype))
     return jnp.swapaxes(_rows(x_BLC, kernel, config).reshape(*x_BLC.shape[:2], *shape), 1, 2)
