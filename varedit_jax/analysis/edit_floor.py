@@ -89,7 +89,9 @@ def _transformer(stage: Stage, params: Params, features: int) -> Floor:
     operations = (
         depth * queries * 2 * 14 * width**2 + 4 * width * sum(pairs) + depth * 4 * width * queries * text_tokens
     )
-    operations += 2 * width * (6 if filling else 8) * width + queries * 2 * config.token_bits * width
+    operations += 2 * width * (6 if filling else 8) * width  # modulation
+    if filling or stage.scale > 0:  # scale 0 begins with the text
+        operations += queries * 2 * config.token_bits * width
     if filling:
         operations += depth * 4 * width**2 * text_tokens
         operations += text_tokens * (4 * config.text_width * width + 4 * width) + 2 * width**2

@@ -35,7 +35,7 @@ def scheduled(module: Module) -> Iterator[tuple[str, Instruction, int]]:
 def moved(module: Module, name: str, instruction: Instruction) -> int:
     """Bytes of HBM that one run of an instruction of the computation `name` reads and writes."""
     opcode = instruction.opcode
-    if opcode in _SILENT or opcode.endswith("-done") or "ConcatBitcast" in instruction.text:
+    if opcode in _SILENT or opcode.endswith("-done") or _is_place(instruction):
         return 0
     operands = [module.computations[name][operand].results for operand in instruction.operands]
     if opcode.endswith("-start") and opcode.removesuffix("-start") not in compiled.KINDS:  # of a copy or a slice
@@ -53,6 +53,12 @@ def moved(module: Module, name: str, instruction: Instruction) -> int:
     if opcode == "dynamic-update-slice":
         return 2 * _in_hbm(operands[1][0]) if instruction.results[0].memory == 0 else _in_hbm(operands[1][0])
     return written + sum(_in_hbm(x) for found in operands for x in found)
+
+
+def _is_place(instruction: Instruction) -> bool:
+    """Returns True for a call that only gives memory a name."""
+    names = ("ConcatBitcast", "AllocateBuffer")
+    return instruction.opcode == "custom-call" and any(f'custom_call_target="{x}"' in instruction.text for x in names)
 
 
 def is_kernel(instruction: Instruction) -> bool:
