@@ -145,11 +145,12 @@ class Job:
     def largest_stages(self) -> list[str]:
         """Titles of the stages of which one needs the most memory.
 
-        The last scale has the most tokens; a scale whose unconditional half is dropped copies the other half. All
-        others write in the place of what they are given.
+        The last scale has the most tokens; a scale whose unconditional half is dropped copies the other half. Other
+        scales write in the place of what they are given. The tokenizer's encoder needs less than its decoder, and the
+        text encoder less than the transformer does.
         """
-        stages = [stage for stage, _, _ in self.stages.values() if stage.name != "begin"]
-        return [stage.title for stage in stages if stage.name != "scale" or stage.again]
+        stages = [stage for stage, _, _ in self.stages.values()]
+        return [x.title for x in stages if x.name in ("prefill", "decode") or (x.name == "scale" and x.again)]
 
     def lower(self) -> Any:
         """Traces the program; `compile` of what it returns compiles it."""

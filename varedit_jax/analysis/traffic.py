@@ -203,7 +203,7 @@ def scores(module: Module, shapes: Shapes) -> list[str]:
     sizes = {shapes.keys, shapes.keys - shapes.queries, shapes.queries, shapes.cache_tokens}
     sizes = {-(-size // unit) * unit for size in sizes for unit in (1, 128, cached.BLOCK) if size > 0}
     columns = sizes - {shapes.head_size}
-    rows = {-(-shapes.queries // unit) * unit for unit in (1, 16, min(shapes.queries, cached.BLOCK))}
+    rows = {-(-shapes.queries // unit) * unit for unit in (1, 16, min(shapes.queries, cached.QUERIES))}
     found = {}
     for instruction, _, _ in module.instructions():
         for array in instruction.results:
@@ -230,7 +230,7 @@ def whole_stacks(module: Module, shapes: Shapes) -> list[str]:
         if instruction.opcode not in ("convert", "copy", "transpose", "copy-start"):
             continue
         array = instruction.results[0]
-        if array.size in shapes.stacks and array.shape[:1] == (shapes.layers,):
+        if shapes.layers > 1 and array.size in shapes.stacks and array.shape[:1] == (shapes.layers,):
             kind = instruction.opcode.removesuffix("-start")
             found.append(f"{kind} {array.dtype}{list(array.shape)} {array.bytes * times:,} bytes {instruction.op_name}")
     return found

@@ -142,13 +142,19 @@ def _to_heads_backward(saved: tuple[jax.Array, jax.Array], gradient_BHLD: jax.Ar
 _to_heads_by_matrix.defvjp(lambda x, kernel: (_to_heads(x, kernel), (x, kernel)), _to_heads_backward)
 
 
+def _few_rows(x_BLI: Any, kernel_IO: jax.Array) -> bool:
+    """Returns True where turning tokens moves less than turning a matrix: for the scales of an edit, never in training."""
+    return x_BLI.shape[0] * x_BLI.shape[1] < len(kernel_IO)
+
+
 def to_heads(x_BLC: jax.Array, kernel: jax.Array, config: TransformerConfig) -> jax.Array:
     """`product` with a kernel [C, H, D] or a matrix [C, H D]: [B, H, L, D].
 
     The plain one is written in that order by the matmul itself, where that is the faster way.
     """
     width, shape = kernel.shape[0], (config.heads, config.head_size)
-    if _is_plain(config) and matmuls_order_heads() and not (kernel.ndim == 2 and scatters_matrices()):
+    as_rows = kernel.ndim == 2 and (scatters_matrices() or _few_rows(x_BLC, kernel))
+    if _is_plain(config) and matmuls_order_heads() and not as_rows:
         function = _to_heads_by_matrix if scatters_matrices() else _to_heads
         return function(x_BLC, kernel.reshape(width, *shape).astype(x_BLC.dtype))
     return jnp.swapaxes(_rows(x_BLC, kernel, config).reshape(*x_BLC.shape[:2], *shape), 1, 2)
@@ -169,7 +175,8 @@ def to_keys_and_values(x_BLC: jax.Array, kernel_C2HD: jax.Array, config: Transfo
 
 def from_heads(x_BHLD: jax.Array, kernel_IC: jax.Array, config: TransformerConfig) -> jax.Array:
     """`product` of all heads with a matrix [H D, C]: [B, L, C]."""
-    if _is_plain(config) and matmuls_order_heads() and not scatters_matrices():
+    rows_BLI = jax.ShapeDtypeStruct((x_BHLD.shape[0], x_BHLD.shape[2], len(kernel_IC)), x_BHLD.dtype)
+    if _is_plain(config) and matmuls_order_heads() and not (scatters_matrices() or _few_rows(rows_BLI, kernel_IC)):
         kernel_HDC = kernel_IC.reshape(config.heads, config.head_size, -1)
         return jnp.einsum("bhld,hdc->blc", x_BHLD, kernel_HDC.astype(x_BHLD.dtype))
     return product(_rows_of_heads(x_BHLD), kernel_IC, config)

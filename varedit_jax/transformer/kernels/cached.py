@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-BLOCK = 512  # keys of the cache that a step of the TPU's kernel reads, and most of its queries
+BLOCK = 512  # keys of the cache that a step of the TPU's kernel reads
+QUERIES = 1024  # of a step at most; each block of them reads all keys
 LANES = 128  # rows that lengths are padded to on TPUs
 _VMEM = 8 * 2**20  # bytes of blocks and scores in a step, of 16 MiB
 _NOTHING = -1e30  # score of a key that is not there
@@ -122,7 +123,7 @@ def by_pallas(
     M has to be a multiple of BLOCK (`cache_tokens`). interpret: as ordinary operations, on any platform.
     """
     batch, heads, tokens, head_size = q_BHLD.shape
-    rows = min(-(-tokens // 16) * 16, BLOCK)
+    rows = min(-(-tokens // 16) * 16, QUERIES)
     keys = min(-(-tokens // LANES) * LANES, BLOCK)
     q_BHLD, k_BHLD, v_BHLD = (
         jnp.pad(x, ((0, 0), (0, 0), (0, -tokens % size), (0, 0)))
