@@ -3,23 +3,22 @@
     python -m experiments.compile_edit --preset=8b --topology=v6e:1x1
     python -m experiments.compile_edit --preset=8b --pixels=1024 --topology=v6e:2x2 --mesh=tensor=4 --memory_only
 
-The weights are abstract, in the types that they are kept in for editing: matrices of the blocks and the text encoder in
---dtype, all else float32. Each stage (source, text, prefill, begin, every scale, decode) is a program of its own, and is
-compiled by itself, so that any of them can be asked for by --stages, such as --stages=prefill,last. This runs on any CPU
-with libtpu (pip install 'varedit-jax[tpu]').
+The weights are abstract, in the types that they are kept in for editing: matrices of the blocks and the text encoder
+in --dtype, all else float32. Each stage (source, text, prefill, begin, every scale, decode) is a program of its own and
+is compiled by itself; --stages=prefill,last are two of them. This runs on any CPU with libtpu
+(pip install 'varedit-jax[tpu]').
 
 Per stage: memory of a device (the program's, and the weights that lie beside it), operations and bytes of all devices
 together as the compiled program has them, and the floor of both by formula (varedit_jax/analysis/edit_floor.py). Then
-what of the stage would be in the way of speed: arrays of queries x keys in float32, conversions or copies of the weights
-of all layers at once, copies of caches. --memory_only ends each compilation before code is generated, which takes most of
-its time; only the compiler's estimate of the seconds is missing then.
+what would be in the way of speed: arrays of queries x keys in float32, conversions or copies of the weights of all
+layers at once, copies of caches. --memory_only ends each compilation before code is generated, which takes most of its
+time; only the compiler's estimate of the seconds is missing then.
 
 --max_hbm_gib, --max_operations, --max_weight_reads and --strict are bounds: beyond one, or where a stage does not fit,
 the figures are printed all the same, then a sentence, and the exit code is 1.
 """
 
 import dataclasses
-import json
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # or JAX looks for the TPU that libtpu compiles for
@@ -138,8 +137,8 @@ def _sums(total: StepFigures) -> list[str]:
     part, floor = total["transformer"], total["floor"]
     needed = "more than there is" if total["needed_gib"] is None else f"{total['needed_gib']:.2f} GiB"
     lines = [
-        f"{total['stages']} of {total['of_stages']} stages; weights {total['weights_gib']:.2f} GiB a device, the fullest "
-        f"stage {needed} of {total['hbm_gib']:.2f}; floor {floor['tflop']:.2f} TFLOP, {floor['gb']:.1f} GB, "
+        f"{total['stages']} of {total['of_stages']} stages; weights {total['weights_gib']:.2f} GiB a device, the "
+        f"fullest stage {needed} of {total['hbm_gib']:.2f}; floor {floor['tflop']:.2f} TFLOP, {floor['gb']:.1f} GB, "
         f"{floor['seconds']:.3f} s"
     ]
     if "gb" in total:
@@ -148,8 +147,8 @@ def _sums(total: StepFigures) -> list[str]:
         )
     if "gb_to_reads" in part:
         lines.append(
-            f"transformer, {part['stages']} stages: {part['tflop']:.2f} TFLOP, {part['tflop_to_floor']:.3f} of the formula's; "
-            f"{part['gb']:.1f} GB, {part['gb_to_reads']:.3f} of {part['stages']} reads of its weights "
+            f"transformer, {part['stages']} stages: {part['tflop']:.2f} TFLOP, {part['tflop_to_floor']:.3f} of the "
+            f"formula's; {part['gb']:.1f} GB, {part['gb_to_reads']:.3f} of {part['stages']} reads of its weights "
             f"({part['reads_of_all_weights_gb']:.1f} GB)"
         )
     if "estimated_s" in total:

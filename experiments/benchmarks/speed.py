@@ -149,7 +149,7 @@ def _line(row: Row) -> str:
 
 def _stages(row: Row) -> str:
     """Returns the stages of an edit as a table in Markdown."""
-    head = ("stage", "first call, s", "median ms (min, quartiles)", "TFLOP", "GB", "floor, ms", "of the floor", "GiB planned")
+    head = ("stage", "first call, s", "median ms (min, quartiles)", "TFLOP", "GB", "floor, ms", "of the floor", "GiB")
     lines = []
     for stage in row["stages"]:
         low, high = (1e3 * seconds for seconds in stage["quartiles_s"])
@@ -167,8 +167,8 @@ def _stages(row: Row) -> str:
             ]
         )
     return (
-        f"\nstages of an edit of {row['batch']}, waiting for each; weights {row['weights_gib']:.3g} GiB; TFLOP and GB are "
-        f"what it takes at least, by formula\n\n{harness.table(head, lines)}\n"
+        f"\nstages of an edit of {row['batch']}, waiting for each; weights {row['weights_gib']:.3g} GiB; TFLOP and GB "
+        f"are what it takes at least, by formula\n\n{harness.table(head, lines)}\n"
     )
 
 

@@ -65,7 +65,7 @@ class Benchmark:
         return row | self._measured[run]
 
     def edit(self, batch: int) -> Row:
-        """A complete edit of `batch` images, from pixels to pixels, on the first device, and its `stages` one by one."""
+        """A complete edit of `batch` images, from pixels to pixels, on the first device, and its `stages`."""
         return {"what": "edit", "batch": batch} | _guarded(lambda: self._edit(batch))
 
     def attention(self) -> Iterator[Row]:

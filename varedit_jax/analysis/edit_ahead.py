@@ -139,8 +139,8 @@ def check(
     Args:
       rows, total: of `compile_stages` and `total`.
       max_hbm_gib: of the fullest stage.
-      max_operations, max_weight_reads: of the transformer's stages, as shares of the floor's operations and of the bytes
-        of its weights once for each stage.
+      max_operations, max_weight_reads: of the transformer's stages, as shares of the floor's operations and of the
+        bytes of its weights once for each stage.
       strict: True if nothing of `IN_THE_WAY` may be there, and prefill and scales must have kernels.
     """
     for row in rows:
@@ -168,7 +168,7 @@ def check(
                 raise UserError(f"{row['stage']} has {name.replace('_', ' ')}, which --strict refuses: {row[name][0]}")
         if "scores" in row and not row["kernel_calls"]:
             raise UserError(
-                f"{row['stage']} calls no kernel, which --strict refuses; give --config.model.transformer.attention=auto"
+                f"{row['stage']} calls no kernel, which --strict refuses; its heads need a multiple of 128 channels"
             )
 
 

@@ -1,7 +1,7 @@
 """What a compiled program moves between HBM and its cores, and the large arrays that it should not make.
 
 Bytes are those that the instructions of the schedule read and write, without padding: arrays in a chip's own memory do
-not count, an instruction that slices an array reads the slice, and one that updates an array in place writes the update.
+not count, an instruction that slices an array reads the slice, and one that updates it in place writes the update.
 """
 
 import dataclasses

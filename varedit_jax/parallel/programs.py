@@ -57,7 +57,7 @@ class Programs:
         return shapes_of(arguments) in self._programs
 
     def compiled(self, *arguments: Any) -> jax.stages.Compiled:
-        """Returns the program of arguments of these shapes. Waits for one that is being compiled, and raises its failure."""
+        """Returns the program of such arguments. Waits for one that is being compiled, and raises its failure."""
         self.prepare(*arguments)
         program: jax.stages.Compiled = self._programs[shapes_of(arguments)].result()
         return program

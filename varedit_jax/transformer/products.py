@@ -143,7 +143,7 @@ _to_heads_by_matrix.defvjp(lambda x, kernel: (_to_heads(x, kernel), (x, kernel))
 
 
 def _few_rows(x_BLI: Any, kernel_IO: jax.Array) -> bool:
-    """Returns True where turning tokens moves less than turning a matrix: for the scales of an edit, never in training."""
+    """Returns True where turning tokens moves less than turning a matrix: in the scales of an edit."""
     return x_BLI.shape[0] * x_BLI.shape[1] < len(kernel_IO)
 
 

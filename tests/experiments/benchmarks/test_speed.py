@@ -63,7 +63,7 @@ def test_figures(answers):
 
 
 def test_stages_of_an_edit(answers):
-    """Each with its first call, which compiles, the later ones, memory, and the floor: in the figures and in a table."""
+    """Each has its first call, which compiles, the later ones, memory, and the floor: as figures and in a table."""
     stages = answers[1]["rows"][1]["stages"]
     names = ["source", "text", "prefill", "begin", "scale 0", "scale 1", "scale 2", "decode"]
     assert [row["stage"] for row in stages] == names
@@ -72,7 +72,8 @@ def test_stages_of_an_edit(answers):
         assert row["repeats"] == 2 and row["planned_gib"] > 0 and "floor_s" not in row  # the CPU's speed is not known
         assert row["floor_tflop"] > 0 and row["floor_gb"] > 0 or row["stage"] == "begin"
     table = answers[0]["good"][1].partition("stages of an edit of 1, waiting for each")[2]
-    assert [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| ")][2:] == [f"| {x}" for x in names]
+    lines = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| ")]
+    assert lines[2:] == [f"| {name}" for name in names]
 
 
 def test_stages_beside_the_floor_of_a_known_chip():

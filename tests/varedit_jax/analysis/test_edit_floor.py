@@ -1,4 +1,4 @@
-"""The floor of an edit's stages: operations as the traced stages have them, and as training's formula; bytes by hand."""
+"""The floor of an edit's stages: operations as the traced stages and training have them; bytes by hand."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Bytes that a compiled program moves, and the arrays it should not make, on a text as the TPU's compiler writes them."""
+"""Bytes that a compiled program moves, and arrays it should not make, on a text as the TPU's compiler writes it."""
 
 import pathlib
 
@@ -8,7 +8,14 @@ from varedit_jax.analysis import hlo, traffic
 
 TEXT = (pathlib.Path(__file__).parents[2] / "data" / "hlo" / "edit.txt").read_text()
 SHAPES = traffic.Shapes(
-    layers=4, stacks=frozenset({4 * 256 * 512}), heads=2, head_size=128, queries=16, keys=500, samples=2, cache_tokens=512
+    layers=4,
+    stacks=frozenset({4 * 256 * 512}),
+    heads=2,
+    head_size=128,
+    queries=16,
+    keys=500,
+    samples=2,
+    cache_tokens=512,
 )
 STACK, CACHE = 4 * 256 * 512, 4 * 2 * 2 * 512 * 128
 
