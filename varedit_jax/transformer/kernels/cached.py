@@ -9,8 +9,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 BLOCK = 512  # keys of the cache that a step of the TPU's kernel reads, and most of its queries
 LANES = 128  # rows that lengths are padded to on TPUs
@@ -121,6 +119,10 @@ def by_pallas(
 
     M has to be a multiple of BLOCK (`cache_tokens`). interpret: as ordinary operations, on any platform.
     """
+    # Here, for their import takes half a second, and no other platform needs them.
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
     batch, heads, tokens, head_size = q_BHLD.shape
     rows = min(-(-tokens // 16) * 16, BLOCK)
     keys = min(-(-tokens // LANES) * LANES, BLOCK)
@@ -197,6 +199,8 @@ def _kernel(
     tokens: int,
 ) -> None:
     """One block of queries of some heads, and one of keys: those of the cache come first."""
+    from jax.experimental import pallas as pl
+
     del layer
     step = pl.program_id(3)
 
