@@ -8,14 +8,16 @@ program is for the kind of device, and the kind of CPU, that it was compiled on.
 import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import importlib.resources
 import os
 import pickle
+import threading
 import zlib
 from typing import Any
 
 import jax
-import jaxlib
+import jax.monitoring
 from jax.experimental import serialize_executable
 
 from varedit_jax.parallel import compilation_cache
@@ -32,6 +34,18 @@ _SETTINGS = (
     "jax_disable_most_optimizations",
     "jax_exec_time_optimization_effort",
 )
+
+_compiling = threading.local()
+
+
+def _listen(event: str, **more: Any) -> None:
+    """Notes in the thread that compiles that JAX's cache had the program."""
+    del more
+    if event == "/jax/compilation_cache/cache_hits":
+        _compiling.from_cache = True
+
+
+jax.monitoring.register_event_listener(_listen)
 
 
 def key_of(*parts: Any) -> str:
@@ -50,7 +64,7 @@ def key_of(*parts: Any) -> str:
 @functools.cache
 def _source() -> str:
     """A digest of the package's code, and of the versions of what it runs on."""
-    digest = hashlib.sha256(f"{jax.__version__} {jaxlib.__version__}".encode())
+    digest = hashlib.sha256(f"{jax.__version__} {importlib.metadata.version('jaxlib')}".encode())
     with importlib.resources.as_file(importlib.resources.files("varedit_jax")) as root:
         for path in sorted(root.rglob("*.py")):
             digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
@@ -80,18 +94,22 @@ def load(key: str) -> jax.stages.Compiled | None:
         return None
 
 
-def save(key: str, program: jax.stages.Compiled) -> None:
-    """Keeps a program, where the backend can write it down and the disk has room."""
+def compile_and_save(key: str, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles a program, and keeps it where the backend can write it down and the disk has room."""
+    _compiling.from_cache = False
+    program = lowered.compile()
     path = _path(key)
-    if path is None:
-        return
+    # What JAX's cache has loaded cannot be written down again: on CPUs (jaxlib 0.10.2) it then misses functions.
+    if path is None or _compiling.from_cache:
+        return program
     try:
         data = pickle.dumps(serialize_executable.serialize(program))
         files.make_directory(path.parent)
         files.write_bytes(path, data)
         _make_room(path.parent)
     except Exception:  # a program that is not kept is compiled again
-        return
+        pass
+    return program
 
 
 def _path(key: str) -> Any:

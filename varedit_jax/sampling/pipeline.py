@@ -166,9 +166,7 @@ class _ToKeep:
     key: str
 
     def compile(self) -> jax.stages.Compiled:
-        program = self.lowered.compile()
-        stored_programs.save(self.key, program)
-        return program
+        return stored_programs.compile_and_save(self.key, self.lowered)
 
 
 _lock = threading.Lock()

@@ -5,10 +5,18 @@ are read that have been written.
 """
 
 import functools
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
+
+from varedit_jax.lazy import LazyModule
+
+if TYPE_CHECKING:
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+else:
+    pl, pltpu = LazyModule("jax.experimental.pallas"), LazyModule("jax.experimental.pallas.tpu")
 
 BLOCK = 512  # keys of the cache that a step of the TPU's kernel reads, and most of its queries
 LANES = 128  # rows that lengths are padded to on TPUs
@@ -119,10 +127,6 @@ def by_pallas(
 
     M has to be a multiple of BLOCK (`cache_tokens`). interpret: as ordinary operations, on any platform.
     """
-    # Here, for their import takes half a second, and no other platform needs them.
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import tpu as pltpu
-
     batch, heads, tokens, head_size = q_BHLD.shape
     rows = min(-(-tokens // 16) * 16, BLOCK)
     keys = min(-(-tokens // LANES) * LANES, BLOCK)
@@ -199,8 +203,6 @@ def _kernel(
     tokens: int,
 ) -> None:
     """One block of queries of some heads, and one of keys: those of the cache come first."""
-    from jax.experimental import pallas as pl
-
     del layer
     step = pl.program_id(3)
 
