@@ -7,7 +7,7 @@ default.
 """
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -15,8 +15,13 @@ from experiments import program
 from experiments.configs import shapes
 from varedit_jax import command, images
 from varedit_jax.config import SamplingConfig
-from varedit_jax.conversion import convert
+from varedit_jax.lazy import LazyModule
 from varedit_jax.sampling.editor import Editor
+
+if TYPE_CHECKING:
+    from varedit_jax.conversion import convert
+else:
+    convert = LazyModule("varedit_jax.conversion.convert")
 
 _CHECKPOINT = command.DEFINE_path("checkpoint", shapes.SHIPPED, "directory of weights, or of a training run")
 _IMAGE = command.DEFINE_path("image", None, "image to edit", required=True)

@@ -30,6 +30,7 @@ os.environ |= {
     "JAX_COMPILATION_CACHE_DIR": str(_ROOT / ".cache" / "jax" / _cpu_fingerprint()),
     "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),  # a bounded cache is a locked one: processes can share it
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    "VAREDIT_CACHE": "",  # what is compiled by a test is compiled in it
     "TFDS_DATA_DIR": os.path.join(_SCRATCH.name, "tfds"),
     "HF_HOME": os.path.join(_SCRATCH.name, "huggingface"),
     "HF_HUB_OFFLINE": "1",

@@ -17,7 +17,7 @@ def directory() -> str:
 def keep_programs() -> None:
     """Sets the directory of JAX's compilation cache, unless one is set already, or none is wanted."""
     where = directory()
-    if not where or jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR, too
+    if not where or jax.config.values["jax_compilation_cache_dir"]:  # JAX_COMPILATION_CACHE_DIR, too
         return
     jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.abspath(where), "compiled"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:

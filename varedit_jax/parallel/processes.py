@@ -13,19 +13,24 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from itertools import combinations, count
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from jax._src import clusters
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
 
 from varedit_jax.causes import exit_code
 from varedit_jax.errors import TemporaryError, UserError
+from varedit_jax.lazy import LazyModule
 from varedit_jax.parallel.roll_call import call_roll
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
+else:
+    ocp = LazyModule("orbax.checkpoint")
 
 # After it a silent process counts as gone. A thread of its own answers, while the process compiles or waits, too.
 _HEARTBEAT_SECONDS = 100

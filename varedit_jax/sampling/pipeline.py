@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from varedit_jax.config import EditorConfig, SamplingConfig
 from varedit_jax.errors import UserError
+from varedit_jax.parallel import stored_programs
 from varedit_jax.parallel.compiler_options import jit_everywhere
 from varedit_jax.parallel.constrain import batch_only
 from varedit_jax.parallel.mesh import BATCH, replicated, whole_batch
@@ -107,16 +108,36 @@ class Program:
         self._function, self._donated = _function(stage)
         self._jitted = jit_everywhere(self._function, donate_argnums=self._donated)
         self._known: dict[Any, tuple[Any, Any]] = {}
-        self.run = Programs(f"edit, {stage.title}", self.lower, stage.mesh)
+        self._stored: dict[Any, jax.stages.Compiled | None] = {}
+        self.run = Programs(f"edit, {stage.title}", self._lower, stage.mesh)
 
     def results(self, *arguments: Any) -> Any:
         """Abstract results for arguments, which may be abstract."""
-        return self._for(arguments)[1]
+        stored = self._load(arguments)
+        return stored.out_info if stored else self._for(arguments)[1]
 
     def lower(self, *arguments: Any) -> jax.stages.Lowered:
         """Traces the program for arguments, which may be abstract."""
         lowered: jax.stages.Lowered = self._for(arguments)[0].lower(*arguments)
         return lowered
+
+    def _lower(self, *arguments: Any) -> Any:
+        """What `compile` of it gives the program: lowered, or read from the disk."""
+        stored = self._load(arguments)
+        if stored:
+            return _Ready(stored)
+        lowered = self.lower(*arguments)
+        return _ToKeep(lowered, self._key(arguments)) if self._stage.mesh.empty else lowered
+
+    def _load(self, arguments: tuple[Any, ...]) -> jax.stages.Compiled | None:
+        """The program for arguments of these shapes from the disk; those of meshes are not kept there."""
+        shapes = shapes_of(arguments)
+        if shapes not in self._stored:
+            self._stored[shapes] = stored_programs.load(self._key(arguments)) if self._stage.mesh.empty else None
+        return self._stored[shapes]
+
+    def _key(self, arguments: tuple[Any, ...]) -> str:
+        return stored_programs.key_of(self._stage, shapes_of(arguments))
 
     def _for(self, arguments: tuple[Any, ...]) -> tuple[Any, Any]:
         key = shapes_of(arguments)
@@ -134,6 +155,23 @@ class Program:
         more: dict[str, Any] = {"donate_argnums": self._donated, "out_shardings": places}
         jitted = jit_everywhere(self._function, mesh.devices.flat[0], **more)
         return jitted, jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), results, places)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ready:
+    program: jax.stages.Compiled
+
+    def compile(self) -> jax.stages.Compiled:
+        return self.program
+
+
+@dataclasses.dataclass(frozen=True)
+class _ToKeep:
+    lowered: jax.stages.Lowered
+    key: str
+
+    def compile(self) -> jax.stages.Compiled:
+        return stored_programs.compile_and_save(self.key, self.lowered)
 
 
 _lock = threading.Lock()

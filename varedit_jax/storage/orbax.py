@@ -2,13 +2,16 @@
 
 import logging
 import os
-
-import orbax.checkpoint as ocp
-from orbax.checkpoint._src.path import gcs_utils
-from orbax.checkpoint._src.serialization import tensorstore_utils
+from typing import TYPE_CHECKING
 
 from varedit_jax.errors import UserError
+from varedit_jax.lazy import LazyModule
 from varedit_jax.storage.paths import kvstore
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
+else:
+    ocp = LazyModule("orbax.checkpoint")
 
 
 def quiet_orbax() -> None:
@@ -41,6 +44,9 @@ def support_object_stores() -> None:
     path as an object store if it begins with `_GCS_PATH_PREFIX`: then a checkpoint is complete once its marker is
     there, and nothing is renamed.
     """
+    from orbax.checkpoint._src.path import gcs_utils
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
     if gcs_utils.get_kvstore_for_gcs is _spec:
         return
     gcs_utils._GCS_PATH_PREFIX = _PREFIXES
@@ -59,7 +65,7 @@ def _spec(path: str) -> dict[str, object]:
     return {**found, "path": found["path"].rstrip("/")}
 
 
-def checkpointer(handler: ocp.CheckpointHandler) -> ocp.Checkpointer:
+def checkpointer(handler: "ocp.CheckpointHandler") -> "ocp.Checkpointer":
     """Returns a synchronous checkpointer that is quiet and works on every kind of storage."""
     support_object_stores()
     return ocp.Checkpointer(handler)

@@ -11,7 +11,7 @@ import pytest
 
 from varedit_jax.config import SamplingConfig, preset
 from varedit_jax.errors import UserError
-from varedit_jax.parallel import compiler_options
+from varedit_jax.parallel import compilation_cache, compiler_options
 from varedit_jax.parameters import abstract_params
 from varedit_jax.sampling import pipeline, sampler
 from varedit_jax.sampling.editor import Editor
@@ -160,3 +160,20 @@ def test_buckets_of_batches(count, wanted):
 )
 def test_buckets_of_texts(longest, limit, wanted):
     assert pipeline.text_bucket(longest, limit) == wanted
+
+
+def test_the_next_process_neither_traces_nor_compiles(editor, compiled, monkeypatch, tmp_path):
+    """Its programs are on disk, and give the same."""
+    monkeypatch.setenv("VAREDIT_CACHE", str(tmp_path))
+    kept = jax.config.values["jax_compilation_cache_dir"]
+    compilation_cache.move_to(str(tmp_path / "jax"))  # whose programs would not be written down again
+    pipeline._programs.cache_clear()
+    first = editor.edit_fitted(images(1), INSTRUCTIONS[:1], [0])
+    assert compiled
+    compilation_cache.move_to(kept)
+    compiled.clear()
+    pipeline._programs.cache_clear()
+    monkeypatch.setattr(pipeline.Program, "_traced", lambda *_: pytest.fail("traced"))
+    second = editor.edit_fitted(images(1), INSTRUCTIONS[:1], [0])
+    assert compiled == []
+    np.testing.assert_array_equal(second, first)

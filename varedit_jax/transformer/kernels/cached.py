@@ -5,12 +5,18 @@ are read that have been written.
 """
 
 import functools
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
+
+from varedit_jax.lazy import LazyModule
+
+if TYPE_CHECKING:
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+else:
+    pl, pltpu = LazyModule("jax.experimental.pallas"), LazyModule("jax.experimental.pallas.tpu")
 
 BLOCK = 512  # keys of the cache that a step of the TPU's kernel reads
 QUERIES = 1024  # of a step at most; each block of them reads all keys

@@ -2,14 +2,19 @@
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes, SegmentIds, make_splash_mha
 
+from varedit_jax.lazy import LazyModule
 from varedit_jax.transformer.kernels import cores
+
+if TYPE_CHECKING:
+    from jax.experimental.pallas.ops.tpu import splash_attention
+else:
+    splash_attention = LazyModule("jax.experimental.pallas.ops.tpu.splash_attention")
 
 LANES = 128  # lengths and block sizes are multiples of it
 LARGEST_BLOCK = 1024  # tokens; of larger ones, too few tiles can be skipped
@@ -129,11 +134,11 @@ def padded_keys(keys: int) -> int:
     )
 
 
-def block_sizes(mask_LM: np.ndarray) -> BlockSizes:
+def block_sizes(mask_LM: np.ndarray) -> "splash_attention.BlockSizes":
     """The blocks of all kernels for a mask whose sides are multiples of LANES."""
     shape, seen = (mask_LM.shape[0], mask_LM.shape[1]), seen_tiles(mask_LM)
     forward, (keys, queries) = forward_tiles(shape, seen), backward_tiles(shape, seen)
-    return BlockSizes(
+    return splash_attention.BlockSizes(
         block_q=forward.q,
         block_kv=forward.kv,
         block_kv_compute=_computed(forward.kv),
@@ -180,7 +185,7 @@ def masked_attention(
     mask_LM = np.pad(mask_LM, ((0, 0), (0, keys - mask_LM.shape[1])))
     # Two cores split a kernel over the batch, and over two groups of heads where the batch is odd.
     groups = cores() if batch % cores() and heads % cores() == 0 else 1
-    kernel = make_splash_mha(
+    kernel = splash_attention.make_splash_mha(
         np.broadcast_to(mask_LM, (heads // groups, rows, keys)),
         block_sizes=block_sizes(mask_LM),
         head_shards=1,
@@ -191,7 +196,7 @@ def masked_attention(
     segments = None
     if mask_BM is not None:  # queries see the keys of their own segment, 1
         real_BM = jnp.pad(mask_BM, ((0, 0), (0, keys - mask_BM.shape[1]))).astype(jnp.int32)
-        segments = SegmentIds(jnp.ones((batch, rows), jnp.int32), real_BM)
+        segments = splash_attention.SegmentIds(jnp.ones((batch, rows), jnp.int32), real_BM)
     grouped = (x.reshape(batch, groups, heads // groups, *x.shape[2:]) for x in (q_BHLD, k_BHMD, v_BHMD))
     out_BGHLD = jax.vmap(jax.vmap(kernel, in_axes=(0, 0, 0, None)))(*grouped, segments)
     return out_BGHLD.reshape(batch, heads, rows, -1)[:, :, :queries]
