@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from varedit_jax.config import EditorConfig
-from varedit_jax.parallel.constrain import batch_only
+from varedit_jax.parallel.constrain import batch_only, constrain
 from varedit_jax.parallel.rules import gather
 from varedit_jax.sampling.guidance import Controls, choose_bits, guided_margin
 from varedit_jax.scales import Pyramid
@@ -203,6 +203,8 @@ def decode(
     params: of the tokenizer.
     """
     cells = pyramid.cells(config.patchify)
+    # Otherwise the compiler (libtpu 0.0.42) splits convolutions by channels, and gathers the activations of all images.
+    params = jax.tree.map(constrain, params)
 
     def image(quantized_BhwZ: jax.Array) -> jax.Array:
         return batch_only(decode_features(params, batch_only(quantized_BhwZ), config))
