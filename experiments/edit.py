@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     if _VERIFY.value:
         for directory in filter(None, dict.fromkeys((_CHECKPOINT.value, _TOKENIZER.value, _TEXT.value))):
             print(f"{convert.verify(directory)} tensors of {directory} are as they were written")
-    editor = Editor.load(_CHECKPOINT.value, _TOKENIZER.value, _TEXT.value)
+    editor = Editor.load(_CHECKPOINT.value, tokenizer=_TOKENIZER.value, text=_TEXT.value)
     [edited] = editor.edit([image], [_INSTRUCTION.value], [_SEED.value], _sampling(editor.sampling))
     images.write_image(_OUTPUT.value, edited)
     print(f"{_OUTPUT.value}: {edited.shape[1]} x {edited.shape[0]} px")

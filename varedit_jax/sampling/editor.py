@@ -2,29 +2,25 @@
 
 import collections
 import functools
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from varedit_jax.config import EditorConfig, RunConfig, SamplingConfig, from_dict, per_scale
+from varedit_jax.config import EditingConfig, EditorConfig, SamplingConfig, per_scale
 from varedit_jax.errors import UserError
-from varedit_jax.images import ImageSource, Placement, fit, read_image, restore
+from varedit_jax.images import ImageSource, read_image
 from varedit_jax.parallel.compiler_options import jit_everywhere
 from varedit_jax.parallel.constrain import batch_only
 from varedit_jax.parallel.mesh import replicated, whole_batch
 from varedit_jax.parallel.programs import Programs
-from varedit_jax.parameters import abstract_params
-from varedit_jax.sampling import sampler
-from varedit_jax.scales import Pyramid, editor_pyramid, image_size, nearest_aspect
-from varedit_jax.storage.paths import PathLike, resolve
+from varedit_jax.placement import Placement, fit, restore, restore_released
+from varedit_jax.sampling import loading, sampler
+from varedit_jax.scales import SQUARE, Pyramid, aspects_to_use, editor_pyramid, image_size, nearest_aspect
+from varedit_jax.storage.paths import PathLike
 from varedit_jax.text.vocabulary import Vocabulary
 from varedit_jax.types import Params
-from varedit_jax.weights import run_directory
-from varedit_jax.weights.directory import PARTS, VOCABULARY, is_weights_directory, read_editor_config
-from varedit_jax.weights.native import load_part
 
 
 class Editor:
@@ -33,58 +29,39 @@ class Editor:
     Compiled programs are cached by number of images, size and sampling configuration.
     """
 
-    def __init__(self, config: EditorConfig, params: Params, sampling: SamplingConfig | None = None) -> None:
-        """Takes parameters {"tokenizer", "text", "transformer"}, or abstract ones to compile for, and the sampling."""
+    def __init__(
+        self,
+        config: EditorConfig,
+        params: Params,
+        sampling: SamplingConfig | None = None,
+        editing: EditingConfig | None = None,
+        vocabulary: Vocabulary | None = None,
+    ) -> None:
+        """Takes parameters {"tokenizer", "text", "transformer"}, or abstract ones to compile for, and their use."""
         self.config = config
         # jax.Arrays keep their sharding, which may include devices of other processes.
         placed = (jax.Array, jax.ShapeDtypeStruct)
         self.params = jax.tree.map(lambda leaf: leaf if isinstance(leaf, placed) else jax.device_put(leaf), params)
         self.sampling = sampling or SamplingConfig()
-        self.vocabulary = Vocabulary.load()
+        self.editing = editing or EditingConfig()
+        self.vocabulary = vocabulary or Vocabulary.load()
 
     @classmethod
-    def load(cls, directory: PathLike, tokenizer: str = "", text: str = "") -> "Editor":
-        """Loads a directory of weights, or the newest checkpoint of a training run.
-
-        Args:
-          directory: directory with config.json and safetensors files, or the working directory of a run.
-          tokenizer, text: directories of the frozen parts of a run, if they have moved since the run.
-
-        Raises:
-          UserError: no weights there, or weights that do not fit their configuration.
-        """
-        directory = resolve(directory)
-        if is_weights_directory(directory):
-            config, sampling = read_editor_config(directory)
-            directories = {"tokenizer": tokenizer, "text": text}
-            params = {
-                part: load_part(directories.get(part) or directory, part, abstract_params(config, part))
-                for part in PARTS
-            }
-            editor = cls(config, params, sampling)
-            if (directory / VOCABULARY).is_file():
-                editor.vocabulary = Vocabulary.load(directory / VOCABULARY)
-            return editor
-        return cls._from_run(directory, tokenizer, text)
-
-    @classmethod
-    def _from_run(cls, directory: pathlib.Path, tokenizer: str, text: str) -> "Editor":
-        record = run_directory.read_config(directory)
-        if "train_text" not in record:
-            raise UserError(f"{directory} is a run of {record.get('name', 'something else')}, not of an editor")
-        try:
-            run = from_dict(RunConfig, record)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{directory}/config.json does not describe a run of this version: {error}") from error
-        config = run.model
-        trained = ["transformer", *(["text"] if run.train_text else [])]
-        params = {part: load_part(directory, part, abstract_params(config, part)) for part in trained}
-        params["tokenizer"] = load_part(
-            tokenizer or run.tokenizer_weights, "tokenizer", abstract_params(config, "tokenizer")
+    def load(
+        cls,
+        where: PathLike,
+        *,
+        dtype: str | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+        weights: str = "model",
+        step: int | None = None,
+        tokenizer: PathLike = "",
+        text: PathLike = "",
+    ) -> "Editor":
+        """Loads a directory of weights or a checkpoint of a run; arguments and errors as of `loading.load`."""
+        return cls(
+            *loading.load(where, dtype=dtype, mesh=mesh, weights=weights, step=step, tokenizer=tokenizer, text=text)
         )
-        if not run.train_text:
-            params["text"] = load_part(text or run.text_weights, "text", abstract_params(config, "text"))
-        return cls(config, params, run.sampling)
 
     def edit(
         self,
@@ -92,6 +69,7 @@ class Editor:
         instructions: Sequence[str],
         seeds: Sequence[int] | None = None,
         sampling: SamplingConfig | None = None,
+        aspect: str = "",
     ) -> list[np.ndarray]:
         """Edited images, each at the size of its source: uint8 [height, width, 3].
 
@@ -100,20 +78,25 @@ class Editor:
           instructions: one per image.
           seeds: one per image; a seed gives the same result alone and in any batch. 0, 1, 2, ... by default.
           sampling: instead of the editor's own.
+          aspect: "square" shows the model a square, padded with white at the right or bottom, and returns it, as
+            VAREdit's published code does; "auto" the nearest of the 15 templates, a template this one; by default the
+            nearest of those that the weights were trained on, or "auto" if they do not record any.
 
         Raises:
-          UserError: an image, instruction or seed that cannot be used, or numbers of them that differ.
+          UserError: an image, instruction, seed or aspect that cannot be used, or numbers of them that differ.
         """
         seeds = list(range(len(images))) if seeds is None else list(seeds)
         if not len(images) == len(instructions) == len(seeds):
             raise UserError(
                 f"{len(images)} images, {len(instructions)} instructions and {len(seeds)} seeds: give one of each"
             )
+        templates = aspects_to_use(aspect, self.editing.aspects)
+        back = restore_released if templates == (SQUARE,) else restore
         self._check(instructions, seeds)  # all, before the first group is edited
         groups: dict[Pyramid, list[tuple[int, np.ndarray, Placement]]] = collections.defaultdict(list)
         for index, image in enumerate(images):
             array = read_image(image)
-            pyramid = editor_pyramid(self.config, nearest_aspect(*array.shape[:2]))
+            pyramid = editor_pyramid(self.config, nearest_aspect(*array.shape[:2], templates))
             fitted, placement = fit(array, image_size(self.config, pyramid))
             groups[pyramid].append((index, fitted, placement))
         results: dict[int, np.ndarray] = {}
@@ -127,7 +110,7 @@ class Editor:
                 pyramid,
             )
             for (index, _, placement), image in zip(members, edited[-1], strict=True):
-                results[index] = restore(image, placement)
+                results[index] = back(image, placement)
         return [results[index] for index in range(len(images))]
 
     def edit_fitted(
