@@ -78,3 +78,11 @@ def stored_params(config: EditorConfig, part: str, text_dtype: ComputeType = "fl
 def count(params: Params) -> int:
     """Number of parameters of a tree, abstract or not."""
     return sum(x.size for x in jax.tree.leaves(params))
+
+
+def bytes_by_type(params: Params) -> dict[str, int]:
+    """Bytes of a tree, abstract or not, by the name of the type."""
+    sizes: dict[str, int] = {}
+    for leaf in jax.tree.leaves(params):
+        sizes[str(leaf.dtype)] = sizes.get(str(leaf.dtype), 0) + leaf.size * leaf.dtype.itemsize
+    return sizes

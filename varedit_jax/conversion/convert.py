@@ -24,7 +24,6 @@ from varedit_jax.conversion.model_card import model_card
 from varedit_jax.conversion.writer import Planned, PthFile, SafetensorsFile, TensorFile, safetensors_shards, shard_index
 from varedit_jax.errors import UserError
 from varedit_jax.parameters import abstract_params
-from varedit_jax.scales import SQUARE, aspect_templates
 from varedit_jax.storage import files as storage_files
 from varedit_jax.storage.disk import is_machine_error
 from varedit_jax.storage.paths import PathLike, resolve, stamp
@@ -36,7 +35,6 @@ from varedit_jax.weights.pth import unread_weights
 from varedit_jax.weights.reader import WeightsFile, open_weights
 
 FORMATS = ("pth", "safetensors")
-PUBLISHED_SAMPLING = SamplingConfig(guidance=4.0, temperature=0.5, top_p=0.97)  # defaults of VAREdit's published code
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -201,7 +199,7 @@ def to_jax(request: Published, output: PathLike, quiet: bool = False) -> int:
         ]
         size = sum(task.nbytes for task in tasks)
         job.run(tasks, size, [writer.create for writer in writers.values()], opened.release, quiet)
-        _describe(job.staging, _published_config(opened), PUBLISHED_SAMPLING, _published_editing(opened))
+        _describe(job.staging, *infer_config.as_published(opened.config, opened.family))
         manifest = {
             "form": "orbax",
             "family": opened.family,
@@ -256,18 +254,6 @@ def _record(part: str, link: names.Link, tensor: np.ndarray) -> stream.ManifestE
         "index": link.index,
         "sha256": sha256(tensor),
     }
-
-
-def _published_config(opened: _Opened) -> EditorConfig:
-    """The config of published weights, whose blocks are made to compute in bfloat16."""
-    transformer = dataclasses.replace(opened.config.transformer, dtype="bfloat16")
-    return dataclasses.replace(opened.config, transformer=transformer)
-
-
-def _published_editing(opened: _Opened) -> EditingConfig:
-    """How the published code edits: text encoder in bfloat16, tokenizer in float32; VAREdit learned squares alone."""
-    aspects = (SQUARE,) if opened.family == "varedit" else aspect_templates()
-    return EditingConfig(text_dtype="bfloat16", tokenizer_precision="highest", aspects=aspects)
 
 
 def _describe(directory: pathlib.Path, config: EditorConfig, sampling: SamplingConfig, editing: EditingConfig) -> None:
