@@ -1,7 +1,7 @@
 """Weights from files to the devices that edit with them."""
 
 import dataclasses
-from typing import NamedTuple, get_args
+from typing import NamedTuple, cast, get_args
 
 import jax
 
@@ -55,8 +55,6 @@ def load(
     Raises:
       UserError: no weights there, or weights that do not fit their configuration, the mesh or the type.
     """
-    if dtype is not None and dtype not in get_args(ComputeType):
-        raise UserError(f"weights cannot be loaded as {dtype!r}; give {' or '.join(get_args(ComputeType))}")
     if weights not in ("model", "ema"):
         raise UserError(f"there are no weights {weights!r}; give model or ema")
     source = open_source(where, weights=weights, step=step)
@@ -76,13 +74,16 @@ def load(
 
 
 def _typed(source: ExportSource, dtype: str | None) -> tuple[EditorConfig, EditingConfig]:
-    """The configurations, with another type where one is asked for."""
+    """The configurations, with another type where one is asked for. Raises UserError for a type that there is not."""
     if dtype is None:
         return source.config, source.editing
-    transformer = dataclasses.replace(source.config.transformer, dtype=dtype)
+    if dtype not in get_args(ComputeType):
+        raise UserError(f"weights cannot be loaded as {dtype!r}; give {' or '.join(get_args(ComputeType))}")
+    wanted = cast(ComputeType, dtype)
+    transformer = dataclasses.replace(source.config.transformer, dtype=wanted)
     return (
         dataclasses.replace(source.config, transformer=transformer),
-        dataclasses.replace(source.editing, text_dtype=dtype),
+        dataclasses.replace(source.editing, text_dtype=wanted),
     )
 
 
