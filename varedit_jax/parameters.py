@@ -1,12 +1,14 @@
 """The parameters of an editor, abstract and initial: one tree for init, restore and conversion."""
 
 import functools
+import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from varedit_jax.config import EditorConfig
+from varedit_jax.config import ComputeType, EditorConfig
 from varedit_jax.scales import Pyramid, editor_pyramid
 from varedit_jax.text.t5 import T5Encoder
 from varedit_jax.tokenizer.autoencoder import Autoencoder
@@ -52,6 +54,35 @@ def abstract_params(config: EditorConfig, part: str, pyramid: Pyramid | None = N
     return jax.eval_shape(lambda: INIT[part](config, jax.random.key(0)))
 
 
+_COMPUTED_IN_DTYPE = re.compile(r"block(_0|s)/.*kernel")  # of the transformer, by path: the matrices of its blocks
+
+
+def stored_params(config: EditorConfig, part: str, text_dtype: ComputeType = "float32") -> Params:
+    """`abstract_params` in the types in which weights that are not trained are kept.
+
+    Matrices of the transformer's blocks have the type that these compute in: they are rounded once, instead of in every
+    step. The text encoder has `text_dtype`, which it has to compute in. All else is float32, as it is computed.
+    """
+
+    def typed(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if part == "text":
+            return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(text_dtype))
+        if part == "transformer" and _COMPUTED_IN_DTYPE.fullmatch(name):
+            return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(config.transformer.dtype))
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(typed, abstract_params(config, part))
+
+
 def count(params: Params) -> int:
     """Number of parameters of a tree, abstract or not."""
     return sum(x.size for x in jax.tree.leaves(params))
+
+
+def bytes_by_type(params: Params) -> dict[str, int]:
+    """Bytes of a tree, abstract or not, by the name of the type."""
+    sizes: dict[str, int] = {}
+    for leaf in jax.tree.leaves(params):
+        sizes[str(leaf.dtype)] = sizes.get(str(leaf.dtype), 0) + leaf.size * leaf.dtype.itemsize
+    return sizes

@@ -179,7 +179,7 @@ class Benchmark:
         guided = guided_scales(sampling, pyramid.scales)
 
         def function(*arguments: Any) -> jax.Array:
-            return sampler.edit(*arguments, config=model, pyramid=pyramid, guided_scales=guided)
+            return sampler.edit(*arguments, config=model, pyramid=pyramid, guided_scales=guided, editing=run.editing)
 
         with jax.default_device(self._device):
             params = self._initial["editor"]()

@@ -134,7 +134,14 @@ def _jitted_edit(
     ) -> jax.Array:
         images, ids_BT, length_B, seeds_B = map(batch_only, (images, ids_BT, length_B, seeds_B))
         request = params, images, ids_BT, length_B, jax.vmap(jax.random.key)(seeds_B), choices
-        return sampler.edit(*request, config=config.model, pyramid=pyramid, guided_scales=guided, every_scale=True)
+        return sampler.edit(
+            *request,
+            config=config.model,
+            pyramid=pyramid,
+            guided_scales=guided,
+            editing=config.editing,
+            every_scale=True,
+        )
 
     request = (
         np.zeros((batch, *image_size(config.model, pyramid), 3), np.uint8),

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, cast
 import numpy as np
 
 import varedit_jax
-from varedit_jax.config import EditorConfig, PixelBudget, RopeLayout, SamplingConfig, to_dict
+from varedit_jax.config import EditingConfig, EditorConfig, PixelBudget, RopeLayout, SamplingConfig
 from varedit_jax.conversion import infer_config, locate, stream
 from varedit_jax.conversion.model_card import model_card
 from varedit_jax.conversion.writer import Planned, PthFile, SafetensorsFile, TensorFile, safetensors_shards, shard_index
@@ -28,7 +28,7 @@ from varedit_jax.storage import files as storage_files
 from varedit_jax.storage.disk import is_machine_error
 from varedit_jax.storage.paths import PathLike, resolve, stamp
 from varedit_jax.weights import names, native
-from varedit_jax.weights.directory import CONFIG, VOCABULARY, read_editor_config
+from varedit_jax.weights.directory import CONFIG, VOCABULARY, read_editor_config, write_editor_config
 from varedit_jax.weights.export_source import ExportSource
 from varedit_jax.weights.manifest import MANIFEST, check_finite, check_float, read_manifest, sha256
 from varedit_jax.weights.pth import unread_weights
@@ -199,7 +199,7 @@ def to_jax(request: Published, output: PathLike, quiet: bool = False) -> int:
         ]
         size = sum(task.nbytes for task in tasks)
         job.run(tasks, size, [writer.create for writer in writers.values()], opened.release, quiet)
-        _describe(job.staging, opened.config, SamplingConfig())
+        _describe(job.staging, *infer_config.as_published(opened.config, opened.family))
         manifest = {
             "form": "orbax",
             "family": opened.family,
@@ -256,9 +256,9 @@ def _record(part: str, link: names.Link, tensor: np.ndarray) -> stream.ManifestE
     }
 
 
-def _describe(directory: pathlib.Path, config: EditorConfig, sampling: SamplingConfig) -> None:
+def _describe(directory: pathlib.Path, config: EditorConfig, sampling: SamplingConfig, editing: EditingConfig) -> None:
     """Writes config.json and the vocabulary of a directory of weights."""
-    storage_files.write_json(directory / CONFIG, {"model": to_dict(config), "sampling": to_dict(sampling)}, indent=1)
+    write_editor_config(directory, config, sampling, editing)
     text = importlib.resources.files(varedit_jax).joinpath("text", VOCABULARY).read_bytes()
     storage_files.write_bytes(directory / VOCABULARY, text)
 
@@ -420,7 +420,7 @@ def to_directory(
         job.run(tasks, size, [file.create for file in files], quiet=quiet)
         for file in files:
             file.finish({})
-        _describe(job.staging, source.config, source.sampling)
+        _describe(job.staging, source.config, source.sampling, source.editing)
         card = model_card(source.config, source.parts, source.run, source.step, size, license)
         storage_files.write_text(job.staging / "README.md", card)
         job.finish(tasks, {"form": "safetensors"})

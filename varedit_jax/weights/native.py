@@ -8,10 +8,11 @@ Forms of a part (tokenizer, text, transformer) in a directory:
     checkpoints/{step}/state    of a training run; the newest step
 """
 
+import functools
 import json
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -67,17 +68,40 @@ class Leaf(NamedTuple):
         manifest.check_finite(values, self.name)
         return values
 
-    def read_block(self, block: blocks.Block) -> np.ndarray:
-        """A block of it in memory as float32. UserError as of `as_float32`."""
+    def read_block(self, block: blocks.Block, dtype: np.dtype) -> np.ndarray:
+        """A block of it in memory, rounded to `dtype`.
+
+        UserError as of `read`, and for values that are NaN or infinite, or become so.
+        """
         if self.raw is None:
-            return self.as_float32(blocks.slices(block))
-        try:
-            with read_explained(self.name):
-                values = self.raw.read(block).astype(np.float32, copy=False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.name} is damaged: {error}") from error
-        manifest.check_finite(values, self.name)
-        return values
+            values = np.asarray(self.read(blocks.slices(block)))
+        else:
+            try:
+                with read_explained(self.name):
+                    values = self.raw.read(block)
+            except (OSError, ValueError) as error:
+                raise UserError(f"{self.name} is damaged: {error}") from error
+        if values.dtype == dtype:
+            manifest.check_finite(values, self.name)
+            return values
+        with np.errstate(over="ignore"):  # what becomes infinite is refused
+            rounded = values.astype(np.float32, copy=False).astype(dtype, copy=False)
+        if not manifest.is_finite(rounded):
+            manifest.check_finite(values, self.name)
+            manifest.check_finite(rounded, f"{self.name}, as {np.dtype(dtype)},")
+        return rounded
+
+    def parts_of(self, block: blocks.Block) -> Iterator[blocks.Block]:
+        """Yields a block in parts that are read one by one."""
+        return blocks.parts_of(block, self._chunks(), self.dtype.itemsize)
+
+    def _chunks(self) -> tuple[int, ...]:
+        """Sizes of what is read at once; 1 where any values can be."""
+        if self.raw is not None and is_remote(self.raw.place((0,) * len(self.shape))[0]):
+            return self.raw.chunks  # a request each
+        if self.raw is not None or not isinstance(self.source, ts.TensorStore):
+            return (1,) * len(self.shape)
+        return tuple(int(size or 1) for size in self.source.chunk_layout.read_chunk.shape or ())
 
     def merged(self, first: int, last: int) -> "Leaf | None":
         """The array with the dimensions from `first` to `last` as one, for `read_block`; None if that cannot be."""
@@ -90,8 +114,7 @@ class Leaf(NamedTuple):
         """Bytes on disk that reading a block takes."""
         if self.raw is not None:
             return self.raw.bytes_of(block)
-        stored = self.source.chunk_layout.read_chunk.shape if isinstance(self.source, ts.TensorStore) else None
-        chunks = self.shape if stored is None else tuple(int(size or 1) for size in stored)
+        chunks = self._chunks() if isinstance(self.source, ts.TensorStore) else self.shape
         return blocks.bytes_of_chunks(block, self.shape, chunks, self.dtype.itemsize)
 
 
@@ -101,19 +124,19 @@ def is_part(directory: PathLike, part: str) -> bool:
     return (root / f"{part}.safetensors").is_file() or (root / part / "_METADATA").is_file()
 
 
-def find_part(directory: PathLike, part: str, *, ema: bool = False) -> dict[str, Leaf]:
+def find_part(directory: PathLike, part: str, *, ema: bool = False, step: int | None = None) -> dict[str, Leaf]:
     """The arrays of a part by path, whatever their shapes; none is read yet.
 
-    With `ema` those of the EMA that a run kept. Raises UserError for a missing or damaged part, and for an EMA that the
-    run did not keep.
+    Of a run those of the newest checkpoint, or of that of `step`; with `ema` those of the EMA that it kept. Raises
+    UserError for a missing or damaged part, and for an EMA that the run did not keep.
     """
     root = resolve(directory)
     with read_explained(str(root)):
-        return _find_part(root, part, ema)
+        return _find_part(root, part, ema, step)
 
 
-def _find_part(root: pathlib.Path, part: str, ema: bool) -> dict[str, Leaf]:
-    where = _form(root, part)
+def _find_part(root: pathlib.Path, part: str, ema: bool, step: int | None) -> dict[str, Leaf]:
+    where = _form(root, part, step)
     store = {"driver": "ocdbt", "base": kvstore(where), "path": ""}
     if ema:
         found = _open_orbax(where, store, ("ema", part)) if where.name == "state" else {}
@@ -130,9 +153,11 @@ def _find_part(root: pathlib.Path, part: str, ema: bool) -> dict[str, Leaf]:
     return _open_orbax(where, store, ("params", part))
 
 
-def _form(root: pathlib.Path, part: str) -> pathlib.Path:
+def _form(root: pathlib.Path, part: str, step: int | None = None) -> pathlib.Path:
     """The file or directory that holds a part. Raises UserError if there is none, or it is not complete."""
     files.check_complete(root)
+    if step is not None:
+        return root / run_directory.CHECKPOINTS / str(step) / "state"
     if (root / f"{part}.safetensors").is_file():
         return root / f"{part}.safetensors"
     if (root / part / "_METADATA").is_file():
@@ -142,13 +167,15 @@ def _form(root: pathlib.Path, part: str) -> pathlib.Path:
     raise UserError(f"{root} holds no {part} weights ({part}.safetensors is missing), and no checkpoint of a run")
 
 
-def open_part(directory: PathLike, part: str, expected: Params, *, ema: bool = False) -> dict[str, Leaf]:
+def open_part(
+    directory: PathLike, part: str, expected: Params, *, ema: bool = False, step: int | None = None
+) -> dict[str, Leaf]:
     """As `find_part`, of exactly the arrays of the tree `expected` (of jax.ShapeDtypeStruct).
 
     Raises UserError for a missing or damaged part, and for one of another model, naming every array that differs with
     both shapes.
     """
-    found, wanted = find_part(directory, part, ema=ema), flat(expected)
+    found, wanted = find_part(directory, part, ema=ema, step=step), flat(expected)
     different = [
         f"{name} has shape {found[name].shape if name in found else 'nothing'}, "
         f"expected is {tuple(wanted[name].shape) if name in wanted else 'nothing'}"
@@ -157,7 +184,7 @@ def open_part(directory: PathLike, part: str, expected: Params, *, ema: bool = F
     ]
     if different:
         raise UserError(
-            f"{_form(resolve(directory), part)} is of another model: {'; '.join(different)}; "
+            f"{_form(resolve(directory), part, step)} is of another model: {'; '.join(different)}; "
             f"use the configuration that it was trained with"
         )
     return {name: found[name] for name in wanted}
@@ -170,17 +197,20 @@ def load_part(directory: PathLike, part: str, expected: Params) -> Params:
 
 
 def load_sharded(leaf: Leaf, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """An array on the devices of `like.sharding` (the first local device if it is None), of the type of `like`.
+    """An array on the devices of `like.sharding` (the first local device if it is None), rounded to the type of `like`.
 
     Every process reads as many bytes as its own devices hold, each once; where these lie in pieces, it reads others,
-    and the devices exchange them: so all processes call it for the same arrays in the same order. Raises UserError as
-    `Leaf.as_float32`.
+    and the devices exchange them: so all processes call it for the same arrays in the same order. It returns when the
+    array is there, so that no two of them lie in the memory of a host. Raises UserError as `Leaf.read_block`.
     """
     sharding = like.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     reading = blocks.choose_reading(leaf, sharding, leaf.dtype.itemsize)
     view = leaf.merged(reading.first, reading.last) or leaf
-    placed = blocks.place(view.shape, reading, view.read_block, like.dtype)
-    return placed if reading.exchanged is None else blocks.exchange_of(leaf.shape, sharding, reading)(placed)
+    read = functools.partial(view.read_block, dtype=np.dtype(like.dtype))
+    placed = blocks.place(view.shape, reading, view.parts_of, read, like.dtype)
+    if reading.exchanged is not None:
+        placed = blocks.exchange_of(leaf.shape, sharding, reading)(placed)
+    return placed.block_until_ready()
 
 
 def _in_file(path: pathlib.Path, tensor: LazyTensor) -> blocks.RawArray | None:

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from varedit_jax.config import TextConfig
+from varedit_jax.config import EditingConfig, SamplingConfig, TextConfig
 from varedit_jax.conversion import convert
 from varedit_jax.conversion.writer import Planned, safetensors_shards, shard_index
 from varedit_jax.errors import UserError
@@ -321,7 +321,18 @@ def test_an_editor_of_converted_parts(
     files["text"] = str(write_pth(tmp_path / "t5.bin", state))
     convert.to_jax(convert.Published(files=files, family="varedit", pixel_budget="0.06M"), tmp_path / "e", quiet=True)
     editor = Editor.load(tmp_path / "e")
-    assert editor.config == whole
+    transformer = dataclasses.replace(config.transformer, dtype="bfloat16")
+    assert editor.config == dataclasses.replace(whole, transformer=transformer)
+    assert editor.sampling == SamplingConfig(guidance=4.0, temperature=0.5, top_p=0.97)
+    assert editor.editing == EditingConfig(text_dtype="bfloat16", tokenizer_precision="highest", aspects=("1.0",))
+    for part, path, dtype in (
+        ("text", "layers/mlp/up/kernel", "bfloat16"),
+        ("tokenizer", "encoder/conv_in/kernel", "float32"),
+        ("transformer", "block_0/mlp/fc1/kernel", "bfloat16"),
+        ("transformer", "head/kernel", "float32"),
+    ):
+        assert names.flat(editor.params[part])[path].dtype == dtype
+    editor = Editor.load(tmp_path / "e", dtype="float32")
     assert editor.vocabulary.path == str(tmp_path / "e" / "t5_tokenizer.json")
     jax.tree.map(np.testing.assert_array_equal, editor.params["text"], text)
     assert editor.params["transformer"].keys() == abstract_params(config, "transformer").keys()
