@@ -9,7 +9,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 # Rooms of the library, from the bottom up; those in one line may import each other, unless a line is in ALONE.
 BOTTOM = (
-    "config errors causes starting progress types hardware storage colors jpeg png images contact_sheet scales resize "
+    "config errors causes starting progress types quantized hardware storage colors jpeg png images contact_sheet scales resize "
     "command"
 )
 FLOORS = (BOTTOM, "parallel", "tokenizer text transformer", "parameters", "weights", "conversion sampling training")
