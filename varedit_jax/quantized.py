@@ -21,8 +21,8 @@ class Int8:
     takes a slice of each.
     """
 
-    values: jax.Array  # int8, of the kernel's shape
-    scale: jax.Array  # float32, 1 along the axes that are summed over
+    values: Any  # jax.Array, or another kind: int8, of the kernel's shape
+    scale: Any  # float32, 1 along the axes that are summed over
 
     @property
     def shape(self) -> tuple[int, ...]:

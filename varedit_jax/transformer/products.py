@@ -174,9 +174,7 @@ def _rows(x_BLC: jax.Array, kernel: jax.Array | Int8, config: TransformerConfig)
     return _as_rows(product(x_BLC, kernel.reshape(len(kernel), -1), config))
 
 
-def to_keys_and_values(
-    x_BLC: jax.Array, kernel_C2HD: jax.Array | Int8, config: TransformerConfig
-) -> list[jax.Array]:
+def to_keys_and_values(x_BLC: jax.Array, kernel_C2HD: jax.Array | Int8, config: TransformerConfig) -> list[jax.Array]:
     """`to_heads` of both parts of a kernel: [B, H, L, D] each."""
     if not merges_keys_and_values():
         return [to_heads(x_BLC, kernel_C2HD[:, part], config) for part in range(2)]
