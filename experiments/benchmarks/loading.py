@@ -22,7 +22,7 @@ from varedit_jax.sampling import loading
 from varedit_jax.weights.directory import PARTS
 
 _CHECKPOINT = command.DEFINE_path("checkpoint", None, "directory of weights or of a run to load", required=True)
-_MAKE = flags.DEFINE_enum("make", "", ["", *PRESETS], "make it first, of this size, where nothing is yet")
+_MAKE = flags.DEFINE_enum("make", "", ["", *PRESETS[1:]], "make it first, of this size, where nothing is yet")
 _DTYPE = flags.DEFINE_string("dtype", None, "type to load it in; its own by default")
 _OUTPUT = command.DEFINE_path("output", "", "Markdown file for the table")
 

@@ -96,7 +96,8 @@ class Editor:
         groups: dict[Pyramid, list[tuple[int, np.ndarray, Placement]]] = collections.defaultdict(list)
         for index, image in enumerate(images):
             array = read_image(image)
-            pyramid = editor_pyramid(self.config, nearest_aspect(*array.shape[:2], templates))
+            height, width = array.shape[:2]
+            pyramid = editor_pyramid(self.config, nearest_aspect(height, width, templates))
             fitted, placement = fit(array, image_size(self.config, pyramid))
             groups[pyramid].append((index, fitted, placement))
         results: dict[int, np.ndarray] = {}

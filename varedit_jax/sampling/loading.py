@@ -1,7 +1,7 @@
 """Weights from files to the devices that edit with them."""
 
 import dataclasses
-from typing import NamedTuple, get_args
+from typing import NamedTuple, cast, get_args
 
 import jax
 
@@ -17,7 +17,8 @@ from varedit_jax.weights import int8, names, native
 from varedit_jax.weights.directory import PARTS, VOCABULARY
 from varedit_jax.weights.export_source import ExportSource, open_source
 
-DTYPES = (*get_args(ComputeType), "int8")  # that weights can be loaded in
+INT8 = "int8"
+DTYPES = (*get_args(ComputeType), INT8)  # that weights can be loaded in
 
 
 class Loaded(NamedTuple):
@@ -60,15 +61,13 @@ def load(
     Raises:
       UserError: no weights there, or weights that do not fit their configuration, the mesh or the type.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"weights cannot be loaded as {dtype!r}; give {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
     if weights not in ("model", "ema"):
         raise UserError(f"there are no weights {weights!r}; give model or ema")
     source = open_source(where, weights=weights, step=step)
-    config, editing = _typed(source, None if dtype == "int8" else dtype)
+    config, editing = _typed(source, dtype)
     leaves = {part: _open(source, part, {"tokenizer": tokenizer, "text": text}) for part in PARTS}
     abstract = {
-        part: stored_params(config, part, editing.text_dtype, dtype == "int8" or (dtype is None and _is_int8(found)))
+        part: stored_params(config, part, editing.text_dtype, dtype == INT8 or (dtype is None and _is_int8(found)))
         for part, found in leaves.items()
     }
     mesh = mesh or jax.sharding.get_mesh()
@@ -95,13 +94,16 @@ def _place(part: str, path: str, leaf: native.Leaf, like: jax.ShapeDtypeStruct |
 
 
 def _typed(source: ExportSource, dtype: str | None) -> tuple[EditorConfig, EditingConfig]:
-    """The configurations, with another type where one is asked for."""
-    if dtype is None:
+    """The configurations, with another type where one is asked for. Raises UserError for a type that there is not."""
+    if dtype is None or dtype == INT8:
         return source.config, source.editing
-    transformer = dataclasses.replace(source.config.transformer, dtype=dtype)
+    if dtype not in DTYPES:
+        raise UserError(f"weights cannot be loaded as {dtype!r}; give {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
+    wanted = cast(ComputeType, dtype)
+    transformer = dataclasses.replace(source.config.transformer, dtype=wanted)
     return (
         dataclasses.replace(source.config, transformer=transformer),
-        dataclasses.replace(source.editing, text_dtype=dtype),
+        dataclasses.replace(source.editing, text_dtype=wanted),
     )
 
 

@@ -103,7 +103,7 @@ class Leaf(NamedTuple):
         """Sizes of what is read at once; 1 where any values can be."""
         if not isinstance(self.source, ts.TensorStore):
             return (1,) * len(self.shape)
-        return tuple(int(size or 1) for size in self.source.chunk_layout.read_chunk.shape)
+        return tuple(int(size or 1) for size in self.source.chunk_layout.read_chunk.shape or ())
 
     def merged(self, first: int, last: int) -> "Leaf | None":
         """The array with the dimensions from `first` to `last` as one, for `read_block`; None if that cannot be."""
