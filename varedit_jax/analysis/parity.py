@@ -157,6 +157,13 @@ def _padded_text(golden: Golden) -> tuple[np.ndarray, np.ndarray]:
     return features_BTE, lengths_B
 
 
+def forced_inputs(golden: Golden) -> tuple[jax.Array, jax.Array, np.ndarray, np.ndarray]:
+    """Source tokens, inputs of all scales but the first by the target, text features and their lengths."""
+    features = (golden.tensors[f"{side}_features"].transpose(0, 2, 3, 1) for side in ("src", "tgt"))
+    made = tokens_lib.make_tokens(*features, golden.config, golden.pyramid)
+    return made.source_BSN, made.inputs_BLN, *_padded_text(golden)
+
+
 def _model_range(images_uint8: np.ndarray) -> np.ndarray:
     return to_model_range(images_uint8.transpose(0, 2, 3, 1))
 
