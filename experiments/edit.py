@@ -25,7 +25,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "of sampling", lower_bound=0, upper_boun
 _OWN = "the checkpoint's own by default"
 _SAMPLING = program.FieldFlags(
     SamplingConfig,
-    {name: name for name in ("guidance", "temperature", "top_p", "greedy")},
+    {"guidance": "guidance", "temperature": "temperature", "top_p": "top_p", "greedy": "greedy"},
     {
         "guidance": f"classifier-free guidance, or one per scale, as in 1.5,1.5,1; 1 = off; {_OWN}",
         "temperature": f"of sampling, or one per scale; {_OWN}",

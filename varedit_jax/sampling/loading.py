@@ -44,7 +44,7 @@ def load(
     """Loads a directory of weights, or a checkpoint of a training run.
 
     Arrays come one at a time, in parts, from the disk to the device in the type that they are kept in: a host needs
-    memory for the largest one, and a few hundred MB.
+    memory for the largest one, and some 100 MB. Of a run's checkpoint the parts are what one of its devices wrote.
 
     Args:
       where: directory with config.json and weights, or the working directory of a run.

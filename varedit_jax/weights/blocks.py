@@ -24,8 +24,9 @@ Block = tuple[tuple[int, int], ...]  # first and last (exclusive) index along ea
 _LEAST_RUN = 8 * 2**10
 # Rows are read and exchanged only where that saves more than this factor: it takes memory and a compilation.
 _WORTHWHILE = 1.05
-# Arrays are read, checked and converted in parts: several times this is in memory beside the array itself.
-_PART_BYTES = 64 * 2**20
+# Arrays are read, checked and converted in parts: several times this is in memory beside the array itself. Larger
+# buffers than 32 MiB would be new memory for every part (glibc's largest threshold), and a third of the time.
+_PART_BYTES = 16 * 2**20
 
 
 class RawArray(NamedTuple):

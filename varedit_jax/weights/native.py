@@ -96,12 +96,13 @@ class Leaf(NamedTuple):
 
     def parts_of(self, block: blocks.Block) -> Iterator[blocks.Block]:
         """Yields a block in parts that are read one by one."""
-        chunks = (1,) * len(self.shape) if self.raw is not None else self._chunks()
-        return blocks.parts_of(block, chunks, self.dtype.itemsize)
+        return blocks.parts_of(block, self._chunks(), self.dtype.itemsize)
 
     def _chunks(self) -> tuple[int, ...]:
         """Sizes of what is read at once; 1 where any values can be."""
-        if not isinstance(self.source, ts.TensorStore):
+        if self.raw is not None and is_remote(self.raw.place((0,) * len(self.shape))[0]):
+            return self.raw.chunks  # a request each
+        if self.raw is not None or not isinstance(self.source, ts.TensorStore):
             return (1,) * len(self.shape)
         return tuple(int(size or 1) for size in self.source.chunk_layout.read_chunk.shape or ())
 
