@@ -90,4 +90,5 @@ def dot(x: jax.Array, kernel: Int8, axes: int = 1) -> jax.Array:
     summed = tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes))
     values = kernel.values.astype(x.dtype)
     sums = jax.lax.dot_general(x, values, (summed, ((), ())), preferred_element_type=jnp.float32)
-    return (sums * kernel.scale.reshape(kernel.shape[axes:])).astype(x.dtype)
+    scale = kernel.scale.reshape((1,) * (x.ndim - axes) + kernel.shape[axes:])
+    return (sums * scale).astype(x.dtype)

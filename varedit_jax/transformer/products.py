@@ -188,7 +188,7 @@ def from_heads(x_BHLD: jax.Array, kernel_IC: jax.Array | Int8, config: Transform
         if isinstance(kernel_IC, Int8):
             values_HDC = kernel_IC.values.reshape(config.heads, config.head_size, -1).astype(x_BHLD.dtype)
             sums_BLC = jnp.einsum("bhld,hdc->blc", x_BHLD, values_HDC, preferred_element_type=jnp.float32)
-            return (sums_BLC * kernel_IC.scale).astype(x_BHLD.dtype)
+            return (sums_BLC * kernel_IC.scale[None]).astype(x_BHLD.dtype)
         kernel_HDC = kernel_IC.reshape(config.heads, config.head_size, -1)
         return jnp.einsum("bhld,hdc->blc", x_BHLD, kernel_HDC.astype(x_BHLD.dtype))
     return product(_rows_of_heads(x_BHLD), kernel_IC, config)
