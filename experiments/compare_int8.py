@@ -133,10 +133,10 @@ def main(argv: list[str]) -> None:
 def _shapes_bits(editor: Editor, pyramid: Pyramid, records: Sequence[Any]) -> str:
     config, few = editor.config, records[: _FORCED.value]
     encode = jit_everywhere(lambda params, images: tokens_lib.encode_images(params, images, config))
-    sides = [
+    source, target = (
         encode(editor.params["tokenizer"], np.stack([record[side] for record in few])) for side in ("source", "target")
-    ]
-    made = tokens_lib.make_tokens(*sides, config, pyramid)
+    )
+    made = tokens_lib.make_tokens(source, target, config, pyramid)
     ids_BT, length_B = editor.vocabulary.encode([record["instruction"] for record in few], config.text.max_tokens)
     ids_BT = ids_BT[:, : int(length_B.max())]
     host = jax.device_get(editor.params)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from varedit_jax.config import EditorConfig, LossConfig, SamplingConfig, TextConfig, TokenizerConfig, TransformerConfig
@@ -159,8 +160,8 @@ def _padded_text(golden: Golden) -> tuple[np.ndarray, np.ndarray]:
 
 def forced_inputs(golden: Golden) -> tuple[jax.Array, jax.Array, np.ndarray, np.ndarray]:
     """Source tokens, inputs of all scales but the first by the target, text features and their lengths."""
-    features = (golden.tensors[f"{side}_features"].transpose(0, 2, 3, 1) for side in ("src", "tgt"))
-    made = tokens_lib.make_tokens(*features, golden.config, golden.pyramid)
+    source, target = (jnp.asarray(golden.tensors[f"{side}_features"].transpose(0, 2, 3, 1)) for side in ("src", "tgt"))
+    made = tokens_lib.make_tokens(source, target, golden.config, golden.pyramid)
     return made.source_BSN, made.inputs_BLN, *_padded_text(golden)
 
 
