@@ -203,7 +203,7 @@ def test_a_stack_in_int8_is_never_widened_on_a_tpu(early):
 
     def run(params, x_BLC):
         if early:
-            params = jax.tree.map(lambda leaf: leaf.values * leaf.scale.astype(jnp.bfloat16), params, is_leaf=is_int8)
+            params = jax.tree.map(restored, params, is_leaf=lambda node: isinstance(node, Int8))
 
         def layer(x_BLC, kernels):
             params = {name: {"kernel": kernel, "bias": jnp.zeros(kernel.shape[1])} for name, kernel in kernels.items()}
@@ -226,9 +226,9 @@ def test_a_stack_in_int8_is_never_widened_on_a_tpu(early):
     assert "s8" in stacks and (stacks - {"s8"} != set()) == early, stacks
 
 
-def is_int8(node):
-    """The nodes that stand for a kernel."""
-    return isinstance(node, Int8)
+def restored(kernel):
+    """What an int8 kernel stands for, bfloat16."""
+    return kernel.values.astype(jnp.bfloat16) * kernel.scale.astype(jnp.bfloat16)
 
 
 @pytest.mark.tpu
