@@ -51,6 +51,7 @@ INIT: dict[str, Callable[[EditorConfig, jax.Array], Params]] = {
 def abstract_params(config: EditorConfig, part: str, pyramid: Pyramid | None = None) -> Params:
     """Shapes and types of a part (tokenizer, text, transformer) as jax.ShapeDtypeStruct; nothing is allocated."""
     if part == "transformer":
+        pyramid = pyramid or Pyramid(((1, 1),), ((1, 1),))  # the one that is traced in the least time
         return jax.eval_shape(lambda: init_transformer(config, jax.random.key(0), pyramid))
     return jax.eval_shape(lambda: INIT[part](config, jax.random.key(0)))
 

@@ -182,6 +182,13 @@ def test_a_run_has_checkpoints_and_their_ema(run, params, arguments, factor):
     assert str(loaded.params["transformer"]["block_0"]["mlp"]["fc1"]["kernel"].dtype) == "bfloat16"
 
 
+def test_a_text_encoder_that_was_trained_is_float32():
+    """Whatever the run says of a frozen one."""
+    run = RunConfig(name="r", model=HALF, data=DataConfig(text_tokens=16), text_dtype="bfloat16", train_text=True)
+    assert run.editing.text_dtype == "float32"
+    assert dataclasses.replace(run, train_text=False).editing.text_dtype == "bfloat16"
+
+
 def test_a_step_that_was_not_saved(run):
     with pytest.raises(UserError, match="has no checkpoint of step 4, but of 3, 6"):
         load(run, step=4)

@@ -184,6 +184,14 @@ def test_a_host_needs_memory_for_an_array_and_a_part(
     assert array.nbytes <= most <= array.nbytes + 6 * 2**18
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (5, 7), (300, 11)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_cpu_takes_the_memory_of_an_array_as_it_is(shape: tuple[int, ...], dtype: str) -> None:
+    memory = blocks._zeros(shape, np.dtype(dtype))
+    assert (memory.shape, memory.dtype) == (shape, dtype) and not memory.any()
+    assert jax.device_put(memory).unsafe_buffer_pointer() == memory.ctypes.data
+
+
 def test_values_that_do_not_fit_the_type_are_one_sentence(tmp_path: pathlib.Path) -> None:
     """3.4e38 is finite, and rounds to infinity in bfloat16; NaN is none in any type."""
     safetensors.numpy.save_file(
