@@ -6,16 +6,17 @@
 default.
 """
 
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from experiments import program
 from experiments.configs import shapes
 from varedit_jax import command, images
-from varedit_jax.config import ComputeType, SamplingConfig
+from varedit_jax.config import SamplingConfig
 from varedit_jax.lazy import LazyModule
 from varedit_jax.sampling.editor import Editor
+from varedit_jax.sampling.loading import DTYPES
 from varedit_jax.scales import aspects_to_use
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ _ASPECT = flags.DEFINE_string(
     "aspect", "", "square, auto (nearest of all templates) or a template; by default as the weights were trained"
 )
 _DTYPE = flags.DEFINE_enum(
-    "dtype", None, get_args(ComputeType), f"type of the transformer's blocks and the text encoder; {_OWN}"
+    "dtype", None, DTYPES, f"type of the transformer's blocks and the text encoder; int8 needs least memory; {_OWN}"
 )
 _WEIGHTS = flags.DEFINE_enum("weights", "model", ["model", "ema"], "parameters of a run, or their EMA")
 _STEP = flags.DEFINE_integer("step", None, "of a run's checkpoint; the newest by default", lower_bound=0)

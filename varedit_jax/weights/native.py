@@ -6,8 +6,12 @@ Forms of a part (tokenizer, text, transformer) in a directory:
     {part}/                     an Orbax checkpoint of the tree, a directory per array and a raw file per chunk, so that
                                 a stack of blocks can be written and read block by block
     checkpoints/{step}/state    of a training run; the newest step
+
+An array X of int8 comes with its scales, X_scale (quantized.py). Both together are read as one array of float32, unless
+they are asked for.
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -22,6 +26,7 @@ import tensorstore as ts
 
 from varedit_jax.errors import UserError
 from varedit_jax.lazy import LazyModule
+from varedit_jax.quantized import dequantized
 from varedit_jax.storage import files
 from varedit_jax.storage.disk import is_machine_error, read_explained
 from varedit_jax.storage.orbax import checkpointer
@@ -39,7 +44,8 @@ else:
 
 _CHUNK_BYTES = 64 * 2**20  # of the Orbax checkpoint's files: what a reader of one shard has to read at least
 _ZARR_TYPES = {np.dtype(np.float32): "<f4", np.dtype(np.float16): "<f2", np.dtype(np.float64): "<f8"}
-_ZARR_TYPES[np.dtype(ml_dtypes.bfloat16)] = "bfloat16"
+_ZARR_TYPES |= {np.dtype(ml_dtypes.bfloat16): "bfloat16", np.dtype(np.int8): "|i1"}
+SCALE = "_scale"  # behind the name of an array of int8: that of its scales
 
 
 class Leaf(NamedTuple):
@@ -54,6 +60,8 @@ class Leaf(NamedTuple):
     def read(self, index: int | tuple[slice, ...] | None = None) -> np.ndarray:
         """All of it, one entry along its leading axis, or a block. Raises UserError if it is missing or cut short."""
         found = self.source if index is None else self.source[index]
+        if isinstance(found, StoredInt8):
+            return np.asarray(found)
         if not isinstance(found, ts.TensorStore):
             return found
         try:
@@ -118,6 +126,45 @@ class Leaf(NamedTuple):
         return blocks.bytes_of_chunks(block, self.shape, chunks, self.dtype.itemsize)
 
 
+@dataclasses.dataclass(frozen=True)
+class StoredInt8:
+    """An array on disk as int8 values and float32 scales; the source of a `Leaf`, it gives what they stand for."""
+
+    values: Leaf
+    scale: Leaf
+
+    def __getitem__(self, index: int | tuple[slice, ...]) -> np.ndarray:
+        """One entry along the leading axis, or a block."""
+        own = index
+        if isinstance(index, tuple):  # scales are 1 along the axes that are summed over
+            sizes = zip(index, self.values.shape, self.scale.shape, strict=True)
+            own = tuple(part if size == whole else slice(None) for part, whole, size in sizes)
+        return dequantized(np.asarray(self.values.read(index)), np.asarray(self.scale.read(own)))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """All of it."""
+        found = dequantized(np.asarray(self.values.read()), np.asarray(self.scale.read()))
+        return found.astype(dtype or found.dtype, copy=False)
+
+
+def _with_scales(found: dict[str, Leaf]) -> dict[str, Leaf]:
+    """Arrays of a part, those of int8 as one with their scales. Raises UserError for int8 without scales that fit."""
+    whole = {name for name, leaf in found.items() if leaf.dtype == np.int8}
+    leaves = {name: leaf for name, leaf in found.items() if name.removesuffix(SCALE) not in whole or name in whole}
+    for name in whole:
+        values, scale = found[name], found.get(name + SCALE)
+        if scale is None:
+            raise UserError(f"{values.name} is int8 without its scales {name}{SCALE}; convert the weights again")
+        fits = scale.dtype == np.float32 and len(scale.shape) == len(values.shape)
+        if not fits or any(own not in (1, size) for own, size in zip(scale.shape, values.shape, strict=True)):
+            raise UserError(
+                f"{scale.name} is {scale.dtype} of shape {list(scale.shape)}, which does not fit the int8 array of "
+                f"shape {list(values.shape)}; convert the weights again"
+            )
+        leaves[name] = Leaf(values.shape, scale.dtype, StoredInt8(values, scale), values.name)
+    return leaves
+
+
 def is_part(directory: PathLike, part: str) -> bool:
     """Returns True if a directory of weights holds the part."""
     root = resolve(directory)
@@ -132,7 +179,7 @@ def find_part(directory: PathLike, part: str, *, ema: bool = False, step: int | 
     """
     root = resolve(directory)
     with read_explained(str(root)):
-        return _find_part(root, part, ema, step)
+        return _with_scales(_find_part(root, part, ema, step))
 
 
 def _find_part(root: pathlib.Path, part: str, ema: bool, step: int | None) -> dict[str, Leaf]:

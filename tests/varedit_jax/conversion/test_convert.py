@@ -19,7 +19,7 @@ from varedit_jax.errors import UserError
 from varedit_jax.parameters import abstract_params, init_text
 from varedit_jax.sampling.editor import Editor
 from varedit_jax.weights import names, native
-from varedit_jax.weights.directory import read_editor_config
+from varedit_jax.weights.directory import read_editing_config, read_editor_config
 from varedit_jax.weights.export_source import open_source
 from varedit_jax.weights.native import load_part
 from varedit_jax.weights.reader import StateDict, read_state_dict
@@ -301,6 +301,7 @@ def test_an_editor_of_converted_parts(
         and "THIS_DIRECTORY --text=DIRECTORY --image" in card
     )
     assert convert.verify(tmp_path / "s")
+    assert read_editing_config(tmp_path / "s") == read_editing_config(tmp_path / "o")
     for part in ("transformer", "tokenizer"):
         wanted = names.flat(names.to_tree(part, states[part], abstract_params(config, part)))
         for directory in ("o", "s"):
@@ -332,6 +333,7 @@ def test_an_editor_of_converted_parts(
         ("transformer", "head/kernel", "float32"),
     ):
         assert names.flat(editor.params[part])[path].dtype == dtype
+    assert read_editing_config(tmp_path / "e") == editor.editing
     editor = Editor.load(tmp_path / "e", dtype="float32")
     assert editor.vocabulary.path == str(tmp_path / "e" / "t5_tokenizer.json")
     jax.tree.map(np.testing.assert_array_equal, editor.params["text"], text)

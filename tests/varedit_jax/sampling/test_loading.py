@@ -106,7 +106,7 @@ def test_the_text_encoder_computes_in_the_type_of_its_weights(directory, params,
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    ({"dtype": "float16"}, "weights cannot be loaded as 'float16'; give float32 or bfloat16"),
+    ({"dtype": "float16"}, "weights cannot be loaded as 'float16'; give float32, bfloat16 or int8"),
     ({"weights": "best"}, "there are no weights 'best'; give model or ema"),
     ({"weights": "ema"}, "half holds no EMA of its parameters; only a run with optimizer.ema_decay keeps one"),
     ({"step": 3}, "half is a directory of weights, which has no checkpoint of step 3; give a run's"),
@@ -180,6 +180,13 @@ def test_a_run_has_checkpoints_and_their_ema(run, params, arguments, factor):
     assert loaded.editing == EditingConfig(text_dtype="bfloat16", tokenizer_precision="high", aspects=("1.0", "2.0"))
     assert set(types_of(loaded.params["text"]).values()) == {"bfloat16"}
     assert str(loaded.params["transformer"]["block_0"]["mlp"]["fc1"]["kernel"].dtype) == "bfloat16"
+
+
+def test_a_text_encoder_that_was_trained_is_float32():
+    """Whatever the run says of a frozen one."""
+    run = RunConfig(name="r", model=HALF, data=DataConfig(text_tokens=16), text_dtype="bfloat16", train_text=True)
+    assert run.editing.text_dtype == "float32"
+    assert dataclasses.replace(run, train_text=False).editing.text_dtype == "bfloat16"
 
 
 def test_a_step_that_was_not_saved(run):
