@@ -15,7 +15,8 @@ gives a line, too.
 there are per chip, too. --program keeps the program's text, and --read_program predicts from such a file in seconds,
 given the same flags otherwise. --max_moves and --max_exposed_gathers are bounds: a program beyond one still gives its
 line, then a sentence and exit code 1. --memory_only ends a compilation before code is generated, which takes most of
-its time: memory (without the code's) and collectives are there by then, `predicted` is not.
+its time: memory (without the code's) and collectives are there by then, `predicted` only for a GPU that the chips stand
+in for (--stand_in_for).
 """
 
 import dataclasses
@@ -127,12 +128,14 @@ def _check_alone() -> None:
 
 def _lines(row: StepFigures) -> list[str]:
     """What standard error says of a line."""
+    lines = predict.lines(row["predicted"]) if "predicted" in row else []
     if row.get("compiled") == "memory":
-        return [
-            f"{row['what']}: {in_seconds(row)}; its time needs the whole compilation, without --memory_only; "
-            "`needed_gib` lacks the code, and is what the compiler itself compares with the memory"
-        ]
-    return predict.lines(row["predicted"]) if "predicted" in row else []
+        time = "" if lines else "its time needs the whole compilation, without --memory_only; "
+        lines.append(
+            f"{row['what']}: {in_seconds(row)}; {time}`needed_gib` lacks the code, and is what the compiler itself "
+            "compares with the memory"
+        )
+    return lines
 
 
 def _step(config: RunConfig, target: Target) -> StepFigures:
