@@ -6,7 +6,7 @@
 The step takes images and token ids, and has the frozen encoders, forward and backward pass and the optimizer.
 --what=evaluation and --what=sampling compile what else a run needs: the loss of a held-out batch, in the step's
 microbatches, and the sampling of a sheet, one image on each device of data x fsdp at least. This runs
-on any CPU with libtpu (pip install 'varedit-jax[tpu]'); 8B takes some minutes. --find_batch finds the largest batch per
+on any CPU with libtpu (pip install 'varedit-jax[tpu]'); 8B takes 23 to 42 minutes of two cores. --find_batch finds the largest batch per
 chip that fits, and prints each attempt to standard error. Memory, collectives and `compiled_tflop_per_device` are per
 device and step, other TFLOP of all devices. `fits` compares `needed_gib` with `hbm_gib`; a program that does not fit
 gives a line, too.
@@ -68,7 +68,7 @@ _WHAT = flags.DEFINE_enum(
 _IMAGES = flags.DEFINE_integer("images", 8, "of a sheet of samples", lower_bound=1)
 _FIND_BATCH = flags.DEFINE_bool("find_batch", False, "find the largest batch per chip that fits")
 _MEMORY_ONLY = flags.DEFINE_bool(
-    "memory_only", False, "end before code is generated: memory and collectives without the step's time, much sooner"
+    "memory_only", False, "end before code is generated: memory and collectives without a TPU step's time, much sooner"
 )
 _PROGRAM = command.DEFINE_path("program", "", "file that the compiled program's text is written to")
 _READ_PROGRAM = command.DEFINE_path("read_program", "", "file of --program to predict the step's time of, uncompiled")
