@@ -5,11 +5,11 @@
 
 The step takes images and token ids, and has the frozen encoders, forward and backward pass and the optimizer.
 --what=evaluation and --what=sampling compile what else a run needs: the loss of a held-out batch, in the step's
-microbatches, and the sampling of a sheet, one image on each device of data x fsdp at least. This runs
-on any CPU with libtpu (pip install 'varedit-jax[tpu]'); 8B takes 23 to 42 minutes of two cores. --find_batch finds the largest batch per
-chip that fits, and prints each attempt to standard error. Memory, collectives and `compiled_tflop_per_device` are per
-device and step, other TFLOP of all devices. `fits` compares `needed_gib` with `hbm_gib`; a program that does not fit
-gives a line, too.
+microbatches, and the sampling of a sheet, one image on each device of data x fsdp at least. This runs on any CPU with
+libtpu (pip install 'varedit-jax[tpu]'); 8B takes 23 to 42 minutes of two cores. --find_batch finds the largest batch
+per chip that fits, and prints each attempt to standard error. Memory, collectives and `compiled_tflop_per_device` are
+per device and step, other TFLOP of all devices. `fits` compares `needed_gib` with `hbm_gib`; a program that does not
+fit gives a line, too.
 
 `predicted` is the step's time by varedit_jax/analysis/predict.py, which standard error has in words; `collectives`
 there are per chip, too. --program keeps the program's text, and --read_program predicts from such a file in seconds,

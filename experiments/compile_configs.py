@@ -5,10 +5,10 @@
 A layout took 14 to 42 minutes, two at a time on two cores with other work: 2B about 15, 8B 23 to 42. Its line goes to
 --rows at once; a layout with a line is not compiled again, so that an interrupted program resumes: remove lines to
 recompile them. Layouts for GPUs cannot be compiled without one: they are compiled for as many v5p chips with the GPU's
-memory, and marked as a stand-in; the prediction of their step is by formula (varedit_jax/analysis/predict_gpu.py). Lines
-of before there were predictions have empty cells for them. --memory_only ends each compilation before code is generated
-(compile_ahead), within one to seven minutes; a line from it says so, has no prediction except for a GPU, and does not
-keep the layout from being compiled as a whole later.
+memory, and marked as a stand-in; the prediction of their step is by formula (varedit_jax/analysis/predict_gpu.py).
+Lines of before there were predictions have empty cells for them. --memory_only ends each compilation before code is
+generated (compile_ahead), within one to seven minutes; a line from it says so, has no prediction except for a GPU, and
+does not keep the layout from being compiled as a whole later.
 """
 
 import contextlib
