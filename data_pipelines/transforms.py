@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_pipelines.plan import mix
-from varedit_jax.images import fit, load_image, upright, upright_rgb
+from varedit_jax.images import load_image, upright, upright_rgb
+from varedit_jax.placement import fit
 
 _FLIP = 4  # domain of a hash, beside those of plan.py
 

@@ -5,17 +5,18 @@
 
 The step takes images and token ids, and has the frozen encoders, forward and backward pass and the optimizer.
 --what=evaluation and --what=sampling compile what else a run needs: the loss of a held-out batch, in the step's
-microbatches, and the sampling of a sheet, one image on each device of data x fsdp at least. This runs
-on any CPU with libtpu (pip install 'varedit-jax[tpu]'); 8B takes some minutes. --find_batch finds the largest batch per
-chip that fits, and prints each attempt to standard error. Memory, collectives and `compiled_tflop_per_device` are per
-device and step, other TFLOP of all devices. `fits` compares `needed_gib` with `hbm_gib`; a program that does not fit
-gives a line, too.
+microbatches, and the sampling of a sheet, one image on each device of data x fsdp at least. This runs on any CPU with
+libtpu (pip install 'varedit-jax[tpu]'); 8B takes 23 to 42 minutes of two cores. --find_batch finds the largest batch
+per chip that fits, and prints each attempt to standard error. Memory, collectives and `compiled_tflop_per_device` are
+per device and step, other TFLOP of all devices. `fits` compares `needed_gib` with `hbm_gib`; a program that does not
+fit gives a line, too.
 
 `predicted` is the step's time by varedit_jax/analysis/predict.py, which standard error has in words; `collectives`
 there are per chip, too. --program keeps the program's text, and --read_program predicts from such a file in seconds,
 given the same flags otherwise. --max_moves and --max_exposed_gathers are bounds: a program beyond one still gives its
 line, then a sentence and exit code 1. --memory_only ends a compilation before code is generated, which takes most of
-its time: memory (without the code's) and collectives are there by then, `predicted` is not.
+its time: memory (without the code's) and collectives are there by then, `predicted` only for a GPU that the chips stand
+in for (--stand_in_for).
 """
 
 import dataclasses
@@ -67,7 +68,7 @@ _WHAT = flags.DEFINE_enum(
 _IMAGES = flags.DEFINE_integer("images", 8, "of a sheet of samples", lower_bound=1)
 _FIND_BATCH = flags.DEFINE_bool("find_batch", False, "find the largest batch per chip that fits")
 _MEMORY_ONLY = flags.DEFINE_bool(
-    "memory_only", False, "end before code is generated: memory and collectives without the step's time, much sooner"
+    "memory_only", False, "end before code is generated: memory and collectives without a TPU step's time, much sooner"
 )
 _PROGRAM = command.DEFINE_path("program", "", "file that the compiled program's text is written to")
 _READ_PROGRAM = command.DEFINE_path("read_program", "", "file of --program to predict the step's time of, uncompiled")
@@ -127,12 +128,14 @@ def _check_alone() -> None:
 
 def _lines(row: StepFigures) -> list[str]:
     """What standard error says of a line."""
+    lines = predict.lines(row["predicted"]) if "predicted" in row else []
     if row.get("compiled") == "memory":
-        return [
-            f"{row['what']}: {in_seconds(row)}; its time needs the whole compilation, without --memory_only; "
-            "`needed_gib` lacks the code, and is what the compiler itself compares with the memory"
-        ]
-    return predict.lines(row["predicted"]) if "predicted" in row else []
+        time = "" if lines else "its time needs the whole compilation, without --memory_only; "
+        lines.append(
+            f"{row['what']}: {in_seconds(row)}; {time}`needed_gib` lacks the code, and is what the compiler itself "
+            "compares with the memory"
+        )
+    return lines
 
 
 def _step(config: RunConfig, target: Target) -> StepFigures:

@@ -2,12 +2,13 @@
 
     python -m experiments.compile_configs --rows=results/compile_ahead.jsonl --table=/tmp/table.md --only=8b_512
 
-A layout takes three to six minutes on two free cores. Its line goes to --rows at once; a layout with a line is not
-compiled again, so that an interrupted program resumes: remove lines to recompile them. Layouts for GPUs cannot be
-compiled without one: they are compiled for as many v5p chips with the GPU's memory, and marked as a stand-in; the
-prediction of their step is by formula (varedit_jax/analysis/predict_gpu.py). Lines of before there were predictions
-have empty cells for them. --memory_only ends each compilation before code is generated (compile_ahead); a line from it
-says so, has no prediction, and does not keep the layout from being compiled as a whole later.
+A layout took 14 to 42 minutes, two at a time on two cores with other work: 2B about 15, 8B 23 to 42. Its line goes to
+--rows at once; a layout with a line is not compiled again, so that an interrupted program resumes: remove lines to
+recompile them. Layouts for GPUs cannot be compiled without one: they are compiled for as many v5p chips with the GPU's
+memory, and marked as a stand-in; the prediction of their step is by formula (varedit_jax/analysis/predict_gpu.py).
+Lines of before there were predictions have empty cells for them. --memory_only ends each compilation before code is
+generated (compile_ahead), within one to seven minutes; a line from it says so, has no prediction except for a GPU, and
+does not keep the layout from being compiled as a whole later.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ from varedit_jax.storage import files, jsonl, paths
 _ROWS = command.DEFINE_path("rows", "results/compile_ahead.jsonl", "JSONL file of the lines")
 _TABLE = command.DEFINE_path("table", "", "Markdown file for the table; standard output by default")
 _ONLY = flags.DEFINE_list("only", [], "parts of CONFIG:MACHINE, any of which must match; everything by default")
-_MEMORY_ONLY = flags.DEFINE_bool("memory_only", False, "memory and collectives alone, without the step's time")
+_MEMORY_ONLY = flags.DEFINE_bool("memory_only", False, "memory and collectives alone, without a TPU step's time")
 
 STAND_IN = "v5p:4x4x4"  # 64 devices, as h100_64
 GPU = "NVIDIA H100 80GB HBM3"

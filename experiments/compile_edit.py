@@ -23,6 +23,8 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # or JAX looks for the TPU that libtpu compiles for
 
+from typing import Any
+
 import jax
 from absl import flags
 
@@ -49,7 +51,7 @@ _MESH = flags.DEFINE_string("mesh", "tensor=-1", "sizes of the mesh's axes")
 _BATCH = flags.DEFINE_integer("batch", 1, "images that are edited together", lower_bound=1)
 _TEXT_TOKENS = flags.DEFINE_integer("text_tokens", 32, "of an instruction; padded to a bucket", lower_bound=1)
 _GUIDANCE = flags.DEFINE_float("guidance", None, "the config's by default; 1: off, without the unconditional half")
-_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "of the blocks' matrices and the text encoder")
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16", "int8"], "of the blocks' matrices and the text encoder")
 _DEPTH = flags.DEFINE_integer("depth", None, "blocks, instead of all: quicker, with memory and sums that are too small")
 _STAGES = flags.DEFINE_list(
     "stages", ["all"], "stages, such as prefill, scale_3, last (the last scale), decode; or all"
@@ -76,7 +78,9 @@ def _job() -> Job:
         run = program.load_config(_CONFIG.value, RunConfig)
     else:
         run = RunConfig(name=_PRESET.value, model=program.preset_model(_PRESET.value, _PIXELS.value))
-    transformer = dataclasses.replace(run.model.transformer, dtype=_DTYPE.value)
+    quantized = _DTYPE.value == "int8"
+    dtype: Any = "bfloat16" if quantized else _DTYPE.value  # that products are computed in
+    transformer = dataclasses.replace(run.model.transformer, dtype=dtype)
     if _DEPTH.value:
         transformer = dataclasses.replace(transformer, depth=_DEPTH.value)
     sampling = run.sampling if _GUIDANCE.value is None else SamplingConfig(guidance=_GUIDANCE.value)
@@ -84,11 +88,11 @@ def _job() -> Job:
         run,
         model=dataclasses.replace(run.model, transformer=transformer),
         sampling=sampling,
-        text_dtype=_DTYPE.value,
+        text_dtype=dtype,
         data=DataConfig(batch_size=_BATCH.value, text_tokens=_TEXT_TOKENS.value),
         mesh=parse_mesh(_MESH.value),
     )
-    return Job("edit", run, Target(topology=_TOPOLOGY.value, hbm_gib=_HBM_GIB.value), _BATCH.value)
+    return Job("edit", run, Target(topology=_TOPOLOGY.value, hbm_gib=_HBM_GIB.value), _BATCH.value, quantized=quantized)
 
 
 def _titles(job: Job) -> list[str]:

@@ -1,9 +1,10 @@
-"""Converts weights: published PyTorch files to our format, and back, or to a directory to share.
+"""Converts weights: published PyTorch files to our format, and back, or to a directory to share; ours to int8.
 
     python -m experiments.convert --transformer=VAREdit/8B-512.pth --tokenizer=infinity_vae_d56_f8_14_patchify.pth \\
         --text=flan-t5-xl --output=weights/varedit_8b_512
     python -m experiments.convert --to=torch --input=runs/varedit_8b_512 --output=published --format=safetensors
     python -m experiments.convert --to=directory --input=runs/varedit_8b_512 --output=shared --license=apache-2.0
+    python -m experiments.convert --to=int8 --input=weights/varedit_8b_512 --output=weights/varedit_8b_512_int8
     python -m experiments.convert --dry_run --preset=8b --to=torch
     python -m experiments.convert --verify=weights/varedit_8b_512
 
@@ -23,14 +24,14 @@ from absl import flags
 from experiments import program
 from varedit_jax import command
 from varedit_jax.config import PIXEL_BUDGETS, RopeLayout, preset
-from varedit_jax.conversion import convert
+from varedit_jax.conversion import convert, quantize
 from varedit_jax.conversion.infer_config import FAMILIES
 from varedit_jax.errors import UserError
 from varedit_jax.storage.disk import size_text
 from varedit_jax.weights.directory import PARTS, STORED_TYPES
 from varedit_jax.weights.export_source import open_source
 
-_TO = flags.DEFINE_enum("to", "jax", ["jax", "torch", "directory"], "what to write")
+_TO = flags.DEFINE_enum("to", "jax", ["jax", "torch", "directory", "int8"], "what to write")
 _OUTPUT = command.DEFINE_path("output", "", "new directory")
 _FILES = {
     "transformer": command.DEFINE_path(
@@ -52,7 +53,7 @@ _BUDGET: flags.FlagHolder[Any] = flags.DEFINE_enum(
     "resolution of the transformer; by default from its file or the name of that, or 0.25M, with a warning",
 )
 _INPUT = command.DEFINE_path(
-    "input", "", "directory of weights, or of a training run, for --to=torch and --to=directory"
+    "input", "", "directory of weights, or of a training run, for --to=torch, --to=directory and --to=int8"
 )
 _PARTS = flags.DEFINE_multi_enum("parts", [], list(PARTS), "parts to write, one per flag; all by default")
 _FORMAT = flags.DEFINE_enum("format", "pth", list(convert.FORMATS), "of published files")
@@ -105,6 +106,8 @@ def _convert() -> int:
     source = open_source(_INPUT.value, _PARTS.value, _WEIGHTS.value)
     if _TO.value == "directory":
         return convert.to_directory(source, _OUTPUT.value, _DTYPE.value, _LICENSE.value)
+    if _TO.value == "int8":
+        return quantize.to_int8(source, _OUTPUT.value)
     shard_bytes = int(_SHARD.value * 1e9)
     return convert.to_torch(source, _OUTPUT.value, _FORMAT.value, shard_bytes, _DTYPE.value, _CHUNKS.value)
 

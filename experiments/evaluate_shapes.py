@@ -8,6 +8,7 @@ counts as exact if the image shows the requested change and everything else unch
 
 import dataclasses
 import time
+from typing import get_args
 
 import numpy as np
 from absl import flags
@@ -17,6 +18,7 @@ from experiments import program
 from experiments import shapes_scoring as scoring
 from experiments.configs import shapes
 from varedit_jax import command
+from varedit_jax.config import ComputeType
 from varedit_jax.errors import UserError
 from varedit_jax.images import check_output, write_image
 from varedit_jax.progress import Progress
@@ -32,6 +34,7 @@ _CHECKPOINT = command.DEFINE_path("checkpoint", shapes.SHIPPED, "directory of we
 _EXAMPLES = flags.DEFINE_integer("examples", 200, "held-out edits to judge", lower_bound=1)
 _SHEET = command.DEFINE_path("sheet", "", f"image to write: {_SHOWN} edits, scale by scale")
 _OUTPUT = command.DEFINE_path("output", "", "JSON file to write the scores to")
+_DTYPE = flags.DEFINE_enum("dtype", None, get_args(ComputeType), "as of experiments.edit; the checkpoint's by default")
 _DATA = command.DEFINE_path("data", "", "directory of the prepared data; data/ by default", local=True)
 
 
@@ -43,7 +46,7 @@ def main(argv: list[str]) -> None:
     output = resolve(_OUTPUT.value) if _OUTPUT.value else None
     if output is not None and not is_remote(output) and not output.parent.is_dir():
         raise UserError(f"the directory {output.parent} of {output} does not exist; create it first")
-    editor = Editor.load(_CHECKPOINT.value)
+    editor = Editor.load(_CHECKPOINT.value, dtype=_DTYPE.value)
     data = dataclasses.replace(shapes.DATA, directory=_DATA.value, train_examples=1)  # only the test split is used
     source = loader.open_split(data, "test")
     if _EXAMPLES.value > len(source):

@@ -139,16 +139,18 @@ class FieldFlags(Generic[Config]):
     and do not support Literal and union types.
     """
 
-    def __init__(self, cls: type[Config], fields: Mapping[str, str]) -> None:
-        """Defines a flag for each of `fields`, which maps names of flags to dotted names of fields."""
+    def __init__(self, cls: type[Config], fields: Mapping[str, str], about: Mapping[str, str] | None = None) -> None:
+        """Defines a flag for each of `fields`, which maps names of flags to dotted names of fields.
+
+        `about` says what some of them mean, for --help, beside the values that they take.
+        """
         self._cls = cls
         hints = field_types(cls)
-        self._fields = {
-            field: flags.DEFINE(
-                _FieldParser(flag, hints[field]), flag, None, in_words(hints[field]), boolean=hints[field] is bool
-            )
-            for flag, field in fields.items()
-        }
+        self._fields = {}
+        for flag, field in fields.items():
+            parser, words = _FieldParser(flag, hints[field]), in_words(hints[field])
+            help_text = f"{about[flag]} ({words})" if about and flag in about else words
+            self._fields[field] = flags.DEFINE(parser, flag, None, help_text, boolean=hints[field] is bool)
 
     def override(self, config: Config) -> Config:
         """Returns `config` with the fields of the command line. Raises UserError if they contradict each other."""

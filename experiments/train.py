@@ -102,7 +102,8 @@ def _train(config: RunConfig, watchdog: Watchdog) -> None:
         if not shown:
             return {}
         params = {"held_out": state.params} | ({} if state.ema is None else {"held_out_ema": state.ema})
-        editors = {name: Editor(config.model, {**frozen, **each}, config.sampling) for name, each in params.items()}
+        use = config.sampling, config.editing
+        editors = {name: Editor(config.model, {**frozen, **each}, *use) for name, each in params.items()}
         return {name: np.asarray(sample_sheet(editor, shown)) for name, editor in editors.items()}
 
     def prepare_evaluation() -> None:
@@ -113,7 +114,7 @@ def _train(config: RunConfig, watchdog: Watchdog) -> None:
         with jax.set_mesh(mesh):
             if shown:
                 params = {**frozen, **run.abstract_state.params}
-                prepare_sheet(Editor(config.model, params, config.sampling), shown)
+                prepare_sheet(Editor(config.model, params, config.sampling, config.editing), shown)
 
     def prepare_numbers() -> None:
         if config.guard.verify_every:
@@ -150,7 +151,8 @@ def _train(config: RunConfig, watchdog: Watchdog) -> None:
         state = Trainer(job, run_flags.launch(), watchdog).run()
     if run_flags.EXPORT.value and int(state.step) == config.steps:
         params = {**frozen, **state.params}
-        save_weights(run_flags.EXPORT.value, config.model, params, run_flags.EXPORT_TYPE.value, config.sampling)
+        use = config.sampling, config.editing
+        save_weights(run_flags.EXPORT.value, config.model, params, run_flags.EXPORT_TYPE.value, *use)
 
 
 def main(argv: list[str]) -> None:

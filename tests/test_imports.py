@@ -9,8 +9,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 # Rooms of the library, from the bottom up; those in one line may import each other, unless a line is in ALONE.
 BOTTOM = (
-    "config errors causes starting progress types lazy hardware storage colors jpeg png images contact_sheet scales resize "
-    "command"
+    "config errors causes starting progress types lazy quantized hardware storage colors jpeg png images placement "
+    "contact_sheet scales resize command"
 )
 FLOORS = (BOTTOM, "parallel", "tokenizer text transformer", "parameters", "weights", "conversion sampling training")
 LEVEL = {room: level for level, rooms in enumerate((*FLOORS, "evaluation analysis")) for room in rooms.split(" ")} | {
@@ -18,7 +18,18 @@ LEVEL = {room: level for level, rooms in enumerate((*FLOORS, "evaluation analysi
 }
 ALONE = {"conversion", "sampling", "training"}
 # What data_pipelines uses.
-DATA = {"config", "errors", "starting", "progress", "command", "storage", "images", "contact_sheet", "scales"}
+DATA = {
+    "config",
+    "errors",
+    "starting",
+    "progress",
+    "command",
+    "storage",
+    "images",
+    "placement",
+    "contact_sheet",
+    "scales",
+}
 
 
 def _imports(path: pathlib.Path) -> Iterator[list[str]]:

@@ -1,7 +1,6 @@
-"""Image files in and out, and the way of an image to the model's size and back (model.md, section 8)."""
+"""Image files in and out."""
 
 import contextlib
-import dataclasses
 import io
 import os
 import warnings
@@ -357,57 +356,8 @@ def _from_array(array: np.ndarray, limits: Limits) -> np.ndarray:
     return _rgb(Image.fromarray(np.ascontiguousarray(array)), name)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Placement:
-    """The place of an image in the one that the model sees: at the top left, with white around."""
-
-    original_hw: tuple[int, int]  # pixels of the image as given
-    fitted_hw: tuple[int, int]  # pixels of the model's image
-    content_hw: tuple[int, int]  # the part of these that the image fills
-
-
-def fit(image_HW3: np.ndarray, size_hw: tuple[int, int]) -> tuple[np.ndarray, Placement]:
-    """Pads an image with white at the right or bottom to the aspect of `size_hw`, and resizes it (Lanczos).
-
-    uint8 [H, W, 3] to uint8 [h, w, 3] with (h, w) = `size_hw`, and what `restore` needs to undo it. Raises UserError
-    for an image so narrow that less than one row or column would be left of it.
-    """
-    height, width = _shape_of(image_HW3)
-    h, w = size_hw
-    padded_height, padded_width = max(height, round(width * h / w)), max(width, round(height * w / h))
-    rows, columns = height * h / padded_height, width * w / padded_width
-    if min(rows, columns) < 1:
-        raise UserError(
-            f"the image is {width} x {height} pixels, too narrow to be shown to the model at {w} x {h}; crop it"
-        )
-    # Bit for bit what padding and then resizing gives, width before height; but a few rows at a time, since the padded
-    # image of a long strip can be hundreds of times its size.
-    image = Image.fromarray(image_HW3)
-    canvas = Image.new("RGB", (w, padded_height), "white")
-    step = max(1, 16_000_000 // padded_width)
-    for top in range(0, height, step):
-        bottom = min(top + step, height)
-        strip = Image.new("RGB", (padded_width, bottom - top), "white")
-        strip.paste(image.crop((0, top, width, bottom)), (0, 0))
-        canvas.paste(strip.resize((w, bottom - top), Image.Resampling.LANCZOS), (0, top))
-    placement = Placement(original_hw=(height, width), fitted_hw=(h, w), content_hw=(round(rows), round(columns)))
-    return np.array(canvas.resize((w, h), Image.Resampling.LANCZOS)), placement
-
-
-def restore(image_hw3: np.ndarray, placement: Placement) -> np.ndarray:
-    """Crops the padding off an edited image and resizes it (Lanczos) to the size of the original.
-
-    uint8 [h, w, 3] to uint8 [H, W, 3]. Raises ValueError if the image is not of the size that `fit` gave.
-    """
-    if _shape_of(image_hw3) != placement.fitted_hw:
-        raise ValueError(f"the image is {_shape_of(image_hw3)}, but it was placed in {placement.fitted_hw}")
-    rows, columns = placement.content_hw
-    height, width = placement.original_hw
-    content = Image.fromarray(np.ascontiguousarray(image_hw3[:rows, :columns]))
-    return np.array(content.resize((width, height), Image.Resampling.LANCZOS))
-
-
-def _shape_of(image: np.ndarray) -> tuple[int, int]:
+def shape_of(image: np.ndarray) -> tuple[int, int]:
+    """Height and width of uint8 [height, width, 3]. Raises ValueError for any other array."""
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
         raise ValueError(f"expected uint8 [height, width, 3], got {image.dtype} {image.shape}")
     return image.shape[0], image.shape[1]
@@ -434,7 +384,7 @@ def write_image(path: PathLike, image_HW3: np.ndarray) -> None:
     The file appears whole or not at all. Raises UserError for an unknown suffix, a missing directory, a full disk, or
     an image too large for its kind.
     """
-    _shape_of(image_HW3)
+    shape_of(image_HW3)
     check_output(path)
     target = resolve(path)
     kind, options = _FORMATS[target.suffix.lower()]

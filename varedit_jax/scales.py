@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 
 from varedit_jax.config import PIXEL_BUDGETS, EditorConfig
+from varedit_jax.errors import UserError
 
 Grid = tuple[int, int]
 
@@ -96,12 +97,33 @@ def aspect_templates() -> tuple[str, ...]:
     return tuple(_schedules())
 
 
-def nearest_aspect(height: int, width: int) -> str:
-    """The template whose ratio height / width is nearest to that of an image."""
-    return min(aspect_templates(), key=lambda name: abs(float(name) - height / width))
+SQUARE = "1.0"  # the template of square images
 
 
-def published_pyramid(pixel_budget: str, aspect: str = "1.0") -> Pyramid:
+def nearest_aspect(height: int, width: int, among: tuple[str, ...] = ()) -> str:
+    """The template, among these or all, whose ratio height / width is nearest to that of an image."""
+    return min(among or aspect_templates(), key=lambda name: abs(float(name) - height / width))
+
+
+def aspects_to_use(aspect: str, trained: tuple[str, ...]) -> tuple[str, ...]:
+    """The templates among which the nearest to an image is taken.
+
+    Args:
+      aspect: "square", "auto" for all 15, a template, or "" for those that a model was trained on.
+      trained: these; if they are not recorded, all 15.
+
+    Raises UserError for any other aspect.
+    """
+    if aspect in ("", "auto"):
+        return (not aspect and trained) or aspect_templates()
+    if aspect == "square":
+        return (SQUARE,)
+    if aspect not in aspect_templates():
+        raise UserError(f"the aspect {aspect!r} is none; give square, auto, or one of {', '.join(aspect_templates())}")
+    return (aspect,)
+
+
+def published_pyramid(pixel_budget: str, aspect: str = SQUARE) -> Pyramid:
     """Published schedule of a pixel budget ("0.06M" = 256 px, ..., "1M" = 1024 px) and aspect template."""
     if pixel_budget not in PIXEL_BUDGETS:
         raise ValueError(f"unknown pixel budget {pixel_budget!r}; known are {', '.join(PIXEL_BUDGETS)}")
@@ -115,7 +137,7 @@ def published_pyramid(pixel_budget: str, aspect: str = "1.0") -> Pyramid:
     return Pyramid(grids(pixel_budget), grids("1M"))
 
 
-def editor_pyramid(config: EditorConfig, aspect: str = "1.0") -> Pyramid:
+def editor_pyramid(config: EditorConfig, aspect: str = SQUARE) -> Pyramid:
     """The pyramid an editor works on; `aspect` chooses among the published ones."""
     if config.grids:
         rows, columns = config.grids[-1]

@@ -7,12 +7,9 @@ safetensors shards, each in its own process whose peak memory is sampled; kills 
 The directory needs three times the size of the file (2B: 8.8 GB) and is removed at the end.
 """
 
-import math
 import pathlib
 import shutil
-import zlib
 
-import numpy as np
 from absl import flags
 
 from experiments import program
@@ -20,11 +17,8 @@ from experiments.benchmarks import harness
 from varedit_jax import command
 from varedit_jax.config import preset
 from varedit_jax.conversion import convert
-from varedit_jax.conversion.writer import Planned, PthFile
 from varedit_jax.errors import UserError
-from varedit_jax.progress import Progress
 from varedit_jax.weights.manifest import read_manifest
-from varedit_jax.weights.names import BUFFERS
 
 _PRESET = flags.DEFINE_string("preset", "2b", "size of the transformer")
 _DIRECTORY = command.DEFINE_path("directory", None, "new directory to work in", local=True, required=True)
@@ -33,24 +27,6 @@ _BRIEF = flags.DEFINE_bool("brief", False, "without the killed conversion and sa
 _OUTPUT = command.DEFINE_path("output", "", "Markdown file for the table")
 
 _CONVERT = "experiments.convert"
-
-
-def _make(path: pathlib.Path) -> int:
-    """Writes random weights; returns their bytes."""
-    mapped = convert.mapping_of(preset(_PRESET.value), ["transformer"])
-    file = PthFile(path, [Planned(m.link.name, m.link.shape, m.dtype) for m in mapped])
-    file.create()
-    draw = np.random.default_rng(0)
-    checksums = {}
-    for line in Progress(mapped, desc="weights", unit="tensor"):
-        link = line.link
-        if _ZEROS.value:  # the file is all zeros where nothing has been written
-            checksums[link.name] = zlib.crc32(bytes(math.prod(link.shape) * line.dtype.itemsize))
-            continue
-        tensor = BUFFERS[link.layout](link.shape) if link.is_buffer else draw.standard_normal(link.shape, np.float32)
-        checksums[link.name] = file.write(link.name, tensor)
-    file.finish(checksums)
-    return sum(tensor.nbytes for tensor in file.tensors)
 
 
 def _kill_half_way(output: pathlib.Path, tensors: int, *arguments: str) -> int:
@@ -105,7 +81,7 @@ def main(argv: list[str]) -> None:
 
     with harness.scratch_directory(_DIRECTORY.value) as directory:
         source, ours, back = directory / "varedit.pth", directory / "ours", directory / "published"
-        size = _make(source)
+        size = harness.make_published(source, preset(_PRESET.value), "transformer", zeros=_ZEROS.value)
         tensors, killed = len(convert.mapping_of(preset(_PRESET.value), ["transformer"])), 0
         inwards = [f"--transformer={source}"]
         convert_and_measure("published .pth to ours", *inwards, f"--output={ours}")

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
@@ -14,16 +15,23 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
+import numpy as np
 import PIL
 import psutil
 from absl import flags
 
+from varedit_jax.config import EditorConfig
+from varedit_jax.conversion import convert
+from varedit_jax.conversion.writer import Planned, PthFile
 from varedit_jax.errors import UserError
+from varedit_jax.progress import Progress
 from varedit_jax.storage import files, paths
 from varedit_jax.storage.jsonl import LineWriter
+from varedit_jax.weights.names import BUFFERS
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -75,6 +83,22 @@ def _sampled_memory(pid: int) -> Iterator[list[int]]:
     finally:
         end.set()
         thread.join()
+
+
+class OwnMemory(NamedTuple):
+    """Resident bytes of this process."""
+
+    now: int
+    most: int  # since it started
+
+
+def own_memory() -> OwnMemory:
+    """Returns the memory of this process. Raises UserError where the system does not tell."""
+    status = pathlib.Path("/proc/self/status")
+    if not status.exists():
+        raise UserError("this system has no /proc, so memory cannot be measured; use Linux")
+    sizes = {name: int(value) * 1024 for name, value in re.findall(r"(VmRSS|VmHWM):\s*(\d+) kB", status.read_text())}
+    return OwnMemory(sizes["VmRSS"], sizes["VmHWM"])
 
 
 def family(pid: int) -> list[psutil.Process]:
@@ -177,10 +201,28 @@ def scratch_directory(path: str) -> Iterator[pathlib.Path]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
+def make_published(path: pathlib.Path, config: EditorConfig, part: str, zeros: bool = False) -> int:
+    """Writes random weights of a part as published, or zeros in a sparse file; returns their bytes."""
+    mapped = convert.mapping_of(config, [part])
+    file = PthFile(path, [Planned(m.link.name, m.link.shape, m.dtype) for m in mapped])
+    file.create()
+    draw = np.random.default_rng(0)
+    checksums = {}
+    for line in Progress(mapped, desc=f"{part} weights", unit="tensor"):
+        link = line.link
+        if zeros:  # the file is all zeros where nothing has been written
+            checksums[link.name] = zlib.crc32(bytes(math.prod(link.shape) * line.dtype.itemsize))
+            continue
+        tensor = BUFFERS[link.layout](link.shape) if link.is_buffer else draw.standard_normal(link.shape, np.float32)
+        checksums[link.name] = file.write(link.name, tensor)
+    file.finish(checksums)
+    return sum(tensor.nbytes for tensor in file.tensors)
+
+
 def command_line(module: str, *given: flags.FlagHolder[Any]) -> str:
     """Returns the command for a report: the flags that were given, without paths of this machine."""
     shown = [text for flag in given if flag.present for text in flag.serialize().splitlines()]  # one per value
-    hidden = [re.sub(r"^--(directory|output|curves|peer_python)=.*", r"--\1=...", text) for text in shown]
+    hidden = [re.sub(r"^--(directory|checkpoint|output|curves|peer_python)=.*", r"--\1=...", text) for text in shown]
     return " ".join([f"python -m {module}", *hidden])
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from data_pipelines.transforms import decoded, draw_flip, fitted, fitted_pair, may_flip
 from tests.data_pipelines.images import opened
-from varedit_jax.images import fit
+from varedit_jax.placement import fit
 
 
 def _ramp(width: int, height: int, kind: str = "PNG", **options: object) -> bytes:

@@ -50,6 +50,8 @@ def answers(run_program, tmp_path_factory):
         "gathers": [*good, "--mesh=fsdp=4", "--accumulation=2", "--text_tokens=8", f"--read_program={text}"]
         + ["--max_exposed_gathers=0"],
         "memory": [*good, "--mesh=fsdp=4", "--accumulation=2", "--text_tokens=8", "--memory_only"],
+        "gpu_memory": [*good, "--mesh=fsdp=4", "--accumulation=2", "--text_tokens=8", "--memory_only"]
+        + [f"--stand_in_for={H100}"],
         "gpu": [*good, "--mesh=fsdp=4", "--accumulation=2", "--text_tokens=8", f"--read_program={text}"]
         + [f"--stand_in_for={H100}"],
         "data": [*features, "--mesh=data=4", "--hbm_gib=0.001"],
@@ -184,6 +186,14 @@ def test_prediction_for_a_gpu(answers):
     assert figures["predicted"]["method"].startswith("by formula, for 4 H100, from the program")
     assert figures["chip"] == "TPU v5e" and "by formula, for 4 H100" in answers["gpu"][2]
     assert 0 < figures["predicted"]["seconds"] < row(answers["read"])["predicted"]["seconds"]
+
+
+def test_prediction_for_a_gpu_without_code(answers):
+    """It needs none: the same as from the whole compilation; in words, with what else --memory_only says."""
+    figures = row(answers["gpu_memory"])
+    assert figures["compiled"] == "memory" and figures["predicted"] == row(answers["gpu"])["predicted"]
+    said = answers["gpu_memory"][2]
+    assert "predicted step: " in said and "step: memory alone in " in said and "needs the whole" not in said
 
 
 def test_evaluation_and_sampling(answers):

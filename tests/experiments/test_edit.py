@@ -29,6 +29,7 @@ EDITS = {
     "same seed": {"output": "same.png", "seed": "0"},
     "other seed": {"output": "other.jpg", "seed": "1"},
     "greedy": {"output": "greedy.webp", "greedy": "true"},
+    "by scale": {"output": "scales.png", "guidance": "1.5,1.5,1", "temperature": "1,0.5", "dtype": "bfloat16"},
     "parent": {"checkpoint": "none/../tiny", "image": "tiny/../in.png", "output": "tiny/../parent.png"},
 }
 
@@ -44,9 +45,14 @@ MISTAKES = {
     "no checkpoint": ({"checkpoint": "none"}, "none is not the directory of a run"),
     "damaged checkpoint": ({"checkpoint": "damaged"}, "transformer.safetensors is damaged"),
     "seed": ({"seed": "-1"}, "flag --seed=-1"),
-    "temperature": ({"temperature": "0"}, "flag --temperature=0"),
+    "temperature": ({"temperature": "0"}, "sampling.temperature is 0; it must be above 0"),
     "nothing to verify by": ({"verify": "true"}, "tiny has no manifest.json: there is nothing to verify it by"),
-    "guidance": ({"guidance": "nan"}, "nan is not a list of 1 to 3 finite numbers"),
+    "guidance": ({"guidance": "nan"}, "--guidance is 'nan'; it must be a number or"),
+    "guidance of too many scales": ({"guidance": "4,3,2,1"}, "(4, 3, 2, 1) is not a list of 1 to 3 finite numbers"),
+    "aspect": ({"aspect": "wide"}, "the aspect 'wide' is none; give square, auto, or one of 1.0, 1.25"),
+    "type": ({"dtype": "float8"}, "flag --dtype=float8"),
+    "EMA of a directory": ({"weights": "ema"}, "tiny holds no EMA of its parameters"),
+    "step of a directory": ({"step": "3"}, "tiny is a directory of weights, which has no checkpoint of step 3"),
 }
 
 

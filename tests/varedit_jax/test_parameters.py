@@ -1,11 +1,13 @@
 """Parameters of every preset, abstract: their number against a count by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from varedit_jax.config import PRESETS, EditorConfig, TextConfig, TokenizerConfig, TransformerConfig, preset
-from varedit_jax.parameters import INIT, abstract_params, count
+from varedit_jax.parameters import INIT, abstract_params, bytes_by_type, count, stored_params
 from varedit_jax.scales import Pyramid, published_pyramid
 
 
@@ -108,3 +110,31 @@ def test_parameters_are_float32_whatever_the_compute_type_and_pyramid():
     )
     assert abstract_params(other, "transformer") == wanted
     assert abstract_params(other, "transformer", published_pyramid("0.06M", "2.0")) == wanted
+
+
+def in_bfloat16(name: str) -> EditorConfig:
+    editor = preset(name)
+    return dataclasses.replace(editor, transformer=dataclasses.replace(editor.transformer, dtype="bfloat16"))
+
+
+@pytest.mark.parametrize("name", ["tiny", "2b", "8b"])
+def test_what_blocks_and_text_encoder_compute_in_bfloat16_is_kept_so(name):
+    """Matrices of the blocks, the text encoder; biases, norms and all around the blocks are float32."""
+    editor = in_bfloat16(name)
+    config, text = editor.transformer, text_count(editor.text)
+    matrices = config.depth * 16 * config.width**2  # qkv 3, q 1, kv 2, two outputs 2, feed-forward 8
+    sizes = bytes_by_type(stored_params(editor, "transformer"))
+    others = transformer_count(config) - matrices
+    assert sizes == {"bfloat16": 2 * matrices, "float32": 4 * others}
+    assert bytes_by_type(stored_params(editor, "text", "bfloat16")) == {"bfloat16": 2 * text}
+    assert bytes_by_type(stored_params(editor, "text")) == {"float32": 4 * text}
+    assert stored_params(editor, "tokenizer") == abstract_params(editor, "tokenizer")
+    assert stored_params(preset(name), "transformer") == abstract_params(preset(name), "transformer")
+
+
+def test_the_8b_editor_takes_half_the_memory_in_bfloat16():
+    sizes = {
+        dtype: sum(sum(bytes_by_type(stored_params(config, part, dtype)).values()) for part in INIT)
+        for dtype, config in (("bfloat16", in_bfloat16("8b")), ("float32", preset("8b")))
+    }
+    assert sizes["bfloat16"] <= 20.5e9 and sizes["float32"] == pytest.approx(38.7e9, rel=1e-3)

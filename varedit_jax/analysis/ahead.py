@@ -32,9 +32,9 @@ def compile_step(
 ) -> StepFigures:
     """Compiles the step of a run, images and token ids in, for `target`; `keep` gets the program's text.
 
-    With `memory_only` no code is generated: the figures have `compiled` "memory", and nothing of the step's time.
-    Figures of a program that is too large for the memory have `fits` false. Raises UserError for a topology, mesh,
-    batch or attention kernel that do not go together.
+    With `memory_only` no code is generated: the figures have `compiled` "memory", and of the step's time nothing but
+    the prediction for a GPU that the chips stand in for. Figures of a program that is too large for the memory have
+    `fits` false. Raises UserError for a topology, mesh, batch or attention kernel that do not go together.
     """
     target.gpu  # noqa: B018  a mistake in it is said before minutes of compiling
     job = Job("step", config, target)
@@ -55,7 +55,9 @@ def compile_step(
         "kernel_calls": traffic.kernel_calls(module),
         "loops_counted_once": module.loops_counted_once(),
     }
-    return row if memory_only else row | {"predicted": _predicted(config, target, mesh, module)}
+    if memory_only and not target.gpu:
+        return row
+    return row | {"predicted": _predicted(config, target, mesh, module)}
 
 
 def compile_evaluation(config: RunConfig, target: Target, memory_only: bool = False) -> StepFigures:

@@ -177,7 +177,7 @@ class Benchmark:
         lengths = np.full((batch,), tokens, np.int32)
         with jax.default_device(self._device):
             params = self._initial["editor"]()
-            request = images, ids, lengths, range(batch), [run.sampling] * batch, model, pyramid
+            request = images, ids, lengths, range(batch), [run.sampling] * batch, model, run.editing, pyramid
             stages = EditStages(params)
             for _ in range(self.warmup + self.repeats):
                 pipeline.edit(stages.run, params, *request)

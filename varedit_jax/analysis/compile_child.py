@@ -1,7 +1,11 @@
-"""The process that `passes.run` starts: compiles one program of a run, for as long as its standard input is open."""
+"""The process that `passes.run` starts: compiles one program of a run, for as long as its standard input is open.
+
+That closes with the process that started this one, however it ended; what was written down for it is removed then.
+"""
 
 import json
 import os
+import shutil
 import sys
 import threading
 
@@ -15,7 +19,7 @@ from varedit_jax.errors import UserError
 def main() -> None:
     """Compiles the job of the first line of standard input; says on standard output what a compilation raised."""
     job = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(job["options"].get(passes.DUMP),), daemon=True).start()
     jax.config.update("jax_enable_compilation_cache", False)  # a program from there would have no passes
     try:
         Job.from_dict(job).lower().compile(compiler_options=job["options"])
@@ -23,8 +27,10 @@ def main() -> None:
         print(passes.failure(error), flush=True)
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(directory: str | None) -> None:
     sys.stdin.read()
+    if directory:
+        shutil.rmtree(directory, ignore_errors=True)
     os._exit(0)
 
 

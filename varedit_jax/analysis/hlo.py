@@ -69,7 +69,7 @@ class Module:
 
         A loop of unknown length counts once (`loops_counted_once`).
         """
-        return self._runs(_called)
+        return self._runs(called)
 
     def schedules(self) -> dict[str, int]:
         """The same of the computations alone whose instructions run one after the other: not those of fusions."""
@@ -93,12 +93,12 @@ class Module:
 
     def scheduled(self, instruction: Instruction) -> list[str]:
         """Computations that an instruction runs one instruction after the other: of loops, calls and branches."""
-        return _called(instruction) if instruction.opcode in ("while", "call", "conditional") else []
+        return called(instruction) if instruction.opcode in ("while", "call", "conditional") else []
 
     def inside(self, instruction: Instruction) -> Iterator[tuple[Instruction, str]]:
         """The instructions of a fusion or of an asynchronous call, those of nested ones too; their computations."""
         if instruction.opcode in ("fusion", "async-start", "call-start"):
-            for body in _called(instruction):
+            for body in called(instruction):
                 for inner in self.computations[body].values():
                     yield inner, body
                     yield from self.inside(inner)
@@ -188,7 +188,7 @@ def _memory(layout: str) -> int:
     return int(found[1]) if found else 0
 
 
-def _called(instruction: Instruction) -> list[str]:
+def called(instruction: Instruction) -> list[str]:
     """Computations that an instruction runs, without those of reductions and conditions of loops."""
     if instruction.opcode not in ("while", "fusion", "call", "conditional", "async-start", "call-start", "custom-call"):
         return []

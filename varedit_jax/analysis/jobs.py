@@ -79,6 +79,7 @@ class Job:
     target: Target
     images: int = 0  # that are edited together
     stage: str = ""  # of sampling and edit: `Stage.title`
+    quantized: bool = False  # edit: with matrices in int8
 
     @functools.cached_property
     def mesh(self) -> Mesh:
@@ -108,7 +109,7 @@ class Job:
         if self.what == "sampling":
             optimizer = make_optimizer(config.optimizer, config.steps)
             return abstract_frozen(config, mesh) | abstract_state(config, optimizer, mesh).params
-        params = {part: stored_params(config.model, part, config.text_dtype) for part in PARTS}
+        params = {part: stored_params(config.model, part, config.text_dtype, self.quantized) for part in PARTS}
         return with_shardings(params, param_shardings(params, mesh))
 
     @functools.cached_property
@@ -132,7 +133,7 @@ class Job:
         with jax.set_mesh(mesh):
             check_attention(config)
             # A sheet shows the image after every scale.
-            pipeline.edit(run, self.editor_params, *request, config.model, pyramid, self.what == "sampling")
+            pipeline.edit(run, self.editor_params, *request, config.model, config.editing, pyramid, self.what == "sampling")
         return found
 
     def at(self, title: str) -> "Job":
@@ -166,10 +167,11 @@ class Job:
             "target": dataclasses.asdict(self.target),
             "images": self.images,
             "stage": self.stage,
+            "quantized": self.quantized,
         }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Job":
         """The job of `to_dict`."""
         config, target = from_dict(RunConfig, values["config"]), Target(**values["target"])
-        return cls(values["what"], config, target, values["images"], values["stage"])
+        return cls(values["what"], config, target, values["images"], values["stage"], values["quantized"])

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from varedit_jax.config import EditorConfig, LossConfig, SamplingConfig, TextConfig, TokenizerConfig, TransformerConfig
@@ -156,6 +157,13 @@ def _padded_text(golden: Golden) -> tuple[np.ndarray, np.ndarray]:
     for sample, part in enumerate(np.split(rows, np.cumsum(lengths_B)[:-1])):
         features_BTE[sample, : len(part)] = part
     return features_BTE, lengths_B
+
+
+def forced_inputs(golden: Golden) -> tuple[jax.Array, jax.Array, np.ndarray, np.ndarray]:
+    """Source tokens, inputs of all scales but the first by the target, text features and their lengths."""
+    source, target = (jnp.asarray(golden.tensors[f"{side}_features"].transpose(0, 2, 3, 1)) for side in ("src", "tgt"))
+    made = tokens_lib.make_tokens(source, target, golden.config, golden.pyramid)
+    return made.source_BSN, made.inputs_BLN, *_padded_text(golden)
 
 
 def _model_range(images_uint8: np.ndarray) -> np.ndarray:

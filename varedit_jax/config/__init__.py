@@ -17,6 +17,7 @@ from varedit_jax.config.presets import PRESETS, TOKENIZER_14BIT, TOKENIZER_32BIT
 from varedit_jax.config.run import (
     Cadence,
     DataConfig,
+    EditingConfig,
     GuardConfig,
     LossConfig,
     MeshConfig,
@@ -30,8 +31,8 @@ from varedit_jax.config.serialize import from_dict, to_dict, with_current_names
 
 __all__ = [
     "PIXEL_BUDGETS", "PRESETS", "REMAT_NAMES", "TOKENIZER_14BIT", "TOKENIZER_32BIT", "Cadence", "ComputeType",
-    "Conditioning", "DataConfig", "EditorConfig", "GuardConfig", "LossConfig", "MeshConfig", "OptimizerConfig",
-    "PixelBudget", "RematName", "RopeLayout", "RunConfig", "SamplingConfig", "TextConfig", "TokenizerConfig",
-    "TokenizerRunConfig", "TransformerConfig", "from_dict", "per_scale", "preset", "text_preset", "to_dict",
-    "with_current_names",
+    "Conditioning", "DataConfig", "EditingConfig", "EditorConfig", "GuardConfig", "LossConfig", "MeshConfig",
+    "OptimizerConfig", "PixelBudget", "RematName", "RopeLayout", "RunConfig", "SamplingConfig", "TextConfig",
+    "TokenizerConfig", "TokenizerRunConfig", "TransformerConfig", "from_dict", "per_scale", "preset", "text_preset",
+    "to_dict", "with_current_names",
 ]  # fmt: skip

@@ -8,6 +8,8 @@ from typing import Literal
 from varedit_jax.config.annotations import Checked, check_least
 from varedit_jax.config.model import ComputeType, EditorConfig
 
+TokenizerPrecision = Literal["default", "high", "highest"]  # as of jax.default_matmul_precision
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(Checked):
@@ -131,6 +133,15 @@ class SamplingConfig(Checked):
             raise ValueError(f"sampling.top_p is {self.top_p}; it must be between 0 and 1")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EditingConfig(Checked):
+    """What weights were trained with, beside their model, that editing has to know. Defaults: not recorded."""
+
+    text_dtype: ComputeType = "float32"  # of the text encoder: weights and matmuls
+    tokenizer_precision: TokenizerPrecision = "default"  # of the tokenizer's convolutions
+    aspects: tuple[str, ...] = ()  # templates that the transformer was trained on; (): not recorded
+
+
 def per_scale(value: float | tuple[float, ...], scales: int) -> tuple[float, ...]:
     """Returns `value` as one number per scale; a shorter tuple is continued with its last number."""
     values = value if isinstance(value, tuple) else (value,)
@@ -230,7 +241,7 @@ class RunConfig(_Run):
     text_dtype: ComputeType = "float32"  # of a frozen text encoder: weights and matmuls
     # Of the frozen tokenizer's convolutions. A bit is the sign of a small difference: one bfloat16 pass (a TPU's
     # default) or TF32 (on a GPU) flips some of them.
-    tokenizer_precision: Literal["default", "high", "highest"] = "highest"
+    tokenizer_precision: TokenizerPrecision = "highest"
     tokenizer_weights: str = ""  # directory of the frozen tokenizer
     text_weights: str = ""  # directory of the frozen text encoder; unused with train_text
     eval_batches: int = 4  # per evaluation
@@ -254,6 +265,15 @@ class RunConfig(_Run):
                 f"data.text_tokens is {self.data.text_tokens}, but there are only "
                 f"{self.model.transformer.unconditional_rows} rows of unconditional text"
             )
+
+    @property
+    def editing(self) -> EditingConfig:
+        """What an editor of this run has to know."""
+        return EditingConfig(
+            text_dtype="float32" if self.train_text else self.text_dtype,
+            tokenizer_precision=self.tokenizer_precision,
+            aspects=self.data.aspects,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

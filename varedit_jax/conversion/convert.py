@@ -3,6 +3,7 @@
     to_jax       published files -> an Orbax checkpoint per part, config.json, vocabulary: what `Editor` and runs load
     to_torch     a directory of weights or a run -> files that the published code loads
     to_directory    a directory of weights or a run -> safetensors with our own names, and a model card
+    quantize.to_int8    a directory of weights or a run -> the first form, with large matrices in int8
 
 Memory does not grow with the model: a tensor is a view of a memory map until it is written. Each output has a manifest
 with the SHA-256 of every tensor, on both sides.
@@ -18,7 +19,7 @@ from typing import Any, Literal, NamedTuple, cast
 import numpy as np
 
 import varedit_jax
-from varedit_jax.config import EditorConfig, PixelBudget, RopeLayout, SamplingConfig, to_dict
+from varedit_jax.config import EditingConfig, EditorConfig, PixelBudget, RopeLayout, SamplingConfig
 from varedit_jax.conversion import infer_config, locate, stream
 from varedit_jax.conversion.model_card import model_card
 from varedit_jax.conversion.writer import Planned, PthFile, SafetensorsFile, TensorFile, safetensors_shards, shard_index
@@ -28,7 +29,7 @@ from varedit_jax.storage import files as storage_files
 from varedit_jax.storage.disk import is_machine_error
 from varedit_jax.storage.paths import PathLike, resolve, stamp
 from varedit_jax.weights import names, native
-from varedit_jax.weights.directory import CONFIG, VOCABULARY, read_editor_config
+from varedit_jax.weights.directory import CONFIG, VOCABULARY, read_editor_config, write_editor_config
 from varedit_jax.weights.export_source import ExportSource
 from varedit_jax.weights.manifest import MANIFEST, check_finite, check_float, read_manifest, sha256
 from varedit_jax.weights.pth import unread_weights
@@ -88,11 +89,12 @@ class Mapped(NamedTuple):
     def __str__(self) -> str:
         """`published name [shape] type <-> our path[index]`."""
         link = self.link
-        ours = f"{self.part}/{_indexed(link.path, link.index)} ({link.layout})"
+        ours = f"{self.part}/{indexed(link.path, link.index)} ({link.layout})"
         return f"{link.name} {list(link.shape)} {self.dtype} <-> {f'made: {link.layout}' if link.is_buffer else ours}"
 
 
-def _indexed(path: str, index: int | None) -> str:
+def indexed(path: str, index: int | None) -> str:
+    """The path of an array, or of one entry of a stack."""
     return path if index is None else f"{path}[{index}]"
 
 
@@ -199,7 +201,7 @@ def to_jax(request: Published, output: PathLike, quiet: bool = False) -> int:
         ]
         size = sum(task.nbytes for task in tasks)
         job.run(tasks, size, [writer.create for writer in writers.values()], opened.release, quiet)
-        _describe(job.staging, opened.config, SamplingConfig())
+        describe(job.staging, *infer_config.as_published(opened.config, opened.family))
         manifest = {
             "form": "orbax",
             "family": opened.family,
@@ -256,9 +258,9 @@ def _record(part: str, link: names.Link, tensor: np.ndarray) -> stream.ManifestE
     }
 
 
-def _describe(directory: pathlib.Path, config: EditorConfig, sampling: SamplingConfig) -> None:
+def describe(directory: pathlib.Path, config: EditorConfig, sampling: SamplingConfig, editing: EditingConfig) -> None:
     """Writes config.json and the vocabulary of a directory of weights."""
-    storage_files.write_json(directory / CONFIG, {"model": to_dict(config), "sampling": to_dict(sampling)}, indent=1)
+    write_editor_config(directory, config, sampling, editing)
     text = importlib.resources.files(varedit_jax).joinpath("text", VOCABULARY).read_bytes()
     storage_files.write_bytes(directory / VOCABULARY, text)
 
@@ -296,7 +298,7 @@ def to_torch(
         )
     tasks: list[stream.TensorTask] = []
     files: dict[str, list[TensorFile]] = {}
-    with _export_job(source, output, "torch", [file_format, shard_bytes, dtype, chunks]) as job:
+    with export_job(source, output, "torch", [file_format, shard_bytes, dtype, chunks]) as job:
         for part in source.parts:
             leaves = source.open(part)
             lines = [line for line in mapping if line.part == part]
@@ -322,7 +324,7 @@ def to_torch(
     return size
 
 
-def _export_job(source: ExportSource, output: PathLike, to: str, options: list[Any]) -> stream.ConversionJob:
+def export_job(source: ExportSource, output: PathLike, to: str, options: list[Any]) -> stream.ConversionJob:
     """The job of an export, which is resumed if weights, parts and options are the same."""
     weights = [str(source.directory), *source.stamp()]
     return stream.ConversionJob(output, {"to": to, "source": weights, "options": [list(source.parts), *options]})
@@ -406,7 +408,7 @@ def to_directory(
     """
     tasks: list[stream.TensorTask] = []
     files: list[SafetensorsFile] = []
-    with _export_job(source, output, "directory", [dtype, license]) as job:
+    with export_job(source, output, "directory", [dtype, license]) as job:
         for part in source.parts:
             leaves = source.open(part)
             planned = [Planned(path, leaf.shape, np.dtype(dtype or leaf.dtype)) for path, leaf in leaves.items()]
@@ -420,7 +422,7 @@ def to_directory(
         job.run(tasks, size, [file.create for file in files], quiet=quiet)
         for file in files:
             file.finish({})
-        _describe(job.staging, source.config, source.sampling)
+        describe(job.staging, source.config, source.sampling, source.editing)
         card = model_card(source.config, source.parts, source.run, source.step, size, license)
         storage_files.write_text(job.staging / "README.md", card)
         job.finish(tasks, {"form": "safetensors"})
@@ -433,7 +435,7 @@ def _copy_task(
     nbytes = planned.nbytes if index is None else planned.nbytes // planned.shape[0]
 
     def work() -> stream.ManifestEntry:
-        tensor = _rounded(np.asarray(leaf.read(index)), planned.dtype, _indexed(planned.name, index))
+        tensor = _rounded(np.asarray(leaf.read(index)), planned.dtype, indexed(planned.name, index))
         file.write(planned.name, tensor, start=nbytes * (index or 0))
         return {"part": part, "path": planned.name, "index": index, "ours": sha256(tensor)}
 
@@ -477,11 +479,14 @@ def _damaged(root: pathlib.Path, part: str, entries: Sequence[stream.ManifestEnt
     """The same for a directory of weights; buffers have no path in our tree."""
     leaves = native.open_part(root, part, abstract_params(read_editor_config(root)[0], part))
     for entry in (entry for entry in entries if entry["path"]):
+        leaf = leaves[entry["path"]]
+        int8 = leaf.source if isinstance(leaf.source, native.StoredInt8) else None
+        stored = {"ours": int8.values, "scale": int8.scale} if int8 else {"ours": leaf}
         try:
-            found = sha256(np.asarray(leaves[entry["path"]].read(entry["index"])))
+            intact = all(sha256(np.asarray(x.read(entry["index"]))) == entry.get(key) for key, x in stored.items())
         except UserError as error:  # a chunk is missing or cut short
             if is_machine_error(error):
                 raise
-            found = ""
-        if found != entry["ours"]:
-            yield f"{part}/{_indexed(entry['path'], entry['index'])}"
+            intact = False
+        if not intact:
+            yield f"{part}/{indexed(entry['path'], entry['index'])}"

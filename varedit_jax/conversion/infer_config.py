@@ -1,6 +1,7 @@
 """Configurations inferred from the shapes of published tensors and the names of files."""
 
 import collections
+import dataclasses
 import pathlib
 import re
 from collections.abc import Mapping
@@ -10,14 +11,17 @@ from varedit_jax.config import (
     PIXEL_BUDGETS,
     TOKENIZER_14BIT,
     TOKENIZER_32BIT,
+    EditingConfig,
     EditorConfig,
     PixelBudget,
     RopeLayout,
+    SamplingConfig,
     TextConfig,
     TokenizerConfig,
     TransformerConfig,
 )
 from varedit_jax.errors import UserError
+from varedit_jax.scales import SQUARE, aspect_templates
 from varedit_jax.weights import names
 
 Shapes = Mapping[str, tuple[int, ...]]  # published name -> shape
@@ -209,6 +213,18 @@ def hugging_face_config(text: TextConfig) -> dict[str, Any]:
         "pad_token_id": 0,
         "eos_token_id": 1,
     }
+
+
+def as_published(config: EditorConfig, family: str) -> tuple[EditorConfig, SamplingConfig, EditingConfig]:
+    """How VAREdit's published code uses an editor: blocks and text encoder in bfloat16, the rest in float32.
+
+    `family` of the transformer: VAREdit was trained on squares alone, Infinity on all aspects.
+    """
+    transformer = dataclasses.replace(config.transformer, dtype="bfloat16")
+    sampling = SamplingConfig(guidance=4.0, temperature=0.5, top_p=0.97)
+    aspects = aspect_templates() if family == "infinity" else (SQUARE,)
+    editing = EditingConfig(text_dtype="bfloat16", tokenizer_precision="highest", aspects=aspects)
+    return dataclasses.replace(config, transformer=transformer), sampling, editing
 
 
 def editor_config(found: Mapping[str, Shapes], pixel_budget: PixelBudget, rope_layout: RopeLayout) -> EditorConfig:

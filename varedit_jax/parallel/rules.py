@@ -5,6 +5,9 @@ of varedit_jax.config, and a dimension without an axis is whole on every device.
 does not divide. Stacks of layers (`transformer/blocks`, `text/layers`) have a leading dimension of layers that is never
 split.
 
+A kernel in int8 (quantized.py) is two arrays: its values lie as the kernel would, and so do its scales, along the axes
+where they are more than one.
+
 The table is strict: a parameter that no rule matches, or several, and a rule that no parameter matches, is an error.
 """
 
@@ -59,6 +62,7 @@ RULES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 _TEXT_KERNEL = "/cross_attention/kv_kernel"
+_INT8 = re.compile(r"(.*kernel)/(values|scale)")
 _STACKS = re.compile(r"(transformer/blocks|text/layers)/")
 
 
@@ -96,7 +100,8 @@ class ParamAxes:
 @functools.cache
 def _axes_of(path: str) -> ParamAxes:
     """The axes of the parameter at `path`. Raises ValueError unless exactly one rule matches."""
-    part, _, rest = path.partition("/")
+    int8 = _INT8.fullmatch(path)
+    part, _, rest = (int8[1] if int8 else path).partition("/")
     found = [text for pattern, text in RULES.get(part, ()) if re.fullmatch(pattern, rest)]
     if len(found) != 1:
         raise ValueError(f"{len(found)} rules of parallel/rules.py match the parameter {path}; it takes exactly one")
@@ -104,8 +109,10 @@ def _axes_of(path: str) -> ParamAxes:
         return ParamAxes(path, ())
     stacked = (("layers", "", True),) if _STACKS.match(path) else ()
     dimensions = (word.partition("@") for word in found[0].split())
+    scale = int8 is not None and int8[2] == "scale"  # 1 does not divide where the kernel's dimension does
     return ParamAxes(
-        path, (*stacked, *((letter, axis.rstrip("?"), not axis.endswith("?")) for letter, _, axis in dimensions))
+        path,
+        (*stacked, *((letter, axis.rstrip("?"), not (scale or axis.endswith("?"))) for letter, _, axis in dimensions)),
     )
 
 
@@ -121,7 +128,7 @@ def check_rules(params: Params) -> None:
         _axes_of(path)
     for part in params:
         for pattern, _ in RULES[part]:
-            if not any(re.fullmatch(f"{part}/(?:{pattern})", path) for path in paths):
+            if not any(re.fullmatch(f"{part}/(?:{pattern})(/values)?", path) for path in paths):
                 raise ValueError(f"the rule {pattern} of {part} in parallel/rules.py matches no parameter")
 
 
@@ -211,6 +218,8 @@ def gather(part: str, module: str, dtype: DTypeLike, sums: DTypeLike, variables:
         whole = axes.spec(leaf.shape, sizes, without=("fsdp",))
         if split == whole:
             return leaf
+        if _INT8.fullmatch(axes.path):  # gathered as it is: a quarter of the bytes
+            return _gather(leaf, leaf.dtype, leaf.dtype, (split, whole))
         if axes.path.endswith(_TEXT_KERNEL) and merges_keys_and_values():
             matrix = leaf.reshape(len(leaf), -1)
             split, whole = PartitionSpec(split[0], None), PartitionSpec(None, None)

@@ -1,7 +1,6 @@
 """`Editor`: load once, edit images by instructions."""
 
 import collections
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,21 +8,18 @@ import jax
 import numpy as np
 
 from varedit_jax import hardware
-from varedit_jax.config import EditorConfig, RunConfig, SamplingConfig, from_dict, per_scale
+from varedit_jax.config import EditingConfig, EditorConfig, SamplingConfig, per_scale
 from varedit_jax.errors import UserError
-from varedit_jax.images import ImageSource, Placement, fit, read_image, restore
+from varedit_jax.images import ImageSource, read_image
 from varedit_jax.parallel.compilation_cache import keep_programs
-from varedit_jax.parameters import abstract_params
-from varedit_jax.sampling import pipeline
+from varedit_jax.placement import Placement, fit, restore, restore_released
+from varedit_jax.sampling import loading, pipeline
 from varedit_jax.sampling.guidance import guided_scales
 from varedit_jax.sampling.pipeline import Pairs, Source, Text
-from varedit_jax.scales import Pyramid, editor_pyramid, image_size, nearest_aspect
-from varedit_jax.storage.paths import PathLike, resolve
+from varedit_jax.scales import SQUARE, Pyramid, aspects_to_use, editor_pyramid, image_size, nearest_aspect
+from varedit_jax.storage.paths import PathLike
 from varedit_jax.text.vocabulary import Vocabulary
 from varedit_jax.types import Params
-from varedit_jax.weights import run_directory
-from varedit_jax.weights.directory import PARTS, VOCABULARY, is_weights_directory, read_editor_config
-from varedit_jax.weights.native import load_part
 
 MOST_IMAGES = 64  # that are edited together, whatever the memory
 
@@ -37,9 +33,15 @@ class Editor:
     """
 
     def __init__(
-        self, config: EditorConfig, params: Params, sampling: SamplingConfig | None = None, max_batch: int = 0
+        self,
+        config: EditorConfig,
+        params: Params,
+        sampling: SamplingConfig | None = None,
+        editing: EditingConfig | None = None,
+        vocabulary: Vocabulary | None = None,
+        max_batch: int = 0,
     ) -> None:
-        """Takes parameters {"tokenizer", "text", "transformer"}, or abstract ones to compile for, and the sampling.
+        """Takes parameters {"tokenizer", "text", "transformer"}, or abstract ones to compile for, and their use.
 
         max_batch: images that are edited together at most; 0: as many as there is memory for.
         """
@@ -49,52 +51,26 @@ class Editor:
         placed = (jax.Array, jax.ShapeDtypeStruct)
         self.params = jax.tree.map(lambda leaf: leaf if isinstance(leaf, placed) else jax.device_put(leaf), params)
         self.sampling = sampling or SamplingConfig()
+        self.editing = editing or EditingConfig()
+        self.vocabulary = vocabulary or Vocabulary.load()
         self.max_batch = max_batch
-        self.vocabulary = Vocabulary.load()
 
     @classmethod
-    def load(cls, directory: PathLike, tokenizer: str = "", text: str = "") -> "Editor":
-        """Loads a directory of weights, or the newest checkpoint of a training run.
-
-        Args:
-          directory: directory with config.json and safetensors files, or the working directory of a run.
-          tokenizer, text: directories of the frozen parts of a run, if they have moved since the run.
-
-        Raises:
-          UserError: no weights there, or weights that do not fit their configuration.
-        """
-        directory = resolve(directory)
-        if is_weights_directory(directory):
-            config, sampling = read_editor_config(directory)
-            directories = {"tokenizer": tokenizer, "text": text}
-            params = {
-                part: load_part(directories.get(part) or directory, part, abstract_params(config, part))
-                for part in PARTS
-            }
-            editor = cls(config, params, sampling)
-            if (directory / VOCABULARY).is_file():
-                editor.vocabulary = Vocabulary.load(directory / VOCABULARY)
-            return editor
-        return cls._from_run(directory, tokenizer, text)
-
-    @classmethod
-    def _from_run(cls, directory: pathlib.Path, tokenizer: str, text: str) -> "Editor":
-        record = run_directory.read_config(directory)
-        if "train_text" not in record:
-            raise UserError(f"{directory} is a run of {record.get('name', 'something else')}, not of an editor")
-        try:
-            run = from_dict(RunConfig, record)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{directory}/config.json does not describe a run of this version: {error}") from error
-        config = run.model
-        trained = ["transformer", *(["text"] if run.train_text else [])]
-        params = {part: load_part(directory, part, abstract_params(config, part)) for part in trained}
-        params["tokenizer"] = load_part(
-            tokenizer or run.tokenizer_weights, "tokenizer", abstract_params(config, "tokenizer")
+    def load(
+        cls,
+        where: PathLike,
+        *,
+        dtype: str | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+        weights: str = "model",
+        step: int | None = None,
+        tokenizer: PathLike = "",
+        text: PathLike = "",
+    ) -> "Editor":
+        """Loads a directory of weights or a checkpoint of a run; arguments and errors as of `loading.load`."""
+        return cls(
+            *loading.load(where, dtype=dtype, mesh=mesh, weights=weights, step=step, tokenizer=tokenizer, text=text)
         )
-        if not run.train_text:
-            params["text"] = load_part(text or run.text_weights, "text", abstract_params(config, "text"))
-        return cls(config, params, run.sampling)
 
     def edit(
         self,
@@ -102,6 +78,7 @@ class Editor:
         instructions: Sequence[str],
         seeds: Sequence[int] | None = None,
         sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
+        aspect: str = "",
     ) -> list[np.ndarray]:
         """Edited images, each at the size of its source: uint8 [height, width, 3].
 
@@ -110,20 +87,26 @@ class Editor:
           instructions: one per image.
           seeds: one per image; a seed gives the same result alone and in any batch. 0, 1, 2, ... by default.
           sampling: instead of the editor's own: one, or one per image.
+          aspect: "square" shows the model a square, padded with white at the right or bottom, and returns it, as
+            VAREdit's published code does; "auto" the nearest of the 15 templates, a template this one; by default the
+            nearest of those that the weights were trained on, or "auto" if they do not record any.
 
         Raises:
-          UserError: an image, instruction or seed that cannot be used, or numbers of them that differ.
+          UserError: an image, instruction, seed or aspect that cannot be used, or numbers of them that differ.
         """
         seeds = list(range(len(images))) if seeds is None else list(seeds)
         if not len(images) == len(instructions) == len(seeds):
             raise UserError(
                 f"{len(images)} images, {len(instructions)} instructions and {len(seeds)} seeds: give one of each"
             )
+        templates = aspects_to_use(aspect, self.editing.aspects)
+        back = restore_released if templates == (SQUARE,) else restore
         self._check(instructions, seeds)  # all, before the first group is edited
         groups: dict[Pyramid, list[tuple[int, np.ndarray, Placement]]] = collections.defaultdict(list)
         for index, image in enumerate(images):
             array = read_image(image)
-            pyramid = editor_pyramid(self.config, nearest_aspect(*array.shape[:2]))
+            height, width = array.shape[:2]
+            pyramid = editor_pyramid(self.config, nearest_aspect(height, width, templates))
             fitted, placement = fit(array, image_size(self.config, pyramid))
             groups[pyramid].append((index, fitted, placement))
         results: dict[int, np.ndarray] = {}
@@ -137,7 +120,7 @@ class Editor:
                 pyramid,
             )
             for (index, _, placement), image in zip(members, edited[-1], strict=True):
-                results[index] = restore(image, placement)
+                results[index] = back(image, placement)
         return [results[index] for index in range(len(images))]
 
     def edit_fitted(
@@ -211,12 +194,16 @@ class Editor:
     def encode_source(self, images: np.ndarray, pyramid: Pyramid | None = None) -> Source:
         """Encodes images that already have the model's size, uint8 [n, y, x, 3]."""
         pyramid = pyramid or editor_pyramid(self.config)
-        return pipeline.encode_source(pipeline.run, self.params["tokenizer"], images, self.config, pyramid)
+        return pipeline.encode_source(
+            pipeline.run, self.params["tokenizer"], images, self.config, self.editing, pyramid
+        )
 
     def encode_text(self, instructions: Sequence[str]) -> Text:
         """Encodes instructions. Raises UserError for one that cannot be used."""
         self._check(instructions, ())
-        return pipeline.encode_text(pipeline.run, self.params["text"], *self._tokens(instructions), self.config)
+        return pipeline.encode_text(
+            pipeline.run, self.params["text"], *self._tokens(instructions), self.config, self.editing
+        )
 
     def prefill(self, source: Source, text: Text, guided: bool = True) -> Pairs:
         """Each source with the instruction at its place; a single one of either goes with all of the other.
@@ -235,7 +222,8 @@ class Editor:
         self._check((), seeds)
         each = self._sampling(sampling, len(seeds), pairs.pyramid)
         bits = pipeline.sample(pipeline.run, self.params["transformer"], pairs, seeds, each, self.config)
-        images = pipeline.decode(pipeline.run, self.params["tokenizer"], bits, self.config, pairs.pyramid, False)
+        how = self.config, self.editing, pairs.pyramid
+        images = pipeline.decode(pipeline.run, self.params["tokenizer"], bits, *how, every_scale=False)
         return np.asarray(images)[-1, : len(seeds)]
 
     def _stages(
@@ -251,7 +239,7 @@ class Editor:
     ) -> Any:
         """All stages by `run`: the images, with padding."""
         request = images, ids_BT, length_B, seeds, sampling
-        return pipeline.edit(run, self.params, *request, self.config, pyramid, every_scale)
+        return pipeline.edit(run, self.params, *request, self.config, self.editing, pyramid, every_scale)
 
     def _tokens(self, instructions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Token ids padded to a bucket, and their lengths."""

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from varedit_jax.config import EditorConfig, SamplingConfig
+from varedit_jax.config import EditingConfig, EditorConfig, SamplingConfig
 from varedit_jax.errors import UserError
 from varedit_jax.parallel import stored_programs
 from varedit_jax.parallel.compiler_options import jit_everywhere
@@ -33,7 +33,6 @@ from varedit_jax.sampling import sampler
 from varedit_jax.sampling.guidance import Controls, controls, guided_scales
 from varedit_jax.sampling.sampler import Drawn, Prefilled
 from varedit_jax.scales import Pyramid, editor_pyramid, image_size
-from varedit_jax.tokenizer.tokens import encode_images
 from varedit_jax.types import Params
 
 MOST_PROGRAMS = 256  # that are kept; an edit of one size takes four and one for each scale
@@ -55,6 +54,7 @@ class Stage(NamedTuple):
     guided: bool = False  # with the unconditional half
     every_scale: bool = False
     again: bool = False  # what it is given is used again: nothing is written in its place
+    editing: EditingConfig = EditingConfig()
 
     @property
     def title(self) -> str:
@@ -196,10 +196,10 @@ def _function(stage: Stage) -> tuple[Callable[..., Any], tuple[int, ...]]:
     config, pyramid = stage.config, stage.pyramid
 
     def source(params: Params, images: jax.Array) -> jax.Array:
-        return encode_images(params, batch_only(images), config)
+        return sampler.encode_source(params, batch_only(images), config, stage.editing)
 
     def text(params: Params, ids_BT: jax.Array, length_B: jax.Array) -> jax.Array:
-        return sampler.encode_text(params, batch_only(ids_BT), batch_only(length_B), config)
+        return sampler.encode_text(params, batch_only(ids_BT), batch_only(length_B), config, stage.editing)
 
     def prefill(
         params: Params, source_BhwZ: jax.Array, features_BTE: jax.Array, length_B: jax.Array, rows_2B: jax.Array
@@ -226,7 +226,7 @@ def _function(stage: Stage) -> tuple[Callable[..., Any], tuple[int, ...]]:
         return (None if stage.scale == pyramid.scales - 1 else following), bits_BhwZ
 
     def decode(params: Params, bits: tuple[jax.Array, ...]) -> jax.Array:
-        return sampler.decode(params, bits, config, pyramid, stage.every_scale)
+        return sampler.decode(params, bits, config, pyramid, stage.editing, stage.every_scale)
 
     functions: dict[StageName, tuple[Callable[..., Any], tuple[int, ...]]] = {
         "source": (source, ()),
@@ -270,17 +270,23 @@ def compiling() -> Iterator[Run]:
                 programs.prepare(*arguments, pool=pool)
 
 
-def encode_source(run: Run, params: Params, images: np.ndarray, config: EditorConfig, pyramid: Pyramid) -> Source:
+def encode_source(
+    run: Run, params: Params, images: np.ndarray, config: EditorConfig, editing: EditingConfig, pyramid: Pyramid
+) -> Source:
     """Encodes images of the model's size, uint8 [n, y, x, 3]. `params`: of the tokenizer."""
     mesh = jax.sharding.get_mesh()
-    stage = Stage("source", config, pyramid, mesh, bucket(mesh, len(images)))
+    stage = Stage("source", config, pyramid, mesh, bucket(mesh, len(images)), editing=editing)
     return Source(run(stage, params, _rows(images, stage.batch)), len(images), pyramid)
 
 
-def encode_text(run: Run, params: Params, ids_BT: np.ndarray, length_B: np.ndarray, config: EditorConfig) -> Text:
+def encode_text(
+    run: Run, params: Params, ids_BT: np.ndarray, length_B: np.ndarray, config: EditorConfig, editing: EditingConfig
+) -> Text:
     """Encodes instructions as token ids, padded, with their lengths. `params`: of the text encoder."""
     mesh = jax.sharding.get_mesh()
-    stage = Stage("text", config, editor_pyramid(config), mesh, bucket(mesh, len(ids_BT)), ids_BT.shape[1])
+    stage = Stage(
+        "text", config, editor_pyramid(config), mesh, bucket(mesh, len(ids_BT)), ids_BT.shape[1], editing=editing
+    )
     length_B = _rows(length_B, stage.batch)
     return Text(run(stage, params, _rows(ids_BT, stage.batch), length_B), length_B, len(ids_BT))
 
@@ -349,23 +355,31 @@ def edit(
     seeds: Sequence[int],
     sampling: Sequence[SamplingConfig],
     config: EditorConfig,
+    editing: EditingConfig,
     pyramid: Pyramid,
     every_scale: bool = False,
 ) -> Any:
     """All stages of an edit, one after the other: the images of `decode`, with padding. `params`: of all parts."""
     guided = guided_scales(sampling, pyramid.scales) > 0
-    source = encode_source(run, params["tokenizer"], images, config, pyramid)
-    text = encode_text(run, params["text"], ids_BT, length_B, config)
+    source = encode_source(run, params["tokenizer"], images, config, editing, pyramid)
+    text = encode_text(run, params["text"], ids_BT, length_B, config, editing)
     pairs = prefill(run, params["transformer"], source, text, config, guided)
     bits = sample(run, params["transformer"], pairs, seeds, sampling, config, keep=False)
-    return decode(run, params["tokenizer"], bits, config, pyramid, every_scale)
+    return decode(run, params["tokenizer"], bits, config, editing, pyramid, every_scale)
 
 
 def decode(
-    run: Run, params: Params, bits: tuple[jax.Array, ...], config: EditorConfig, pyramid: Pyramid, every_scale: bool
+    run: Run,
+    params: Params,
+    bits: tuple[jax.Array, ...],
+    config: EditorConfig,
+    editing: EditingConfig,
+    pyramid: Pyramid,
+    every_scale: bool,
 ) -> jax.Array:
     """Images of bits, uint8 [1 or K, B, y, x, 3]. `params`: of the tokenizer."""
     stage = Stage("decode", config, pyramid, jax.sharding.get_mesh(), bits[0].shape[0], every_scale=every_scale)
+    stage = stage._replace(editing=editing)
     return run(stage, params, bits)
 
 

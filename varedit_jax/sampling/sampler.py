@@ -9,7 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from varedit_jax.config import EditorConfig
+from varedit_jax.config import EditingConfig, EditorConfig
 from varedit_jax.parallel.constrain import batch_only, constrain
 from varedit_jax.parallel.rules import gather
 from varedit_jax.sampling.guidance import Controls, choose_bits, guided_margin
@@ -49,10 +49,21 @@ class SampledBits:
     logits: tuple[jax.Array, ...]  # float32 [B or 2 B, L_k, N, 2], the unconditional half last
 
 
-def encode_text(params: Params, ids_BT: jax.Array, length_B: jax.Array, config: EditorConfig) -> jax.Array:
-    """Features of instructions, float32 [B, T, E], by the text encoder's parameters, in the type that these have."""
-    dtype = params["layers"]["attention"]["out"]["kernel"].dtype
-    encoder = T5Encoder(config.text, dtype, functools.partial(gather, "text"))
+def encode_source(params: Params, images_uint8: jax.Array, config: EditorConfig, editing: EditingConfig) -> jax.Array:
+    """Features of images uint8 [B, y, x, 3], float32 [B, h, w, Z]. `params`: of the tokenizer."""
+    with jax.default_matmul_precision(editing.tokenizer_precision):
+        return encode_images(params, images_uint8, config)
+
+
+def encode_text(
+    params: Params,
+    ids_BT: jax.Array,
+    length_B: jax.Array,
+    config: EditorConfig,
+    editing: EditingConfig,
+) -> jax.Array:
+    """Features of instructions, float32 [B, T, E]. `params`: of the text encoder."""
+    encoder = T5Encoder(config.text, jnp.dtype(editing.text_dtype), functools.partial(gather, "text"))
     return encoder.apply({"params": params}, ids_BT, length_B)
 
 
@@ -176,6 +187,7 @@ def edit(
     config: EditorConfig,
     pyramid: Pyramid,
     guided_scales: int,
+    editing: EditingConfig,
     every_scale: bool = False,
 ) -> jax.Array:
     """Edited images in one program, uint8 [1, B, y, x, 3]; with `every_scale` the image after each, [K, B, y, x, 3].
@@ -186,17 +198,22 @@ def edit(
       ids_BT, length_B: instructions as token ids, padded, and their lengths.
       keys_B: one PRNG key per image.
       controls: a row per image.
-      config, pyramid, guided_scales, every_scale: static.
+      config, pyramid, guided_scales, every_scale, editing: static.
     """
-    source_BhwZ = encode_images(params["tokenizer"], images_uint8, config)
-    features_BTE = encode_text(params["text"], ids_BT, length_B, config)
+    source_BhwZ = encode_source(params["tokenizer"], images_uint8, config, editing)
+    features_BTE = encode_text(params["text"], ids_BT, length_B, config, editing)
     request = source_BhwZ, features_BTE, length_B, keys_B, controls
     sample = sample_bits(params["transformer"], *request, config, pyramid, guided_scales)
-    return decode(params["tokenizer"], sample.bits, config, pyramid, every_scale)
+    return decode(params["tokenizer"], sample.bits, config, pyramid, editing, every_scale)
 
 
 def decode(
-    params: Params, bits: tuple[jax.Array, ...], config: EditorConfig, pyramid: Pyramid, every_scale: bool
+    params: Params,
+    bits: tuple[jax.Array, ...],
+    config: EditorConfig,
+    pyramid: Pyramid,
+    editing: EditingConfig,
+    every_scale: bool,
 ) -> jax.Array:
     """Images of the bits of all scales, uint8 [1, B, y, x, 3]; with `every_scale` as of `edit`.
 
@@ -207,7 +224,8 @@ def decode(
     params = jax.tree.map(constrain, params)
 
     def image(quantized_BhwZ: jax.Array) -> jax.Array:
-        return batch_only(decode_features(params, batch_only(quantized_BhwZ), config))
+        with jax.default_matmul_precision(editing.tokenizer_precision):
+            return batch_only(decode_features(params, batch_only(quantized_BhwZ), config))
 
     if not every_scale:
         return image(quantizer.dequantize(bits, cells))[None]

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 
 from varedit_jax.config import TextConfig
 from varedit_jax.parallel.constrain import Gather, batch_only, gathered
+from varedit_jax.quantized import Int8, dot
 
 
 def relative_buckets(distances: np.ndarray, buckets: int, max_distance: int) -> np.ndarray:
@@ -67,6 +68,27 @@ class RMSNorm(nn.Module):
         return x * scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
+class Product(nn.Module):
+    """The product of the last `axes` of an array with the first of a kernel; there is no bias."""
+
+    features: tuple[int, ...]
+    dtype: DTypeLike  # of the product
+    std: float  # of the kernel at `init`
+    axes: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., summed over] to [..., *features] of type `dtype`."""
+        # Not nn.DenseGeneral: it converts its kernel to an array, which `Int8` is not.
+        summed = x.shape[-self.axes :]
+        kernel = self.param("kernel", nn.initializers.normal(self.std), (*summed, *self.features))
+        x = x.astype(self.dtype)
+        if isinstance(kernel, Int8):
+            return dot(x, kernel, self.axes)
+        dimensions = tuple(range(x.ndim - self.axes, x.ndim)), tuple(range(self.axes))
+        return jax.lax.dot_general(x, kernel.astype(self.dtype), (dimensions, ((), ())))
+
+
 class Attention(nn.Module):
     """Self-attention with a given bias. The logits are not divided by sqrt(D): T5's initialization makes up for it."""
 
@@ -79,13 +101,7 @@ class Attention(nn.Module):
         config = self.config
 
         def project(name: str, std: float) -> jax.Array:
-            return nn.DenseGeneral(
-                (config.heads, config.head_size),
-                use_bias=False,
-                dtype=self.dtype,
-                kernel_init=nn.initializers.normal(std),
-                name=name,
-            )(x_BTE)
+            return Product((config.heads, config.head_size), self.dtype, std, name=name)(x_BTE)
 
         query_BTHD = project("query", (config.width * config.head_size) ** -0.5)
         key_BTHD = project("key", config.width**-0.5)
@@ -97,14 +113,8 @@ class Attention(nn.Module):
         logits_BHTT = jnp.where(seen_BT[:, None, None, :], logits_BHTT + bias_HTT[None], -1e30)
         weights_BHTT = jax.nn.softmax(logits_BHTT, axis=-1).astype(self.dtype)
         attended_BTHD = jnp.einsum("BHTM,BMHD->BTHD", weights_BHTT, value_BTHD)  # softmax(q k^T + bias) v
-        return nn.DenseGeneral(
-            config.width,
-            axis=(-2, -1),
-            use_bias=False,
-            dtype=self.dtype,
-            kernel_init=nn.initializers.normal((config.heads * config.head_size) ** -0.5),
-            name="out",
-        )(attended_BTHD)
+        std = (config.heads * config.head_size) ** -0.5
+        return Product((config.width,), self.dtype, std, axes=2, name="out")(attended_BTHD)
 
 
 class MLP(nn.Module):
@@ -117,9 +127,8 @@ class MLP(nn.Module):
     def __call__(self, x_BTE: jax.Array) -> jax.Array:
         """[B, T, E] to [B, T, E] of type `dtype`."""
 
-        def dense(name: str, features: int, inputs: int) -> nn.Dense:
-            init = nn.initializers.normal(inputs**-0.5)
-            return nn.Dense(features, use_bias=False, dtype=self.dtype, kernel_init=init, name=name)
+        def dense(name: str, features: int, inputs: int) -> Product:
+            return Product((features,), self.dtype, inputs**-0.5, name=name)
 
         width, mlp_width = self.config.width, self.config.mlp_width
         gate_BTF = nn.gelu(dense("gate", mlp_width, width)(x_BTE), approximate=True)
@@ -154,8 +163,9 @@ class T5Encoder(nn.Module):
         layers/attention/{query,key,value}/kernel [layers, E, H, D]
         layers/attention/out/kernel [layers, H, D, E]  final_norm/scale [E]
 
-    They are float32 at `init`, by T5's own rules for training from scratch; a tree cast to bfloat16 works too. There is
-    no dropout: the encoder is either frozen, or small and trained with an editor.
+    They are float32 at `init`, by T5's own rules for training from scratch; a tree cast to bfloat16, or
+    with the kernels of its layers in int8, works too. There is no dropout: the encoder is either frozen, or small and
+    trained with an editor.
     """
 
     config: TextConfig

@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -13,7 +12,7 @@ from varedit_jax.errors import UserError
 from varedit_jax.parallel.compiler_options import compiler_options
 from varedit_jax.parallel.mesh import batch_sharding, check_batch, replicated
 from varedit_jax.parallel.rules import check_rules, param_shardings, state_shardings, with_shardings
-from varedit_jax.parameters import abstract_params
+from varedit_jax.parameters import abstract_params, stored_params
 from varedit_jax.scales import Pyramid, editor_pyramid, image_size
 from varedit_jax.training.state import TrainState, make_init
 from varedit_jax.training.step import make_step
@@ -48,9 +47,7 @@ def abstract_frozen(config: RunConfig, mesh: Mesh) -> Params:
     """Returns the frozen weights of a run as abstract arrays with shardings."""
     frozen = {"tokenizer": abstract_params(config.model, "tokenizer")}
     if not config.train_text:
-        dtype = jnp.dtype(config.text_dtype)
-        text = abstract_params(config.model, "text")
-        frozen["text"] = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), text)
+        frozen["text"] = stored_params(config.model, "text", config.text_dtype)
     check_rules(frozen)
     return with_shardings(frozen, param_shardings(frozen, mesh))
 

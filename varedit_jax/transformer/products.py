@@ -4,6 +4,8 @@ Rounded operands have one scale per token and one per output channel of the kern
 that the product sums over, taken anew for every product. Where that axis is split over `tensor`, it is the largest of
 all devices; over `data` and `fsdp` every scale is local. Parameters stay float32, and their gradients are products of
 unrounded operands, as AQT and Qwix have it by default: their sums are over tokens, along which scales would be shared.
+
+Kernels may be `Int8` instead, to compute without gradients: tokens stay as they are, unless `products` is "int8".
 """
 
 import functools
@@ -17,6 +19,7 @@ from jax.typing import DTypeLike
 
 from varedit_jax.config import TransformerConfig
 from varedit_jax.parallel.constrain import merges_keys_and_values, scatters_matrices
+from varedit_jax.quantized import Int8, dot, rounded
 from varedit_jax.transformer.kernels import apart, matmuls_order_heads
 
 # Types of tokens and kernels, and of gradients, which need the range more than the digits.
@@ -24,17 +27,6 @@ _TYPES: dict[str, tuple[DTypeLike, DTypeLike]] = {
     "int8": (jnp.int8, jnp.int8),
     "fp8": (jnp.float8_e4m3fn, jnp.float8_e5m2),
 }
-
-
-def rounded(x: jax.Array, axis: int, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
-    """Returns x / scale in an eight-bit type, and the scale: float32, 1 along `axis`, over which x is largest."""
-    integer = jnp.issubdtype(dtype, jnp.integer)
-    largest = float(jnp.iinfo(dtype).max if integer else jnp.finfo(dtype).max)
-    x = x.astype(jnp.float32)
-    most = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
-    scale = jnp.where(most > 0, most / largest, jnp.float32(1))
-    x = jnp.clip(x / scale, -largest, largest)  # the quotient may round up
-    return (jnp.round(x) if integer else x).astype(dtype), scale
 
 
 def _dot(x: jax.Array, kernel: jax.Array, contract: int, dtype: DTypeLike) -> jax.Array:
@@ -100,16 +92,31 @@ def _is_plain(config: TransformerConfig) -> bool:
     return config.gradient_sums == "dtype" and config.products == "plain"
 
 
-def product(x: jax.Array, kernel_IO: jax.Array, config: TransformerConfig) -> jax.Array:
+def product(x: jax.Array, kernel_IO: jax.Array | Int8, config: TransformerConfig) -> jax.Array:
     """Returns x [..., I] times a kernel [I, O] in the type of x, as `config.products` and `config.gradient_sums` say.
 
-    The kernel may be float32, or in the type of x.
+    The kernel may be float32, in the type of x, or int8.
     """
+    if isinstance(kernel_IO, Int8):
+        return _int8_product(x, kernel_IO, config)
     if config.gradient_sums == "dtype":
         kernel_IO = kernel_IO.astype(x.dtype)
     if _is_plain(config):
         return x @ kernel_IO
     return _product(x, kernel_IO, config.products, config.products_backward)
+
+
+def _int8_product(x: jax.Array, kernel_IO: Int8, config: TransformerConfig) -> jax.Array:
+    if config.products != "int8":
+        return dot(x, kernel_IO)
+    rounded_x, x_scale = rounded(x, -1, jnp.int8)
+    return _rounded_dot(rounded_x, kernel_IO.values, 0, x_scale * _row(kernel_IO.scale, x.ndim), x.dtype)
+
+
+def _heads_by_matmul(kernel: jax.Array | Int8, config: TransformerConfig) -> bool:
+    """Returns True where the matmul with a kernel takes and gives heads in their order itself."""
+    plain = config.products != "int8" if isinstance(kernel, Int8) else _is_plain(config)
+    return plain and matmuls_order_heads()
 
 
 def _as_rows(x_BLI: jax.Array) -> jax.Array:
@@ -142,30 +149,38 @@ def _to_heads_backward(saved: tuple[jax.Array, jax.Array], gradient_BHLD: jax.Ar
 _to_heads_by_matrix.defvjp(lambda x, kernel: (_to_heads(x, kernel), (x, kernel)), _to_heads_backward)
 
 
-def _few_rows(x_BLI: Any, kernel_IO: jax.Array) -> bool:
+def _few_rows(x_BLI: Any, kernel_IO: jax.Array | Int8) -> bool:
     """Returns True where turning tokens moves less than turning a matrix: in the scales of an edit."""
     return x_BLI.shape[0] * x_BLI.shape[1] < len(kernel_IO)
 
 
-def to_heads(x_BLC: jax.Array, kernel: jax.Array, config: TransformerConfig) -> jax.Array:
+def to_heads(x_BLC: jax.Array, kernel: jax.Array | Int8, config: TransformerConfig) -> jax.Array:
     """`product` with a kernel [C, H, D] or a matrix [C, H D]: [B, H, L, D].
 
     The plain one is written in that order by the matmul itself, where that is the faster way.
     """
     width, shape = kernel.shape[0], (config.heads, config.head_size)
     as_rows = kernel.ndim == 2 and (scatters_matrices() or _few_rows(x_BLC, kernel))
-    if _is_plain(config) and matmuls_order_heads() and not as_rows:
+    if _heads_by_matmul(kernel, config) and not as_rows:
+        if isinstance(kernel, Int8):
+            return _to_heads_int8(x_BLC, kernel.reshape(width, *shape))
         function = _to_heads_by_matrix if scatters_matrices() else _to_heads
         return function(x_BLC, kernel.reshape(width, *shape).astype(x_BLC.dtype))
     return jnp.swapaxes(_rows(x_BLC, kernel, config).reshape(*x_BLC.shape[:2], *shape), 1, 2)
 
 
-def _rows(x_BLC: jax.Array, kernel: jax.Array, config: TransformerConfig) -> jax.Array:
+def _to_heads_int8(x_BLC: jax.Array, kernel_CHD: Int8) -> jax.Array:
+    values_CHD = kernel_CHD.values.astype(x_BLC.dtype)
+    sums_BHLD = jnp.einsum("blc,chd->bhld", x_BLC, values_CHD, preferred_element_type=jnp.float32)
+    return (sums_BHLD * kernel_CHD.scale[:, :, None]).astype(x_BLC.dtype)
+
+
+def _rows(x_BLC: jax.Array, kernel: jax.Array | Int8, config: TransformerConfig) -> jax.Array:
     """`product` with the matrix of a kernel [C, ...]: [B, L, I]."""
     return _as_rows(product(x_BLC, kernel.reshape(len(kernel), -1), config))
 
 
-def to_keys_and_values(x_BLC: jax.Array, kernel_C2HD: jax.Array, config: TransformerConfig) -> list[jax.Array]:
+def to_keys_and_values(x_BLC: jax.Array, kernel_C2HD: jax.Array | Int8, config: TransformerConfig) -> list[jax.Array]:
     """`to_heads` of both parts of a kernel: [B, H, L, D] each."""
     if not merges_keys_and_values():
         return [to_heads(x_BLC, kernel_C2HD[:, part], config) for part in range(2)]
@@ -173,10 +188,14 @@ def to_keys_and_values(x_BLC: jax.Array, kernel_C2HD: jax.Array, config: Transfo
     return [jnp.swapaxes(rows[:, :, part], 1, 2) for part in range(2)]
 
 
-def from_heads(x_BHLD: jax.Array, kernel_IC: jax.Array, config: TransformerConfig) -> jax.Array:
+def from_heads(x_BHLD: jax.Array, kernel_IC: jax.Array | Int8, config: TransformerConfig) -> jax.Array:
     """`product` of all heads with a matrix [H D, C]: [B, L, C]."""
     rows_BLI = jax.ShapeDtypeStruct((x_BHLD.shape[0], x_BHLD.shape[2], len(kernel_IC)), x_BHLD.dtype)
-    if _is_plain(config) and matmuls_order_heads() and not (scatters_matrices() or _few_rows(rows_BLI, kernel_IC)):
+    if _heads_by_matmul(kernel_IC, config) and not (scatters_matrices() or _few_rows(rows_BLI, kernel_IC)):
+        if isinstance(kernel_IC, Int8):
+            values_HDC = kernel_IC.values.reshape(config.heads, config.head_size, -1).astype(x_BHLD.dtype)
+            sums_BLC = jnp.einsum("bhld,hdc->blc", x_BHLD, values_HDC, preferred_element_type=jnp.float32)
+            return (sums_BLC * kernel_IC.scale[None]).astype(x_BHLD.dtype)
         kernel_HDC = kernel_IC.reshape(config.heads, config.head_size, -1)
         return jnp.einsum("bhld,hdc->blc", x_BHLD, kernel_HDC.astype(x_BHLD.dtype))
     return product(_rows_of_heads(x_BHLD), kernel_IC, config)

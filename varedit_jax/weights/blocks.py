@@ -9,7 +9,7 @@ import functools
 import itertools
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, Self
 
 import jax
@@ -24,6 +24,9 @@ Block = tuple[tuple[int, int], ...]  # first and last (exclusive) index along ea
 _LEAST_RUN = 8 * 2**10
 # Rows are read and exchanged only where that saves more than this factor: it takes memory and a compilation.
 _WORTHWHILE = 1.05
+# Arrays are read, checked and converted in parts: several times this is in memory beside the array itself. Larger
+# buffers than 32 MiB would be new memory for every part (glibc's largest threshold), and a third of the time.
+_PART_BYTES = 16 * 2**20
 
 
 class RawArray(NamedTuple):
@@ -241,19 +244,59 @@ def _rows(shape: tuple[int, ...], sharding: Sharding) -> list[Reading]:
     return found
 
 
-def place(stored: tuple[int, ...], reading: Reading, read: Callable[[Block], np.ndarray], dtype: Any) -> jax.Array:
-    """Returns the array of `reading` on its devices; `read` is called once for each block that this host reads."""
+def parts_of(block: Block, chunks: Sequence[int], itemsize: int) -> Iterator[Block]:
+    """Yields a block in parts of at most `_PART_BYTES`, or of one chunk, outermost dimensions first."""
+    whole = size_of(block) * itemsize
+    for axis, ((low, high), chunk) in enumerate(zip(block, chunks, strict=True)):
+        if whole > _PART_BYTES and low // chunk < (high - 1) // chunk:
+            step = max(_PART_BYTES * (high - low) // whole // chunk, 1) * chunk
+            for start in range(low // chunk * chunk, high, step):
+                part = (max(start, low), min(start + step, high))
+                yield from parts_of((*block[:axis], part, *block[axis + 1 :]), chunks, itemsize)
+            return
+    yield block
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Zeros at an address that a CPU device takes as it is, without a copy."""
+    size, alignment = math.prod(shape) * np.dtype(dtype).itemsize, 64
+    memory = np.zeros(size + alignment, np.uint8)
+    start = -memory.ctypes.data % alignment
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def place(
+    stored: tuple[int, ...],
+    reading: Reading,
+    split: Callable[[Block], Iterable[Block]],
+    read: Callable[[Block], np.ndarray],
+    dtype: Any,
+) -> jax.Array:
+    """Returns the array of `reading` on its devices.
+
+    `read` is called once for each part, as `split` gives them, of the blocks that this host reads. Beside such a part
+    the host has what its devices get: devices with the same block share it, and a CPU goes on using it.
+    """
     arrays = []
     for own in held(reading.sharding, reading.shape, stored).values():
         here = {device: block for device, block in own.items() if device in reading.sharding.addressable_devices}
-        values = {around: read(around) for around in to_read(here)}
-        for device, block in here.items():
-            piece = np.zeros(reading.sharding.shard_shape(reading.shape), dtype)
-            for around, found in values.items():
-                if all(a <= low and high <= b for (low, high), (a, b) in zip(block, around, strict=True)):
-                    piece[slices(tuple((0, high - low) for low, high in block))] = found[slices(block, around)]
-            arrays.append(jax.device_put(piece, device))
+        shape = reading.sharding.shard_shape(reading.shape)
+        pieces = {block: _zeros(shape, dtype) for block in here.values()}
+        for around in to_read(here):
+            for part in split(around):
+                values = read(part)
+                for block, piece in pieces.items():
+                    both = _overlap(part, block)
+                    if size_of(both):
+                        piece[slices(both, block)] = values[slices(both, part)]
+        arrays += [jax.device_put(pieces[block], device) for device, block in here.items()]
     return jax.make_array_from_single_device_arrays(reading.shape, reading.sharding, arrays, dtype=dtype)
+
+
+def _overlap(one: Block, other: Block) -> Block:
+    """Returns what two blocks share; of size 0 if that is nothing."""
+    bounds = ((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
+    return tuple((low, max(low, high)) for low, high in bounds)
 
 
 @functools.cache

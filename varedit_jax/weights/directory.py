@@ -4,6 +4,7 @@ The form in which editors and tokenizers are shipped, shared, and started from.
 """
 
 import hashlib
+import pathlib
 
 import flax.traverse_util
 import jax
@@ -11,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-from varedit_jax.config import EditorConfig, SamplingConfig, from_dict, to_dict
+from varedit_jax.config import EditingConfig, EditorConfig, SamplingConfig, from_dict, to_dict
 from varedit_jax.errors import UserError
 from varedit_jax.storage import files
 from varedit_jax.storage.disk import explained, read_explained
@@ -31,11 +32,13 @@ def save_weights(
     params: Params,
     stored_type: str = "float32",
     sampling: SamplingConfig | None = None,
+    editing: EditingConfig | None = None,
 ) -> None:
     """Writes parts of an editor, `params` by part name, to a new directory that appears complete or not at all.
 
-    `sampling` is recorded as the editor's default. Tensors are rounded to `stored_type`: float32, bfloat16 or float16.
-    Raises UserError if the directory exists, the disk is full, or a value does not fit `stored_type`.
+    `sampling` is recorded as the editor's default, and `editing` where it is known. Tensors are rounded to
+    `stored_type`: float32, bfloat16 or float16. Raises UserError if the directory exists, the disk is full, or a value
+    does not fit `stored_type`.
     """
     target = resolve(directory)
     with explained("weights", target), files.new_directory(target) as staging:
@@ -49,8 +52,17 @@ def save_weights(
                 if not np.isfinite(tensor.astype(np.float32)).all():
                     raise UserError(f"{part}/{name} holds values that are not finite in {stored_type}")
             safetensors.numpy.save_file(tensors, staging / f"{part}.safetensors")
-        record = {"model": to_dict(config), "sampling": to_dict(sampling or SamplingConfig())}
-        files.write_json(staging / CONFIG, record, indent=1)
+        write_editor_config(staging, config, sampling or SamplingConfig(), editing)
+
+
+def write_editor_config(
+    directory: pathlib.Path, config: EditorConfig, sampling: SamplingConfig, editing: EditingConfig | None = None
+) -> None:
+    """Writes the config.json of a directory of weights, with `editing` where it is known."""
+    record = {"model": to_dict(config), "sampling": to_dict(sampling)}
+    if editing is not None:
+        record["editing"] = to_dict(editing)
+    files.write_json(directory / CONFIG, record, indent=1)
 
 
 def is_weights_directory(directory: PathLike) -> bool:
@@ -66,6 +78,19 @@ def read_editor_config(directory: PathLike) -> tuple[EditorConfig, SamplingConfi
 
     Raises UserError if there is none, or it is not one of ours.
     """
+    config, sampling, _ = _read_config(directory)
+    return config, sampling
+
+
+def read_editing_config(directory: PathLike) -> EditingConfig:
+    """What a directory of weights records for editing: the defaults if it records nothing, as earlier versions did.
+
+    Raises UserError as `read_editor_config`.
+    """
+    return _read_config(directory)[2]
+
+
+def _read_config(directory: PathLike) -> tuple[EditorConfig, SamplingConfig, EditingConfig]:
     path = resolve(directory) / CONFIG
     with read_explained(str(path)):
         if not path.is_file():
@@ -73,7 +98,11 @@ def read_editor_config(directory: PathLike) -> tuple[EditorConfig, SamplingConfi
         files.check_complete(path.parent)
         try:
             record = files.read_json(path)
-            return from_dict(EditorConfig, record["model"]), from_dict(SamplingConfig, record["sampling"])
+            return (
+                from_dict(EditorConfig, record["model"]),
+                from_dict(SamplingConfig, record["sampling"]),
+                from_dict(EditingConfig, record.get("editing", {})),
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} does not describe an editor of this package: {error}") from error
 

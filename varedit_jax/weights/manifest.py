@@ -35,9 +35,14 @@ def check_float(dtype: np.dtype, name: str) -> None:
         raise UserError(f"{name} is of type {dtype}; weights are floating-point numbers")
 
 
+def is_finite(tensor: np.ndarray) -> bool:
+    """Returns True if no value is NaN or infinite."""
+    return bool(np.isfinite(tensor).all())  # also of bfloat16, as ml_dtypes has it
+
+
 def check_finite(tensor: np.ndarray, name: str) -> None:
     """Raises UserError naming the tensor if it holds NaN or infinite values."""
-    finite = np.isfinite(tensor if tensor.dtype.kind == "f" else tensor.astype(np.float32))
+    finite = np.isfinite(tensor)
     if not finite.all():
         raise UserError(
             f"{name} holds {finite.size - int(finite.sum())} of {finite.size} values that are NaN or infinite; "

@@ -6,12 +6,17 @@ Forms of a part (tokenizer, text, transformer) in a directory:
     {part}/                     an Orbax checkpoint of the tree, a directory per array and a raw file per chunk, so that
                                 a stack of blocks can be written and read block by block
     checkpoints/{step}/state    of a training run; the newest step
+
+An array X of int8 comes with its scales, X_scale (quantized.py). Both together are read as one array of float32, unless
+they are asked for.
 """
 
+import dataclasses
+import functools
 import json
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -21,6 +26,7 @@ import tensorstore as ts
 
 from varedit_jax.errors import UserError
 from varedit_jax.lazy import LazyModule
+from varedit_jax.quantized import dequantized
 from varedit_jax.storage import files
 from varedit_jax.storage.disk import is_machine_error, read_explained
 from varedit_jax.storage.orbax import checkpointer
@@ -38,7 +44,8 @@ else:
 
 _CHUNK_BYTES = 64 * 2**20  # of the Orbax checkpoint's files: what a reader of one shard has to read at least
 _ZARR_TYPES = {np.dtype(np.float32): "<f4", np.dtype(np.float16): "<f2", np.dtype(np.float64): "<f8"}
-_ZARR_TYPES[np.dtype(ml_dtypes.bfloat16)] = "bfloat16"
+_ZARR_TYPES |= {np.dtype(ml_dtypes.bfloat16): "bfloat16", np.dtype(np.int8): "|i1"}
+SCALE = "_scale"  # behind the name of an array of int8: that of its scales
 
 
 class Leaf(NamedTuple):
@@ -53,6 +60,8 @@ class Leaf(NamedTuple):
     def read(self, index: int | tuple[slice, ...] | None = None) -> np.ndarray:
         """All of it, one entry along its leading axis, or a block. Raises UserError if it is missing or cut short."""
         found = self.source if index is None else self.source[index]
+        if isinstance(found, StoredInt8):
+            return np.asarray(found)
         if not isinstance(found, ts.TensorStore):
             return found
         try:
@@ -67,17 +76,40 @@ class Leaf(NamedTuple):
         manifest.check_finite(values, self.name)
         return values
 
-    def read_block(self, block: blocks.Block) -> np.ndarray:
-        """A block of it in memory as float32. UserError as of `as_float32`."""
+    def read_block(self, block: blocks.Block, dtype: np.dtype) -> np.ndarray:
+        """A block of it in memory, rounded to `dtype`.
+
+        UserError as of `read`, and for values that are NaN or infinite, or become so.
+        """
         if self.raw is None:
-            return self.as_float32(blocks.slices(block))
-        try:
-            with read_explained(self.name):
-                values = self.raw.read(block).astype(np.float32, copy=False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.name} is damaged: {error}") from error
-        manifest.check_finite(values, self.name)
-        return values
+            values = np.asarray(self.read(blocks.slices(block)))
+        else:
+            try:
+                with read_explained(self.name):
+                    values = self.raw.read(block)
+            except (OSError, ValueError) as error:
+                raise UserError(f"{self.name} is damaged: {error}") from error
+        if values.dtype == dtype:
+            manifest.check_finite(values, self.name)
+            return values
+        with np.errstate(over="ignore"):  # what becomes infinite is refused
+            rounded = values.astype(np.float32, copy=False).astype(dtype, copy=False)
+        if not manifest.is_finite(rounded):
+            manifest.check_finite(values, self.name)
+            manifest.check_finite(rounded, f"{self.name}, as {np.dtype(dtype)},")
+        return rounded
+
+    def parts_of(self, block: blocks.Block) -> Iterator[blocks.Block]:
+        """Yields a block in parts that are read one by one."""
+        return blocks.parts_of(block, self._chunks(), self.dtype.itemsize)
+
+    def _chunks(self) -> tuple[int, ...]:
+        """Sizes of what is read at once; 1 where any values can be."""
+        if self.raw is not None and is_remote(self.raw.place((0,) * len(self.shape))[0]):
+            return self.raw.chunks  # a request each
+        if self.raw is not None or not isinstance(self.source, ts.TensorStore):
+            return (1,) * len(self.shape)
+        return tuple(int(size or 1) for size in self.source.chunk_layout.read_chunk.shape or ())
 
     def merged(self, first: int, last: int) -> "Leaf | None":
         """The array with the dimensions from `first` to `last` as one, for `read_block`; None if that cannot be."""
@@ -90,9 +122,47 @@ class Leaf(NamedTuple):
         """Bytes on disk that reading a block takes."""
         if self.raw is not None:
             return self.raw.bytes_of(block)
-        stored = self.source.chunk_layout.read_chunk.shape if isinstance(self.source, ts.TensorStore) else None
-        chunks = self.shape if stored is None else tuple(int(size or 1) for size in stored)
+        chunks = self._chunks() if isinstance(self.source, ts.TensorStore) else self.shape
         return blocks.bytes_of_chunks(block, self.shape, chunks, self.dtype.itemsize)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredInt8:
+    """An array on disk as int8 values and float32 scales; the source of a `Leaf`, it gives what they stand for."""
+
+    values: Leaf
+    scale: Leaf
+
+    def __getitem__(self, index: int | tuple[slice, ...]) -> np.ndarray:
+        """One entry along the leading axis, or a block."""
+        own = index
+        if isinstance(index, tuple):  # scales are 1 along the axes that are summed over
+            sizes = zip(index, self.values.shape, self.scale.shape, strict=True)
+            own = tuple(part if size == whole else slice(None) for part, whole, size in sizes)
+        return dequantized(np.asarray(self.values.read(index)), np.asarray(self.scale.read(own)))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """All of it."""
+        found = dequantized(np.asarray(self.values.read()), np.asarray(self.scale.read()))
+        return found.astype(dtype or found.dtype, copy=False)
+
+
+def _with_scales(found: dict[str, Leaf]) -> dict[str, Leaf]:
+    """Arrays of a part, those of int8 as one with their scales. Raises UserError for int8 without scales that fit."""
+    whole = {name for name, leaf in found.items() if leaf.dtype == np.int8}
+    leaves = {name: leaf for name, leaf in found.items() if name.removesuffix(SCALE) not in whole or name in whole}
+    for name in whole:
+        values, scale = found[name], found.get(name + SCALE)
+        if scale is None:
+            raise UserError(f"{values.name} is int8 without its scales {name}{SCALE}; convert the weights again")
+        fits = scale.dtype == np.float32 and len(scale.shape) == len(values.shape)
+        if not fits or any(own not in (1, size) for own, size in zip(scale.shape, values.shape, strict=True)):
+            raise UserError(
+                f"{scale.name} is {scale.dtype} of shape {list(scale.shape)}, which does not fit the int8 array of "
+                f"shape {list(values.shape)}; convert the weights again"
+            )
+        leaves[name] = Leaf(values.shape, scale.dtype, StoredInt8(values, scale), values.name)
+    return leaves
 
 
 def is_part(directory: PathLike, part: str) -> bool:
@@ -101,19 +171,19 @@ def is_part(directory: PathLike, part: str) -> bool:
     return (root / f"{part}.safetensors").is_file() or (root / part / "_METADATA").is_file()
 
 
-def find_part(directory: PathLike, part: str, *, ema: bool = False) -> dict[str, Leaf]:
+def find_part(directory: PathLike, part: str, *, ema: bool = False, step: int | None = None) -> dict[str, Leaf]:
     """The arrays of a part by path, whatever their shapes; none is read yet.
 
-    With `ema` those of the EMA that a run kept. Raises UserError for a missing or damaged part, and for an EMA that the
-    run did not keep.
+    Of a run those of the newest checkpoint, or of that of `step`; with `ema` those of the EMA that it kept. Raises
+    UserError for a missing or damaged part, and for an EMA that the run did not keep.
     """
     root = resolve(directory)
     with read_explained(str(root)):
-        return _find_part(root, part, ema)
+        return _with_scales(_find_part(root, part, ema, step))
 
 
-def _find_part(root: pathlib.Path, part: str, ema: bool) -> dict[str, Leaf]:
-    where = _form(root, part)
+def _find_part(root: pathlib.Path, part: str, ema: bool, step: int | None) -> dict[str, Leaf]:
+    where = _form(root, part, step)
     store = {"driver": "ocdbt", "base": kvstore(where), "path": ""}
     if ema:
         found = _open_orbax(where, store, ("ema", part)) if where.name == "state" else {}
@@ -130,9 +200,11 @@ def _find_part(root: pathlib.Path, part: str, ema: bool) -> dict[str, Leaf]:
     return _open_orbax(where, store, ("params", part))
 
 
-def _form(root: pathlib.Path, part: str) -> pathlib.Path:
+def _form(root: pathlib.Path, part: str, step: int | None = None) -> pathlib.Path:
     """The file or directory that holds a part. Raises UserError if there is none, or it is not complete."""
     files.check_complete(root)
+    if step is not None:
+        return root / run_directory.CHECKPOINTS / str(step) / "state"
     if (root / f"{part}.safetensors").is_file():
         return root / f"{part}.safetensors"
     if (root / part / "_METADATA").is_file():
@@ -142,13 +214,15 @@ def _form(root: pathlib.Path, part: str) -> pathlib.Path:
     raise UserError(f"{root} holds no {part} weights ({part}.safetensors is missing), and no checkpoint of a run")
 
 
-def open_part(directory: PathLike, part: str, expected: Params, *, ema: bool = False) -> dict[str, Leaf]:
+def open_part(
+    directory: PathLike, part: str, expected: Params, *, ema: bool = False, step: int | None = None
+) -> dict[str, Leaf]:
     """As `find_part`, of exactly the arrays of the tree `expected` (of jax.ShapeDtypeStruct).
 
     Raises UserError for a missing or damaged part, and for one of another model, naming every array that differs with
     both shapes.
     """
-    found, wanted = find_part(directory, part, ema=ema), flat(expected)
+    found, wanted = find_part(directory, part, ema=ema, step=step), flat(expected)
     different = [
         f"{name} has shape {found[name].shape if name in found else 'nothing'}, "
         f"expected is {tuple(wanted[name].shape) if name in wanted else 'nothing'}"
@@ -157,7 +231,7 @@ def open_part(directory: PathLike, part: str, expected: Params, *, ema: bool = F
     ]
     if different:
         raise UserError(
-            f"{_form(resolve(directory), part)} is of another model: {'; '.join(different)}; "
+            f"{_form(resolve(directory), part, step)} is of another model: {'; '.join(different)}; "
             f"use the configuration that it was trained with"
         )
     return {name: found[name] for name in wanted}
@@ -170,17 +244,20 @@ def load_part(directory: PathLike, part: str, expected: Params) -> Params:
 
 
 def load_sharded(leaf: Leaf, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """An array on the devices of `like.sharding` (the first local device if it is None), of the type of `like`.
+    """An array on the devices of `like.sharding` (the first local device if it is None), rounded to the type of `like`.
 
     Every process reads as many bytes as its own devices hold, each once; where these lie in pieces, it reads others,
-    and the devices exchange them: so all processes call it for the same arrays in the same order. Raises UserError as
-    `Leaf.as_float32`.
+    and the devices exchange them: so all processes call it for the same arrays in the same order. It returns when the
+    array is there, so that no two of them lie in the memory of a host. Raises UserError as `Leaf.read_block`.
     """
     sharding = like.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     reading = blocks.choose_reading(leaf, sharding, leaf.dtype.itemsize)
     view = leaf.merged(reading.first, reading.last) or leaf
-    placed = blocks.place(view.shape, reading, view.read_block, like.dtype)
-    return placed if reading.exchanged is None else blocks.exchange_of(leaf.shape, sharding, reading)(placed)
+    read = functools.partial(view.read_block, dtype=np.dtype(like.dtype))
+    placed = blocks.place(view.shape, reading, view.parts_of, read, like.dtype)
+    if reading.exchanged is not None:
+        placed = blocks.exchange_of(leaf.shape, sharding, reading)(placed)
+    return placed.block_until_ready()
 
 
 def _in_file(path: pathlib.Path, tensor: LazyTensor) -> blocks.RawArray | None:

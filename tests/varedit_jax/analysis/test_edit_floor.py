@@ -9,7 +9,7 @@ import pytest
 
 from varedit_jax import hardware
 from varedit_jax.analysis import edit_floor
-from varedit_jax.config import SamplingConfig, preset
+from varedit_jax.config import EditingConfig, SamplingConfig, preset
 from varedit_jax.parameters import stored_params
 from varedit_jax.sampling import pipeline
 from varedit_jax.scales import editor_pyramid, image_size
@@ -32,7 +32,7 @@ def traced(model, batch, guidance):
         return pipeline.program(stage).results(*arguments)
 
     sampling = [SamplingConfig(guidance=guidance)] * batch
-    pipeline.edit(run, params, images, *texts, range(batch), sampling, model, pyramid)
+    pipeline.edit(run, params, images, *texts, range(batch), sampling, model, EditingConfig(), pyramid)
     return found, params
 
 

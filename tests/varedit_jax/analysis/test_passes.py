@@ -137,6 +137,19 @@ def test_the_compiling_process_ends_with_who_started_it():
     child.stdout.close()
 
 
+@pytest.mark.tpu
+def test_nothing_stays_behind_who_was_killed(tmp_path):
+    """The directory that was to be read is removed by the process that writes it, when nobody can read it any more."""
+    config = RunConfig(name="test", model=preset("tiny"), data=DataConfig(batch_size=4, text_tokens=16))
+    directory = tmp_path / "written"
+    directory.mkdir()
+    (directory / "module_0001.txt").write_text("HloModule")
+    job = Job("step", config, Target(topology="v5e:2x2")).to_dict() | {"options": {passes.DUMP: str(directory)}}
+    child = subprocess.Popen(passes.COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    said, _ = child.communicate(json.dumps(job) + "\n", timeout=60)  # closes its standard input
+    assert (child.returncode, said) == (0, "") and not directory.exists()
+
+
 def test_a_job_comes_back_as_it_was():
     config = RunConfig(name="test", model=preset("tiny"), data=DataConfig(batch_size=4, text_tokens=16))
     job = Job("sampling", config, Target(topology="v5e:2x2", hbm_gib=3.5), 5)

@@ -12,14 +12,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from varedit_jax.config import TextConfig
+from varedit_jax.config import EditingConfig, SamplingConfig, TextConfig
 from varedit_jax.conversion import convert
 from varedit_jax.conversion.writer import Planned, safetensors_shards, shard_index
 from varedit_jax.errors import UserError
 from varedit_jax.parameters import abstract_params, init_text
 from varedit_jax.sampling.editor import Editor
 from varedit_jax.weights import names, native
-from varedit_jax.weights.directory import read_editor_config
+from varedit_jax.weights.directory import read_editing_config, read_editor_config
 from varedit_jax.weights.export_source import open_source
 from varedit_jax.weights.native import load_part
 from varedit_jax.weights.reader import StateDict, read_state_dict
@@ -301,6 +301,7 @@ def test_an_editor_of_converted_parts(
         and "THIS_DIRECTORY --text=DIRECTORY --image" in card
     )
     assert convert.verify(tmp_path / "s")
+    assert read_editing_config(tmp_path / "s") == read_editing_config(tmp_path / "o")
     for part in ("transformer", "tokenizer"):
         wanted = names.flat(names.to_tree(part, states[part], abstract_params(config, part)))
         for directory in ("o", "s"):
@@ -321,7 +322,19 @@ def test_an_editor_of_converted_parts(
     files["text"] = str(write_pth(tmp_path / "t5.bin", state))
     convert.to_jax(convert.Published(files=files, family="varedit", pixel_budget="0.06M"), tmp_path / "e", quiet=True)
     editor = Editor.load(tmp_path / "e")
-    assert editor.config == whole
+    transformer = dataclasses.replace(config.transformer, dtype="bfloat16")
+    assert editor.config == dataclasses.replace(whole, transformer=transformer)
+    assert editor.sampling == SamplingConfig(guidance=4.0, temperature=0.5, top_p=0.97)
+    assert editor.editing == EditingConfig(text_dtype="bfloat16", tokenizer_precision="highest", aspects=("1.0",))
+    for part, path, dtype in (
+        ("text", "layers/mlp/up/kernel", "bfloat16"),
+        ("tokenizer", "encoder/conv_in/kernel", "float32"),
+        ("transformer", "block_0/mlp/fc1/kernel", "bfloat16"),
+        ("transformer", "head/kernel", "float32"),
+    ):
+        assert names.flat(editor.params[part])[path].dtype == dtype
+    assert read_editing_config(tmp_path / "e") == editor.editing
+    editor = Editor.load(tmp_path / "e", dtype="float32")
     assert editor.vocabulary.path == str(tmp_path / "e" / "t5_tokenizer.json")
     jax.tree.map(np.testing.assert_array_equal, editor.params["text"], text)
     assert editor.params["transformer"].keys() == abstract_params(config, "transformer").keys()

@@ -9,7 +9,7 @@ import jax.monitoring
 import numpy as np
 import pytest
 
-from varedit_jax.config import SamplingConfig, preset
+from varedit_jax.config import EditingConfig, SamplingConfig, preset
 from varedit_jax.errors import UserError
 from varedit_jax.parallel import compilation_cache, compiler_options
 from varedit_jax.parameters import abstract_params
@@ -67,7 +67,8 @@ def test_the_stages_give_what_one_program_gives(editor):
     guided = guided_scales(sampling, PYRAMID.scales)
 
     def whole(*request: Any) -> jax.Array:
-        return sampler.edit(*request, config=TINY, pyramid=PYRAMID, guided_scales=guided, every_scale=True)
+        how = {"guided_scales": guided, "editing": EditingConfig(), "every_scale": True}
+        return sampler.edit(*request, config=TINY, pyramid=PYRAMID, **how)
 
     request = fitted, ids_BT, length_B, jax.vmap(jax.random.key)(seeds), controls(sampling, PYRAMID.scales)
     wanted = compiler_options.jit_everywhere(whole)(editor.params, *request)

@@ -21,10 +21,11 @@ from varedit_jax.parallel.constrain import gathered
 from varedit_jax.parallel.mesh import BATCH, make_mesh
 from varedit_jax.parallel.rules import gather, param_shardings, with_shardings
 from varedit_jax.parallel.topology import topology_devices
+from varedit_jax.quantized import Int8, rounded
 from varedit_jax.transformer import products as products_lib
 from varedit_jax.transformer.attention import kernel_init
 from varedit_jax.transformer.block import MLP
-from varedit_jax.transformer.products import Dense, add_bias, from_heads, product, rounded, to_heads, to_keys_and_values
+from varedit_jax.transformer.products import Dense, add_bias, from_heads, product, to_heads, to_keys_and_values
 
 CONFIG = TransformerConfig(width=16, heads=2, depth=2, text_width=16)
 TOKENS, WIDTH, OUT = 6, 16, 12
@@ -190,6 +191,44 @@ def test_the_type_of_reduce_scatters_on_a_tpu(sums, type_name):
     gathers = [entry for entry in found if entry.kind == "all-gather" and entry.array.size == 4 * 128 * 128]
     assert len(scattered) == 2 and {entry.array.dtype for entry in scattered} == {type_name}
     assert len(gathers) >= 2 and {entry.array.dtype for entry in gathers} == {"bf16"}
+
+
+@pytest.mark.tpu
+@pytest.mark.usefixtures("unkept")
+@pytest.mark.parametrize("early", [False, True])
+def test_a_stack_in_int8_is_never_widened_on_a_tpu(early):
+    """The kernels of a layer are converted within its matmuls; `early` is what it looks like otherwise."""
+    layers, width = 4, 256
+    config = dataclasses.replace(CONFIG, width=width, heads=2, dtype="bfloat16")
+
+    def run(params, x_BLC):
+        if early:
+            params = jax.tree.map(restored, params, is_leaf=lambda node: isinstance(node, Int8))
+
+        def layer(x_BLC, kernels):
+            params = {name: {"kernel": kernel, "bias": jnp.zeros(kernel.shape[1])} for name, kernel in kernels.items()}
+            return x_BLC + MLP(config).apply({"params": params}, x_BLC), None
+
+        return jax.lax.scan(layer, x_BLC, params)[0]
+
+    mesh = make_mesh(MeshConfig(data=1), topology_devices("v5e:1x1"))
+    kernels = {"fc1": (layers, width, 4 * width), "fc2": (layers, 4 * width, width)}
+    params = {
+        name: Int8(jax.ShapeDtypeStruct(shape, jnp.int8), jax.ShapeDtypeStruct((layers, 1, shape[2]), jnp.float32))
+        for name, shape in kernels.items()
+    }
+    with jax.set_mesh(mesh):
+        place = NamedSharding(mesh, PartitionSpec())
+        abstract = (params, jax.ShapeDtypeStruct((2, 512, width), jnp.bfloat16))
+        arguments = with_shardings(abstract, jax.tree.map(lambda leaf: place, abstract))
+        text = jax.jit(run).lower(*arguments).compile().as_text()
+    stacks = {array.dtype for array in hlo.arrays(text) if array.shape in kernels.values()}
+    assert "s8" in stacks and (stacks - {"s8"} != set()) == early, stacks
+
+
+def restored(kernel):
+    """What an int8 kernel stands for, bfloat16."""
+    return kernel.values.astype(jnp.bfloat16) * kernel.scale.astype(jnp.bfloat16)
 
 
 @pytest.mark.tpu
