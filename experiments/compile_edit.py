@@ -51,7 +51,7 @@ _MESH = flags.DEFINE_string("mesh", "tensor=-1", "sizes of the mesh's axes")
 _BATCH = flags.DEFINE_integer("batch", 1, "images that are edited together", lower_bound=1)
 _TEXT_TOKENS = flags.DEFINE_integer("text_tokens", 32, "of an instruction; padded to a bucket", lower_bound=1)
 _GUIDANCE = flags.DEFINE_float("guidance", None, "the config's by default; 1: off, without the unconditional half")
-_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16", "int8"], "of the blocks' matrices and the text encoder")
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16", "int8"], "of matrices and the text encoder")
 _DEPTH = flags.DEFINE_integer("depth", None, "blocks, instead of all: quicker, with memory and sums that are too small")
 _STAGES = flags.DEFINE_list(
     "stages", ["all"], "stages, such as prefill, scale_3, last (the last scale), decode; or all"

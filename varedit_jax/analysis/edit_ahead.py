@@ -1,6 +1,5 @@
 """The stages of an edit compiled ahead of time for a TPU topology: memory, operations and bytes beside the floor."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -88,7 +87,7 @@ def shapes_of(job: Job, stage: Stage) -> traffic.Shapes | None:
         queries=queries,
         keys=keys,
         stacks=frozenset(
-            math.prod(leaf.sharding.shard_shape(leaf.shape))
+            leaf.sharding.shard_shape(leaf.shape)
             for path, leaf in jax.tree_util.tree_leaves_with_path(job.editor_params["transformer"].get("blocks", {}))
             if "kernel" in jax.tree_util.keystr(path)
         ),

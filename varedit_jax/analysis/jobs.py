@@ -133,7 +133,9 @@ class Job:
         with jax.set_mesh(mesh):
             check_attention(config)
             # A sheet shows the image after every scale.
-            pipeline.edit(run, self.editor_params, *request, config.model, config.editing, pyramid, self.what == "sampling")
+            pipeline.edit(
+                run, self.editor_params, *request, config.model, config.editing, pyramid, self.what == "sampling"
+            )
         return found
 
     def at(self, title: str) -> "Job":

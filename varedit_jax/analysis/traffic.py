@@ -189,7 +189,7 @@ class Shapes:
     """What arrays of a stage are recognized by, on one device."""
 
     layers: int  # of the scanned stack
-    stacks: frozenset[int]  # elements of each stack of matrices
+    stacks: frozenset[tuple[int, ...]]  # shapes of the stacks of matrices
     heads: int
     head_size: int
     queries: int
@@ -208,17 +208,17 @@ def scores(module: Module, shapes: Shapes) -> list[str]:
     for instruction, _, _ in module.instructions():
         for array in instruction.results:
             rest = [size for size in array.shape if size != 1]
-            if array.dtype == "f32" and _has(rest, rows, columns, shapes.heads):
+            if array.dtype == "f32" and _has(rest, rows, columns, shapes.samples * shapes.heads):
                 found[f"f32{list(array.shape)} {instruction.op_name}"] = True
     return list(found)
 
 
-def _has(sizes: list[int], rows: set[int], columns: set[int], heads: int) -> bool:
-    """Returns True if two of the sizes are a row and a column of scores, and the others have all heads."""
+def _has(sizes: list[int], rows: set[int], columns: set[int], count: int) -> bool:
+    """Returns True if two of the sizes are a row and a column of scores, and the others have all `count` heads."""
     for place, row in enumerate(sizes):
         for other, column in enumerate(sizes):
             rest = math.prod(size for index, size in enumerate(sizes) if index not in (place, other))
-            if place != other and row in rows and column in columns and rest % heads == 0:
+            if place != other and row in rows and column in columns and rest % count == 0:
                 return True
     return False
 
@@ -230,7 +230,7 @@ def whole_stacks(module: Module, shapes: Shapes) -> list[str]:
         if instruction.opcode not in ("convert", "copy", "transpose", "copy-start"):
             continue
         array = instruction.results[0]
-        if shapes.layers > 1 and array.size in shapes.stacks and array.shape[:1] == (shapes.layers,):
+        if shapes.layers > 1 and array.shape in shapes.stacks:
             kind = instruction.opcode.removesuffix("-start")
             found.append(f"{kind} {array.dtype}{list(array.shape)} {array.bytes * times:,} bytes {instruction.op_name}")
     return found

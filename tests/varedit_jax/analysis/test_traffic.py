@@ -9,7 +9,7 @@ from varedit_jax.analysis import hlo, traffic
 TEXT = (pathlib.Path(__file__).parents[2] / "data" / "hlo" / "edit.txt").read_text()
 SHAPES = traffic.Shapes(
     layers=4,
-    stacks=frozenset({4 * 256 * 512}),
+    stacks=frozenset({(4, 256, 512)}),
     heads=2,
     head_size=128,
     queries=16,
