@@ -72,10 +72,10 @@ def compile_sampling(config: RunConfig, target: Target, images: int, memory_only
     One image on each device of data x fsdp at least. The texts have `data.text_tokens`. Errors as above.
     """
     job = Job("sampling", config, target, images)
-    rows = []
+    rows: list[StepFigures] = []
     for title in job.largest_stages:
         one = job.at(title)
-        rows.append({"stage": title} | with_beside(one, compile_job(one, memory_only)[1]))
+        rows.append({"stage": title, **with_beside(one, compile_job(one, memory_only)[1])})
     needed = {row["stage"]: row["memory"]["needed_gib"] for row in rows}
     largest = max(rows, key=lambda row: (not row["fits"], _all_gib(row)))
     batch = next(iter(job.stages.values()))[0].batch

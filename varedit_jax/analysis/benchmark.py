@@ -185,14 +185,15 @@ class Benchmark:
             seconds = self._times(lambda: pipeline.edit(pipeline.run, params, *request))
         row = _spread(seconds)
         rows = stages.rows(self.warmup, hardware.chip_of(self._device))
-        memory = [self._memory(program, before) for program in stages.programs.values()]
+        memory: list[Row] = [self._memory(program, before) for program in stages.programs.values()]
         for found, sizes in zip(rows, memory, strict=True):
             found |= {name: size for name, size in sizes.items() if name in ("planned_gib", "temporary_gib")}
+        largest: Row = max(memory, key=lambda sizes: float(sizes.get("planned_gib", 0)))
         return row | {
             "compile_s": sum(found["compile_s"] for found in rows),
             "examples_per_s": batch / row["median_s"],
             "weights_gib": sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / hardware.GIB,
-            **max(memory, key=lambda sizes: sizes.get("planned_gib", 0)),
+            **largest,
             "stages": rows,
         }
 

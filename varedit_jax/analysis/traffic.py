@@ -18,6 +18,7 @@ _SILENT = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "wh
 _SILENT |= {"after-all", "partition-id", "replica-id", "opt-barrier", "add-dependency"}
 _SLICES = {"dynamic-slice", "slice", "gather"}
 _SAME = {"bitcast", "reshape"}  # the same bytes
+_ONE_TO_ONE = {*_SAME, "convert", "copy", "transpose"}  # in a fusion: of what is not used nothing is computed
 
 
 def hbm_bytes(module: Module) -> int:
@@ -79,11 +80,11 @@ def _read(module: Module, body: dict[str, Instruction], index: int, found: tuple
     whole = sum(_in_hbm(x) for x in found)
     parameter = next(x for x in body.values() if x.opcode == "parameter" and x.text == str(index))
     part = _part(module, body, parameter.name)
-    return whole if part is None else min(whole, part)
+    return whole if part is None else min(whole, part * whole // max(sum(x.size for x in found), 1))
 
 
 def _part(module: Module, body: dict[str, Instruction], name: str) -> int | None:
-    """Bytes of the slices of an instruction's result that are used; None if all of it is, or may be."""
+    """Elements of the slices of an instruction's result that are used; None if all of it is, or may be."""
     if name == next(reversed(body)):  # the result
         return None
     total = 0
@@ -91,10 +92,10 @@ def _part(module: Module, body: dict[str, Instruction], name: str) -> int | None
         if name not in user.operands:
             continue
         if user.opcode in _SLICES and user.operands[0] == name:
-            part: int | None = user.results[0].bytes
+            part: int | None = user.results[0].size
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
             part = 0
-        elif user.opcode in _SAME:
+        elif user.opcode in _ONE_TO_ONE:
             part = _part(module, body, user.name)
         elif user.opcode == "fusion":
             part = _part_of_fusion(module, body, user, name)
@@ -113,7 +114,7 @@ def _part_of_fusion(module: Module, body: dict[str, Instruction], fusion: Instru
     for parameter in inner.values():
         if parameter.opcode == "parameter" and fusion.operands[int(parameter.text)] == name:
             made = parameter.name
-            while (user := _only_user(inner, made)) and user.opcode in _SAME:
+            while (user := _only_user(inner, made)) and user.opcode in _ONE_TO_ONE:
                 made = user.name
             whole = made == next(reversed(inner))
             part = _part(module, body, fusion.name) if whole else _part(module, inner, parameter.name)
@@ -224,15 +225,18 @@ def _has(sizes: list[int], rows: set[int], columns: set[int], count: int) -> boo
 
 
 def whole_stacks(module: Module, shapes: Shapes) -> list[str]:
-    """Conversions and copies of the weights of all layers at once, with their bytes."""
+    """Instructions that make weights of all layers at once anew: conversions and copies, with their bytes."""
     found = []
-    for instruction, _, times in module.instructions():
-        if instruction.opcode not in ("convert", "copy", "transpose", "copy-start"):
+    for _, instruction, times in scheduled(module):
+        if instruction.opcode in _SILENT or instruction.opcode.endswith("-done") or shapes.layers == 1:
             continue
-        array = instruction.results[0]
-        if shapes.layers > 1 and array.shape in shapes.stacks:
-            kind = instruction.opcode.removesuffix("-start")
-            found.append(f"{kind} {array.dtype}{list(array.shape)} {array.bytes * times:,} bytes {instruction.op_name}")
+        results = instruction.results[:1] if instruction.opcode.endswith("-start") else instruction.results
+        for array in results:
+            if array.shape in shapes.stacks:
+                kind = instruction.opcode.removesuffix("-start")
+                found.append(
+                    f"{kind} {array.dtype}{list(array.shape)} {array.bytes * times:,} bytes {instruction.op_name}"
+                )
     return found
 
 
