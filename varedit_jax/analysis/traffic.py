@@ -200,7 +200,11 @@ class Shapes:
 
 
 def scores(module: Module, shapes: Shapes) -> list[str]:
-    """Float32 arrays of queries x keys for all heads, wherever they are made, other than inside of kernels."""
+    """Float32 arrays of queries x keys for all heads, wherever they are made, other than inside of kernels.
+
+    Of most of the keys, and of a block of queries at least; other arrays with such sides are smaller.
+    """
+    least = shapes.samples * shapes.heads * min(shapes.queries, cached.BLOCK) * shapes.keys // 2
     sizes = {shapes.keys, shapes.keys - shapes.queries, shapes.queries, shapes.cache_tokens}
     sizes = {-(-size // unit) * unit for size in sizes for unit in (1, 128, cached.BLOCK) if size > 0}
     columns = sizes - {shapes.head_size}
@@ -209,7 +213,11 @@ def scores(module: Module, shapes: Shapes) -> list[str]:
     for instruction, _, _ in module.instructions():
         for array in instruction.results:
             rest = [size for size in array.shape if size != 1]
-            if array.dtype == "f32" and _has(rest, rows, columns, shapes.samples * shapes.heads):
+            if (
+                array.dtype == "f32"
+                and array.size >= least
+                and _has(rest, rows, columns, shapes.samples * shapes.heads)
+            ):
                 found[f"f32{list(array.shape)} {instruction.op_name}"] = True
     return list(found)
 
