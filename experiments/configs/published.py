@@ -77,14 +77,14 @@ LAYOUTS = {
         "v5p_128": MachineLayout(3, saved=REMAT_NAMES),
         "v5p_256": MachineLayout(3, tensor=2, saved=REMAT_NAMES),
         "v6e_256": MachineLayout(3, tensor=4, saved=REMAT_NAMES),
-        "v5e_256": MachineLayout(5, tensor=4, saved=REMAT_NAMES, samples=False),
+        "v5e_256": MachineLayout(5, tensor=4, saved=REMAT_NAMES),
         "h100_64": MachineLayout(5, saved=REMAT_NAMES),
     },
     "varedit_8b_512": {
         "v5p_128": MachineLayout(6, saved=REMAT_NAMES),
         "v5p_256": MachineLayout(3, data=2, saved=REMAT_NAMES),
-        "v6e_256": MachineLayout(3, data=4, samples=False),
-        "v5e_256": MachineLayout(6, data=4, samples=False),
+        "v6e_256": MachineLayout(3, data=4),
+        "v5e_256": MachineLayout(6, data=4),
         "h100_64": MachineLayout(8, saved=REMAT_NAMES),
     },
     "varedit_8b_1024": {
