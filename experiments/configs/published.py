@@ -70,7 +70,7 @@ LAYOUTS = {
         "v5p_128": MachineLayout(1, saved=REMAT_NAMES),
         "v5p_256": MachineLayout(1, saved=REMAT_NAMES),
         "v6e_256": MachineLayout(1, saved=REMAT_NAMES),
-        "v5e_256": MachineLayout(2, data=4, saved=REMAT_NAMES, samples=False),
+        "v5e_256": MachineLayout(2, data=4, saved=REMAT_NAMES),
         "h100_64": MachineLayout(2, saved=REMAT_NAMES),
     },
     "varedit_2b_512": {
