@@ -50,7 +50,7 @@ def test_operations_are_those_of_the_traced_stages(tiny):
         if stage.name in ("source", "text", "begin"):
             assert counted == floor
         else:
-            assert floor <= counted < 1.25 * floor, stage.title
+            assert floor <= counted < 1.08 * floor, stage.title
     assert [stage.guided for stage, _ in found if stage.name == "scale"] == [True, True, False]
 
 

@@ -35,6 +35,7 @@ def moved(module, name):
     [
         ("made.1", 16 * 256 + STACK // 4),  # a layer of the stack alone; what it makes stays on the chip
         ("made.2", 512 * 256 + 16 * 256),  # a matrix that a fusion in the fusion hands on: all of it
+        ("same.1", 2 * 512 * 256),  # all of it, handed on
         ("kept.1", 2 * 2 * 2 * 16 * 128),  # an update in place: read and written
         ("layer.1", 2 * CACHE // 4),  # a copy of a layer: read and written
         ("copy-start.1", 16 * 256),  # to the chip: read
@@ -53,7 +54,7 @@ def test_bytes_of_a_program(module):
     """Loops by their length; a kernel as it states them."""
     assert moved(module, "cached_attention.1") == 50000
     body = sum(moved(module, name) for name in ("made.1", "cached_attention.1", "layer.1", "kept.1"))
-    entry = sum(moved(module, name) for name in ("convert.1", "copy-start.1", "seen.1", "made.2", "wide.1"))
+    entry = sum(moved(module, name) for name in ("convert.1", "copy-start.1", "seen.1", "made.2", "wide.1", "same.1"))
     assert traffic.hbm_bytes(module) == 4 * body + entry
     assert moved(module, "convert.1") == STACK * (4 + 2)
 
