@@ -113,8 +113,8 @@ def _keeps_bits() -> bool:
 def as_bits(params: Params) -> Params:
     """Parameters for modules of `gathered`: on CPUs bfloat16 as integers of the same bits, to be converted in the loop.
 
-    XLA for CPUs (jaxlib 0.10.2) computes in float32 what is bfloat16, and would convert a whole stack of layers in front
-    of the loop over them: that takes twice its memory, besides itself.
+    XLA for CPUs (jaxlib 0.10.2) computes in float32 what is bfloat16, and would convert a whole stack of layers in
+    front of the loop over them: that takes twice its memory, besides itself.
     """
     if not _keeps_bits():
         return params
