@@ -21,6 +21,7 @@ An experiment config is a Python file with `get_config(variant: str = "") -> Run
 """
 
 import ast
+import dataclasses
 import difflib
 import functools
 import importlib.util
@@ -41,12 +42,14 @@ import jax
 from absl import flags
 
 from varedit_jax import command
-from varedit_jax.config import from_dict, to_dict
+from varedit_jax.config import EditorConfig, PixelBudget, from_dict, preset, to_dict
 from varedit_jax.config.annotations import allows, field_types, in_words
 from varedit_jax.config.serialize import tuples
 from varedit_jax.errors import UserError
 from varedit_jax.parallel import compilation_cache, processes
 from varedit_jax.storage import paths
+
+BUDGETS: dict[int, PixelBudget] = {256: "0.06M", 512: "0.25M", 768: "0.60M", 1024: "1M"}  # by side of the images
 
 flags.disclaim_key_flags()  # flags that are defined here belong to the importing program
 Config = TypeVar("Config")
@@ -116,6 +119,17 @@ def _without_late_reports(report: "sys.UnraisableHookArgs") -> None:
     """Ignores reads and writes that report to the event loop that Orbax (0.12.8) closed when the first one failed."""
     if str(report.exc_value) != "Event loop is closed":
         command.unraisable(report)
+
+
+def preset_model(name: str, pixels: int | None) -> EditorConfig:
+    """Returns the editor of a preset for images of --pixels. Raises UserError for a size that it has no pyramid for."""
+    model = preset(name)
+    if pixels is None:
+        return model
+    if model.grids or pixels not in BUDGETS:
+        known = ", ".join(map(str, BUDGETS))
+        raise UserError(f"--pixels is {pixels}; give one of {known}, and none with --preset=tiny")
+    return dataclasses.replace(model, pixel_budget=BUDGETS[pixels])
 
 
 class FieldFlags(Generic[Config]):

@@ -9,6 +9,8 @@ On one H200 (141 GB), all of 2B, and 8B at full width with as many blocks as fit
 
 Weights and images are random. The step is complete: frozen encoders on images and token ids, forward and backward
 pass, clipping, AdamW, a donated state. It is timed from dispatch until its results are ready, after two warm-up calls.
+An edit is timed as a whole, and stage by stage (source, text, prefill, every scale, decode) beside the floor of its
+operations and bytes; the weights have the types that they are kept in for editing.
 A program that does not fit into memory becomes a row that says so.
 """
 
@@ -21,6 +23,7 @@ import jax
 from absl import flags
 
 from experiments import program
+from experiments.benchmarks import harness
 from varedit_jax import command
 from varedit_jax import config as config_lib
 from varedit_jax.analysis.benchmark import Benchmark, Row, environment
@@ -33,11 +36,12 @@ from varedit_jax.storage import files, paths
 from varedit_jax.training.flops import CONVENTION, run_flops
 
 WHAT = ("train", "edit", "attention", "remat")
-BUDGETS: dict[int, config_lib.PixelBudget] = {256: "0.06M", 512: "0.25M", 768: "0.60M", 1024: "1M"}
 
 _PRESET = flags.DEFINE_enum("preset", "tiny", config_lib.PRESETS, "size of the editor")
 _TEXT = flags.DEFINE_string("text", "", "Flan-T5 encoder: small, base, large, xl, xxl; the preset's own by default")
-_PIXELS = flags.DEFINE_integer("pixels", None, f"side of the images: {', '.join(map(str, BUDGETS))}; 512 by default")
+_PIXELS = flags.DEFINE_integer(
+    "pixels", None, f"side of the images: {', '.join(map(str, program.BUDGETS))}; 512 by default"
+)
 _FIELDS = program.FieldFlags(
     RunConfig,
     {
@@ -70,20 +74,14 @@ _JSON = command.DEFINE_path("json", "", "file for the figures")
 
 def _run() -> RunConfig:
     """Returns a run of the preset with the changes of the flags. Raises UserError if they contradict each other."""
-    model = config_lib.preset(_PRESET.value)
-    pixels, budget = _PIXELS.value, model.pixel_budget
-    if pixels is not None:
-        if model.grids or pixels not in BUDGETS:
-            known = ", ".join(map(str, BUDGETS))
-            raise UserError(f"--pixels is {pixels}; give one of {known}, and none with --preset=tiny")
-        budget = BUDGETS[pixels]
+    model = program.preset_model(_PRESET.value, _PIXELS.value)
     try:
         text = config_lib.text_preset(_TEXT.value) if _TEXT.value else model.text
     except ValueError as error:
         raise UserError(str(error)) from error
     dtype: Any = _DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     transformer = dataclasses.replace(model.transformer, text_width=text.width, dtype=dtype, remat="named")
-    model = dataclasses.replace(model, text=text, transformer=transformer, pixel_budget=budget)
+    model = dataclasses.replace(model, text=text, transformer=transformer)
     data = DataConfig(batch_size=1, text_tokens=transformer.unconditional_rows)
     return _FIELDS.override(RunConfig(name="benchmark", model=model, data=data, text_dtype=dtype))
 
@@ -149,11 +147,37 @@ def _line(row: Row) -> str:
     return f"| {' | '.join(map(str, cells))} | {', '.join(memory)} |"
 
 
+def _stages(row: Row) -> str:
+    """Returns the stages of an edit as a table in Markdown."""
+    head = ("stage", "first call, s", "median ms (min, quartiles)", "TFLOP", "GB", "floor, ms", "of the floor", "GiB")
+    lines = []
+    for stage in row["stages"]:
+        low, high = (1e3 * seconds for seconds in stage["quartiles_s"])
+        floor = stage.get("floor_s")
+        lines.append(
+            [
+                stage["stage"],
+                f"{stage['first_s']:.3g}",
+                f"{1e3 * stage['median_s']:.4g} ({1e3 * stage['min_s']:.4g}, {low:.4g} to {high:.4g})",
+                f"{stage['floor_tflop']:.3g}",
+                f"{stage['floor_gb']:.3g}",
+                f"{1e3 * floor:.3g}" if floor is not None else "",
+                f"{stage['median_s'] / floor:.2f}" if floor else "",
+                f"{stage['planned_gib']:.3g}" if "planned_gib" in stage else "",
+            ]
+        )
+    return (
+        f"\nstages of an edit of {row['batch']}, waiting for each; weights {row['weights_gib']:.3g} GiB; TFLOP and GB "
+        f"are what it takes at least, by formula\n\n{harness.table(head, lines)}\n"
+    )
+
+
 def main(argv: list[str]) -> None:
     """Measures, prints a table and writes the figures."""
     unknown = sorted(set(_WHAT.value) - set(WHAT))
     if unknown:
         raise UserError(f"--what={unknown[0]} is unknown; give some of {', '.join(WHAT)}")
+    jax.config.update("jax_enable_compilation_cache", False)  # first calls are to be those of a new machine
     run = _run()
     mesh = make_mesh(parse_mesh(_MESH.value))
     check_batch(mesh, run.data.batch_size, run.optimizer.accumulation)
@@ -176,6 +200,8 @@ def main(argv: list[str]) -> None:
     if "edit" in _WHAT.value:
         for batch in sorted({1, run.data.batch_size}):
             measured(bench.edit(batch))
+            if "stages" in rows[-1]:
+                print(_stages(rows[-1]), flush=True)
     for job in ("attention", "remat"):
         if job in _WHAT.value:
             for row in getattr(bench, job)():

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from varedit_jax import hardware
-from varedit_jax.analysis import compiled, hlo, passes, predict, predict_gpu
+from varedit_jax.analysis import compiled, hlo, passes, predict, predict_gpu, traffic
 from varedit_jax.analysis.jobs import Job, Target
 from varedit_jax.analysis.operations import count_step, recomputed_share
 from varedit_jax.config import RunConfig
@@ -39,7 +39,7 @@ def compile_step(
     target.gpu  # noqa: B018  a mistake in it is said before minutes of compiling
     job = Job("step", config, target)
     row = _about(job) | _flops(config, job.mesh)
-    text, requirements = _compile(job, memory_only)
+    text, requirements = compile_job(job, memory_only)
     if text is None:
         return row | requirements
     if keep:
@@ -52,11 +52,7 @@ def compile_step(
         "collectives": compiled.summary(found, sizes, tokens * width // mesh.shape["tensor"]),
         "link_seconds_at_least": float(f"{compiled.link_seconds(found, target.chip):.4g}"),
         "compiled_tflop_per_device": _tera(hlo.matmul_flops(module)),
-        "kernel_calls": sum(
-            times
-            for instruction, _, times in module.instructions()
-            if instruction.opcode == "custom-call" and "tpu_custom_call" in instruction.text
-        ),
+        "kernel_calls": traffic.kernel_calls(module),
         "loops_counted_once": module.loops_counted_once(),
     }
     if memory_only and not target.gpu:
@@ -67,30 +63,52 @@ def compile_step(
 def compile_evaluation(config: RunConfig, target: Target, memory_only: bool = False) -> StepFigures:
     """Compiles the evaluation of a held-out batch, in the microbatches of the step; figures and errors as above."""
     job = Job("evaluation", config, target)
-    return _about(job) | _beside(job, _compile(job, memory_only)[1])
+    return _about(job) | with_beside(job, compile_job(job, memory_only)[1])
 
 
 def compile_sampling(config: RunConfig, target: Target, images: int, memory_only: bool = False) -> StepFigures:
-    """Compiles the sampling of a sheet of so many images, one on each device of data x fsdp at least.
+    """Compiles the stages of a sheet of so many images that may need the most memory; the figures are of that one.
 
-    The texts have `data.text_tokens`. Figures and errors as above.
+    One image on each device of data x fsdp at least. The texts have `data.text_tokens`. Errors as above.
     """
     job = Job("sampling", config, target, images)
-    images = job.function_and_arguments[1][1].shape[0]
-    return _about(job) | {"images": images} | _beside(job, _compile(job, memory_only)[1])
+    rows: list[StepFigures] = []
+    for title in job.largest_stages:
+        one = job.at(title)
+        rows.append({"stage": title, **with_beside(one, compile_job(one, memory_only)[1])})
+    needed = {row["stage"]: row["memory"]["needed_gib"] for row in rows}
+    largest = max(rows, key=lambda row: (not row["fits"], _all_gib(row)))
+    batch = next(iter(job.stages.values()))[0].batch
+    return _about(job) | {"images": batch, "stages_gib": needed} | largest
 
 
-def _beside(job: Job, requirements: StepFigures) -> StepFigures:
-    """Returns requirements with what of the state lies on a device beside the program: moments and EMA."""
-    state = abstract_state(job.config, make_optimizer(job.config.optimizer, job.config.steps), job.mesh)
-    leaves = jax.tree.leaves((state.opt_state, state.ema))
-    held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves) / hardware.GIB
+def _all_gib(row: StepFigures) -> float:
+    """Memory of a program and of what lies beside it; of one that the compiler refuses without a number, any."""
+    memory = row["memory"]
+    return float("inf") if memory["needed_gib"] is None else memory["needed_gib"] + memory["beside_gib"]
+
+
+def with_beside(job: Job, requirements: StepFigures) -> StepFigures:
+    """Returns requirements with what lies on a device beside the program: moments, EMA, weights it does not take."""
+    trees: list[Any] = []
+    if job.what != "edit":
+        state = abstract_state(job.config, make_optimizer(job.config.optimizer, job.config.steps), job.mesh)
+        trees += [state.opt_state, state.ema]
+    if job.stage:
+        taken = {"source": "tokenizer", "decode": "tokenizer", "text": "text"}.get(job.stage, "transformer")
+        trees += [params for part, params in job.editor_params.items() if part != taken]
+    held = sum(shard_bytes(leaf) for leaf in jax.tree.leaves(trees)) / hardware.GIB
     memory = requirements["memory"]
     fits = requirements["fits"] and memory["needed_gib"] + held <= memory["hbm_gib"]
     return requirements | {"fits": fits, "memory": memory | {"beside_gib": round(held, 3)}}
 
 
-def _compile(job: Job, memory_only: bool) -> tuple[str | None, StepFigures]:
+def shard_bytes(leaf: Any) -> int:
+    """Bytes of an abstract array on one device."""
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def compile_job(job: Job, memory_only: bool) -> tuple[str | None, StepFigures]:
     """Returns the text of a job's program, None if it is too large, and its memory and the time it took."""
     job.function_and_arguments  # noqa: B018  mistakes are said before
     began = time.perf_counter()

@@ -13,13 +13,13 @@ import optax
 from jax.sharding import Mesh
 
 from varedit_jax import hardware
+from varedit_jax.analysis import edit_floor
 from varedit_jax.analysis.operations import recomputed_share
 from varedit_jax.config import RunConfig
-from varedit_jax.parallel.compiler_options import jit_everywhere
 from varedit_jax.parallel.mesh import put_batch
-from varedit_jax.parameters import init_text, init_tokenizer, init_transformer
-from varedit_jax.sampling import sampler
-from varedit_jax.sampling.guidance import controls, guided_scales
+from varedit_jax.parameters import init_text, init_tokenizer, init_transformer, stored_params
+from varedit_jax.sampling import pipeline
+from varedit_jax.sampling.pipeline import Stage
 from varedit_jax.scales import Pyramid, editor_pyramid, image_size
 from varedit_jax.training.compile_step import (
     abstract_arguments,
@@ -33,6 +33,7 @@ from varedit_jax.training.metrics import Work
 from varedit_jax.training.optimizer import make_optimizer
 from varedit_jax.training.state import make_init
 from varedit_jax.transformer.kernels import Kernel, choose
+from varedit_jax.types import Params
 
 Row = dict[str, Any]  # what was measured, ready for JSON
 
@@ -64,7 +65,7 @@ class Benchmark:
         return row | self._measured[run]
 
     def edit(self, batch: int) -> Row:
-        """A complete edit of `batch` images, from pixels to pixels, on the first device."""
+        """A complete edit of `batch` images, from pixels to pixels, on the first device, and its `stages`."""
         return {"what": "edit", "batch": batch} | _guarded(lambda: self._edit(batch))
 
     def attention(self) -> Iterator[Row]:
@@ -174,24 +175,27 @@ class Benchmark:
         tokens = min(32, run.data.text_tokens)  # of an instruction
         ids = draw.integers(1, model.text.vocabulary_size, (batch, tokens), np.int32)
         lengths = np.full((batch,), tokens, np.int32)
-
-        sampling = [run.sampling] * batch
-        guided = guided_scales(sampling, pyramid.scales)
-
-        def function(*arguments: Any) -> jax.Array:
-            return sampler.edit(*arguments, config=model, pyramid=pyramid, guided_scales=guided, editing=run.editing)
-
         with jax.default_device(self._device):
             params = self._initial["editor"]()
-            keys = jax.vmap(jax.random.key)(np.arange(batch, dtype=np.uint32))
-            choices = controls(sampling, pyramid.scales)
-            arguments = (params, *jax.device_put((images, ids, lengths), self._device), keys, choices)
-            began = time.perf_counter()
-            edit = jit_everywhere(function, self._device).lower(*arguments).compile()
-            compiling = time.perf_counter() - began
-            seconds = self._times(lambda: edit(*arguments))
+            request = images, ids, lengths, range(batch), [run.sampling] * batch, model, run.editing, pyramid
+            stages = EditStages(params)
+            for _ in range(self.warmup + self.repeats):
+                pipeline.edit(stages.run, params, *request)
+            # Without waiting between the stages.
+            seconds = self._times(lambda: pipeline.edit(pipeline.run, params, *request))
         row = _spread(seconds)
-        return row | {"compile_s": compiling, "examples_per_s": batch / row["median_s"], **self._memory(edit, before)}
+        rows = stages.rows(self.warmup, hardware.chip_of(self._device))
+        memory: list[Row] = [self._memory(program, before) for program in stages.programs.values()]
+        for found, sizes in zip(rows, memory, strict=True):
+            found |= {name: size for name, size in sizes.items() if name in ("planned_gib", "temporary_gib")}
+        largest: Row = max(memory, key=lambda sizes: float(sizes.get("planned_gib", 0)))
+        return row | {
+            "compile_s": sum(found["compile_s"] for found in rows),
+            "examples_per_s": batch / row["median_s"],
+            "weights_gib": sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / hardware.GIB,
+            **largest,
+            "stages": rows,
+        }
 
     def _times(self, once: Callable[[], Any]) -> list[float]:
         """Seconds of each call, from its dispatch until its results are there."""
@@ -219,6 +223,43 @@ class Benchmark:
             return sizes | {"peak_gib": None}
         rose = before is None or peak > before
         return sizes | {"peak_gib": peak / hardware.GIB if rose else None, "peak_at_most_gib": peak / hardware.GIB}
+
+
+class EditStages:
+    """Times of the stages of edits, each until its results are there."""
+
+    def __init__(self, params: Params) -> None:
+        """`params`: of all parts, for the floor."""
+        self._params = params
+        self.programs: dict[str, Any] = {}  # compiled, by title
+        self._stages: dict[str, Stage] = {}
+        self._compile: dict[str, float] = {}
+        self._seconds: dict[str, list[float]] = {}
+
+    def run(self, stage: Stage, *arguments: Any) -> Any:
+        """In place of `pipeline.run`."""
+        program, title = pipeline.program(stage).run, stage.title
+        if title not in self.programs:
+            began = time.perf_counter()
+            self.programs[title] = program.compiled(*arguments)
+            self._compile[title], self._stages[title] = time.perf_counter() - began, stage
+        began = time.perf_counter()
+        results = jax.block_until_ready(program(*arguments))
+        self._seconds.setdefault(title, []).append(time.perf_counter() - began)
+        return results
+
+    def rows(self, warmup: int, chip: hardware.Chip | None) -> list[Row]:
+        """A row for each stage: its compilation, first call and the calls after `warmup`, beside the floor.
+
+        The floor has seconds where the chip is known.
+        """
+        rows = []
+        for title, seconds in self._seconds.items():
+            floor = edit_floor.floor(self._stages[title], self._params)
+            row = {"stage": title, "compile_s": self._compile[title], "first_s": self._compile[title] + seconds[0]}
+            row |= _spread(seconds[warmup:]) | {"floor_tflop": floor.operations / 1e12, "floor_gb": floor.bytes / 1e9}
+            rows.append(row | ({"floor_s": floor.seconds(chip)} if chip else {}))
+        return rows
 
 
 def environment(mesh: Mesh) -> Row:
@@ -264,11 +305,14 @@ def _random_frozen(run: RunConfig) -> Any:
 
 
 def _random_editor(run: RunConfig) -> Any:
-    return {
+    """In the types that weights for editing are kept in."""
+    initial = {
         "tokenizer": init_tokenizer(run.model, jax.random.key(1)),
         "text": init_text(run.model, jax.random.key(2)),
         "transformer": init_transformer(run.model, jax.random.key(3)),
     }
+    kept = {part: stored_params(run.model, part, run.text_dtype) for part in initial}
+    return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), initial, kept)
 
 
 def _random_batch(abstract: dict[str, Any]) -> dict[str, np.ndarray]:

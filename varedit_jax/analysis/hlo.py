@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16, "s32": 32}
 _BITS |= {"u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "f8e4m3fn": 8, "f8e5m2": 8}
-_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^{}]*\})?")
 _BODIES = re.compile(r"\b(?:body|calls|to_apply|branch_computations|called_computations)=\{?((?:%[\w.\-]+(?:, )?)+)\}?")
 
 
@@ -18,6 +18,7 @@ class Array:
 
     dtype: str
     shape: tuple[int, ...]
+    memory: int = dataclasses.field(default=0, compare=False)  # 0: HBM; others are of the chip itself
 
     @property
     def size(self) -> int:
@@ -176,8 +177,15 @@ def _closing(text: str) -> int:
 
 def arrays(text: str) -> tuple[Array, ...]:
     """The arrays of a type, tuples flattened."""
-    found = _ARRAY.findall(re.sub(r"\{[^{}]*\}", "", text))
-    return tuple(Array(dtype, tuple(int(side) for side in sides.split(",") if side)) for dtype, sides in found)
+    return tuple(
+        Array(dtype, tuple(int(side) for side in sides.split(",") if side), _memory(layout))
+        for dtype, sides, layout in _ARRAY.findall(text)
+    )
+
+
+def _memory(layout: str) -> int:
+    found = re.search(r"S\((\d+)\)", layout)
+    return int(found[1]) if found else 0
 
 
 def called(instruction: Instruction) -> list[str]:

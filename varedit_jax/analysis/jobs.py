@@ -11,13 +11,13 @@ from jax.sharding import Mesh
 from varedit_jax import hardware
 from varedit_jax.config import RunConfig, from_dict, to_dict
 from varedit_jax.errors import UserError
-from varedit_jax.parallel.compiler_options import jit_everywhere
-from varedit_jax.parallel.constrain import batch_only
-from varedit_jax.parallel.mesh import make_mesh, replicated, whole_batch
+from varedit_jax.parallel.mesh import make_mesh
+from varedit_jax.parallel.rules import param_shardings, with_shardings
 from varedit_jax.parallel.topology import topology_devices
-from varedit_jax.sampling import sampler
-from varedit_jax.sampling.guidance import Controls, controls, guided_scales
-from varedit_jax.scales import Pyramid, editor_pyramid, image_size
+from varedit_jax.parameters import stored_params
+from varedit_jax.sampling import pipeline
+from varedit_jax.sampling.pipeline import Program, Stage
+from varedit_jax.scales import editor_pyramid, image_size
 from varedit_jax.training.compile_step import (
     abstract_arguments,
     abstract_frozen,
@@ -28,6 +28,7 @@ from varedit_jax.training.compile_step import (
 from varedit_jax.training.optimizer import make_optimizer
 from varedit_jax.training.setup import jitted_evaluation
 from varedit_jax.types import Params
+from varedit_jax.weights.directory import PARTS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,10 +74,12 @@ class Target:
 class Job:
     """A program of a run to compile."""
 
-    what: str  # step, evaluation, sampling
+    what: str  # step, evaluation, sampling (a stage of it, beside the run), edit (with weights that are not trained)
     config: RunConfig
     target: Target
-    images: int = 0  # of a sheet
+    images: int = 0  # that are edited together
+    stage: str = ""  # of sampling and edit: `Stage.title`
+    quantized: bool = False  # edit: with matrices in int8
 
     @functools.cached_property
     def mesh(self) -> Mesh:
@@ -87,17 +90,70 @@ class Job:
     def function_and_arguments(self) -> tuple[Any, tuple[Any, ...]]:
         """The jitted function and its abstract arguments. Raises UserError for a batch or kernel that do not fit."""
         config, mesh, pyramid = self.config, self.mesh, editor_pyramid(self.config.model)
+        if self.what in ("sampling", "edit"):
+            _, program, arguments = self.stages[self.stage]
+            return program, arguments
         optimizer = make_optimizer(config.optimizer, config.steps)
         with jax.set_mesh(mesh):
             check_attention(config)
-        if self.what == "sampling":
-            params = abstract_frozen(config, mesh) | abstract_state(config, optimizer, mesh).params
-            return _jitted_edit(config, pyramid, mesh, self.images, params)
         arguments = abstract_arguments(config, pyramid, optimizer, mesh)
         if self.what == "evaluation":
             state, frozen, batch, _ = arguments
             return jitted_evaluation(config, pyramid, mesh), (state.params, frozen, batch)
         return sharded_step(config, pyramid, optimizer, mesh), arguments
+
+    @functools.cached_property
+    def editor_params(self) -> Params:
+        """The abstract parameters of all parts: of a run between two steps, or as they are kept where none trains."""
+        config, mesh = self.config, self.mesh
+        if self.what == "sampling":
+            optimizer = make_optimizer(config.optimizer, config.steps)
+            return abstract_frozen(config, mesh) | abstract_state(config, optimizer, mesh).params
+        params = {part: stored_params(config.model, part, config.text_dtype, self.quantized) for part in PARTS}
+        return with_shardings(params, param_shardings(params, mesh))
+
+    @functools.cached_property
+    def stages(self) -> dict[str, tuple[Stage, Program, tuple[Any, ...]]]:
+        """The stages of an edit by title, each with its program and abstract arguments. Raises UserError as above."""
+        config, mesh, pyramid = self.config, self.mesh, editor_pyramid(self.config.model)
+        found: dict[str, tuple[Stage, Program, tuple[Any, ...]]] = {}
+
+        def run(stage: Stage, *arguments: Any) -> Any:
+            found[stage.title] = stage, pipeline.program(stage), arguments
+            return found[stage.title][1].results(*arguments)
+
+        tokens = pipeline.text_bucket(config.data.text_tokens, config.model.transformer.unconditional_rows)
+        request = (
+            np.zeros((self.images, *image_size(config.model, pyramid), 3), np.uint8),
+            np.zeros((self.images, tokens), np.int32),
+            np.ones((self.images,), np.int32),
+            range(self.images),
+            [config.sampling] * self.images,
+        )
+        with jax.set_mesh(mesh):
+            check_attention(config)
+            # A sheet shows the image after every scale.
+            pipeline.edit(
+                run, self.editor_params, *request, config.model, config.editing, pyramid, self.what == "sampling"
+            )
+        return found
+
+    def at(self, title: str) -> "Job":
+        """The same job at another stage of an edit, without tracing all of them again."""
+        job = dataclasses.replace(self, stage=title)
+        vars(job).update({name: getattr(self, name) for name in ("mesh", "editor_params", "stages")})
+        return job
+
+    @property
+    def largest_stages(self) -> list[str]:
+        """Titles of the stages of which one needs the most memory.
+
+        The last scale has the most tokens; a scale whose unconditional half is dropped copies the other half. Other
+        scales write in the place of what they are given. The tokenizer's encoder needs less than its decoder, and the
+        text encoder less than the transformer does.
+        """
+        stages = [stage for stage, _, _ in self.stages.values()]
+        return [x.title for x in stages if x.name in ("prefill", "decode") or (x.name == "scale" and x.again)]
 
     def lower(self) -> Any:
         """Traces the program; `compile` of what it returns compiles it."""
@@ -112,43 +168,12 @@ class Job:
             "config": to_dict(self.config),
             "target": dataclasses.asdict(self.target),
             "images": self.images,
+            "stage": self.stage,
+            "quantized": self.quantized,
         }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Job":
         """The job of `to_dict`."""
         config, target = from_dict(RunConfig, values["config"]), Target(**values["target"])
-        return cls(values["what"], config, target, values["images"])
-
-
-def _jitted_edit(
-    config: RunConfig, pyramid: Pyramid, mesh: Mesh, images: int, params: Params
-) -> tuple[Any, tuple[Any, ...]]:
-    """A whole edit as one program, and its abstract arguments for so many images."""
-    batch = whole_batch(mesh, images)
-    sampling = [config.sampling] * batch
-    guided = guided_scales(sampling, pyramid.scales)
-
-    def edit(
-        params: Params, images: jax.Array, ids_BT: jax.Array, length_B: jax.Array, seeds_B: jax.Array, choices: Controls
-    ) -> jax.Array:
-        images, ids_BT, length_B, seeds_B = map(batch_only, (images, ids_BT, length_B, seeds_B))
-        request = params, images, ids_BT, length_B, jax.vmap(jax.random.key)(seeds_B), choices
-        return sampler.edit(
-            *request,
-            config=config.model,
-            pyramid=pyramid,
-            guided_scales=guided,
-            editing=config.editing,
-            every_scale=True,
-        )
-
-    request = (
-        np.zeros((batch, *image_size(config.model, pyramid), 3), np.uint8),
-        np.zeros((batch, config.data.text_tokens), np.int32),
-        np.zeros((batch,), np.int32),
-        np.zeros((batch,), np.uint32),
-        controls(sampling, pyramid.scales),
-    )
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), request)
-    return jit_everywhere(edit, mesh.devices.flat[0], out_shardings=replicated(mesh)), (params, *abstract)
+        return cls(values["what"], config, target, values["images"], values["stage"], values["quantized"])

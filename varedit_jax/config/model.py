@@ -45,6 +45,11 @@ class TokenizerConfig(Checked):
                 raise ValueError(f"a level of {channels} channels does not divide into norm_groups={self.norm_groups}")
 
     @property
+    def channels(self) -> tuple[int, ...]:
+        """Channels of each level, the finest first."""
+        return tuple(multiplier * self.base_channels for multiplier in self.channel_multipliers)
+
+    @property
     def stride(self) -> int:
         """Pixels that a tokenizer cell covers along each side."""
         return 2 ** (len(self.channel_multipliers) - 1)

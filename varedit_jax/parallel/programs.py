@@ -56,6 +56,12 @@ class Programs:
         """Returns True if the program of arguments of these shapes is compiled, or being so."""
         return shapes_of(arguments) in self._programs
 
+    def compiled(self, *arguments: Any) -> jax.stages.Compiled:
+        """Returns the program of such arguments. Waits for one that is being compiled, and raises its failure."""
+        self.prepare(*arguments)
+        program: jax.stages.Compiled = self._programs[shapes_of(arguments)].result()
+        return program
+
     def _compile(self, arguments: tuple[Any, ...]) -> jax.stages.Compiled:
         mesh = self._mesh or jax.sharding.get_mesh()
         with contextlib.nullcontext() if mesh.empty else jax.set_mesh(mesh), options_explained():
@@ -66,9 +72,7 @@ class Programs:
 
         Raises UserError for an option that the compiler does not take.
         """
-        shapes = shapes_of(arguments)
-        self.prepare(*arguments)
-        program = self._programs[shapes].result()
+        program, shapes = self.compiled(*arguments), shapes_of(arguments)
         if shapes not in self._called:
             wait_for_all(self._name)  # others may still compile, and a collective does not wait for long
             self._called.add(shapes)

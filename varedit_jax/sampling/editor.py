@@ -238,13 +238,8 @@ class Editor:
         every_scale: bool,
     ) -> Any:
         """All stages by `run`: the images, with padding."""
-        config, editing, params = self.config, self.editing, self.params
-        guided = guided_scales(sampling, pyramid.scales) > 0
-        source = pipeline.encode_source(run, params["tokenizer"], images, config, editing, pyramid)
-        text = pipeline.encode_text(run, params["text"], ids_BT, length_B, config, editing)
-        pairs = pipeline.prefill(run, params["transformer"], source, text, config, guided)
-        bits = pipeline.sample(run, params["transformer"], pairs, seeds, sampling, config, keep=False)
-        return pipeline.decode(run, params["tokenizer"], bits, config, editing, pyramid, every_scale)
+        request = images, ids_BT, length_B, seeds, sampling
+        return pipeline.edit(run, self.params, *request, self.config, self.editing, pyramid, every_scale)
 
     def _tokens(self, instructions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Token ids padded to a bucket, and their lengths."""

@@ -116,12 +116,17 @@ class Program:
         stored = self._load(arguments)
         return stored.out_info if stored else self._for(arguments)[1]
 
+    def lower(self, *arguments: Any) -> jax.stages.Lowered:
+        """Traces the program for arguments, which may be abstract."""
+        lowered: jax.stages.Lowered = self._for(arguments)[0].lower(*arguments)
+        return lowered
+
     def _lower(self, *arguments: Any) -> Any:
         """What `compile` of it gives the program: lowered, or read from the disk."""
         stored = self._load(arguments)
         if stored:
             return _Ready(stored)
-        lowered = self._for(arguments)[0].lower(*arguments)
+        lowered = self.lower(*arguments)
         return _ToKeep(lowered, self._key(arguments)) if self._stage.mesh.empty else lowered
 
     def _load(self, arguments: tuple[Any, ...]) -> jax.stages.Compiled | None:
@@ -339,6 +344,28 @@ def sample(
         drawn, drawn_bits = run(stage, params, drawn, choices, seeds_B)
         bits.append(drawn_bits)
     return tuple(bits)
+
+
+def edit(
+    run: Run,
+    params: Params,
+    images: np.ndarray,
+    ids_BT: np.ndarray,
+    length_B: np.ndarray,
+    seeds: Sequence[int],
+    sampling: Sequence[SamplingConfig],
+    config: EditorConfig,
+    editing: EditingConfig,
+    pyramid: Pyramid,
+    every_scale: bool = False,
+) -> Any:
+    """All stages of an edit, one after the other: the images of `decode`, with padding. `params`: of all parts."""
+    guided = guided_scales(sampling, pyramid.scales) > 0
+    source = encode_source(run, params["tokenizer"], images, config, editing, pyramid)
+    text = encode_text(run, params["text"], ids_BT, length_B, config, editing)
+    pairs = prefill(run, params["transformer"], source, text, config, guided)
+    bits = sample(run, params["transformer"], pairs, seeds, sampling, config, keep=False)
+    return decode(run, params["tokenizer"], bits, config, editing, pyramid, every_scale)
 
 
 def decode(

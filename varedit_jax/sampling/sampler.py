@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from varedit_jax.config import EditingConfig, EditorConfig
-from varedit_jax.parallel.constrain import as_bits
+from varedit_jax.parallel.constrain import as_bits, batch_only, constrain
 from varedit_jax.parallel.rules import gather
 from varedit_jax.sampling.guidance import Controls, choose_bits, guided_margin
 from varedit_jax.scales import Pyramid
 from varedit_jax.text.t5 import T5Encoder
 from varedit_jax.tokenizer import quantizer
-from varedit_jax.tokenizer.tokens import decode_bits, encode_images, source_tokens
+from varedit_jax.tokenizer.tokens import decode_features, encode_images, source_tokens
 from varedit_jax.transformer.model import Caches, TextMemory, Transformer
 from varedit_jax.types import Params
 
@@ -225,6 +225,16 @@ def decode(
 
     params: of the tokenizer.
     """
-    shown = range(1, pyramid.scales + 1) if every_scale else [pyramid.scales]
-    with jax.default_matmul_precision(editing.tokenizer_precision):
-        return jnp.stack([decode_bits(params, bits[:stop], config, pyramid) for stop in shown])
+    cells = pyramid.cells(config.patchify)
+    # Otherwise the compiler (libtpu 0.0.42) splits convolutions by channels, and gathers the activations of all images.
+    params = jax.tree.map(constrain, params)
+
+    def image(quantized_BhwZ: jax.Array) -> jax.Array:
+        with jax.default_matmul_precision(editing.tokenizer_precision):
+            return batch_only(decode_features(params, batch_only(quantized_BhwZ), config))
+
+    if not every_scale:
+        return image(quantizer.dequantize(bits, cells))[None]
+    # One after the other, in the memory of one.
+    shown = [quantizer.dequantize(bits[:stop], cells) for stop in range(1, pyramid.scales + 1)]
+    return jax.lax.map(image, jnp.stack(shown))

@@ -64,7 +64,7 @@ class Encoder(nn.Module):
         """Images float32 [B, y, x, 3] in [-1, 1] -> raw features float32 [B, h, w, Z], not normalized."""
         config = self.config
         x = _conv(config.base_channels, "conv_in")(images)
-        channels = [multiplier * config.base_channels for multiplier in config.channel_multipliers]
+        channels = config.channels
         for level, width in enumerate(channels):
             resample = "down" if level < len(channels) - 1 else ""
             x = Level(config, width, config.encoder_blocks, resample, name=f"down_{level}")(x)
@@ -82,7 +82,7 @@ class Decoder(nn.Module):
     def __call__(self, features: jax.Array) -> jax.Array:
         """Features float32 [B, h, w, Z] -> images float32 [B, y, x, 3], not yet clipped."""
         config = self.config
-        channels = [multiplier * config.base_channels for multiplier in config.channel_multipliers]
+        channels = config.channels
         x = _conv(channels[-1], "conv_in")(features)
         for index in range(2):
             x = ResidualBlock(config, channels[-1], name=f"mid_{index}")(x)

@@ -69,6 +69,10 @@ def decode_bits(params: Params, bits: tuple[jax.Array, ...], config: EditorConfi
 
     params: of the tokenizer.
     """
+    return decode_features(params, quantizer.dequantize(bits, pyramid.cells(config.patchify)), config)
+
+
+def decode_features(params: Params, quantized_BhwZ: jax.Array, config: EditorConfig) -> jax.Array:
+    """Quantized features, float32 [B, h, w, Z] -> images uint8 [B, y, x, 3]. params: of the tokenizer."""
     model = Autoencoder(config.tokenizer)
-    quantized = quantizer.dequantize(bits, pyramid.cells(config.patchify))
-    return to_uint8(model.apply({"params": params}, quantized, method=model.decode))
+    return to_uint8(model.apply({"params": params}, quantized_BhwZ, method=model.decode))

@@ -127,19 +127,23 @@ def run_flops(
 def visible_pairs(visibility: Visibility) -> int:
     """Returns the visible pairs of a query and a key in one block's self-attention, over source and targets."""
     pyramid = visibility.pyramid
-    pairs = sum(
+    pairs = source_pairs(visibility)
+    return pairs + sum(length * scale_keys(visibility, scale) for scale, length in enumerate(pyramid.lengths))
+
+
+def source_pairs(visibility: Visibility) -> int:
+    """Returns the visible pairs of the source tokens."""
+    return sum(
         (queries.stop - queries.start) * (keys.stop - keys.start) for queries, keys in visibility.source_groups()
     )
-    for scale, length in enumerate(pyramid.lengths):
-        targets = pyramid.offsets[scale + 1]
-        if visibility.scale_aligned:
-            source = length
-        elif visibility.conditioning == "full":
-            source = targets
-        else:
-            source = visibility.source_tokens
-        pairs += length * (source + targets)
-    return pairs
+
+
+def scale_keys(visibility: Visibility, scale: int) -> int:
+    """Returns the keys that a token of `scale` sees, its own scale's included."""
+    targets = visibility.pyramid.offsets[scale + 1]
+    if visibility.scale_aligned:
+        return visibility.pyramid.lengths[scale] + targets
+    return (targets if visibility.conditioning == "full" else visibility.source_tokens) + targets
 
 
 def text_flops(config: TextConfig, tokens: int) -> int:
@@ -151,25 +155,39 @@ def text_flops(config: TextConfig, tokens: int) -> int:
 
 def encoder_flops(config: TokenizerConfig, size: Grid) -> int:
     """Returns the operations of the tokenizer's encoder on one image of `size` (height, width), padding included."""
-    height, width = size
-    channels = [multiplier * config.base_channels for multiplier in config.channel_multipliers]
-
-    def conv(inputs: int, outputs: int, kernel: int = 3) -> int:
-        return 2 * kernel**2 * inputs * outputs * height * width
-
-    def blocks(inputs: int, outputs: int, count: int) -> int:
-        shortcut = conv(inputs, outputs, 1) if inputs != outputs else 0
-        return shortcut + conv(inputs, outputs) + (2 * count - 1) * conv(outputs, outputs)
-
-    total = conv(3, config.base_channels)
+    area = math.prod(size)
+    total = _conv(3, config.base_channels, area)
     before = config.base_channels
-    for level, level_channels in enumerate(channels):
-        total += blocks(before, level_channels, config.encoder_blocks)
-        before = level_channels
-        if level < len(channels) - 1:
-            height, width = height // 2, width // 2
-            total += conv(before, before)
-    return total + blocks(before, before, 2) + conv(before, config.bits)
+    for level, channels in enumerate(config.channels):
+        total += _residual_blocks(before, channels, config.encoder_blocks, area)
+        before = channels
+        if level < len(config.channels) - 1:
+            area //= 4
+            total += _conv(before, before, area)
+    return total + _residual_blocks(before, before, 2, area) + _conv(before, config.bits, area)
+
+
+def decoder_flops(config: TokenizerConfig, size: Grid) -> int:
+    """Returns the operations of the tokenizer's decoder for one image of `size` (height, width), padding included."""
+    area = math.prod(size) // config.stride**2
+    before = config.channels[-1]
+    total = _conv(config.bits, before, area) + _residual_blocks(before, before, 2, area)
+    for level, channels in reversed(list(enumerate(config.channels))):
+        total += _residual_blocks(before, channels, config.decoder_blocks, area)
+        before = channels
+        if level > 0:
+            area *= 4
+            total += _conv(before, before, area)
+    return total + _conv(before, 3, area)
+
+
+def _conv(inputs: int, outputs: int, area: int, kernel: int = 3) -> int:
+    return 2 * kernel**2 * inputs * outputs * area
+
+
+def _residual_blocks(inputs: int, outputs: int, count: int, area: int) -> int:
+    shortcut = _conv(inputs, outputs, area, 1) if inputs != outputs else 0
+    return shortcut + _conv(inputs, outputs, area) + (2 * count - 1) * _conv(outputs, outputs, area)
 
 
 def count_jaxpr(jaxpr: Jaxpr | ClosedJaxpr) -> int:

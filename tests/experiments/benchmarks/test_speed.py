@@ -53,12 +53,34 @@ def test_figures(answers):
         assert row["repeats"] == 2 and row["planned_gib"] > 0 and row["peak_gib"] is None and "mfu" not in row
         assert row["batch"] == 1 and row["examples_per_s"] == pytest.approx(1 / row["median_s"])
     assert train["processor_s"] > 0
+    assert edit["weights_gib"] > 0 and edit["compile_s"] == pytest.approx(sum(x["compile_s"] for x in edit["stages"]))
     flops = example_flops(preset("tiny"), editor_pyramid(preset("tiny")), 16)
     about = figures["about"]
     assert about["tokens"] == flops.tokens == 37
     assert 0 < about["tflop_per_example"] < flops.training / 1e12  # two blocks less
     assert train["tflops_per_chip"] == pytest.approx(about["tflop_per_example"] / train["median_s"])
     assert figures["device"]["device"] == "cpu" and figures["device"]["peak_tflops_per_chip"] is None
+
+
+def test_stages_of_an_edit(answers):
+    """Each has its first call, which compiles, the later ones, memory, and the floor: as figures and in a table."""
+    stages = answers[1]["rows"][1]["stages"]
+    names = ["source", "text", "prefill", "begin", "scale 0", "scale 1", "scale 2", "decode"]
+    assert [row["stage"] for row in stages] == names
+    for row in stages:
+        assert 0 < row["min_s"] <= row["median_s"] < row["first_s"] and 0 < row["compile_s"] < row["first_s"]
+        assert row["repeats"] == 2 and row["planned_gib"] > 0 and "floor_s" not in row  # the CPU's speed is not known
+        assert row["floor_tflop"] > 0 and row["floor_gb"] > 0 or row["stage"] == "begin"
+    table = answers[0]["good"][1].partition("stages of an edit of 1, waiting for each")[2]
+    lines = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| ")]
+    assert lines[2:] == [f"| {name}" for name in names]
+
+
+def test_stages_beside_the_floor_of_a_known_chip():
+    stage = {"stage": "decode", "first_s": 2.0, "quartiles_s": [0.1, 0.3], "median_s": 0.2, "min_s": 0.1}
+    stage |= {"floor_tflop": 2.5, "floor_gb": 0.2, "floor_s": 0.05, "planned_gib": 1.5}
+    shown = speed._stages({"batch": 4, "weights_gib": 17.0, "stages": [stage]})
+    assert "| decode | 2 | 200 (100, 100 to 300) | 2.5 | 0.2 | 50 | 4.00 | 1.5 |" in shown
 
 
 @pytest.fixture
@@ -108,7 +130,8 @@ def test_what_is_printed(answers):
     assert "tiny: depth 1 of 3 (REDUCED DEPTH), 16 x 16 px, 37 tokens" in out
     assert re.search(r"of processors \d.*\n\nmost memory of this process on its host: \d.* GiB\n$", out, re.DOTALL)
     assert CONVENTION in out and "unknown, so no MFU" in out
-    assert [line.split(" | ")[0] for line in out.splitlines() if line.startswith("| ")][1:] == ["| train", "| edit"]
+    lines = [line.split(" | ")[0] for line in out.partition("stages of an edit")[0].splitlines()]
+    assert [line for line in lines if line.startswith("| ")][1:] == ["| train", "| edit"]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 else:
     pl, pltpu = LazyModule("jax.experimental.pallas"), LazyModule("jax.experimental.pallas.tpu")
 
-BLOCK = 512  # keys of the cache that a step of the TPU's kernel reads, and most of its queries
+BLOCK = 512  # keys of the cache that a step of the TPU's kernel reads
+QUERIES = 1024  # of a step at most; each block of them reads all keys
 LANES = 128  # rows that lengths are padded to on TPUs
 _VMEM = 8 * 2**20  # bytes of blocks and scores in a step, of 16 MiB
 _NOTHING = -1e30  # score of a key that is not there
@@ -128,7 +129,7 @@ def by_pallas(
     M has to be a multiple of BLOCK (`cache_tokens`). interpret: as ordinary operations, on any platform.
     """
     batch, heads, tokens, head_size = q_BHLD.shape
-    rows = min(-(-tokens // 16) * 16, BLOCK)
+    rows = min(-(-tokens // 16) * 16, QUERIES)
     keys = min(-(-tokens // LANES) * LANES, BLOCK)
     q_BHLD, k_BHLD, v_BHLD = (
         jnp.pad(x, ((0, 0), (0, 0), (0, -tokens % size), (0, 0)))
@@ -170,10 +171,22 @@ def by_pallas(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
         ),
+        cost_estimate=_cost(q_BHLD, k_BHLD, seen=seen, tokens=tokens, rows=rows),
         interpret=interpret,
         name="cached_attention",
     )(layer.reshape(1).astype(jnp.int32), q_BHLD, k_BHLD, v_BHLD, cache_k, cache_v)
     return out_BHLD[:, :, :tokens]
+
+
+def _cost(q_BHLD: jax.Array, k_BHLD: jax.Array, *, seen: int, tokens: int, rows: int) -> pl.CostEstimate:
+    """For the compiler's schedule, and for whoever counts: operations without padding, and what is read and written."""
+    batch, heads, padded, head_size = q_BHLD.shape
+    keys = padded // rows * (k_BHLD.shape[2] + -(-seen // BLOCK) * BLOCK)  # for each block of queries
+    return pl.CostEstimate(
+        flops=batch * heads * tokens * (seen + tokens) * 4 * head_size,
+        transcendentals=batch * heads * tokens * (seen + tokens),
+        bytes_accessed=batch * heads * (2 * padded + 2 * keys) * head_size * q_BHLD.dtype.itemsize,
+    )
 
 
 def _heads_at_once(heads: int, rows: int, keys: int, head_size: int, itemsize: int) -> int:
