@@ -101,7 +101,7 @@ VARIANTS = ("", "tiny", *MACHINES)
 KEPT = 6
 # Without a finished step, after which a run ends itself with the stacks of all threads and a code that is restarted
 # (guard.hang_minutes). A pod that hangs is paid for until somebody looks, perhaps a whole night; a false alarm costs a
-# restart and the steps since the last save. At 40 % of peak the longest step of the layouts takes 38 s
+# restart and the steps since the last save. The longest step of the layouts is predicted to take 35 s
 # (results/compile_ahead.md).
 HANG_MINUTES = 30.0
 # Outputs of data_pipelines.prepare for the recipe's training data, each example once per epoch.

@@ -99,9 +99,35 @@ def batch_only(x: jax.Array) -> jax.Array:
 
 def gathered(module: Any, name: str, gather: Gather | None, dtype: DTypeLike, sums: DTypeLike) -> Any:
     """The module class, with parameters that `gather` makes whole where a mesh is set; other arguments are its own."""
-    if gather is None or not has_mesh():
+    if gather is None:
         return module
+    if not has_mesh():
+        return _from_bits(module) if _keeps_bits() else module
     return nn.map_variables(module, "params", functools.partial(gather, name, dtype, sums))
+
+
+def _keeps_bits() -> bool:
+    return not has_mesh() and device().platform == "cpu"
+
+
+def as_bits(params: Params) -> Params:
+    """Parameters for modules of `gathered`: on CPUs bfloat16 as integers of the same bits, to be converted in the loop.
+
+    XLA for CPUs (jaxlib 0.10.2) computes in float32 what is bfloat16, and would convert a whole stack of layers in
+    front of the loop over them: that takes twice its memory, besides itself.
+    """
+    if not _keeps_bits():
+        return params
+    return jax.tree.map(lambda x: jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x, params)
+
+
+def _from_bits(module: Any) -> Any:
+    """The module class, for parameters as of `as_bits`."""
+
+    def kept(x: jax.Array) -> jax.Array:
+        return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
+
+    return nn.map_variables(module, "params", functools.partial(jax.tree.map, kept))
 
 
 def per_shard(attention: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:

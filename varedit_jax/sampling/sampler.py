@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from varedit_jax.config import EditingConfig, EditorConfig
-from varedit_jax.parallel.constrain import batch_only, constrain
+from varedit_jax.parallel.constrain import as_bits, batch_only, constrain
 from varedit_jax.parallel.rules import gather
 from varedit_jax.sampling.guidance import Controls, choose_bits, guided_margin
 from varedit_jax.scales import Pyramid
@@ -64,7 +64,8 @@ def encode_text(
 ) -> jax.Array:
     """Features of instructions, float32 [B, T, E]. `params`: of the text encoder."""
     encoder = T5Encoder(config.text, jnp.dtype(editing.text_dtype), functools.partial(gather, "text"))
-    return encoder.apply({"params": params}, ids_BT, length_B)
+    stacks = {"layers": as_bits(params["layers"])}
+    return encoder.apply({"params": {**params, **stacks}}, ids_BT, length_B)
 
 
 def prefill(
@@ -92,7 +93,7 @@ def prefill(
         unconditional_B = jnp.arange(2 * batch) >= batch
     model = _model(config, pyramid)
     arguments = source_BSN, features_BTE, length_B, unconditional_B
-    return Prefilled(*model.apply({"params": params}, *arguments, method=model.prefill))
+    return Prefilled(*model.apply(_variables(params), *arguments, method=model.prefill))
 
 
 def begin(prefilled: Prefilled, batch: int, config: EditorConfig, pyramid: Pyramid) -> Drawn:
@@ -135,7 +136,7 @@ def sample_scale(
             inputs_BLN = jnp.concatenate([inputs_BLN, inputs_BLN])
     model = _model(config, pyramid)
     logits, caches = model.apply(
-        {"params": params}, scale, inputs_BLN, prefilled.text, prefilled.caches, method=model.decode_scale
+        _variables(params), scale, inputs_BLN, prefilled.text, prefilled.caches, method=model.decode_scale
     )
     margin_BLN = guided_margin(logits[:batch], logits[batch:] if guided else None, controls, scale)
     scale_keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, scale)
@@ -143,6 +144,11 @@ def sample_scale(
     bits_BhwZ = quantizer.to_cells(bits_BLN, pyramid.grids[scale], config.patchify)
     accumulated_BhwZ = quantizer.accumulate(drawn.accumulated_BhwZ, bits_BhwZ, cells)
     return Drawn(Prefilled(prefilled.text, caches), accumulated_BhwZ), bits_BhwZ, logits
+
+
+def _variables(params: Params) -> Params:
+    stacks = {name: as_bits(params[name]) for name in ("block_0", "blocks") if name in params}
+    return {"params": {**params, **stacks}}
 
 
 def _model(config: EditorConfig, pyramid: Pyramid) -> Transformer:
