@@ -98,7 +98,7 @@ def _read_by(
 ) -> int:
     """Elements of an operand that its user reads; those that are read twice count twice.
 
-    used: elements of the user's result that are read in turn; None for all.
+    used: elements of the user's result that are read in turn; None outside of fusions, for all.
     """
     first = user.operands[0] == operand
     if user.opcode in _PARTS and first:
@@ -115,7 +115,7 @@ def _read_by(
                 read += _read_in(module, entry, inner, alone, 0 if kept else used)
         return read
     if user.opcode == "custom-call" or (user.opcode in compiled.KINDS and (not alone or compiled.chain(user))):
-        return 0
+        return 0  # of a gather in steps, the result alone counts, where it starts
     return body[operand].results[0].size
 
 
@@ -131,7 +131,6 @@ def _read_in(module: Module, value: Instruction, inner: list[Instruction], alone
     for user in inner:
         if value.name not in user.operands:
             continue
-        of_user = used if user is inner[-1] else None
         if user.opcode in ("tuple", "get-tuple-element"):
             read += handed if user is inner[-1] else _read_in(module, user, inner, alone, used)
         elif _is_one_to_one(user):
@@ -139,8 +138,7 @@ def _read_in(module: Module, value: Instruction, inner: list[Instruction], alone
         elif user.opcode == "dynamic-update-slice" and not _is_written(user, inner):
             read += size
         else:
-            if user.opcode == "fusion" and user is not inner[-1]:
-                of_user = _read_in(module, user, inner, alone, used)
+            of_user = _read_in(module, user, inner, alone, used) if user.opcode == "fusion" else None
             read += _read_by(module, user, value.name, body, alone, of_user)
     return min(read, size)
 
