@@ -73,6 +73,47 @@ TEXT = """HloModule jit_step, is_scheduled=true
   ROOT %pair.2 = (bf16[8,100]{1,0:T(8,128)(2,1)}, bf16[16,100]{1,0:T(8,128)(2,1)}) tuple(%product.1, %all-gather.1)
 }
 
+%handed_body (p15: f32[3,8,100], p16: s32[]) -> bf16[8,100] {
+  %p15 = f32[3,8,100]{2,1,0:T(8,128)} parameter(0)
+  %p16 = s32[]{:T(128)} parameter(1)
+  %zero.4 = s32[]{:T(128)} constant(0)
+  %narrow.1 = bf16[3,8,100]{2,1,0:T(8,128)(2,1)} fusion(%p15), kind=kLoop, calls=%narrow_body
+  %one.2 = bf16[1,8,100]{2,1,0:T(8,128)(2,1)} dynamic-slice(%narrow.1, %p16, %zero.4, %zero.4), dynamic_slice_sizes={}
+  ROOT %two.2 = bf16[8,100]{1,0:T(8,128)(2,1)} bitcast(%one.2)
+}
+
+%narrow_body (p17: f32[3,8,100]) -> bf16[3,8,100] {
+  %p17 = f32[3,8,100]{2,1,0:T(8,128)} parameter(0)
+  ROOT %narrow.2 = bf16[3,8,100]{2,1,0:T(8,128)(2,1)} convert(%p17)
+}
+
+%twice_body (p18: f32[8,100]) -> (bf16[8,100], bf16[1,8,100]) {
+  %p18 = f32[8,100]{1,0:T(8,128)} parameter(0)
+  %narrow.3 = bf16[8,100]{1,0:T(8,128)(2,1)} convert(%p18)
+  %view.1 = bf16[1,8,100]{2,1,0:T(8,128)(2,1)} bitcast(%narrow.3)
+  ROOT %pair.3 = (bf16[8,100]{1,0:T(8,128)(2,1)}, bf16[1,8,100]{2,1,0:T(8,128)(2,1)}) tuple(%narrow.3, %view.1)
+}
+
+%keep (p19: f32[8,100], p20: bf16[8,100]) -> (f32[8,100], bf16[8,100]) {
+  %p19 = f32[8,100]{1,0:T(8,128)} parameter(0)
+  %p20 = bf16[8,100]{1,0:T(8,128)(2,1)} parameter(1)
+  %negative.1 = bf16[8,100]{1,0:T(8,128)(2,1)} negate(%p20)
+  ROOT %pair.4 = (f32[8,100]{1,0:T(8,128)}, bf16[8,100]{1,0:T(8,128)(2,1)}) tuple(%p19, %negative.1)
+}
+
+%view_body (p21: f32[8,100]) -> f32[800] {
+  %p21 = f32[8,100]{1,0:T(8,128)} parameter(0)
+  ROOT %view.2 = f32[800]{0:T(1024)} bitcast(%p21)
+}
+
+%rows_body (p22: f32[8,100], p23: s32[4]) -> f32[2,100] {
+  %p22 = f32[8,100]{1,0:T(8,128)} parameter(0)
+  %p23 = s32[4]{0:T(128)} parameter(1)
+  %inside.1 = s32[4]{0:T(128)} custom-call(%p23), custom_call_target="AssumeGatherIndicesInBound"
+  %two.3 = s32[2]{0:T(128)} slice(%inside.1), slice={[0:2]}
+  ROOT %rows.1 = f32[2,100]{1,0:T(8,128)} gather(%p22, %two.3), offset_dims={1}, slice_sizes={1,100}
+}
+
 %condition (c: (s32[], f32[3,8,100])) -> pred[] {
   %c = (s32[]{:T(128)}, f32[3,8,100]{2,1,0:T(8,128)}) parameter(0)
   %index.1 = s32[]{:T(128)} get-tuple-element(%c), index=0
@@ -107,6 +148,17 @@ ENTRY %main (x: f32[3,8,100], y: f32[8,100], z: bf16[3,8,100], i: s32[]) -> f32[
   %twice = f32[8,100]{1,0:T(8,128)} add(%y, %y)
   %gathering_fusion = (bf16[8,100], bf16[16,100]) fusion(%w, %row), kind=kLoop, calls=%gather_body
   %all-gather.2 = bf16[16,100]{1,0:T(8,128)(2,1)} all-gather(%w), replica_groups={{0,1}}, dimensions={0}
+  %handed_fusion = bf16[8,100]{1,0:T(8,128)(2,1)} fusion(%x, %i), kind=kLoop, calls=%handed_body
+  %twice_fusion = (bf16[8,100], bf16[1,8,100]) fusion(%y), kind=kLoop, calls=%twice_body
+  %kept = (f32[8,100], bf16[8,100]) fusion(%y, %w), output_to_operand_aliasing={{0}: (0, {}), {1}: (1, {})}, calls=%keep
+  %view_fusion = f32[800]{0:T(1024)} fusion(%y), kind=kLoop, calls=%view_body
+  %indices = s32[4]{0:T(128)S(1)} iota(), iota_dimension=0
+  %rows_fusion = f32[2,100]{1,0:T(8,128)} fusion(%there, %indices), kind=kCustom, calls=%rows_body
+  %sum = f32[8,100]{1,0:T(8,128)} all-reduce(%y), replica_groups={{0,1}}, to_apply=%add_body
+  %flat = f32[800]{0:T(1024)} reshape(%sum)
+  %sent = (f32[8,100], f32[16,100]) all-gather-start(%y), replica_groups={{0,1}}, dimensions={0}
+  %small = bf16[1,8,100]{2,1,0:T(8,128)(2,1)S(1)} bitcast(%row)
+  %update.2 = bf16[3,8,100]{2,1,0:T(8,128)(2,1)} dynamic-update-slice(%z, %small, %i, %i, %i)
   %start = (s32[]{:T(128)}, f32[3,8,100]{2,1,0:T(8,128)}) tuple(%i, %x)
   %loop = (s32[]{:T(128)}, f32[3,8,100]{2,1,0:T(8,128)}) while(%start), condition=%condition, body=%body
   ROOT %end = f32[8,100]{1,0:T(8,128)} negate(%twice)
@@ -135,17 +187,62 @@ def found():
         ("not_in_place_fusion", 3 * HALF + HALF + INDEX + 3 * HALF),
         ("update", HALF + INDEX + HALF),
         ("gathering_fusion", HALF + HALF),  # what is gathered meanwhile are the links' bytes
+        ("handed_fusion", WIDE + INDEX + HALF),  # a slice of what a fusion in the fusion converts
+        ("twice_fusion", WIDE + HALF + HALF),  # read for results alone
+        ("kept", HALF + HALF),  # a result that is an operand, where that lies
+        ("view_fusion", WIDE + WIDE),  # one that lies elsewhere is copied
+        ("rows_fusion", WIDE // 4 + 2 * INDEX + WIDE // 4),  # two rows, at two of four indices
+        ("flat", WIDE + WIDE),
+        ("update.2", HALF + INDEX + HALF),
     ],
 )
 def test_bytes(found, name, moved):
     assert found[name].bytes == moved
 
 
+@pytest.mark.parametrize(
+    ("name", "moved"),
+    [
+        ("late_slice_fusion", WIDE + WIDE),  # an operand is on the chip
+        ("rows_fusion", WIDE // 4),  # all operands are
+        ("update.2", HALF),  # what is written is, where it comes from
+        ("update", HALF + HALF),
+        ("ahead", WIDE),
+        ("there", 0),
+        ("gathering_fusion", HALF + HALF + HALF + 2 * HALF),
+        ("all-gather.2", HALF + 2 * HALF),
+        ("sent", WIDE + 2 * WIDE),
+        ("sum", WIDE + WIDE),
+        ("kept", HALF + HALF),
+    ],
+)
+def test_bytes_of_hbm_alone(name, moved):
+    """Arrays in a chip's own memory do not count; copies to it and collectives do."""
+    assert hbm.bytes_of(MODULE, MODULE.computations["main"][name], "main", alone=True) == moved
+
+
+def test_a_gather_in_steps_counts_once():
+    """Its result at its start; the fusions that overlap with it hand it on where it is."""
+    text = (DATA / "overlap.txt").read_text()
+    shared = "output_to_operand_aliasing={{1}: (2, {}), {2}: (3, {}), {3}: (3, {})}, calls=%async_collective_fusion.1"
+    text = text.replace("calls=%async_collective_fusion.1", shared)
+    module = hlo.parse(text.replace("calls=%done.1", "output_to_operand_aliasing={{}: (1, {})}, calls=%done.1"))
+    found = {
+        entry.name: hbm.bytes_of(module, entry, name, alone=True)
+        for name in module.schedules()
+        for entry in module.computations[name].values()
+    }
+    product, part, whole = 2 * 64 * 64, 2 * 256 * 512, 2 * 1024 * 512
+    assert found["begin"] == part + whole and found["end"] == 0
+    assert found["step.1"] == found["step.2"] == 2 * product
+
+
 def test_what_moves_nothing(found):
     """Views, copies to VMEM ahead of their use, collectives and loops themselves are not there."""
     fusions = {"slice_fusion", "nested_fusion", "late_slice_fusion", "both_fusion", "update_fusion"}
-    fusions |= {"not_in_place_fusion", "gathering_fusion"}
-    assert set(found) == fusions | {"w", "twice", "update", "end"}
+    fusions |= {"not_in_place_fusion", "gathering_fusion", "handed_fusion", "twice_fusion", "kept"}
+    fusions |= {"view_fusion", "rows_fusion"}
+    assert set(found) == fusions | {"w", "twice", "update", "update.2", "indices", "flat", "end"}
 
 
 def test_a_loop_counts_by_its_length(found):
