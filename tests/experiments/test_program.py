@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Callable
 
@@ -234,8 +235,9 @@ def answers(
     for name, text in CONFIGS.items():
         (directory / name).write_text(text)
     lines = {name: arguments for name, (arguments, _) in (SETTINGS | MISTAKES).items()} | OTHERS
-    found = run_program("program", lines, SETUP, directory=directory, leave_out=["JAX_COMPILATION_CACHE_DIR"])
-    found["directory"] = (0, str(directory), "")
+    found = run_program(
+        "program", lines, SETUP, directory=directory, leave_out=["JAX_COMPILATION_CACHE_DIR", "VAREDIT_CACHE"]
+    )
     return found
 
 
@@ -292,9 +294,9 @@ def test_a_config_of_the_package_is_found_from_anywhere(answers: dict[str, Answe
     assert (code, err, config(out).name) == (0, "", "shapes_tiny")
 
 
-def test_compiled_programs_are_kept_in_the_working_directory(answers: dict[str, Answer]) -> None:
+def test_compiled_programs_are_kept_in_the_directory_for_caches(answers: dict[str, Answer]) -> None:
     cache = json.loads(answers["nothing"][1])["cache"]
-    assert pathlib.Path(cache) == pathlib.Path(answers["directory"][1]).resolve() / ".cache" / "jax"
+    assert pathlib.Path(cache) == pathlib.Path(os.environ["XDG_CACHE_HOME"]) / "varedit_jax" / "compiled"
 
 
 def test_every_field_of_a_run_can_be_set() -> None:

@@ -20,7 +20,7 @@ def test_a_report_says_bytes_by_part_and_type_and_memory(run_program, tmp_path):
         "type": [f"--checkpoint={shapes.SHIPPED}", "--dtype=float8"],
     }
     answers = run_program("benchmarks.loading", lines)
-    assert answers["type"] == (1, "", "error: weights cannot be loaded as 'float8'; give float32 or bfloat16\n")
+    assert answers["type"] == (1, "", "error: weights cannot be loaded as 'float8'; give float32, bfloat16 or int8\n")
     assert answers["good"][0] == 0
     text = (tmp_path / "loading.md").read_text()
     for row in (

@@ -33,7 +33,7 @@ def block(lively, quick_jit):
     x, memory = (draw.normal(size=(BATCH, n, 16)).astype(np.float32) for n in (TOKENS, 3))
     ada = draw.normal(size=(BATCH, 6, 16)).astype(np.float32)
     rotation = rope.rotation(np.zeros((TOKENS, 2), int), 8)
-    rest = (None, ada, memory, np.ones((BATCH, 3), bool), rotation)
+    rest = (None, None, ada, memory, np.ones((BATCH, 3), bool), rotation)
     model = Block(CONFIG, VISIBILITY)
     params = lively(jax.eval_shape(model.init, jax.random.key(0), x, np.float32(0), *rest)["params"])
     training = Block(CONFIG, VISIBILITY, deterministic=False)
@@ -103,6 +103,7 @@ def test_modulation(block):
     model = Block(dataclasses.replace(CONFIG, drop_path=0.0), VISIBILITY)
     for branch, row in (("self", 0), ("mlp", 1)):
         rest = (
+            None,
             None,
             np.zeros((BATCH, 6, 16), np.float32),
             np.zeros((BATCH, 3, 16), np.float32),

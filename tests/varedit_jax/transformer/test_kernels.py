@@ -172,10 +172,9 @@ def test_what_follows_the_tokens_is_not_seen():
 def test_one_example_is_split_over_groups_of_heads(monkeypatch, cores):
     """A chip of two cores splits a kernel over its examples, of which there may be one."""
     monkeypatch.setattr(kernels.splash, "cores", lambda: cores)
-    masks, make = [], kernels.splash.make_splash_mha
-    monkeypatch.setattr(
-        kernels.splash, "make_splash_mha", lambda mask, **more: masks.append(mask) or make(mask, **more)
-    )
+    library = kernels.splash.splash_attention
+    masks, make = [], library.make_splash_mha
+    monkeypatch.setattr(library, "make_splash_mha", lambda mask, **more: masks.append(mask) or make(mask, **more))
     draw = np.random.default_rng(0)
     q, k, v = draw.normal(size=(3, 1, 4, 24, SIZE)).astype(np.float32)
     mask = np.tril(np.ones((24, 24), bool))
