@@ -39,7 +39,11 @@ class Programs:
 
         With `pool` it returns at once, and the program is compiled there.
         """
-        shapes = shapes_of(arguments)
+        self._prepare(shapes_of(arguments), arguments, pool)
+
+    def _prepare(
+        self, shapes: Any, arguments: tuple[Any, ...], pool: concurrent.futures.Executor | None = None
+    ) -> None:
         with self._lock:
             if shapes in self._programs:
                 return
@@ -58,8 +62,11 @@ class Programs:
 
     def compiled(self, *arguments: Any) -> jax.stages.Compiled:
         """Returns the program of such arguments. Waits for one that is being compiled, and raises its failure."""
-        self.prepare(*arguments)
-        program: jax.stages.Compiled = self._programs[shapes_of(arguments)].result()
+        return self._compiled(shapes_of(arguments), arguments)
+
+    def _compiled(self, shapes: Any, arguments: tuple[Any, ...]) -> jax.stages.Compiled:
+        self._prepare(shapes, arguments)
+        program: jax.stages.Compiled = self._programs[shapes].result()
         return program
 
     def _compile(self, arguments: tuple[Any, ...]) -> jax.stages.Compiled:
@@ -72,7 +79,8 @@ class Programs:
 
         Raises UserError for an option that the compiler does not take.
         """
-        program, shapes = self.compiled(*arguments), shapes_of(arguments)
+        shapes = shapes_of(arguments)  # once: it walks all parameters
+        program = self._compiled(shapes, arguments)
         if shapes not in self._called:
             wait_for_all(self._name)  # others may still compile, and a collective does not wait for long
             self._called.add(shapes)

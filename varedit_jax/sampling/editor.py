@@ -54,6 +54,7 @@ class Editor:
         self.editing = editing or EditingConfig()
         self.vocabulary = vocabulary or Vocabulary.load()
         self.max_batch = max_batch
+        self._compiled: set[Any] = set()  # what requests have needed, so that the next ones need not ask every program
 
     @classmethod
     def load(
@@ -145,8 +146,7 @@ class Editor:
         for start in range(0, len(images), most):
             part = slice(start, start + most)
             request = images[part], *self._tokens(instructions[part]), seeds[part], each[part], pyramid, every_scale
-            with pipeline.compiling() as prepare:
-                self._stages(prepare, *request)
+            self._compile(*request)
             parts.append(np.asarray(self._stages(pipeline.run, *request))[:, : len(images[part])])
         return np.concatenate(parts, axis=1)
 
@@ -162,8 +162,7 @@ class Editor:
         """Compiles the programs that `edit_fitted` needs for such a request, with these or other parameters."""
         pyramid = pyramid or editor_pyramid(self.config)
         each = self._sampling(sampling, len(images), pyramid)
-        with pipeline.compiling() as prepare:
-            self._stages(prepare, images, *self._tokens(instructions), seeds, each, pyramid, every_scale)
+        self._compile(images, *self._tokens(instructions), seeds, each, pyramid, every_scale)
 
     def warm_up(
         self,
@@ -240,6 +239,24 @@ class Editor:
         """All stages by `run`: the images, with padding."""
         request = images, ids_BT, length_B, seeds, sampling
         return pipeline.edit(run, self.params, *request, self.config, self.editing, pyramid, every_scale)
+
+    def _compile(
+        self,
+        images: np.ndarray,
+        ids_BT: np.ndarray,
+        length_B: np.ndarray,
+        seeds: Sequence[int],
+        sampling: Sequence[SamplingConfig],
+        pyramid: Pyramid,
+        every_scale: bool,
+    ) -> None:
+        """Compiles the programs of a request, several at a time, unless one that needs the same has come before."""
+        mesh, guided = jax.sharding.get_mesh(), guided_scales(sampling, pyramid.scales)
+        need = mesh, pipeline.bucket(mesh, len(images)), ids_BT.shape[1], guided, pyramid, every_scale
+        if need not in self._compiled:
+            with pipeline.compiling() as prepare:
+                self._stages(prepare, images, ids_BT, length_B, seeds, sampling, pyramid, every_scale)
+            self._compiled.add(need)
 
     def _tokens(self, instructions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Token ids padded to a bucket, and their lengths."""
