@@ -182,37 +182,6 @@ def sample_bits(
     return SampledBits(tuple(all_bits), tuple(all_logits))
 
 
-def edit(
-    params: Params,
-    images_uint8: jax.Array,
-    ids_BT: jax.Array,
-    length_B: jax.Array,
-    keys_B: jax.Array,
-    controls: Controls,
-    *,
-    config: EditorConfig,
-    pyramid: Pyramid,
-    guided_scales: int,
-    editing: EditingConfig,
-    every_scale: bool = False,
-) -> jax.Array:
-    """Edited images in one program, uint8 [1, B, y, x, 3]; with `every_scale` the image after each, [K, B, y, x, 3].
-
-    Args:
-      params: {"tokenizer", "text", "transformer"}.
-      images_uint8: [B, y, x, 3] of the pyramid's size.
-      ids_BT, length_B: instructions as token ids, padded, and their lengths.
-      keys_B: one PRNG key per image.
-      controls: a row per image.
-      config, pyramid, guided_scales, every_scale, editing: static.
-    """
-    source_BhwZ = encode_source(params["tokenizer"], images_uint8, config, editing)
-    features_BTE = encode_text(params["text"], ids_BT, length_B, config, editing)
-    request = source_BhwZ, features_BTE, length_B, keys_B, controls
-    sample = sample_bits(params["transformer"], *request, config, pyramid, guided_scales)
-    return decode(params["tokenizer"], sample.bits, config, pyramid, editing, every_scale)
-
-
 def decode(
     params: Params,
     bits: tuple[jax.Array, ...],
@@ -221,7 +190,7 @@ def decode(
     editing: EditingConfig,
     every_scale: bool,
 ) -> jax.Array:
-    """Images of the bits of all scales, uint8 [1, B, y, x, 3]; with `every_scale` as of `edit`.
+    """Images of the bits of all scales, uint8 [1, B, y, x, 3]; with `every_scale` those after each, [K, B, y, x, 3].
 
     params: of the tokenizer.
     """

@@ -66,9 +66,11 @@ def test_the_stages_give_what_one_program_gives(editor):
     sampling = [SAMPLING, SamplingConfig(greedy=True, guidance=2.0)]
     guided = guided_scales(sampling, PYRAMID.scales)
 
-    def whole(*request: Any) -> jax.Array:
-        how = {"guided_scales": guided, "editing": EditingConfig(), "every_scale": True}
-        return sampler.edit(*request, config=TINY, pyramid=PYRAMID, **how)
+    def whole(params: Any, images: Any, ids_BT: Any, length_B: Any, *draw: Any) -> jax.Array:
+        source = sampler.encode_source(params["tokenizer"], images, TINY, EditingConfig())
+        text = sampler.encode_text(params["text"], ids_BT, length_B, TINY, EditingConfig())
+        sample = sampler.sample_bits(params["transformer"], source, text, length_B, *draw, TINY, PYRAMID, guided)
+        return sampler.decode(params["tokenizer"], sample.bits, TINY, PYRAMID, EditingConfig(), every_scale=True)
 
     request = fitted, ids_BT, length_B, jax.vmap(jax.random.key)(seeds), controls(sampling, PYRAMID.scales)
     wanted = compiler_options.jit_everywhere(whole)(editor.params, *request)
