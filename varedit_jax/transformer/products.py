@@ -149,9 +149,9 @@ def _to_heads_backward(saved: tuple[jax.Array, jax.Array], gradient_BHLD: jax.Ar
 _to_heads_by_matrix.defvjp(lambda x, kernel: (_to_heads(x, kernel), (x, kernel)), _to_heads_backward)
 
 
-def _few_rows(x_BLI: Any, kernel_IO: jax.Array | Int8) -> bool:
+def _few_tokens(batch: int, tokens: int, kernel_IO: jax.Array | Int8) -> bool:
     """Returns True where turning tokens moves less than turning a matrix: in the scales of an edit."""
-    return x_BLI.shape[0] * x_BLI.shape[1] < len(kernel_IO)
+    return batch * tokens < len(kernel_IO)
 
 
 def to_heads(x_BLC: jax.Array, kernel: jax.Array | Int8, config: TransformerConfig) -> jax.Array:
@@ -160,7 +160,7 @@ def to_heads(x_BLC: jax.Array, kernel: jax.Array | Int8, config: TransformerConf
     The plain one is written in that order by the matmul itself, where that is the faster way.
     """
     width, shape = kernel.shape[0], (config.heads, config.head_size)
-    as_rows = kernel.ndim == 2 and (scatters_matrices() or _few_rows(x_BLC, kernel))
+    as_rows = kernel.ndim == 2 and (scatters_matrices() or _few_tokens(x_BLC.shape[0], x_BLC.shape[1], kernel))
     if _heads_by_matmul(kernel, config) and not as_rows:
         if isinstance(kernel, Int8):
             return _to_heads_int8(x_BLC, kernel.reshape(width, *shape))
@@ -190,8 +190,8 @@ def to_keys_and_values(x_BLC: jax.Array, kernel_C2HD: jax.Array | Int8, config: 
 
 def from_heads(x_BHLD: jax.Array, kernel_IC: jax.Array | Int8, config: TransformerConfig) -> jax.Array:
     """`product` of all heads with a matrix [H D, C]: [B, L, C]."""
-    rows_BLI = jax.ShapeDtypeStruct((x_BHLD.shape[0], x_BHLD.shape[2], len(kernel_IC)), x_BHLD.dtype)
-    if _heads_by_matmul(kernel_IC, config) and not (scatters_matrices() or _few_rows(rows_BLI, kernel_IC)):
+    as_rows = scatters_matrices() or _few_tokens(x_BHLD.shape[0], x_BHLD.shape[2], kernel_IC)
+    if _heads_by_matmul(kernel_IC, config) and not as_rows:
         if isinstance(kernel_IC, Int8):
             values_HDC = kernel_IC.values.reshape(config.heads, config.head_size, -1).astype(x_BHLD.dtype)
             sums_BLC = jnp.einsum("bhld,hdc->blc", x_BHLD, values_HDC, preferred_element_type=jnp.float32)

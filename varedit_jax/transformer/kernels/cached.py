@@ -138,29 +138,22 @@ def by_pallas(
     group = _heads_at_once(heads, rows, keys, head_size, q_BHLD.dtype.itemsize)
     before, own = -(-seen // BLOCK), k_BHLD.shape[2] // keys
 
-    def new(block: int, place: int | None) -> pl.BlockSpec:
-        """Blocks of an array [B, H, L, D] at index `place` of the grid, or behind the blocks of the cache."""
-
-        def index(b: jax.Array, h: jax.Array, i: jax.Array, j: jax.Array, layer: jax.Array) -> tuple[jax.Array, ...]:
-            del layer
-            return b, h, (i if place is not None else jnp.maximum(j - before, 0)), jnp.int32(0)
-
-        return pl.BlockSpec((1, group, block, head_size), index)
-
-    def cached(
-        b: jax.Array, h: jax.Array, i: jax.Array, j: jax.Array, layer: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-        del i
-        return layer[0], b, h, jnp.minimum(j, before - 1), jnp.int32(0)
-
-    cache = pl.BlockSpec((1, 1, group, BLOCK, head_size), cached)
+    # Places of blocks by example, group of heads, block of queries, and block of keys, of which the cache's come first.
+    queries = pl.BlockSpec((1, group, rows, head_size), lambda b, h, i, j, layer: (b, h, i, jnp.int32(0)))
+    own_keys = pl.BlockSpec(
+        (1, group, keys, head_size), lambda b, h, i, j, layer: (b, h, jnp.maximum(j - before, 0), jnp.int32(0))
+    )
+    cache = pl.BlockSpec(
+        (1, 1, group, BLOCK, head_size),
+        lambda b, h, i, j, layer: (layer[0], b, h, jnp.minimum(j, before - 1), jnp.int32(0)),
+    )
     out_BHLD = pl.pallas_call(
         functools.partial(_kernel, seen=seen, before=before, own=own, tokens=tokens),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(batch, heads // group, q_BHLD.shape[2] // rows, before + own),
-            in_specs=[new(rows, 2), new(keys, None), new(keys, None), cache, cache],
-            out_specs=new(rows, 2),
+            in_specs=[queries, own_keys, own_keys, cache, cache],
+            out_specs=queries,
             scratch_shapes=[
                 pltpu.VMEM((group, rows, LANES), jnp.float32),
                 pltpu.VMEM((group, rows, LANES), jnp.float32),
