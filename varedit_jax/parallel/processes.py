@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from itertools import combinations, count
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +24,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from varedit_jax.causes import exit_code
 from varedit_jax.errors import TemporaryError, UserError
-from varedit_jax.lazy import LazyModule
 from varedit_jax.parallel.roll_call import call_roll
-
-if TYPE_CHECKING:
-    import orbax.checkpoint as ocp
-else:
-    ocp = LazyModule("orbax.checkpoint")
+from varedit_jax.storage.orbax import ocp
 
 # After it a silent process counts as gone. A thread of its own answers, while the process compiles or waits, too.
 _HEARTBEAT_SECONDS = 100

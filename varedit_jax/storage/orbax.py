@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 else:
     ocp = LazyModule("orbax.checkpoint")
 
+__all__ = ["check_directory", "checkpointer", "ocp", "quiet_orbax", "support_object_stores"]
+
 
 def quiet_orbax() -> None:
     """Keeps Orbax's log lines off the screen: whatever concerns the user is raised as an error."""

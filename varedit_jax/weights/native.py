@@ -17,7 +17,7 @@ import json
 import math
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import ml_dtypes
@@ -25,22 +25,16 @@ import numpy as np
 import tensorstore as ts
 
 from varedit_jax.errors import UserError
-from varedit_jax.lazy import LazyModule
 from varedit_jax.quantized import dequantized
 from varedit_jax.storage import files
 from varedit_jax.storage.disk import is_machine_error, read_explained
-from varedit_jax.storage.orbax import checkpointer
+from varedit_jax.storage.orbax import checkpointer, ocp
 from varedit_jax.storage.paths import PathLike, is_remote, kvstore, resolve
 from varedit_jax.types import Params
 from varedit_jax.weights import blocks, manifest, run_directory
 from varedit_jax.weights.names import flat, tree
 from varedit_jax.weights.pth import LazyTensor
 from varedit_jax.weights.reader import SAFETENSORS, open_weights
-
-if TYPE_CHECKING:
-    import orbax.checkpoint as ocp
-else:
-    ocp = LazyModule("orbax.checkpoint")
 
 _CHUNK_BYTES = 64 * 2**20  # of the Orbax checkpoint's files: what a reader of one shard has to read at least
 _ZARR_TYPES = {np.dtype(np.float32): "<f4", np.dtype(np.float16): "<f2", np.dtype(np.float64): "<f8"}

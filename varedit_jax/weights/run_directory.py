@@ -4,22 +4,16 @@ import contextlib
 import pathlib
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 
 from varedit_jax.errors import UserError
-from varedit_jax.lazy import LazyModule
 from varedit_jax.storage.disk import is_machine_error, read_explained, reason
 from varedit_jax.storage.files import read_json
-from varedit_jax.storage.orbax import checkpointer
+from varedit_jax.storage.orbax import checkpointer, ocp
 from varedit_jax.storage.paths import PathLike, child_names, is_remote, resolve
-
-if TYPE_CHECKING:
-    import orbax.checkpoint as ocp
-else:
-    ocp = LazyModule("orbax.checkpoint")
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
