@@ -22,7 +22,7 @@ from varedit_jax.scales import editor_pyramid
 from varedit_jax.training.compile_step import abstract_state
 from varedit_jax.training.flops import CONVENTION, run_flops
 from varedit_jax.training.optimizer import make_optimizer
-from varedit_jax.transformer.attention import Visibility, visibility_mask
+from varedit_jax.transformer.visibility import Visibility, visibility_mask
 
 StepFigures = dict[str, Any]  # of a compiled step, ready for JSON
 

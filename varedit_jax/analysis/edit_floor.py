@@ -15,7 +15,7 @@ from varedit_jax import hardware
 from varedit_jax.sampling.pipeline import Stage
 from varedit_jax.scales import image_size
 from varedit_jax.training.flops import decoder_flops, encoder_flops, scale_keys, source_pairs, text_flops
-from varedit_jax.transformer.attention import Visibility
+from varedit_jax.transformer.visibility import Visibility
 from varedit_jax.types import Params
 
 # Parts of the transformer's tree that a stage has no use for, by path.

@@ -23,7 +23,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from varedit_jax.config import EditorConfig, RunConfig, TextConfig, TokenizerConfig
 from varedit_jax.scales import Grid, Pyramid, image_size
-from varedit_jax.transformer.attention import Visibility
+from varedit_jax.transformer.visibility import Visibility
 
 CONVENTION = (
     "multiply-add = 2; attention counts visible pairs; training = 3 x forward; no recomputation; "

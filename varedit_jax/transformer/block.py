@@ -10,9 +10,10 @@ from jax.ad_checkpoint import checkpoint_name
 from varedit_jax.config import TransformerConfig
 from varedit_jax.parallel.constrain import constrain, gather_tokens, scatter_tokens, tokens_between_blocks
 from varedit_jax.parallel.mesh import BATCH
-from varedit_jax.transformer.attention import Cache, CrossAttention, SelfAttention, Visibility, kernel_init
+from varedit_jax.transformer.attention import Cache, CrossAttention, SelfAttention, kernel_init
 from varedit_jax.transformer.kernels import apart
 from varedit_jax.transformer.products import Dense
+from varedit_jax.transformer.visibility import Visibility
 
 
 def plain_norm() -> nn.LayerNorm:

@@ -10,9 +10,10 @@ from varedit_jax.config import TransformerConfig
 from varedit_jax.parallel.constrain import Gather, batch_only, constrain, gathered, pad_tokens, tokens_between_blocks
 from varedit_jax.scales import Grid, Pyramid
 from varedit_jax.transformer import rope
-from varedit_jax.transformer.attention import Cache, Visibility, attend, kernel_init
+from varedit_jax.transformer.attention import Cache, attend, kernel_init
 from varedit_jax.transformer.block import Block, plain_norm
 from varedit_jax.transformer.kernels import cached, choose, splash
+from varedit_jax.transformer.visibility import Visibility
 
 
 @flax.struct.dataclass

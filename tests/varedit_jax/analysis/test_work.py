@@ -12,7 +12,7 @@ from varedit_jax import hardware
 from varedit_jax.analysis import hlo, work
 from varedit_jax.config import preset
 from varedit_jax.scales import editor_pyramid
-from varedit_jax.transformer.attention import Visibility, visibility_mask
+from varedit_jax.transformer.visibility import Visibility, visibility_mask
 
 DATA = pathlib.Path(__file__).parents[2] / "data" / "hlo"
 MODULE = hlo.parse((DATA / "work.txt").read_text())

@@ -11,14 +11,8 @@ import pytest
 from varedit_jax.config import TransformerConfig
 from varedit_jax.scales import Pyramid
 from varedit_jax.transformer import rope
-from varedit_jax.transformer.attention import (
-    MAX_LOG_SCALE,
-    SelfAttention,
-    Visibility,
-    attend,
-    prefix_attention,
-    visibility_mask,
-)
+from varedit_jax.transformer.attention import MAX_LOG_SCALE, SelfAttention, attend, prefix_attention
+from varedit_jax.transformer.visibility import Visibility, visibility_mask
 
 GRIDS = ((1, 1), (2, 3), (4, 5))
 PYRAMID = Pyramid(GRIDS, GRIDS)

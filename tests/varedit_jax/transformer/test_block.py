@@ -9,8 +9,8 @@ import pytest
 from varedit_jax.config import TransformerConfig
 from varedit_jax.scales import Pyramid
 from varedit_jax.transformer import rope
-from varedit_jax.transformer.attention import Visibility
 from varedit_jax.transformer.block import Block, plain_norm
+from varedit_jax.transformer.visibility import Visibility
 
 GRIDS = ((1, 1), (2, 2))
 VISIBILITY = Visibility(Pyramid(GRIDS, GRIDS), "finest", scale_aligned=False)

@@ -16,19 +16,16 @@ from varedit_jax.parallel.mesh import make_mesh
 from varedit_jax.scales import Pyramid, published_pyramid
 from varedit_jax.transformer import kernels
 from varedit_jax.transformer.attention import (
-    SMALL_GROUP,
-    Visibility,
     attend,
     blocked_attention,
     cross_attention,
     grouped_attention,
     prefix_attention,
-    query_groups,
     splash_attention,
-    visibility_mask,
 )
 from varedit_jax.transformer.kernels import choose, cores
 from varedit_jax.transformer.model import Transformer
+from varedit_jax.transformer.visibility import SMALL_GROUP, Visibility, query_groups, visibility_mask
 
 GRIDS = ((1, 1), (3, 2), (7, 9))
 PYRAMID = Pyramid(GRIDS, GRIDS)
